@@ -1,0 +1,577 @@
+"""Checkpoint -> fp32 .onnx, written node by node rather than traced.
+
+Twelve convolutions and two heads are a page of ONNX; written by hand they come out the same at every opset, under
+stable names, in one file, without torch. Tests hold the result equal to `network.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from superpoint_trt._version import __version__
+from superpoint_trt.checkpoint import Checkpoint, Layer, NormPlacement, load
+from superpoint_trt.files import PathLike, check_writable, write_atomically
+from superpoint_trt.spec import (
+    INPUT_NAME,
+    OUTPUT_NAMES,
+    DecodeOptions,
+    ModelDescription,
+    OutputType,
+    Sampling,
+    SuperPointError,
+)
+
+OLDEST_OPSET = 11
+NEWEST_OPSET: int = onnx.defs.onnx_opset_version()
+DEFAULT_OPSET = 17
+"""The newest that TensorRT 8.6's parser takes."""
+
+LARGEST_SIDE_PX = 32768
+CHUNK = 16
+"""Pixels per chunk of the two-level top-k: at 640x480 and 1024 keypoints both levels then sort about as many scores."""
+
+NORM_EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to write. Defaults are the guide's and the MIT reference's."""
+
+    type: OutputType = OutputType.DENSE
+    height_px: int = 480
+    width_px: int = 640
+    dynamic: bool = False
+    """Free height, width and batch; height_px and width_px are then the size to expect most."""
+    max_batch_size: int = 1
+    """Above 1 the batch axis is free, up to this many images."""
+    max_keypoints: int = 1024
+    """N of a `keypoints` model."""
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
+    """NMS radius, border and threshold of a `keypoints` model."""
+    opset: int = DEFAULT_OPSET
+
+    def validate(self, stride_px: int) -> None:
+        """Refuses what no graph can be written for.
+
+        Raises:
+            SuperPointError: naming the first option out of range, and the range.
+        """
+        for name, side in (("height", self.height_px), ("width", self.width_px)):
+            if not stride_px <= side <= LARGEST_SIDE_PX:
+                raise SuperPointError(f"{name} is {side} px; expected {stride_px} to {LARGEST_SIDE_PX}.")
+            if side % stride_px:
+                below = side // stride_px * stride_px
+                raise SuperPointError(
+                    f"{name} {side} is not a multiple of {stride_px}; use {below} or {below + stride_px} "
+                    "(images of any size fit either: they are padded, and keypoints come back in their own pixels)."
+                )
+        if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
+            raise SuperPointError(
+                f"opset is {self.opset}; expected {OLDEST_OPSET} to {NEWEST_OPSET} "
+                f"(the newest of onnx {onnx.__version__})."
+            )
+        if self.max_batch_size < 1:
+            raise SuperPointError(f"the largest batch is {self.max_batch_size} images; expected 1 or more.")
+        if self.max_keypoints < 1:
+            raise SuperPointError(f"the number of keypoints is {self.max_keypoints}; expected 1 or more.")
+        if self.max_keypoints > self.height_px * self.width_px and not self.dynamic:
+            raise SuperPointError(
+                f"{self.max_keypoints} keypoints were asked for, but {self.width_px}x{self.height_px} has only "
+                f"{self.height_px * self.width_px} pixels; lower --max-keypoints."
+            )
+        if 2 * self.decode.remove_borders_px > min(self.height_px, self.width_px):
+            raise SuperPointError(
+                f"a border of {self.decode.remove_borders_px} px on each side leaves nothing of "
+                f"{self.width_px}x{self.height_px}; lower --remove-borders."
+            )
+
+
+def export(
+    weights: PathLike, output: PathLike, options: ExportOptions | None = None, sampling: Sampling | None = None
+) -> Path:
+    """Converts a checkpoint file to one .onnx file.
+
+    Args:
+        weights: checkpoint of any known layout (checkpoint.load).
+        output: the .onnx; written beside and renamed.
+        options: type, size, decode, opset.
+        sampling: overrides the descriptor sampling that the checkpoint's family implies.
+
+    Returns:
+        The path written.
+
+    Raises:
+        SuperPointError: unusable checkpoint, options or output path; nothing is written then.
+    """
+    output = check_writable(output)
+    model = to_onnx(load(weights, sampling), options or ExportOptions())
+    return write_atomically(output, model.SerializeToString())
+
+
+def to_onnx(checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
+    """The checked, shape-inferred graph of a checkpoint, with this package's metadata."""
+    options.validate(checkpoint.stride_px)
+    graph = _Graph(options.opset)
+    logits, coarse = _network(graph, checkpoint)
+    if options.type is OutputType.HEADS:
+        graph.rename(logits, "logits")
+        graph.rename(coarse, "coarse_descriptors")
+    else:
+        scores = _score_map(graph, logits, checkpoint.stride_px)
+        if options.type is OutputType.DENSE:
+            _unit_length(graph, coarse, axis=1, name="descriptors")
+            graph.node("Squeeze", [scores], output="scores", axes=[1])
+        else:
+            descriptors = _unit_length(graph, coarse, axis=1, name="dense_descriptors")
+            _keypoints(graph, scores, descriptors, checkpoint, options)
+    return _model(graph, checkpoint, options)
+
+
+# ------------------------------------------------------------------------------------------------------- the network
+
+
+def _network(graph: _Graph, checkpoint: Checkpoint) -> tuple[str, str]:
+    """Backbone and both heads (DeTone et al. 2018, section 3) -> names of the raw head tensors."""
+    layers = _fold(checkpoint)
+    x = INPUT_NAME
+    for stage in range(1, checkpoint.stages + 1):
+        pool = stage < checkpoint.stages
+        x = _block(graph, x, f"conv{stage}a", layers)
+        x = _block(graph, x, f"conv{stage}b", layers, pool=pool)
+    heads = []
+    for head in ("convP", "convD"):
+        hidden = _block(graph, x, f"{head}a", layers)
+        heads.append(_convolution(graph, hidden, f"{head}b", layers[f"{head}b"]))
+    return heads[0], heads[1]
+
+
+@dataclass(frozen=True)
+class _FoldedLayer:
+    """A convolution and what is left of its BatchNorm after folding: y = relu(conv(x)) * scale + shift."""
+
+    weight: NDArray[np.float64]
+    bias: NDArray[np.float64]
+    scale: NDArray[np.float64] | None = None
+    shift: NDArray[np.float64] | None = None
+
+
+def _fold(checkpoint: Checkpoint) -> dict[str, _FoldedLayer]:
+    """Folds every BatchNorm that folds exactly, in float64.
+
+    Exact are: BatchNorm straight after a convolution (both output layers; every layer when it precedes the ReLU),
+    and BatchNorm in front of a 1x1 convolution, which sees no padding (both heads' hidden layers). BatchNorm between
+    a ReLU and a 3x3 convolution stays: its shift does not reach the zeros of the padding.
+    """
+    folded = {}
+    for name, layer in checkpoint.layers.items():
+        after_relu = checkpoint.norm is NormPlacement.AFTER_RELU and name not in ("convPb", "convDb")
+        folded[name] = _fold_before(layer, keep=after_relu)
+    for head in ("convP", "convD"):
+        hidden, out = folded[f"{head}a"], folded[f"{head}b"]
+        if hidden.scale is not None and hidden.shift is not None:
+            folded[f"{head}a"] = _FoldedLayer(hidden.weight, hidden.bias)
+            bias = out.bias + np.einsum("oikl,i->o", out.weight, hidden.shift)
+            folded[f"{head}b"] = _FoldedLayer(out.weight * hidden.scale[None, :, None, None], bias)
+    return folded
+
+
+def _fold_before(layer: Layer, keep: bool) -> _FoldedLayer:
+    """Folds the layer's own BatchNorm into its convolution, or keeps it beside as scale and shift."""
+    weight, bias = layer.weight.astype(np.float64), layer.bias.astype(np.float64)
+    if layer.norm is None:
+        return _FoldedLayer(weight, bias)
+    scale, shift = layer.norm.scale_and_shift()
+    if keep:
+        return _FoldedLayer(weight, bias, scale, shift)
+    return _FoldedLayer(weight * scale[:, None, None, None], bias * scale + shift)
+
+
+def _block(graph: _Graph, x: str, name: str, layers: dict[str, _FoldedLayer], pool: bool = False) -> str:
+    """Convolution, ReLU, what is left of BatchNorm, and the stage's max-pool."""
+    layer = layers[name]
+    x = graph.node("Relu", [_convolution(graph, x, name, layer)], output=f"{name}.relu")
+    # A rising affine map commutes with the maximum, so BatchNorm may follow the pool, on a quarter of the pixels.
+    pool_first = pool and layer.scale is not None and bool((layer.scale > 0).all())
+    if pool_first:
+        x = _max_pool(graph, x, name)
+    if layer.scale is not None and layer.shift is not None:
+        x = _affine(graph, x, name, layer.scale, layer.shift)
+    return _max_pool(graph, x, name) if pool and not pool_first else x
+
+
+def _convolution(graph: _Graph, x: str, name: str, layer: _FoldedLayer) -> str:
+    kernel = layer.weight.shape[2]
+    weights = [
+        graph.constant(f"{name}.weight", layer.weight.astype(np.float32)),
+        graph.constant(f"{name}.bias", layer.bias.astype(np.float32)),
+    ]
+    return graph.node("Conv", [x, *weights], output=name, kernel_shape=[kernel, kernel], pads=[kernel // 2] * 4)
+
+
+def _affine(graph: _Graph, x: str, name: str, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> str:
+    """Writes x * scale + shift as one BatchNormalization node, which runtimes run in one pass."""
+    parameters = {
+        "scale": scale,
+        "shift": shift,
+        "mean": np.zeros_like(scale),
+        "var": np.ones_like(scale),
+    }
+    inputs = [graph.constant(f"{name}.bn.{key}", value.astype(np.float32)) for key, value in parameters.items()]
+    return graph.node("BatchNormalization", [x, *inputs], output=f"{name}.bn", epsilon=0.0)
+
+
+def _max_pool(graph: _Graph, x: str, name: str) -> str:
+    return graph.node("MaxPool", [x], output=f"{name}.pool", kernel_shape=[2, 2], strides=[2, 2])
+
+
+# ------------------------------------------------------------------------------------------------------ dense outputs
+
+
+def _score_map(graph: _Graph, logits: str, stride_px: int) -> str:
+    """Softmax with the dustbin, dustbin dropped, cells unfolded -> (B, 1, H, W).
+
+    The softmax runs over the last axis: below opset 13 the operator flattens everything behind its axis.
+    """
+    last = graph.node("Transpose", [logits], perm=[0, 2, 3, 1])
+    probabilities = graph.node("Softmax", [last], output="cell_probabilities", axis=3)
+    pixels = graph.slice(probabilities, axis=3, start=0, stop=stride_px**2)
+    channels = graph.node("Transpose", [pixels], perm=[0, 3, 1, 2])
+    return graph.node("DepthToSpace", [channels], output="score_map", blocksize=stride_px)
+
+
+def _unit_length(graph: _Graph, x: str, axis: int, name: str) -> str:
+    length = graph.reduce("ReduceL2", x, axis)
+    floor = graph.constant("norm_eps", np.array(NORM_EPS, np.float32))
+    return graph.node("Div", [x, graph.node("Max", [length, floor])], output=name)
+
+
+# -------------------------------------------------------------------------------------------------- in-graph decoding
+
+
+def _keypoints(graph: _Graph, score_map: str, descriptors: str, checkpoint: Checkpoint, options: ExportOptions) -> None:
+    """NMS, border, top-k, threshold and descriptor sampling; padded to N (design: the graph contract)."""
+    shape = _GridShape.of(graph, score_map, descriptors, checkpoint.stride_px, options)
+    kept = _suppress(graph, score_map, options.decode.nms_radius_px)
+    kept = _clear_border(graph, kept, options.decode.remove_borders_px)
+    best, pixel = _top_scores(graph, kept, options)
+    y = graph.node("Div", [pixel, shape.width])
+    x = graph.node("Sub", [pixel, graph.node("Mul", [y, shape.width])])
+    xy = graph.node("Concat", [graph.as_column(x), graph.as_column(y)], output="pixel_xy", axis=2)
+
+    found = graph.node("Greater", [best, graph.constant("threshold", np.array(options.decode.threshold, np.float32))])
+    found_column = graph.unsqueeze(found, 2)
+    sampled = _sample_descriptors(graph, xy, descriptors, checkpoint, shape, options)
+    zero, minus_one = (graph.constant(f"{v}f", np.array(v, np.float32)) for v in (0, -1))
+    graph.node("Where", [found_column, xy, minus_one], output="keypoints")
+    graph.node("Where", [found, best, zero], output="scores")
+    graph.node("Where", [found_column, sampled, zero], output="descriptors")
+    counted = graph.node("Cast", [found], to=TensorProto.INT32)
+    graph.reduce("ReduceSum", counted, 1, keepdims=0, output="num_keypoints")
+
+
+def _suppress(graph: _Graph, scores: str, radius_px: int) -> str:
+    """Two suppression rounds, as `network.suppress`; (B, 1, H, W) -> same, survivors keep their score."""
+    if radius_px == 0:
+        return scores
+
+    def window_max(x: str) -> str:
+        # Rows, then columns: 2 (2 r + 1) comparisons a pixel instead of (2 r + 1)^2.
+        width = 2 * radius_px + 1
+        rows = graph.node("MaxPool", [x], kernel_shape=[1, width], pads=[0, radius_px, 0, radius_px])
+        return graph.node("MaxPool", [rows], kernel_shape=[width, 1], pads=[radius_px, 0, radius_px, 0])
+
+    zero = graph.constant("0f", np.array(0, np.float32))
+    kept = graph.node("Equal", [scores, window_max(scores)])
+    for _ in range(2):
+        near_kept = graph.node("Greater", [window_max(graph.node("Cast", [kept], to=TensorProto.FLOAT)), zero])
+        rest = graph.node("Where", [near_kept, zero, scores])
+        fresh = graph.node("Equal", [rest, window_max(rest)])
+        kept = graph.node("Or", [kept, graph.node("And", [fresh, graph.node("Not", [near_kept])])])
+    return graph.node("Where", [kept, scores, zero], output="suppressed")
+
+
+def _clear_border(graph: _Graph, scores: str, border_px: int) -> str:
+    """Cuts the border off and pads it back with zeros: right at every size, without knowing it."""
+    if border_px == 0:
+        return scores
+    inner = graph.slice(scores, axis=2, start=border_px, stop=-border_px)
+    inner = graph.slice(inner, axis=3, start=border_px, stop=-border_px)
+    pads = graph.constant("border_pads", np.array([0, 0, border_px, border_px] * 2, np.int64))
+    return graph.node("Pad", [inner, pads], output="inside_border")
+
+
+def _top_scores(graph: _Graph, scores: str, options: ExportOptions) -> tuple[str, str]:
+    """The N best scores of each map and their flat pixel indices, both (B, N), by an exact two-level top-k.
+
+    The map in reading order is cut into chunks of 16 pixels. A chunk whose best pixel is not among the N best chunks
+    holds none of the N best pixels, so the second level looks at N chunks only. Unlike "at most 4 maxima a cell" this
+    holds on plateaus of equal scores too. The chosen chunks are put back in reading order before the second level, so
+    that equal scores come out in reading order (ONNX breaks TopK ties by the lower index).
+    """
+    n = options.max_keypoints
+    chunks = graph.reshape(scores, [0, -1, CHUNK])
+    missing = n if options.dynamic else max(0, n - options.height_px * options.width_px // CHUNK)
+    if missing:  # TopK must find N of them
+        pads = graph.constant("chunk_pads", np.array([0, 0, 0, 0, missing, 0], np.int64))
+        chunks = graph.node("Pad", [chunks, pads])
+    _, chunk = graph.top_k(graph.reduce("ReduceMax", chunks, 2, keepdims=0), n)
+    # Through float32, which every TopK takes; exact below 2^24 chunks of 16 pixels.
+    ordered, _ = graph.top_k(graph.node("Cast", [chunk], to=TensorProto.FLOAT), n, largest=False)
+    chunk = graph.node("Cast", [ordered], to=TensorProto.INT64)
+    rows = graph.node("Expand", [graph.unsqueeze(chunk, 2), graph.constant("one_chunk", np.array([1, 1, CHUNK]))])
+    candidates = graph.reshape(graph.node("GatherElements", [chunks, rows], axis=1), [0, n * CHUNK])
+    best, position = graph.top_k(candidates, n)
+    sixteen = graph.constant("chunk", np.array(CHUNK, np.int64))
+    which = graph.node("Div", [position, sixteen])
+    offset = graph.node("Sub", [position, graph.node("Mul", [which, sixteen])])
+    start = graph.node("Mul", [graph.node("GatherElements", [chunk, which], axis=1), sixteen])
+    return best, graph.node("Add", [start, offset], output="pixel_index")
+
+
+@dataclass(frozen=True)
+class _GridShape:
+    """Names of int64 scalars: known numbers in a static graph, read off the tensors in a dynamic one."""
+
+    width: str
+    rows: str
+    columns: str
+
+    @classmethod
+    def of(cls, graph: _Graph, score_map: str, descriptors: str, stride_px: int, options: ExportOptions) -> _GridShape:
+        if options.dynamic:
+            return cls(graph.dim(score_map, 3), graph.dim(descriptors, 2), graph.dim(descriptors, 3))
+        sizes = {"width": options.width_px}
+        sizes.update(rows=options.height_px // stride_px, columns=options.width_px // stride_px)
+        return cls(**{name: graph.constant(name, np.array(size, np.int64)) for name, size in sizes.items()})
+
+
+def _sample_descriptors(
+    graph: _Graph, xy: str, descriptors: str, checkpoint: Checkpoint, shape: _GridShape, options: ExportOptions
+) -> str:
+    """(B, N, 2) pixels and (B, D, H/8, W/8) -> (B, N, D) of unit length, by the checkpoint's sampling."""
+    cells = graph.node("Concat", [graph.as_scalar1(shape.columns), graph.as_scalar1(shape.rows)], axis=0)
+    cells = graph.node("Cast", [cells], output="cells_xy", to=TensorProto.FLOAT)
+    position = _cell_position(graph, xy, cells, checkpoint)
+    sample = _sample_by_grid if options.opset >= 16 else _sample_by_gather
+    return _unit_length(graph, sample(graph, position, descriptors, cells, shape), 2, "sampled_descriptors")
+
+
+def _cell_position(graph: _Graph, xy: str, cells: str, checkpoint: Checkpoint) -> str:
+    """As `decode.cell_position`, then held inside the grid: outside, the nearest cells continue."""
+    stride, half = checkpoint.stride_px, checkpoint.stride_px / 2
+
+    def number(value: float) -> str:
+        return graph.constant(f"{value:g}f", np.array(value, np.float32))
+
+    last = graph.node("Sub", [cells, number(1)])
+    if checkpoint.sampling is Sampling.HALF_PIXEL:
+        scaled = graph.node("Div", [graph.node("Add", [xy, number(0.5)]), number(stride)])
+        position = graph.node("Sub", [scaled, number(0.5)])
+    else:
+        span = graph.node("Sub", [graph.node("Mul", [cells, number(stride)]), number(half + 0.5)])
+        ratio = graph.node("Div", [graph.node("Sub", [xy, number(half - 0.5)]), span])
+        position = graph.node("Mul", [ratio, last])
+    position = graph.node("Max", [position, number(0)])
+    return graph.node("Min", [position, last], output="cell_xy")
+
+
+def _sample_by_grid(graph: _Graph, position: str, descriptors: str, cells: str, shape: _GridShape) -> str:
+    """GridSample (opset 16 and newer), whose grid runs from -1 to 1 across the cells' outer edges."""
+    half, one = (graph.constant(f"{v:g}f", np.array(v, np.float32)) for v in (0.5, 1))
+    unit = graph.node("Div", [graph.node("Add", [position, half]), cells])
+    grid = graph.node("Sub", [graph.node("Add", [unit, unit]), one])
+    mode = "linear" if graph.opset >= 20 else "bilinear"
+    grid = graph.unsqueeze(grid, 1)
+    sampled = graph.node("GridSample", [descriptors, grid], mode=mode, padding_mode="border", align_corners=0)
+    return graph.node("Transpose", [graph.node("Squeeze", [sampled], axes=[2])], perm=[0, 2, 1])
+
+
+def _sample_by_gather(graph: _Graph, position: str, descriptors: str, cells: str, shape: _GridShape) -> str:
+    """Bilinear interpolation by four gathers, for opsets without GridSample."""
+    one_f = graph.constant("1f", np.array(1, np.float32))
+    one = graph.constant("one", np.array(1, np.int64))
+    # Rows of one long table: image b's cells start at b * rows * columns.
+    by_cell = graph.node("Transpose", [descriptors], perm=[0, 2, 3, 1])
+    dim = graph.dim(descriptors, 1)
+    minus_one = graph.constant("minus_one", np.array([-1], np.int64))
+    table = graph.node("Reshape", [by_cell, graph.node("Concat", [minus_one, graph.as_scalar1(dim)], axis=0)])
+    batch = graph.dim(descriptors, 0)
+    zero = graph.constant("zero", np.array(0, np.int64))
+    images = graph.unsqueeze(graph.node("Range", [zero, batch, one]), 1)
+    first_row = graph.node("Mul", [images, graph.node("Mul", [shape.rows, shape.columns])])
+
+    corner = graph.node("Floor", [position])
+    fraction = graph.node("Sub", [position, corner])
+    whole = graph.node("Cast", [corner], to=TensorProto.INT64)
+
+    def axis(index: int, count: str) -> tuple[str, str, str, str]:
+        low = graph.node("Squeeze", [graph.slice(whole, 2, index, index + 1)], axes=[2])
+        # Min on int64 needs opset 12, so the upper neighbour steps by 1 only where there is one.
+        more = graph.node("Less", [low, graph.node("Sub", [count, one])])
+        high = graph.node("Add", [low, graph.node("Cast", [more], to=TensorProto.INT64)])
+        weight = graph.slice(fraction, 2, index, index + 1)
+        return low, high, graph.node("Sub", [one_f, weight]), weight
+
+    x0, x1, left, right = axis(0, shape.columns)
+    y0, y1, top, bottom = axis(1, shape.rows)
+
+    def row(y: str) -> str:
+        start = graph.node("Add", [first_row, graph.node("Mul", [y, shape.columns])])
+        at = [graph.node("Gather", [table, graph.node("Add", [start, x])], axis=0) for x in (x0, x1)]
+        return graph.node("Add", [graph.node("Mul", [at[0], left]), graph.node("Mul", [at[1], right])])
+
+    upper, lower = graph.node("Mul", [row(y0), top]), graph.node("Mul", [row(y1), bottom])
+    return graph.node("Add", [upper, lower])
+
+
+# -------------------------------------------------------------------------------------------------- the file's frame
+
+
+def _model(graph: _Graph, checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
+    batch = "batch" if options.dynamic or options.max_batch_size > 1 else 1
+    height, width = ("height", "width") if options.dynamic else (options.height_px, options.width_px)
+    image = helper.make_tensor_value_info(INPUT_NAME, TensorProto.FLOAT, [batch, 1, height, width])
+    opset = helper.make_opsetid("", options.opset)
+    body = helper.make_graph(
+        graph.nodes,
+        f"superpoint_{options.type.value}",
+        [image],
+        _outputs(checkpoint, options, batch),
+        initializer=list(graph.constants.values()),
+    )
+    model = helper.make_model(
+        body,
+        opset_imports=[opset],
+        ir_version=helper.find_min_ir_version_for([opset]),
+        producer_name="superpoint-trt",
+        producer_version=__version__,
+    )
+    helper.set_model_props(model, describe(checkpoint, options).to_metadata())
+    model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _outputs(checkpoint: Checkpoint, options: ExportOptions, batch: Any) -> list[onnx.ValueInfoProto]:
+    stride, n, dim = checkpoint.stride_px, options.max_keypoints, checkpoint.descriptor_dim
+    height, width, rows, columns = (
+        ("height", "width", f"height/{stride}", f"width/{stride}")
+        if options.dynamic
+        else (options.height_px, options.width_px, options.height_px // stride, options.width_px // stride)
+    )
+    shapes: dict[OutputType, Sequence[Sequence[Any]]] = {
+        OutputType.DENSE: ([batch, height, width], [batch, dim, rows, columns]),
+        OutputType.HEADS: ([batch, stride**2 + 1, rows, columns], [batch, dim, rows, columns]),
+        OutputType.KEYPOINTS: ([batch, n, 2], [batch, n], [batch, n, dim], [batch]),
+    }
+    return [
+        helper.make_tensor_value_info(
+            name, TensorProto.INT32 if name == "num_keypoints" else TensorProto.FLOAT, list(shape)
+        )
+        for name, shape in zip(OUTPUT_NAMES[options.type], shapes[options.type])
+    ]
+
+
+def describe(checkpoint: Checkpoint, options: ExportOptions) -> ModelDescription:
+    """What the file that `to_onnx` makes says of itself."""
+    decodes = options.type is OutputType.KEYPOINTS
+    return ModelDescription(
+        type=options.type,
+        sampling=checkpoint.sampling,
+        family=checkpoint.family,
+        checkpoint_sha256=checkpoint.sha256,
+        height_px=options.height_px,
+        width_px=options.width_px,
+        dynamic=options.dynamic,
+        max_batch_size=options.max_batch_size,
+        stride_px=checkpoint.stride_px,
+        descriptor_dim=checkpoint.descriptor_dim,
+        opset=options.opset,
+        nms_radius_px=options.decode.nms_radius_px if decodes else None,
+        remove_borders_px=options.decode.remove_borders_px if decodes else None,
+        threshold=options.decode.threshold if decodes else None,
+        max_keypoints=options.max_keypoints if decodes else None,
+    )
+
+
+class _Graph:
+    """Collects nodes and constants; knows where the opsets differ, so that nothing else has to."""
+
+    def __init__(self, opset: int) -> None:
+        self.opset = opset
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+
+    def constant(self, name: str, value: NDArray[Any]) -> str:
+        self.constants.setdefault(name, numpy_helper.from_array(np.asarray(value, order="C"), name))
+        return name
+
+    def node(self, op: str, inputs: Sequence[str], output: str | None = None, **attributes: Any) -> str:
+        """Adds a node with one output, named after itself, and returns that name."""
+        if op == "Squeeze" and self.opset >= 13:
+            inputs = [*inputs, self._axes(attributes.pop("axes"))]
+        output = output or f"{op.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    def rename(self, old: str, new: str) -> None:
+        """Gives a tensor another name, wherever it appears."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                names[:] = [new if name == old else name for name in names]
+
+    def unsqueeze(self, x: str, axis: int) -> str:
+        if self.opset >= 13:
+            return self.node("Unsqueeze", [x, self._axes([axis])])
+        return self.node("Unsqueeze", [x], axes=[axis])
+
+    def reduce(self, op: str, x: str, axis: int, keepdims: int = 1, output: str | None = None) -> str:
+        takes_input = self.opset >= (13 if op == "ReduceSum" else 18)
+        if takes_input:
+            return self.node(op, [x, self._axes([axis])], output=output, keepdims=keepdims)
+        return self.node(op, [x], output=output, axes=[axis], keepdims=keepdims)
+
+    def slice(self, x: str, axis: int, start: int, stop: int) -> str:
+        bounds = [self._axes([value]) for value in (start, stop, axis)]
+        return self.node("Slice", [x, *bounds])
+
+    def reshape(self, x: str, shape: Sequence[int]) -> str:
+        name = "shape_" + "_".join(re.sub("-", "m", str(size)) for size in shape)
+        return self.node("Reshape", [x, self.constant(name, np.array(shape, np.int64))])
+
+    def top_k(self, x: str, k: int, largest: bool = True) -> tuple[str, str]:
+        """The k largest (or smallest) along the last axis, sorted: values and int64 indices."""
+        values, indices = f"topk_{len(self.nodes)}", f"topk_{len(self.nodes)}_index"
+        count = self.constant(f"k_{k}", np.array([k], np.int64))
+        self.nodes.append(
+            helper.make_node(
+                "TopK", [x, count], [values, indices], name=values, axis=-1, largest=int(largest), sorted=1
+            )
+        )
+        return values, indices
+
+    def dim(self, x: str, axis: int) -> str:
+        """One dimension of a tensor, an int64 scalar."""
+        index = self.constant(f"dim_{axis}", np.array(axis, np.int64))
+        return self.node("Gather", [self.node("Shape", [x]), index], axis=0)
+
+    def as_scalar1(self, scalar: str) -> str:
+        """A scalar as a tensor of one element."""
+        return self.reshape(scalar, [1])
+
+    def as_column(self, x: str) -> str:
+        """(B, N) int64 -> (B, N, 1) float32."""
+        return self.unsqueeze(self.node("Cast", [x], to=TensorProto.FLOAT), 2)
+
+    def _axes(self, values: Sequence[int]) -> str:
+        name = "ints_" + "_".join(re.sub("-", "m", str(value)) for value in values)
+        return self.constant(name, np.array(values, np.int64))
