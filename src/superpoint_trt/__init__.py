@@ -1,0 +1,25 @@
+"""SuperPoint from a PyTorch checkpoint to ONNX to TensorRT.
+
+Importing this package costs numpy alone; everything heavier is imported where it is used.
+
+    from superpoint_trt import SuperPoint
+    with SuperPoint("superpoint.onnx") as superpoint:
+        keypoints = superpoint.extract("photo.jpg")
+"""
+
+from __future__ import annotations
+
+from superpoint_trt._version import __version__
+from superpoint_trt.extractor import SuperPoint
+from superpoint_trt.spec import Keypoints, ModelDescription, OutputType, Precision, Sampling, SuperPointError
+
+__all__ = [
+    "Keypoints",
+    "ModelDescription",
+    "OutputType",
+    "Precision",
+    "Sampling",
+    "SuperPoint",
+    "SuperPointError",
+    "__version__",
+]

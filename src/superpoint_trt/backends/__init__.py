@@ -1,0 +1,43 @@
+"""Backends, one module each, opened from a path by `open_backend`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from superpoint_trt.backends.base import Backend, Outputs, RuntimeInfo
+from superpoint_trt.files import PathLike
+from superpoint_trt.spec import SuperPointError
+
+__all__ = ["Backend", "Outputs", "RuntimeInfo", "open_backend"]
+
+ONNX_SUFFIXES = (".onnx",)
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
+ENGINE_SUFFIXES = (".engine", ".trt", ".plan")
+
+
+def open_backend(path: PathLike, device: str = "auto", threads: int | None = None) -> Backend:
+    """Opens a model with the backend its kind of file asks for.
+
+    Args:
+        path: `.onnx` (onnxruntime), `.pth`/`.safetensors` (the PyTorch reference).
+        device: "auto" (the best that works, named in `Backend.runtime`), "cpu" or "cuda" (that or an error).
+        threads: CPU threads; None leaves the choice to the runtime.
+
+    Raises:
+        SuperPointError: unknown kind of file, missing runtime, unusable model or device.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in ONNX_SUFFIXES:
+        from superpoint_trt.backends.onnxruntime import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(path, device, threads)
+    if suffix in CHECKPOINT_SUFFIXES:
+        from superpoint_trt.backends.torch import TorchBackend
+
+        return TorchBackend(path, device, threads)
+    if suffix in ENGINE_SUFFIXES:
+        from superpoint_trt.backends.tensorrt import refuse_engine
+
+        refuse_engine(path)
+    known = ", ".join((*ONNX_SUFFIXES, *CHECKPOINT_SUFFIXES, *ENGINE_SUFFIXES))
+    raise SuperPointError(f"{path}: a model's name ends in one of {known}.")

@@ -1,0 +1,49 @@
+"""The PyTorch reference as a backend: what verification and benchmarks compare with."""
+
+from __future__ import annotations
+
+import torch
+
+from superpoint_trt import checkpoint as checkpoints
+from superpoint_trt.backends.base import Backend, Outputs, RuntimeInfo
+from superpoint_trt.files import PathLike
+from superpoint_trt.network import SuperPointNet, dense
+from superpoint_trt.spec import Float32, ModelDescription, OutputType, SuperPointError
+
+
+class TorchBackend(Backend):
+    """A checkpoint run eagerly in float32, as a dynamic `dense` model.
+
+    Args:
+        path: checkpoint of any known layout.
+        device: "auto", "cpu" or "cuda".
+        threads: CPU threads; torch keeps this per process.
+    """
+
+    def __init__(self, path: PathLike, device: str = "auto", threads: int | None = None) -> None:
+        checkpoint = checkpoints.load(path)
+        cuda = torch.cuda.is_available()
+        if device not in ("auto", "cpu", "cuda"):
+            raise SuperPointError(f"device is {device!r}; expected auto, cpu or cuda.")
+        if device == "cuda" and not cuda:
+            raise SuperPointError("device cuda was asked for, but torch sees no GPU; use --device cpu.")
+        self._device = torch.device("cuda" if cuda and device != "cpu" else "cpu")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._net = SuperPointNet.from_checkpoint(checkpoint).to(self._device)
+        self.description = ModelDescription(
+            type=OutputType.DENSE,
+            sampling=checkpoint.sampling,
+            family=checkpoint.family,
+            checkpoint_sha256=checkpoint.sha256,
+            dynamic=True,
+            stride_px=checkpoint.stride_px,
+            descriptor_dim=checkpoint.descriptor_dim,
+        )
+        where = torch.cuda.get_device_name() if self._device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        self.runtime = RuntimeInfo(f"torch {torch.__version__} eager", f"{self._device.type} ({where})", "fp32")
+
+    def _infer(self, image: Float32) -> Outputs:
+        with torch.inference_mode():
+            scores, descriptors = dense(*self._net(torch.from_numpy(image).to(self._device)))
+        return {"scores": scores.cpu().numpy(), "descriptors": descriptors.cpu().numpy()}

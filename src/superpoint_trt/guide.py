@@ -1,0 +1,172 @@
+"""The published guide's commands, flag for flag, on this package's functions; the scripts at the root call these."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from superpoint_trt import decode, image
+from superpoint_trt.backends import open_backend
+from superpoint_trt.backends.tensorrt import missing_tensorrt
+from superpoint_trt.cli import print_found, print_info, save_drawing
+from superpoint_trt.files import PathLike, check_writable, read_bytes
+from superpoint_trt.spec import DecodeOptions, Keypoints, OutputType, SuperPointError
+
+GUIDE_OPSET = 11
+BENCHMARK_ITERATIONS = 100
+WARM_UP_ITERATIONS = 5
+
+
+class SuperPointTRT:
+    """The guide's inference class.
+
+    Args:
+        engine: the model file. An .onnx runs in onnxruntime, and `runtime` says so.
+        output_type: "dense" or "keypoints", as the model was exported.
+
+    Raises:
+        SuperPointError: unusable file, or a model of another type.
+    """
+
+    def __init__(self, engine: PathLike, output_type: str = "dense") -> None:
+        self._backend = open_backend(engine)
+        self.runtime = self._backend.runtime
+        self.description = self._backend.description
+        if self.description.type.value != output_type:
+            raise SuperPointError(
+                f"{engine} is a {self.description.type.value} model, but {output_type} was asked for; "
+                f"use --type {self.description.type.value}."
+            )
+
+    def infer(self, image_array: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """The model's outputs by name, with the batch axis (spec.OUTPUT_NAMES).
+
+        Args:
+            image_array: (H, W) gray or (H, W, 3) BGR as OpenCV reads it, uint8 or float in [0, 1]; H and W as the
+                model takes them.
+        """
+        if image_array.ndim == 3 and image_array.shape[2] == 3:
+            image_array = image_array[..., ::-1]
+        return dict(self._backend.infer(image.to_gray(image_array)[None, None]))
+
+    def extract_keypoints_from_dense(
+        self,
+        scores: NDArray[Any],
+        descriptors: NDArray[Any],
+        threshold: float = 0.005,
+        top_k: int | None = None,
+        stride: int = 8,
+        nms_radius: int = 4,
+    ) -> list[dict[str, NDArray[Any]]]:
+        """Dense outputs -> keypoints (N, 2), scores (N,), descriptors (N, D) of each image of the batch.
+
+        Unlike the guide's own function, it samples descriptors between cells as the network was trained to, and
+        removes the border.
+        """
+        options = DecodeOptions(nms_radius_px=nms_radius, threshold=threshold, max_keypoints=top_k)
+        results = []
+        for image_scores, image_descriptors in zip(scores, descriptors):
+            xy, found = decode.select(image_scores, options)
+            sampled = decode.sample_descriptors(xy, image_descriptors, stride, self.description.sampling)
+            results.append({"keypoints": xy, "scores": found, "descriptors": sampled})
+        return results
+
+
+@click.command()
+@click.option("--weights", default="weights/superpoint_v6_from_tf.pth", show_default=True, help="Checkpoint.")
+@click.option("--output", default="superpoint.onnx", show_default=True, help="The .onnx to write.")
+@click.option("--height", type=int, default=480, show_default=True, help="Usual input height in px.")
+@click.option("--width", type=int, default=640, show_default=True, help="Usual input width in px.")
+@click.option("--type", "kind", type=click.Choice([t.value for t in OutputType]), default="dense", show_default=True)
+@click.option("--max-keypoints", type=int, default=1024, show_default=True, help="N of a keypoints model.")
+@click.option("--opset", type=int, default=GUIDE_OPSET, show_default=True, help="ONNX opset.")
+def convert_to_onnx(
+    weights: str, output: str, height: int, width: int, kind: str, max_keypoints: int, opset: int
+) -> None:
+    """Convert SuperPoint to ONNX, as the guide does it: batch, height and width are free."""
+    from superpoint_trt.export import ExportOptions, export
+
+    options = ExportOptions(
+        OutputType(kind), height_px=height, width_px=width, dynamic=True, max_keypoints=max_keypoints, opset=opset
+    )
+    print_info(export(weights, output, options))
+
+
+@click.command()
+@click.option("--onnx", required=True, help="The .onnx to convert.")
+@click.option("--engine", default="superpoint.trt", show_default=True, help="The engine to write.")
+@click.option("--fp16", is_flag=True, help="FP16 precision.")
+@click.option("--int8", is_flag=True, help="INT8 precision (needs calibration).")
+@click.option("--max-batch-size", type=int, default=1, show_default=True)
+@click.option("--workspace", type=float, default=1.0, show_default=True, help="Builder's workspace in GiB.")
+@click.option("--dynamic-shapes", is_flag=True, help="Sizes from min to max, tuned for opt.")
+@click.option("--min-height", type=int, default=240, show_default=True)
+@click.option("--min-width", type=int, default=320, show_default=True)
+@click.option("--opt-height", type=int, default=480, show_default=True)
+@click.option("--opt-width", type=int, default=640, show_default=True)
+@click.option("--max-height", type=int, default=960, show_default=True)
+@click.option("--max-width", type=int, default=1280, show_default=True)
+@click.option("--test", is_flag=True, help="Run the engine once after building.")
+def convert_to_tensorrt(onnx: str, engine: str, int8: bool, **_: Any) -> None:
+    """Convert ONNX to a TensorRT engine."""
+    read_bytes(onnx, "model")
+    check_writable(engine)
+    if int8:
+        raise SuperPointError("--int8 is not here yet: it needs calibration, which this release does not do.")
+    raise SuperPointError(
+        missing_tensorrt()
+        or f"TensorRT is here, but this release does not build engines yet; {onnx} itself is ready for "
+        f"trtexec --onnx={onnx} --saveEngine={engine}."
+    )
+
+
+@click.command()
+@click.option("--engine", required=True, help="The model to run.")
+@click.option("--image", "image_path", required=True, help="Input image.")
+@click.option("--output", default="output_keypoints.jpg", show_default=True, help="Picture to write.")
+@click.option("--type", "kind", type=click.Choice(["dense", "keypoints"]), default="dense", show_default=True)
+@click.option("--threshold", type=float, default=0.005, show_default=True, help="Scores must be greater.")
+@click.option("--top-k", type=int, default=1000, show_default=True, help="Keep the best K.")
+@click.option("--benchmark", is_flag=True, help="Time the model.")
+def tensorrt_inference(
+    engine: str, image_path: str, output: str, kind: str, threshold: float, top_k: int, benchmark: bool
+) -> None:
+    """Find keypoints with a converted model and draw them."""
+    from superpoint_trt.draw import check_picture_name
+    from superpoint_trt.extractor import SuperPoint
+
+    check_picture_name(check_writable(output))
+    pixels = image.load_image(image_path)
+    with SuperPoint(engine, threshold=threshold, max_keypoints=top_k) as superpoint:
+        if superpoint.description.type.value != kind:
+            raise SuperPointError(f"{engine} is a {superpoint.description.type.value} model; use that --type.")
+        started = time.perf_counter()
+        keypoints: Keypoints = superpoint.extract(pixels)
+        elapsed_ms = (time.perf_counter() - started) * 1e3
+        click.echo(f"{'ran on':<14}{superpoint.runtime}")
+        print_found(keypoints, elapsed_ms)
+        save_drawing(image_path, keypoints, output)
+        if benchmark:
+            _time(superpoint, pixels)
+
+
+def _time(superpoint: Any, pixels: NDArray[Any]) -> None:
+    """Image in memory -> keypoints, in wall time."""
+    from rich.progress import track
+
+    from superpoint_trt.cli import console
+
+    screen = console(stderr=True)
+    times_ms = []
+    iterations = range(WARM_UP_ITERATIONS + BENCHMARK_ITERATIONS)
+    for _ in track(iterations, "timing", console=screen, disable=not screen.is_terminal):
+        started = time.perf_counter()
+        superpoint.extract(pixels)
+        times_ms.append((time.perf_counter() - started) * 1e3)
+    median, p95 = np.percentile(times_ms[WARM_UP_ITERATIONS:], [50, 95])
+    click.echo(f"{'wall time':<14}median {median:.2f} ms, p95 {p95:.2f} ms, {1e3 / median:.1f} images/s")
+    click.echo(f"{'method':<14}image array -> keypoints, {BENCHMARK_ITERATIONS} calls after {WARM_UP_ITERATIONS}")

@@ -1,0 +1,171 @@
+"""The only preprocessing there is, and the only map back to the caller's pixels.
+
+Inference, calibration and evaluation all come through here, so that they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+from superpoint_trt.files import PathLike, read_bytes
+from superpoint_trt.spec import CELL_PX, Float32, ModelDescription, SuperPointError
+
+ImageLike = Union[PathLike, NDArray[Any]]
+"""A path, or an array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA; uint8, uint16, bool, or float in [0, 1]."""
+
+SMALLEST_SIDE_PX = CELL_PX
+"""One cell: below it there is nothing to detect."""
+
+RGB_TO_GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+"""Luma of ITU-R BT.601, as in the reference and in OpenCV."""
+
+_FULL_SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0, np.dtype(bool): 1.0}
+
+
+def load_image(path: PathLike, color: bool = False) -> NDArray[Any]:
+    """Reads an image file upright (EXIF orientation applied), uint8 or uint16.
+
+    Args:
+        path: any format OpenCV reads.
+        color: (H, W, 3) RGB uint8 instead of gray (H, W).
+
+    Raises:
+        SuperPointError: not a file, or not an image.
+    """
+    import cv2
+
+    data = np.frombuffer(read_bytes(path, "image"), dtype=np.uint8)
+    flags = cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH
+    try:
+        image = cv2.imdecode(data, flags)
+    except cv2.error as error:
+        raise SuperPointError(f"{path} cannot be decoded as an image: {error.err}.") from error
+    if image is None:
+        raise SuperPointError(f"{path} is not an image that OpenCV reads (PNG, JPEG, TIFF, PPM, WebP, BMP, ...).")
+    return image[..., ::-1] if color else image
+
+
+def to_gray(image: NDArray[Any]) -> Float32:
+    """Any accepted array -> (H, W) float32 in [0, 1].
+
+    Raises:
+        SuperPointError: shape, dtype, range or size is not an image's.
+    """
+    image = np.asarray(image)
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+        raise SuperPointError(f"image has shape {image.shape}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).")
+    height, width = image.shape[:2]
+    if min(height, width) < SMALLEST_SIDE_PX:
+        raise SuperPointError(
+            f"image is {width}x{height} px; the smallest usable is {SMALLEST_SIDE_PX}x{SMALLEST_SIDE_PX}, one cell."
+        )
+    full_scale = _full_scale(image)
+    if image.ndim == 3:  # alpha, if any, is passed over: what is under a transparent pixel is still the image
+        image = image[..., 0] if image.shape[2] == 1 else image[..., :3].astype(np.float32) @ RGB_TO_GRAY
+    gray: Float32 = image.astype(np.float32)
+    return gray if full_scale == 1.0 else gray / np.float32(full_scale)
+
+
+def _full_scale(image: NDArray[Any]) -> float:
+    if image.dtype in _FULL_SCALE:
+        return _FULL_SCALE[image.dtype]
+    if not np.issubdtype(image.dtype, np.floating):
+        raise SuperPointError(f"image is {image.dtype}; expected uint8, uint16, bool, or float in [0, 1].")
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0.0 and high <= 1.0):  # also catches NaN
+        raise SuperPointError(
+            f"float image runs from {low:g} to {high:g}; expected [0, 1]: divide by its full scale, or pass uint8."
+        )
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an image lies in a network input: shrunk by (scale_x, scale_y), top left, padded right and below."""
+
+    image_width_px: int
+    image_height_px: int
+    placed_width_px: int
+    placed_height_px: int
+    input_width_px: int
+    input_height_px: int
+
+    @property
+    def resized(self) -> bool:
+        """Whether the image was shrunk to fit."""
+        return (self.placed_width_px, self.placed_height_px) != (self.image_width_px, self.image_height_px)
+
+    def to_image(self, xy: Float32) -> Float32:
+        """Pixels of the network's input (N, 2) -> pixels of the caller's image.
+
+        Pixel centres are at integers, so a resize by s maps k to (k + 0.5) s - 0.5.
+        """
+        if not self.resized:
+            return xy
+        scale = np.array(
+            [self.image_width_px / self.placed_width_px, self.image_height_px / self.placed_height_px], np.float32
+        )
+        half = np.float32(0.5)
+        scaled: Float32 = (xy + half) * scale - half
+        return scaled
+
+
+def place(image_hw: tuple[int, int], model: ModelDescription, max_side_px: int | None = None) -> Placement:
+    """Decides how an image of (height, width) goes into a model's input.
+
+    A dynamic model gets the image as it is, padded to whole cells. A static one gets it as it is too where it fits,
+    else shrunk to fit, proportions kept. Nothing is ever enlarged.
+
+    Args:
+        image_hw: height and width in pixels.
+        model: what the input looks like.
+        max_side_px: shrink first, so that the longer side has at most this many pixels.
+    """
+    height, width = image_hw
+    limit = 1.0 if max_side_px is None else min(1.0, max_side_px / max(height, width))
+    if model.dynamic or model.height_px is None or model.width_px is None:
+        placed_h, placed_w = _shrink(height, limit), _shrink(width, limit)
+        # In-graph border removal cuts this many rows from both ends, so they have to be there.
+        least = 2 * (model.remove_borders_px or 0)
+        input_h, input_w = (_whole_cells(max(side, least), model.stride_px) for side in (placed_h, placed_w))
+    else:
+        input_h, input_w = model.height_px, model.width_px
+        scale = min(limit, input_h / height, input_w / width)
+        placed_h, placed_w = min(_shrink(height, scale), input_h), min(_shrink(width, scale), input_w)
+    return Placement(width, height, placed_w, placed_h, input_w, input_h)
+
+
+def to_input(gray: Float32, placement: Placement) -> Float32:
+    """The network's input (H, W): the image, shrunk if it must be, its last row and column repeated as padding."""
+    placed: NDArray[Any] = gray
+    if placement.resized:
+        import cv2
+
+        size = (placement.placed_width_px, placement.placed_height_px)
+        placed = cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
+    below = placement.input_height_px - placement.placed_height_px
+    right = placement.input_width_px - placement.placed_width_px
+    if not (below or right):
+        return np.ascontiguousarray(placed)
+    return np.pad(placed, ((0, below), (0, right)), mode="edge")
+
+
+def as_array(image: ImageLike) -> NDArray[Any]:
+    """The pixels of a path or of an array-like (numpy, PIL)."""
+    if isinstance(image, (str, os.PathLike)):
+        return load_image(image)
+    return np.asarray(image)
+
+
+def _shrink(side: int, scale: float) -> int:
+    return side if scale == 1.0 else max(1, round(side * scale))
+
+
+def _whole_cells(side: int, stride_px: int) -> int:
+    return math.ceil(side / stride_px) * stride_px
