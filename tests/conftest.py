@@ -1,0 +1,132 @@
+"""Shared fixtures: real photographs, real and random checkpoints of every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from superpoint_trt import checkpoint as checkpoints
+from superpoint_trt.checkpoint import Checkpoint
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+WEIGHTS = SHARED / "data" / "weights"
+REAL = {"v6": WEIGHTS / "superpoint_v6_int8deq.pth", "amd": WEIGHTS / "superpoint_amd_int8deq.pth"}
+
+# Small networks keep the suite short; the layout rules do not depend on the widths.
+SMALL = (8, 8, 16, 16, 24)
+SMALL_DIM = 32
+LAYOUTS = ("v6", "magicleap", "huggingface", "own")
+
+
+def photograph(height: int = 240, width: int = 320, name: str = "astronaut") -> np.ndarray:
+    """A scikit-image photograph, gray uint8, cut and scaled to size."""
+    import cv2
+    from skimage import data
+
+    image = getattr(data, name)()
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if image.ndim == 3 else image
+    return cv2.resize(gray, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def random_state(layout: str, seed: int = 0, channels=SMALL, dim: int = SMALL_DIM) -> dict[str, torch.Tensor]:
+    """A random state_dict of a layout. The BatchNorm statistics are far from the identity, some scales negative."""
+    rng = np.random.default_rng(seed)
+    state: dict[str, torch.Tensor] = {}
+    *stages, hidden = channels
+    shapes = []
+    previous = 1
+    for index, width in enumerate(stages):
+        shapes += [((index, 0), width, previous, 3), ((index, 1), width, width, 3)]
+        previous = width
+    cells = 4 ** (len(stages) - 1) + 1
+    for head, out in (("P", cells), ("D", dim)):
+        shapes += [((head, 0), hidden, previous, 3), ((head, 1), out, hidden, 1)]
+    for place, c_out, c_in, kernel in shapes:
+        fan_in = c_in * kernel * kernel
+        name = NAMERS[layout](*place)
+        weight = rng.normal(0, np.sqrt(2.0 / fan_in), (c_out, c_in, kernel, kernel))
+        state[f"{name.conv}.weight"] = torch.tensor(weight, dtype=torch.float32)
+        state[f"{name.conv}.bias"] = torch.tensor(rng.normal(0, 0.1, c_out), dtype=torch.float32)
+        if layout == "v6":
+            statistics = {
+                "weight": rng.uniform(0.4, 1.6, c_out) * np.where(rng.random(c_out) < 0.1, -1, 1),
+                "bias": rng.normal(0, 0.5, c_out),
+                "running_mean": rng.normal(0.3, 0.3, c_out),
+                "running_var": rng.uniform(0.2, 2.0, c_out),
+            }
+            for key, value in statistics.items():
+                state[f"{name.bn}.{key}"] = torch.tensor(value, dtype=torch.float32)
+            state[f"{name.bn}.num_batches_tracked"] = torch.tensor(7)
+    return state
+
+
+class _Name:
+    def __init__(self, conv: str, bn: str = "") -> None:
+        self.conv, self.bn = conv, bn
+
+
+def _v6(group, half):
+    block = f"{ {'P': 'detector', 'D': 'descriptor'}.get(group) or f'backbone.{group}' }.{half}"
+    return _Name(f"{block}.conv", f"{block}.bn")
+
+
+def _magicleap(group, half):
+    return _Name(f"conv{group + 1 if isinstance(group, int) else group}{'ab'[half]}")
+
+
+def _huggingface(group, half):
+    heads = {"P": "keypoint_decoder.conv_score_", "D": "descriptor_decoder.conv_descriptor_"}
+    return _Name((heads.get(group) or f"encoder.conv_blocks.{group}.conv_") + "ab"[half])
+
+
+NAMERS = {"v6": _v6, "magicleap": _magicleap, "huggingface": _huggingface}
+
+
+def write_checkpoint(layout: str, folder: Path, seed: int = 0, **shape) -> Path:
+    """A random checkpoint file of a layout."""
+    from safetensors.torch import save_file
+
+    if layout == "own":
+        source = checkpoints.from_arrays({k: v.numpy() for k, v in random_state("v6", seed, **shape).items()})
+        return checkpoints.save(source, folder / f"own{seed}.safetensors")
+    state = random_state(layout, seed, **shape)
+    if layout == "huggingface":
+        path = folder / f"huggingface{seed}.safetensors"
+        save_file(state, path)
+    else:
+        path = folder / f"{layout}{seed}.pth"
+        torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photo() -> np.ndarray:
+    return photograph()
+
+
+@pytest.fixture(scope="session")
+def checkpoint_file(tmp_path_factory) -> Callable[[str], Path]:
+    """Layout name -> a random checkpoint of it, or the real one of shared/ ("real-v6", "real-amd")."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made: dict[str, Path] = {}
+
+    def get(layout: str) -> Path:
+        if layout.startswith("real-"):
+            path = REAL[layout[len("real-") :]]
+            if not path.exists():
+                pytest.skip(f"{path} is not here: the real checkpoints are not part of this repository")
+            return path
+        if layout not in made:
+            made[layout] = write_checkpoint(layout, folder)
+        return made[layout]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoint_file) -> Callable[[str], Checkpoint]:
+    return lambda layout: checkpoints.load(checkpoint_file(layout))
