@@ -1,0 +1,278 @@
+"""Exported graphs in onnxruntime against the PyTorch reference, for every layout, type, opset, batch and size."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from conftest import LAYOUTS, photograph
+from onnx.utils import Extractor
+from test_decode import KINDS, score_map
+
+from superpoint_trt import checkpoint as checkpoints
+from superpoint_trt import decode, network
+from superpoint_trt.export import NEWEST_OPSET, ExportOptions, export, to_onnx
+from superpoint_trt.spec import DecodeOptions, ModelDescription, OutputType, Sampling, SuperPointError
+
+OPSETS = sorted({11, 12, 13, 16, 17, 18, 20, NEWEST_OPSET})
+REAL = ("real-v6", "real-amd")
+
+
+def session(model: onnx.ModelProto | bytes) -> ort.InferenceSession:
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    return ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+
+def run(model: onnx.ModelProto, image: np.ndarray) -> dict[str, np.ndarray]:
+    opened = session(model)
+    return dict(zip([output.name for output in opened.get_outputs()], opened.run(None, {"image": image})))
+
+
+def photographs(batch: int, height: int = 120, width: int = 160) -> np.ndarray:
+    names = ["astronaut", "coffee", "camera"][:batch]
+    return np.stack([photograph(height, width, name) for name in names])[:, None].astype(np.float32) / 255
+
+
+def reference(checkpoint, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    net = network.SuperPointNet.from_checkpoint(checkpoint)
+    with torch.no_grad():
+        heads = net(torch.from_numpy(image))
+        return (*heads, *network.dense(*heads))
+
+
+def assert_same_points(outputs: dict[str, np.ndarray], index: int, expected: tuple[torch.Tensor, ...]) -> None:
+    """The contract of a `keypoints` model for one image: same points, then padding."""
+    xy, scores, descriptors = (part.numpy() for part in expected)
+    count = int(outputs["num_keypoints"][index])
+    assert count == len(xy)
+    rows = {tuple(point): row for row, point in enumerate(outputs["keypoints"][index][:count].tolist())}
+    assert set(rows) == {tuple(point) for point in xy.tolist()}
+    order = [rows[tuple(point)] for point in xy.tolist()]
+    np.testing.assert_allclose(outputs["scores"][index][order], scores, atol=1e-5)
+    if count:
+        cosine = (outputs["descriptors"][index][order] * descriptors).sum(axis=1)
+        assert cosine.min() >= 0.99999
+    assert (np.diff(outputs["scores"][index][:count]) <= 0).all(), "scores must fall"
+    assert (outputs["keypoints"][index][count:] == -1).all()
+    assert (outputs["scores"][index][count:] == 0).all()
+    assert (outputs["descriptors"][index][count:] == 0).all()
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *REAL])
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_parity(layout, opset, dynamic, checkpoint):
+    found = checkpoint(layout)
+    for kind, batch in itertools.product(OutputType, (1, 3)):
+        image = photographs(batch)
+        height, width = (480, 640) if dynamic else image.shape[2:]  # a dynamic graph must not depend on its usual size
+        options = ExportOptions(kind, height, width, dynamic, batch, max_keypoints=100, opset=opset)
+        outputs = run(to_onnx(found, options), image)
+        logits, coarse, scores, descriptors = reference(found, image)
+        if kind is OutputType.KEYPOINTS:
+            decoded = network.decode(scores, descriptors, DecodeOptions(max_keypoints=100), found.sampling)
+            for index, expected in enumerate(decoded):
+                assert_same_points(outputs, index, expected)
+        elif kind is OutputType.DENSE:
+            np.testing.assert_allclose(outputs["scores"], scores.numpy(), atol=1e-5)
+            np.testing.assert_allclose(outputs["descriptors"], descriptors.numpy(), atol=1e-5)
+        else:
+            np.testing.assert_allclose(outputs["logits"], logits.numpy(), atol=1e-3, rtol=1e-4)
+            np.testing.assert_allclose(outputs["coarse_descriptors"], coarse.numpy(), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", REAL)
+def test_parity_at_full_size_with_more_slots_than_points(layout, checkpoint):
+    found = checkpoint(layout)
+    image = photographs(1, 480, 640)
+    outputs = run(to_onnx(found, ExportOptions(OutputType.KEYPOINTS, max_keypoints=2000)), image)
+    *_, scores, descriptors = reference(found, image)
+    (expected,) = network.decode(scores, descriptors, DecodeOptions(), found.sampling)
+    assert 300 < len(expected[0]) < 2000
+    assert_same_points(outputs, 0, expected)
+
+
+@pytest.mark.parametrize("sampling", Sampling)
+@pytest.mark.parametrize("opset", [11, 17])
+def test_sampling_belongs_to_the_checkpoint_and_can_be_overridden(sampling, opset, checkpoint_file):
+    found = checkpoints.load(checkpoint_file("magicleap"), sampling)
+    image = photographs(1)
+    outputs = run(to_onnx(found, ExportOptions(OutputType.KEYPOINTS, 120, 160, opset=opset)), image)
+    *_, scores, descriptors = reference(found, image)
+    (expected,) = network.decode(scores, descriptors, DecodeOptions(max_keypoints=1024), sampling)
+    assert_same_points(outputs, 0, expected)
+    other = next(s for s in Sampling if s is not sampling)
+    (wrong,) = network.decode(scores, descriptors, DecodeOptions(max_keypoints=1024), other)
+    assert (wrong[2] * expected[2]).sum(dim=1).min() < 0.999, "the two conventions must differ for this to prove much"
+
+
+# ------------------------------------------------------------------------- the graph's decode, on score maps of our own
+
+
+def decode_graph(checkpoint, scores: np.ndarray, **options) -> dict[str, np.ndarray]:
+    """Runs only the decode of a `keypoints` graph."""
+    height, width = scores.shape
+    settings = ExportOptions(OutputType.KEYPOINTS, height, width, **options)
+    whole = to_onnx(checkpoint, settings)
+    names = [output.name for output in whole.graph.output]
+    part = Extractor(whole).extract_model(["score_map", "dense_descriptors"], names)
+    opened = session(part)
+    rng = np.random.default_rng(0)
+    shape = (1, checkpoint.descriptor_dim, height // 8, width // 8)
+    descriptors = decode.normalise(rng.normal(size=shape), axis=1)
+    feeds = {"score_map": scores[None, None], "dense_descriptors": descriptors}
+    return {**dict(zip(names, opened.run(names, feeds))), "dense": descriptors}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("radius", [0, 1, 4])
+@pytest.mark.parametrize("border", [0, 4])
+@pytest.mark.parametrize(("number", "dynamic"), [(40, False), (3000, False), (40, True), (3000, True)])
+def test_graph_decode_on_hard_score_maps(kind, radius, border, number, dynamic, checkpoint):
+    """Plateaus, ties all over, too few points, none at all: the same points in the same order as the numpy decode."""
+    scores = score_map(kind, seed=5)
+    options = DecodeOptions(nms_radius_px=radius, remove_borders_px=border, max_keypoints=number)
+    outputs = decode_graph(checkpoint("magicleap"), scores, max_keypoints=number, decode=options, dynamic=dynamic)
+    xy, found = decode.select(scores, options)
+    count = int(outputs["num_keypoints"][0])
+    np.testing.assert_array_equal(outputs["keypoints"][0][:count], xy)
+    np.testing.assert_array_equal(outputs["scores"][0][:count], found)
+    sampled = decode.sample_descriptors(xy, outputs["dense"][0], 8, Sampling.LEGACY)
+    np.testing.assert_allclose(outputs["descriptors"][0][:count], sampled, atol=1e-5)
+
+
+@pytest.mark.parametrize("border", [0, 4])
+@pytest.mark.parametrize("opset", [11, 13, 17, NEWEST_OPSET])
+def test_graph_decode_at_the_four_borders(border, opset, checkpoint):
+    scores = np.zeros((32, 48), np.float32)
+    near, far_x, far_y = border, 47 - border, 31 - border
+    allowed = {(near, near), (far_x, near), (near, far_y), (far_x, far_y)}
+    forbidden = {(near - 1, 16), (far_x + 1, 16), (24, near - 1), (24, far_y + 1)} if border else set()
+    for x, y in allowed | forbidden:
+        scores[y, x] = 0.5
+    options = DecodeOptions(remove_borders_px=border)
+    outputs = decode_graph(checkpoint("v6"), scores, max_keypoints=16, decode=options, opset=opset)
+    found = outputs["keypoints"][0][: int(outputs["num_keypoints"][0])]
+    assert {tuple(point) for point in found.tolist()} == allowed
+
+
+def test_graph_keeps_every_pixel_of_a_plateau_inside_one_cell(checkpoint):
+    """Twelve equal maxima in one cell: an argument from "at most 4 maxima a cell" would drop eight."""
+    scores = np.zeros((32, 32), np.float32)
+    scores[10:13, 10:14] = 0.25
+    outputs = decode_graph(checkpoint("v6"), scores, max_keypoints=64)
+    assert int(outputs["num_keypoints"][0]) == 12
+
+
+@pytest.mark.parametrize("number", [1, 7, 30])
+def test_top_k_is_exact_without_suppression(number, checkpoint):
+    """All 2048 scores differ and compete: the N best and no others."""
+    rng = np.random.default_rng(9)
+    scores = rng.permutation(np.linspace(0.1, 0.9, 64 * 32)).astype(np.float32).reshape(32, 64)
+    options = DecodeOptions(nms_radius_px=0, remove_borders_px=0)
+    outputs = decode_graph(checkpoint("v6"), scores, max_keypoints=number, decode=options)
+    np.testing.assert_array_equal(outputs["scores"][0], np.sort(scores.ravel())[::-1][:number])
+
+
+def test_no_top_k_sees_the_whole_map(checkpoint):
+    """The exact two-level top-k: a plain one over 307,200 scores costs TensorRT 1.1 ms (design.md)."""
+    model = to_onnx(checkpoint("v6"), ExportOptions(OutputType.KEYPOINTS, max_keypoints=1024))
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
+    lengths = [shapes[node.input[0]][-1] for node in model.graph.node if node.op_type == "TopK"]
+    assert lengths
+    assert max(lengths) <= 480 * 640 // 16
+    assert not [node.op_type for node in model.graph.node if node.op_type in ("NonZero", "ScatterND", "Loop", "If")]
+
+
+# ------------------------------------------------------------------------------------------------- the file's frame
+
+
+@pytest.mark.parametrize("kind", OutputType)
+def test_the_file_says_what_it_is(kind, checkpoint_file, tmp_path):
+    import hashlib
+
+    weights = checkpoint_file("v6")
+    options = ExportOptions(kind, 120, 160, max_keypoints=99, decode=DecodeOptions(3, 5, 0.01), opset=13)
+    path = export(weights, tmp_path / "m.onnx", options)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert list(tmp_path.iterdir()) == [path], "one file, no sidecar"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert model.producer_name == "superpoint-trt"
+    described = ModelDescription.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+    assert described.type is kind
+    assert described.checkpoint_sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert (described.height_px, described.width_px, described.opset) == (120, 160, 13)
+    decoding = (described.nms_radius_px, described.remove_borders_px, described.threshold, described.max_keypoints)
+    assert decoding == ((3, 5, 0.01, 99) if kind is OutputType.KEYPOINTS else (None,) * 4)
+
+
+def test_same_input_same_bytes(checkpoint_file, tmp_path):
+    first, second = (export(checkpoint_file("v6"), tmp_path / f"{n}.onnx").read_bytes() for n in "ab")
+    assert first == second
+
+
+def test_exact_folding_only(checkpoint):
+    """Of the twelve BatchNorms, the output layers' and the heads' hidden ones fold; before a 3x3 none does."""
+    model = to_onnx(checkpoint("v6"), ExportOptions())
+    kept = [node.name for node in model.graph.node if node.op_type == "BatchNormalization"]
+    assert kept == [f"conv{stage}{half}.bn" for stage in range(1, 5) for half in "ab"]
+    plain = to_onnx(checkpoint("magicleap"), ExportOptions())
+    assert "BatchNormalization" not in {node.op_type for node in plain.graph.node}
+
+
+def test_batch_norm_before_the_relu_folds_away(checkpoint):
+    from dataclasses import replace
+
+    found = replace(checkpoint("v6"), norm=checkpoints.NormPlacement.BEFORE_RELU)
+    model = to_onnx(found, ExportOptions(height_px=120, width_px=160))
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+    image = photographs(1)
+    *_, scores, descriptors = reference(found, image)
+    outputs = run(model, image)
+    np.testing.assert_allclose(outputs["scores"], scores.numpy(), atol=1e-5)
+    np.testing.assert_allclose(outputs["descriptors"], descriptors.numpy(), atol=1e-5)
+
+
+def test_export_needs_no_torch(checkpoint_file, tmp_path):
+    """From safetensors, in an interpreter where importing torch fails."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from superpoint_trt.export import export\n"
+        f"export({str(checkpoint_file('huggingface'))!r}, {str(tmp_path / 'm.onnx')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"height_px": 481}, "480 or 488"),
+        ({"width_px": 0}, "width is 0"),
+        ({"height_px": 1 << 20}, "height is"),
+        ({"opset": 10}, "opset is 10; expected 11"),
+        ({"opset": NEWEST_OPSET + 1}, f"expected 11 to {NEWEST_OPSET}"),
+        ({"max_batch_size": 0}, "largest batch"),
+        ({"max_keypoints": 0}, "number of keypoints"),
+        ({"height_px": 8, "width_px": 8, "max_keypoints": 65}, "only 64 pixels"),
+        ({"height_px": 16, "decode": DecodeOptions(remove_borders_px=9)}, "leaves nothing"),
+    ],
+)
+def test_unusable_options(options, word, checkpoint):
+    with pytest.raises(SuperPointError, match=word):
+        to_onnx(checkpoint("v6"), ExportOptions(type=OutputType.KEYPOINTS, **options))
+
+
+@pytest.mark.parametrize("kind", OutputType)
+def test_every_opset_makes_a_checked_model(kind, checkpoint):
+    for opset in range(11, NEWEST_OPSET + 1):
+        model = to_onnx(checkpoint("v6"), ExportOptions(kind, 64, 64, opset=opset))
+        assert session(model).get_inputs()[0].shape == [1, 1, 64, 64]
