@@ -1,15 +1,17 @@
-# make demo | make test | make check | make bench; each sets up what it needs.
+# make demo | make test | make check | make bench: each sets up what it needs in an environment of its own.
 PYTHON ?= python3
-# The tests compare with PyTorch. This version has a CPU build for every platform we test on.
+# The tests compare with PyTorch, and .pth checkpoints need it.
 TORCH ?= torch==2.13.0
-# A checkpoint for the demo; empty: the MIT weights are fetched (once, 5 MB).
+# A checkpoint for demo and bench. Empty: demo fetches the MIT one (5 MB).
 WEIGHTS ?=
 
 VENV := .venv
 DEMO_VENV := .venv-demo
-PIP_QUIET := -q --disable-pip-version-check
+PIP := -m pip install -q --disable-pip-version-check
+SUPERPOINT := $(DEMO_VENV)/bin/superpoint
+FETCHED := demo/superpoint_v6_from_tf.pth
 
-.PHONY: demo test check bench test-gpu clean
+.PHONY: test check bench test-gpu demo clean
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest
@@ -25,22 +27,27 @@ bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/export_cost.py $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 test-gpu:
-	@if [ -d tests/gpu ]; then $(PYTHON) -m pytest tests/gpu; else echo "no GPU tests yet: they come with the engines"; fi
+	@echo "no GPU tests yet: they come with the TensorRT engines"
 
 demo: $(DEMO_VENV)/.ready
-	$(DEMO_VENV)/bin/python demo.py $(if $(WEIGHTS),--weights $(WEIGHTS))
+	@mkdir -p demo
+	$(if $(WEIGHTS),,$(SUPERPOINT) weights fetch v6 --output $(FETCHED) || { echo "offline? make demo WEIGHTS=path/to/checkpoint.pth"; exit 2; })
+	$(if $(filter %.safetensors,$(WEIGHTS)),,$(DEMO_VENV)/bin/python -c "import torch" 2>/dev/null || $(DEMO_VENV)/bin/python $(PIP) $(TORCH))
+	@$(DEMO_VENV)/bin/python -c "from skimage import data, io; io.imsave('demo/astronaut.png', data.astronaut())"
+	$(SUPERPOINT) export --weights $(or $(WEIGHTS),$(FETCHED)) --output demo/superpoint.onnx --dynamic
+	$(SUPERPOINT) infer --model demo/superpoint.onnx --image demo/astronaut.png --output demo/keypoints.jpg --save demo/features.npz
+	@echo "look at demo/keypoints.jpg"
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install $(PIP_QUIET) $(TORCH)
-	$(VENV)/bin/pip install $(PIP_QUIET) -e '.[dev,torch]'
-	touch $@
+	$(VENV)/bin/python $(PIP) $(TORCH)
+	$(VENV)/bin/python $(PIP) -e '.[dev,torch]'
+	@touch $@
 
 $(DEMO_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(DEMO_VENV)
-	$(if $(filter %.safetensors,$(WEIGHTS)),,$(DEMO_VENV)/bin/pip install $(PIP_QUIET) $(TORCH))
-	$(DEMO_VENV)/bin/pip install $(PIP_QUIET) -e . scikit-image
-	touch $@
+	$(DEMO_VENV)/bin/python $(PIP) -e . scikit-image
+	@touch $@
 
 clean:
 	rm -rf $(VENV) $(DEMO_VENV) demo build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

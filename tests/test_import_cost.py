@@ -1,0 +1,48 @@
+"""Importing the package costs numpy alone; `-h` of every command works without the heavy libraries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="needs sys.stdlib_module_names")
+def test_importing_the_package_imports_numpy_and_nothing_else():
+    code = "import sys; before = set(sys.modules); import superpoint_trt; print(*(set(sys.modules) - before))"
+    roots = {name.split(".")[0] for name in python(code).split()}
+    assert roots - set(sys.stdlib_module_names) == {"numpy", "superpoint_trt"}
+
+
+HEAVY = ("torch", "onnx", "onnxruntime", "cv2", "safetensors", "tensorrt", "skimage")
+
+
+@pytest.mark.parametrize("command", ["", "export", "info", "infer", "weights", "weights fetch", "doctor"])
+def test_help_needs_no_heavy_library(command):
+    block = "".join(f"sys.modules[{name!r}] = None; " for name in HEAVY)
+    code = (
+        f"import sys; {block}from superpoint_trt.cli import run, cli; sys.exit(run(cli, {[*command.split(), '-h']!r}))"
+    )
+    assert "Usage:" in python(code)
+
+
+def test_the_extractor_runs_without_torch(checkpoint_file, tmp_path, photo):
+    """The base install: no torch, from safetensors to keypoints."""
+    import numpy as np
+
+    image = tmp_path / "photo.npy"
+    np.save(image, photo)
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import numpy as np\n"
+        "from superpoint_trt import SuperPoint\n"
+        "from superpoint_trt.export import export\n"
+        f"model = export({str(checkpoint_file('own'))!r}, {str(tmp_path / 'm.onnx')!r})\n"
+        f"print(len(SuperPoint(model).extract(np.load({str(image)!r}))))\n"
+    )
+    assert int(python(code)) > 10
