@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from superpoint_trt.files import PathLike, write_atomically
 from superpoint_trt.spec import Keypoints, SuperPointError
 
+_RIM = (0, 0, 0)
 _SUBPIXEL_BITS = 4
 """cv2.circle takes fixed-point coordinates: keypoints of shrunk images lie between pixels."""
 
 
 def draw_keypoints(image_rgb: NDArray[Any], keypoints: Keypoints) -> NDArray[np.uint8]:
-    """Circles on a copy of the image, the weakest purple, the strongest yellow (by rank of score).
+    """Dark-rimmed circles on a copy of the image, from the weakest score (blue) to the strongest (yellow), by rank.
 
     Args:
         image_rgb: (H, W, 3) uint8.
@@ -29,14 +30,16 @@ def draw_keypoints(image_rgb: NDArray[Any], keypoints: Keypoints) -> NDArray[np.
 
     picture: NDArray[np.uint8] = np.array(image_rgb, dtype=np.uint8, order="C")
     ranks = np.linspace(255, 0, max(len(keypoints), 1)).astype(np.uint8)
-    colours = cv2.applyColorMap(ranks[:, None], cv2.COLORMAP_PLASMA)[:, 0, ::-1]
+    colours = cv2.applyColorMap(ranks[:, None], cv2.COLORMAP_PARULA)[:, 0, ::-1]
     one = 1 << _SUBPIXEL_BITS
-    radius = max(2.0, max(picture.shape[:2]) / 320)
+    radius = max(3.0, max(picture.shape[:2]) / 240)
+    line = max(1, round(radius / 3))
     # The strongest are drawn last, on top.
     for (x, y), colour in zip(keypoints.xy[::-1], colours[::-1]):
         centre = (round(float(x) * one), round(float(y) * one))
         tone = tuple(int(value) for value in colour)
-        cv2.circle(picture, centre, round(radius * one), tone, 1, cv2.LINE_AA, _SUBPIXEL_BITS)
+        for color, thickness in ((_RIM, line + 2), (tone, line)):
+            cv2.circle(picture, centre, round(radius * one), color, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
     return picture
 
 
