@@ -1,0 +1,113 @@
+"""Image pairs with known homographies on disk: HPatches' layout and the Oxford (VGG affine) layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from superpoint_trt.files import PathLike
+from superpoint_trt.spec import Matrix, SuperPointError
+
+ILLUMINATION, VIEWPOINT, OTHER = "illumination", "viewpoint", "other"
+
+_HPATCHES = (re.compile(r"(\d+)\.(?:ppm|png|jpg|jpeg)"), "H_1_{}")
+_OXFORD = (re.compile(r"img(\d+)\.(?:ppm|pgm|png|jpg|jpeg)"), "H1to{}p")
+_OXFORD_KINDS = {  # Mikolajczyk et al. 2005, section 4: what changes in each sequence
+    "graf": VIEWPOINT,
+    "wall": VIEWPOINT,
+    "boat": VIEWPOINT,
+    "bark": VIEWPOINT,
+    "leuven": ILLUMINATION,
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images of one plane."""
+
+    sequence: str
+    kind: str
+    """illumination, viewpoint or other (blur, compression)."""
+    first: Path
+    second: Path
+    homography: Matrix
+    """(3, 3), pixels of the first image to pixels of the second."""
+
+
+@dataclass
+class Dataset:
+    """The pairs of a folder, and what could not be used of it."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """One line each."""
+
+
+def load_pairs(folder: PathLike) -> Dataset:
+    """Reads every sequence below a folder (or the folder itself, if it is one).
+
+    Raises:
+        SuperPointError: no folder, or no usable pair in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SuperPointError(f"dataset {folder} is not a folder.")
+    dataset = Dataset()
+    for sequence in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+        for item in _pairs(sequence):
+            if isinstance(item, Pair):
+                dataset.pairs.append(item)
+            else:
+                dataset.problems.append(item)
+    if not dataset.pairs:
+        reason = f" ({dataset.problems[0]})" if dataset.problems else ""
+        raise SuperPointError(
+            f"{folder} holds no image pairs{reason}; expected folders with 1.ppm, 2.ppm, ..., H_1_2, ... (HPatches) or "
+            "img1.png, img2.png, ..., H1to2p, ... (Oxford)."
+        )
+    return dataset
+
+
+def _pairs(folder: Path) -> Iterator[Pair | str]:
+    """The pairs of one sequence; a line of text for each that cannot be used."""
+    for pattern, homography_name in (_HPATCHES, _OXFORD):
+        images = {int(m[1]): path for path in folder.iterdir() for m in [pattern.fullmatch(path.name.lower())] if m}
+        homography_pattern = re.compile(homography_name.format(r"(\d+)"))
+        targets = {int(m[1]) for path in folder.iterdir() for m in [homography_pattern.fullmatch(path.name)] if m}
+        if not targets:
+            continue
+        for index in sorted((targets | set(images)) - {1}):
+            try:
+                matrix = _homography(folder / homography_name.format(index))
+                first, second = _image(images, 1, folder), _image(images, index, folder)
+            except SuperPointError as error:
+                yield str(error)
+                continue
+            yield Pair(folder.name, _kind(folder.name), first, second, matrix)
+
+
+def _image(images: dict[int, Path], index: int, folder: Path) -> Path:
+    if index not in images:
+        raise SuperPointError(f"{folder}: image {index} is missing; the pair is left out.")
+    return images[index]
+
+
+def _homography(path: Path) -> Matrix:
+    try:
+        matrix = np.loadtxt(path, dtype=np.float64)
+    except (OSError, ValueError, UnicodeDecodeError):
+        raise SuperPointError(f"{path} is missing or no 3x3 matrix of numbers; the pair is left out.") from None
+    if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < np.finfo(float).eps:
+        raise SuperPointError(f"{path} is no invertible 3x3 homography; the pair is left out.")
+    return matrix
+
+
+def _kind(name: str) -> str:
+    hpatches = re.search(r"(?:^|_)([iv])_", name)
+    if hpatches:
+        return ILLUMINATION if hpatches[1] == "i" else VIEWPOINT
+    return next((kind for scene, kind in _OXFORD_KINDS.items() if scene in name.lower()), OTHER)

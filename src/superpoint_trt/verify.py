@@ -1,0 +1,586 @@
+"""A converted model against its fp32 reference on real images: the proof that it still finds the same points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import util
+from pathlib import Path
+from typing import Any, Callable, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from superpoint_trt import decode, diagnose, metrics
+from superpoint_trt import image as images
+from superpoint_trt.backends import CHECKPOINT_SUFFIXES, Outputs, open_backend
+from superpoint_trt.diagnose import Finding
+from superpoint_trt.extractor import SuperPoint
+from superpoint_trt.files import PathLike
+from superpoint_trt.image import Placement
+from superpoint_trt.matching import match
+from superpoint_trt.spec import (
+    DecodeOptions,
+    Float32,
+    Keypoints,
+    Matrix,
+    ModelDescription,
+    OutputType,
+    Precision,
+    Sampling,
+    SuperPointError,
+)
+
+FOUND_WITHIN_PX = 1.0
+CORRECT_WITHIN_PX = 3.0
+"""Of a match under the known homography."""
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+
+SAMPLES_PER_IMAGE = 20_000
+"""Errors kept of each output and image for the percentiles over all images."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A limit and what was measured."""
+
+    name: str
+    value: float | None
+    """None: not defined for this model or these images, which does not fail."""
+    limit: float
+    at_least: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value keeps the limit."""
+        if self.value is None:
+            return True
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+# The one table of limits. Rows in the order of the report; columns by precision.
+_P = Precision
+_GATES: Mapping[str, tuple[bool, Mapping[Precision, float]]] = {
+    # name: (at least?, limit by precision)
+    "score_error_max": (
+        False,
+        {_P.FP32: 1e-3, _P.TF32: 2e-2, _P.FP16: 5e-2, _P.BF16: 0.3, _P.INT8: 0.6, _P.FP8: 0.6},
+    ),
+    "keypoints_found_share": (
+        True,
+        {_P.FP32: 0.999, _P.TF32: 0.99, _P.FP16: 0.98, _P.BF16: 0.93, _P.INT8: 0.90, _P.FP8: 0.90},
+    ),
+    "score_rank_correlation": (
+        True,
+        {_P.FP32: 0.9999, _P.TF32: 0.999, _P.FP16: 0.995, _P.BF16: 0.98, _P.INT8: 0.90, _P.FP8: 0.90},
+    ),
+    "descriptor_cosine_median": (
+        True,
+        {_P.FP32: 0.99999, _P.TF32: 0.9999, _P.FP16: 0.999, _P.BF16: 0.995, _P.INT8: 0.97, _P.FP8: 0.97},
+    ),
+    "descriptor_cosine_p1": (
+        True,
+        {_P.FP32: 0.9999, _P.TF32: 0.999, _P.FP16: 0.99, _P.BF16: 0.95, _P.INT8: 0.85, _P.FP8: 0.85},
+    ),
+    "matches_kept_share": (
+        True,
+        {_P.FP32: 0.99, _P.TF32: 0.98, _P.FP16: 0.97, _P.BF16: 0.95, _P.INT8: 0.90, _P.FP8: 0.90},
+    ),
+    "findings": (False, {precision: 0.0 for precision in Precision}),
+}
+GATE_NAMES = tuple(_GATES)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Absolute errors of one output."""
+
+    max: float
+    mean: float
+    p50: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: NDArray[np.floating]) -> Errors | None:
+        """None without values."""
+        if not values.size:
+            return None
+        p50, p99 = np.percentile(values, [50, 99])
+        return cls(float(values.max()), float(values.mean()), float(p50), float(p99))
+
+
+@dataclass
+class ImageResult:
+    """One image: what agrees and what does not."""
+
+    name: str
+    reference_keypoints: int
+    model_keypoints: int
+    found_again: int
+    """Reference points with a model point within 1 px."""
+    found_back: int
+    """Model points with a reference point within 1 px."""
+    score_rank_correlation: float | None
+    cosine_median: float | None
+    cosine_p1: float | None
+    reference_matches: int
+    """Right matches between the image and its warped copy."""
+    model_matches: int
+    outputs: dict[str, Errors | None]
+    findings: list[Finding]
+    reference: Keypoints = field(repr=False)
+    model: Keypoints = field(repr=False)
+    path: Path = field(repr=False)
+    cosines: Float32 = field(repr=False)
+    score_errors: Float32 = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers only."""
+        numbers = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("reference", "model", "path", "cosines", "score_errors", "outputs", "findings")
+        }
+        outputs = {name: asdict(errors) if errors else None for name, errors in self.outputs.items()}
+        return {**numbers, "outputs": outputs, "findings": [asdict(finding) for finding in self.findings]}
+
+
+@dataclass
+class Verification:
+    """The verdict and its evidence."""
+
+    model: str
+    model_runtime: str
+    reference: str
+    precision: Precision
+    gates: list[Gate]
+    findings: list[Finding]
+    outputs: dict[str, Errors | None]
+    images: list[ImageResult]
+    problems: list[str]
+    notes: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate holds."""
+        return all(gate.passed for gate in self.gates)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "passed": self.passed,
+            "model": self.model,
+            "model_runtime": self.model_runtime,
+            "reference": self.reference,
+            "precision": self.precision.value,
+            "gates": [
+                {"name": g.name, "value": g.value, "limit": g.limit, "at_least": g.at_least, "passed": g.passed}
+                for g in self.gates
+            ],
+            "findings": [asdict(finding) for finding in self.findings],
+            "outputs": {name: asdict(errors) if errors else None for name, errors in self.outputs.items()},
+            "images": [image.to_json() for image in self.images],
+            "problems": self.problems,
+            "notes": self.notes,
+        }
+
+
+def verify(
+    model: PathLike,
+    weights: PathLike,
+    image_paths: Iterable[PathLike],
+    limits: Mapping[str, float] | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Runs a model and its reference on the same inputs and compares everything that matters.
+
+    Args:
+        model: any model file that `SuperPoint` opens.
+        weights: the checkpoint it was made from, or an fp32 `dense` or `heads` .onnx.
+        image_paths: real images (`find_images`).
+        limits: gate name -> limit, over the table's for the model's precision.
+        device: where the model runs.
+        progress: called with (images done, in all).
+
+    Raises:
+        SuperPointError: unusable model or reference, unknown gate, no readable image. A single bad image is noted.
+    """
+    limits = dict(limits or {})
+    unknown = sorted(set(limits) - set(GATE_NAMES))
+    if unknown:
+        raise SuperPointError(f"no gate is called {unknown[0]!r}; gates are: {', '.join(GATE_NAMES)}.")
+    paths = [Path(path) for path in image_paths]
+    results, problems = [], []
+    with SuperPoint(model, device=device) as superpoint:
+        reference = _open_reference(weights)
+        comparison = _Comparison(superpoint, reference)
+        for done, path in enumerate(paths, start=1):
+            try:
+                results.append(comparison.run(path))
+            except SuperPointError as error:
+                problems.append(str(error))
+            if progress:
+                progress(done, len(paths))
+        description, runtime = superpoint.description, str(superpoint.runtime)
+    if not results:
+        raise SuperPointError(f"no image could be used: {problems[0] if problems else 'none was given'}")
+    findings = _merged(results)
+    outputs = comparison.outputs()
+    return Verification(
+        model=str(model),
+        model_runtime=runtime,
+        reference=f"{weights} ({reference.runtime})",
+        precision=description.precision,
+        gates=_gates(results, findings, comparison.score_error_max, description.precision, limits),
+        findings=findings,
+        outputs=outputs,
+        images=results,
+        problems=problems,
+        notes=_notes(description, reference.description),
+    )
+
+
+def find_images(folder: PathLike, limit: int | None = None) -> list[Path]:
+    """The image files below a folder, sorted by path; a single file is itself.
+
+    Raises:
+        SuperPointError: no such path, or no image below it.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise SuperPointError(f"images {folder} do not exist; expected a folder of images or one image.")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise SuperPointError(f"{folder} holds no image; names should end in {', '.join(IMAGE_SUFFIXES)}.")
+    return found[:limit]
+
+
+# -------------------------------------------------------------------------------------------------------- the reference
+
+
+class _Reference(Protocol):
+    description: ModelDescription
+    runtime: str
+
+    def __call__(self, image: Float32) -> Outputs:
+        """(1, 1, H, W) -> scores, descriptors, and where it has them logits and coarse_descriptors; fp32."""
+
+
+class _OnnxReference:
+    """An fp32 .onnx: a file, or made here from a checkpoint where there is no torch."""
+
+    def __init__(self, path: PathLike) -> None:
+        self._backend = open_backend(path, "cpu")
+        self.description = self._backend.description
+        self.runtime = str(self._backend.runtime)
+        if self.description.type is OutputType.KEYPOINTS or self.description.precision is not Precision.FP32:
+            kind = f"{self.description.type.value}, {self.description.precision.value}"
+            raise SuperPointError(f"{path} is {kind}; a reference is a checkpoint, or an fp32 dense or heads .onnx.")
+
+    def __call__(self, image: Float32) -> Outputs:
+        outputs = dict(self._backend.infer(image))
+        if self.description.type is OutputType.HEADS:
+            outputs["scores"] = decode.scores_from_logits(outputs["logits"])
+            outputs["descriptors"] = decode.normalise(outputs["coarse_descriptors"], axis=1)
+        return outputs
+
+
+class _TorchReference:
+    """The checkpoint itself in `network.py`."""
+
+    def __init__(self, path: PathLike) -> None:
+        import torch
+
+        from superpoint_trt import checkpoint as checkpoints
+        from superpoint_trt.network import SuperPointNet
+
+        loaded = checkpoints.load(path)
+        self._net = SuperPointNet.from_checkpoint(loaded)
+        self.runtime = f"torch {torch.__version__} eager, cpu, fp32"
+        self.description = ModelDescription(
+            OutputType.HEADS,
+            sampling=loaded.sampling,
+            family=loaded.family,
+            checkpoint_sha256=loaded.sha256,
+            dynamic=True,
+            stride_px=loaded.stride_px,
+            descriptor_dim=loaded.descriptor_dim,
+        )
+
+    def __call__(self, image: Float32) -> Outputs:
+        import torch
+
+        from superpoint_trt.network import dense
+
+        with torch.inference_mode():
+            logits, coarse = self._net(torch.from_numpy(image))
+            scores, descriptors = dense(logits, coarse)
+        named = {"logits": logits, "coarse_descriptors": coarse, "scores": scores, "descriptors": descriptors}
+        return {name: tensor.numpy() for name, tensor in named.items()}
+
+
+def _open_reference(weights: PathLike) -> _Reference:
+    if Path(weights).suffix.lower() not in CHECKPOINT_SUFFIXES:
+        return _OnnxReference(weights)
+    if util.find_spec("torch"):
+        return _TorchReference(weights)
+    import tempfile
+
+    from superpoint_trt.export import ExportOptions, export
+
+    with tempfile.TemporaryDirectory() as folder:
+        return _OnnxReference(export(weights, Path(folder) / "m.onnx", ExportOptions(OutputType.HEADS, dynamic=True)))
+
+
+# ------------------------------------------------------------------------------------------------------ the comparison
+
+
+class _Comparison:
+    """Runs images through both and keeps samples of the errors."""
+
+    def __init__(self, superpoint: SuperPoint, reference: _Reference) -> None:
+        self._superpoint, self._reference = superpoint, reference
+        self._samples: dict[str, list[NDArray[np.floating]]] = {}
+        self.score_error_max: float | None = None
+        model, expected = superpoint.description, reference.description
+        for name in ("stride_px", "descriptor_dim"):
+            got, wanted = getattr(model, name), getattr(expected, name)
+            if got != wanted:
+                raise SuperPointError(f"the model's {name} is {got}, the reference's {wanted}: not the same network.")
+        limit = superpoint.options.max_keypoints or model.max_keypoints
+        self._options: DecodeOptions = replace(superpoint.options, max_keypoints=limit)
+
+    def run(self, path: Path) -> ImageResult:
+        """One image, and a warped copy of it for the matches."""
+        gray = images.to_gray(images.load_image(path))
+        view = self._view(gray)
+        warped_gray, homography = diagnose.warped_copy(gray)
+        warped = self._view(warped_gray)
+        errors = self._output_errors(view)
+        pairs = _mutual_within(view.expected.xy, view.found.xy, FOUND_WITHIN_PX)
+        cosines = _cosines(view.expected, view.found, pairs)
+        return ImageResult(
+            name=path.name,
+            reference_keypoints=len(view.expected),
+            model_keypoints=len(view.found),
+            found_again=int(within(view.expected.xy, view.found.xy).sum()),
+            found_back=int(within(view.found.xy, view.expected.xy).sum()),
+            score_rank_correlation=_spearman(view.expected.scores[pairs[:, 0]], view.found.scores[pairs[:, 1]]),
+            cosine_median=_percentile(cosines, 50),
+            cosine_p1=_percentile(cosines, 1),
+            reference_matches=_right_matches(view.expected, warped.expected, homography),
+            model_matches=_right_matches(view.found, warped.found, homography),
+            outputs={name: Errors.of(values) for name, values in errors.items()},
+            findings=self._diagnose(view),
+            reference=view.expected,
+            model=view.found,
+            path=path,
+            cosines=cosines,
+            score_errors=np.abs(view.expected.scores[pairs[:, 0]] - view.found.scores[pairs[:, 1]]),
+        )
+
+    def _view(self, gray: Float32) -> _View:
+        prepared, placement = self._superpoint.prepare(gray)
+        batch = prepared[None, None]
+        outputs = self._superpoint.infer(batch)
+        truth = self._reference(batch)
+        (found,) = self._superpoint.decode(outputs, [placement])
+        in_graph = self._superpoint.description.type is OutputType.KEYPOINTS
+        expected = _decode_reference(truth, placement, self._options, self._reference.description, in_graph)
+        return _View(outputs, truth, found, expected, placement)
+
+    def _output_errors(self, view: _View) -> dict[str, NDArray[np.floating]]:
+        """Absolute errors of every output that both have; of a `keypoints` model, at the points both found."""
+        if self._superpoint.description.type is OutputType.KEYPOINTS:
+            pairs = _mutual_within(view.expected.xy, view.found.xy, FOUND_WITHIN_PX)
+            a, b = pairs.T
+            errors: dict[str, NDArray[np.floating]] = {
+                "keypoints": np.linalg.norm(view.expected.xy[a] - view.found.xy[b], axis=1),
+                "scores": np.abs(view.expected.scores[a] - view.found.scores[b]),
+                "descriptors": np.abs(view.expected.descriptors[a] - view.found.descriptors[b]),
+            }
+        else:
+            common = [name for name in view.outputs if name in view.truth]
+            errors = {name: np.abs(view.outputs[name].astype(np.float32) - view.truth[name]) for name in common}
+            if "logits" in errors:
+                scores = decode.scores_from_logits(view.outputs["logits"])
+                errors["scores"] = np.abs(scores - view.truth["scores"])
+        if errors.get("scores", np.zeros(0)).size:
+            self.score_error_max = max(self.score_error_max or 0.0, float(errors["scores"].max()))
+        for name, values in errors.items():
+            step = max(1, values.size // SAMPLES_PER_IMAGE)
+            self._samples.setdefault(name, []).append(values.ravel()[::step])
+        return errors
+
+    def _diagnose(self, view: _View) -> list[Finding]:
+        evidence = diagnose.Evidence(
+            found=view.found,
+            scores=view.truth["scores"][0],
+            descriptors=view.truth["descriptors"][0],
+            sampling=self._reference.description.sampling,
+            border_px=self._options.remove_borders_px,
+            in_graph=self._superpoint.description.type is OutputType.KEYPOINTS,
+            raw_xy=view.raw_xy(),
+        )
+        # Shrunk images have keypoints between the network's pixels, where the reference map cannot be read off.
+        return [] if view.placement.resized else diagnose.findings(evidence)
+
+    def outputs(self) -> dict[str, Errors | None]:
+        """Errors of each output over all images: mean and percentiles of the samples."""
+        return {name: Errors.of(np.concatenate(parts)) for name, parts in self._samples.items()}
+
+
+@dataclass(frozen=True)
+class _View:
+    outputs: Outputs
+    truth: Outputs
+    found: Keypoints
+    expected: Keypoints
+    placement: Placement
+
+    def raw_xy(self) -> Float32 | None:
+        """What a `keypoints` model put out, before anything was left out."""
+        if "keypoints" not in self.outputs:
+            return None
+        rows: Float32 = self.outputs["keypoints"][0][self.outputs["scores"][0] > 0]
+        return rows
+
+
+def _decode_reference(
+    truth: Outputs, placement: Placement, options: DecodeOptions, model: ModelDescription, in_graph: bool
+) -> Keypoints:
+    """The points the model ought to find: a graph decodes its whole input, and what lies in padding goes afterwards."""
+    scores_map = truth["scores"][0]
+    extent = np.array([placement.placed_width_px, placement.placed_height_px])
+    xy, scores = decode.select(scores_map if in_graph else scores_map[: extent[1], : extent[0]], options)
+    inside = (xy < extent - options.remove_borders_px).all(axis=1)
+    xy, scores = xy[inside], scores[inside]
+    sampled = decode.sample_descriptors(xy, truth["descriptors"][0], model.stride_px, model.sampling)
+    size = (placement.image_width_px, placement.image_height_px)
+    return Keypoints(placement.to_image(xy), scores, sampled, size)
+
+
+def _right_matches(first: Keypoints, second: Keypoints, homography: Matrix) -> int:
+    """Mutual nearest neighbours within 3 px of their true place."""
+    rows = match(first.descriptors, second.descriptors).rows
+    error = np.linalg.norm(metrics.warp(first.xy[rows[:, 0]], homography) - second.xy[rows[:, 1]], axis=1)
+    return int((error <= CORRECT_WITHIN_PX).sum())
+
+
+def _nearest(a: Float32, b: Float32) -> tuple[NDArray[np.int64], NDArray[np.floating]]:
+    """Of each of a (N, 2) the nearest of b (M, 2): row and distance in pixels; infinite if b is empty."""
+    if not len(b):
+        return np.zeros(len(a), np.int64), np.full(len(a), np.inf)
+    found = np.zeros(len(a), np.int64)
+    distance = np.zeros(len(a))
+    for start in range(0, len(a), 1024):  # bounded memory for tens of thousands of points
+        block: NDArray[Any] = np.linalg.norm(a[start : start + 1024, None] - b[None], axis=2)
+        found[start : start + 1024] = block.argmin(axis=1)
+        distance[start : start + 1024] = block.min(axis=1)
+    return found, distance
+
+
+def within(a: Float32, b: Float32) -> NDArray[np.bool_]:
+    """(N,) which of the points a (N, 2) have one of b (M, 2) within 1 px."""
+    near: NDArray[np.bool_] = _nearest(a, b)[1] <= FOUND_WITHIN_PX
+    return near
+
+
+def _mutual_within(a: Float32, b: Float32, distance_px: float) -> NDArray[np.int64]:
+    """(P, 2) rows of points that are each other's nearest, within a distance."""
+    if not len(a) or not len(b):
+        return np.zeros((0, 2), np.int64)
+    there, distance = _nearest(a, b)
+    back, _ = _nearest(b, a)
+    rows = np.arange(len(a))
+    kept = (back[there] == rows) & (distance <= distance_px)
+    pairs: NDArray[np.int64] = np.stack([rows, there], axis=1)[kept]
+    return pairs
+
+
+def _cosines(a: Keypoints, b: Keypoints, pairs: NDArray[np.int64]) -> Float32:
+    cosines: Float32 = (a.descriptors[pairs[:, 0]] * b.descriptors[pairs[:, 1]]).sum(axis=1)
+    return cosines
+
+
+def _spearman(a: Float32, b: Float32) -> float | None:
+    """Correlation of the ranks (Spearman 1904); None below three points or without any spread."""
+    if len(a) < 3:
+        return None
+    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (a, b)]
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])
+
+
+def _percentile(values: Float32, percent: float) -> float | None:
+    return float(np.percentile(values, percent)) if len(values) else None
+
+
+# ---------------------------------------------------------------------------------------------------------- the verdict
+
+
+def _gates(
+    results: Sequence[ImageResult],
+    findings: Sequence[Finding],
+    score_error_max: float | None,
+    precision: Precision,
+    limits: Mapping[str, float],
+) -> list[Gate]:
+    cosines = np.concatenate([result.cosines for result in results])
+    ranks = [r.score_rank_correlation for r in results if r.score_rank_correlation is not None]
+    there = _share(sum(r.found_again for r in results), sum(r.reference_keypoints for r in results))
+    back = _share(sum(r.found_back for r in results), sum(r.model_keypoints for r in results))
+    nothing_found = back is None and there is not None
+    values: dict[str, float | None] = {
+        "score_error_max": score_error_max,
+        "keypoints_found_share": 0.0
+        if nothing_found
+        else min((s for s in (there, back) if s is not None), default=None),
+        "score_rank_correlation": float(np.mean(ranks)) if ranks else None,
+        "descriptor_cosine_median": _percentile(cosines, 50),
+        "descriptor_cosine_p1": _percentile(cosines, 1),
+        "matches_kept_share": _share(sum(r.model_matches for r in results), sum(r.reference_matches for r in results)),
+        "findings": float(len(findings)),
+    }
+    return [
+        Gate(name, values[name], limits.get(name, by_precision[precision]), at_least)
+        for name, (at_least, by_precision) in _GATES.items()
+    ]
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _merged(results: Sequence[ImageResult]) -> list[Finding]:
+    """One finding of each name, with the number of images that show it; what only a minority shows is left out."""
+    by_name: dict[str, list[Finding]] = {}
+    for result in results:
+        for finding in result.findings:
+            by_name.setdefault(finding.name, []).append(finding)
+    return [
+        Finding(name, f"{found[0].detail} ({len(found)} of {len(results)} images)")
+        for name, found in by_name.items()
+        if len(found) * 2 > len(results)
+    ]
+
+
+def _notes(model: ModelDescription, reference: ModelDescription) -> list[str]:
+    notes = []
+    if model.checkpoint_sha256 and reference.checkpoint_sha256 not in (None, model.checkpoint_sha256):
+        notes.append(
+            f"the model names another checkpoint as its source (sha256 {model.checkpoint_sha256[:12]}) than the "
+            f"reference (sha256 {str(reference.checkpoint_sha256)[:12]})"
+        )
+    if model.sampling is not reference.sampling:
+        notes.append(
+            f"the model samples descriptors {_words(model.sampling)}, the reference {_words(reference.sampling)}"
+        )
+    return notes
+
+
+def _words(sampling: Sampling) -> str:
+    return f"the {sampling.value} way"

@@ -1,0 +1,166 @@
+"""`evaluate` on small datasets made here, whose right answers are known; layouts, broken parts, baselines."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from conftest import SHARED, photograph
+
+from superpoint_trt.datasets import ILLUMINATION, OTHER, VIEWPOINT, load_pairs
+from superpoint_trt.evaluate import Protocol, Resize, _resize, evaluate
+from superpoint_trt.export import ExportOptions, export
+from superpoint_trt.spec import SuperPointError
+
+MOVE = np.array([[1.0, 0, 24], [0, 1, 8], [0, 0, 1]])
+
+
+SAME = np.eye(3)
+
+
+def write_sequence(folder, oxford=False, homographies=(MOVE, SAME), suffix="ppm"):
+    """Image 1 and its exact translations, cut from one photograph so that nothing is interpolated."""
+    folder.mkdir(parents=True)
+    whole = photograph(600, 800, "coffee")
+    for index, homography in enumerate((np.eye(3), *homographies), start=1):
+        dx, dy = int(homography[0, 2]), int(homography[1, 2])
+        view = whole[60 - dy : 540 - dy, 80 - dx : 720 - dx]
+        path = folder / (f"img{index}.{suffix}" if oxford else f"{index}.{suffix}")
+        assert cv2.imwrite(str(path), np.repeat(view[..., None], 3, axis=2))  # .ppm is colour
+        if index > 1:
+            np.savetxt(folder / (f"H1to{index}p" if oxford else f"H_1_{index}"), homography)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint_file, tmp_path_factory):
+    return export(checkpoint_file("v6"), tmp_path_factory.mktemp("m") / "m.onnx", ExportOptions(dynamic=True))
+
+
+def test_both_layouts_are_recognised(tmp_path):
+    write_sequence(tmp_path / "v_wall")
+    write_sequence(tmp_path / "i_lamp")
+    write_sequence(tmp_path / "leuven", oxford=True, suffix="png")
+    write_sequence(tmp_path / "bikes", oxford=True, suffix="png")
+    found = load_pairs(tmp_path)
+    assert not found.problems
+    kinds = {pair.sequence: pair.kind for pair in found.pairs}
+    assert kinds == {"v_wall": VIEWPOINT, "i_lamp": ILLUMINATION, "leuven": ILLUMINATION, "bikes": OTHER}
+    assert len(found.pairs) == 8
+    np.testing.assert_array_equal(found.pairs[0].homography, MOVE)
+    assert len(load_pairs(tmp_path / "v_wall").pairs) == 2, "a sequence may be the dataset itself"
+
+
+@pytest.mark.parametrize("name", ["model", "sift", "orb"])
+def test_exact_copies_score_perfectly(name, model, tmp_path):
+    """A whole-pixel shift by three cells and one: the network sees the same cells, so all metrics are near 1."""
+    write_sequence(tmp_path / "v_shift")
+    protocol = Protocol(resize=Resize.NONE, threshold=0.02)
+    report = evaluate(model if name == "model" else name, tmp_path, protocol).to_json()
+    total = report["total"]
+    assert total["pairs"] == 2
+    assert total["repeatability"] > 0.9
+    assert total["localisation_error_px"] < 0.5
+    assert total["mma"]["1"] > 0.8
+    assert total["homography"]["3"] == total["homography"]["5"] == 1.0
+    assert total["matching_score"] > 0.8
+    assert total["nn_map"] > 0.8
+
+
+def test_a_wrong_homography_scores_nothing(model, tmp_path):
+    folder = write_sequence(tmp_path / "v_shift")
+    np.savetxt(folder / "H_1_2", np.array([[1.0, 0, -100], [0, 1, 60], [0, 0, 1]]))
+    np.savetxt(folder / "H_1_3", np.array([[-1.0, 0, 639], [0, 1, 0], [0, 0, 1]]))
+    total = evaluate(model, tmp_path, Protocol(resize=Resize.NONE)).to_json()["total"]
+    assert total["mma"]["3"] < 0.05
+    assert total["homography"]["5"] == 0.0
+    assert total["matching_score"] < 0.1
+
+
+def test_the_report_has_the_contract_s_shape(model, tmp_path):
+    write_sequence(tmp_path / "v_a")
+    write_sequence(tmp_path / "i_b")
+    report = json.loads(json.dumps(evaluate(model, tmp_path).to_json()))
+    assert set(report) >= {"model", "protocol", "sequences", "total"}
+    keys = {"pairs", "repeatability", "localisation_error_px", "mma", "homography", "matching_score", "nn_map"}
+    for row in (report["total"], *report["sequences"].values(), *report["kinds"].values()):
+        assert set(row) == keys
+        assert list(row["mma"]) == [str(px) for px in range(1, 11)]
+        assert list(row["homography"]) == ["1", "3", "5"]
+    assert set(report["sequences"]) == {"v_a", "i_b"}
+    assert report["protocol"]["detector_size_hw"] == [240, 320]
+    assert report["total"]["pairs"] == sum(row["pairs"] for row in report["sequences"].values()) == 4
+
+
+def test_broken_parts_are_one_line_each_and_the_rest_is_evaluated(model, tmp_path):
+    folder = write_sequence(tmp_path / "v_a", homographies=(MOVE, SAME, MOVE, MOVE, MOVE))
+    (folder / "H_1_2").write_text("not numbers\n")
+    np.savetxt(folder / "H_1_3", np.zeros((3, 3)))
+    (folder / "4.ppm").unlink()
+    (folder / "5.ppm").write_bytes(b"P6 broken")
+    evaluation = evaluate(model, tmp_path)
+    assert [result.pair.second.name for result in evaluation.pairs] == ["6.ppm"]
+    assert len(evaluation.problems) == 4
+    for word, problem in zip(("H_1_2", "H_1_3", "image 4", "5.ppm"), evaluation.problems):
+        assert word in problem
+        assert len(problem.splitlines()) == 1
+
+
+def test_blank_images_have_no_matches_and_no_crash(checkpoint_file, tmp_path):
+    model = export(checkpoint_file("real-v6"), tmp_path / "m.onnx", ExportOptions(dynamic=True))
+    folder = tmp_path / "data" / "i_blank"
+    folder.mkdir(parents=True)
+    for index in (1, 2):
+        cv2.imwrite(str(folder / f"{index}.ppm"), np.full((240, 320, 3), 127, np.uint8))
+    np.savetxt(folder / "H_1_2", np.eye(3))
+    total = evaluate(model, folder).to_json()["total"]
+    assert total["repeatability"] is None
+    assert total["homography"]["5"] == 0.0
+    assert total["mma"]["10"] == 0.0
+
+
+def test_no_dataset(model, tmp_path):
+    with pytest.raises(SuperPointError, match="not a folder"):
+        evaluate(model, tmp_path / "nowhere")
+    with pytest.raises(SuperPointError, match="holds no image pairs"):
+        evaluate(model, tmp_path)
+    folder = tmp_path / "v_a"
+    folder.mkdir()
+    (folder / "H_1_2").write_text("x")
+    with pytest.raises(SuperPointError, match="H_1_2"):
+        evaluate(model, tmp_path)
+
+
+@pytest.mark.parametrize("rule", [Resize.CROP, Resize.FIT])
+def test_resizing_keeps_points_on_what_they_mark(rule):
+    """A bright dot at a known place ends where the matrix says, for sizes that crop either way."""
+    for height, width in ((600, 800), (480, 900), (900, 480)):
+        image = np.zeros((height, width), np.float32)
+        y, x = height // 2 + 31, width // 2 - 47
+        image[y - 3 : y + 4, x - 3 : x + 4] = 1.0
+        resized, to_view = _resize(image, (240, 320), rule)
+        if rule is Resize.CROP:
+            assert resized.shape == (240, 320)
+        else:
+            assert resized.shape[0] <= 240
+            assert resized.shape[1] <= 320
+        place = to_view @ [x, y, 1]
+        rows, columns = np.nonzero(resized > 0)
+        weights = resized[rows, columns]
+        centre = np.array([(columns * weights).sum(), (rows * weights).sum()]) / weights.sum()
+        np.testing.assert_allclose(place[:2], centre, atol=0.05)
+
+
+@pytest.mark.skipif(not (SHARED / "data/homography").is_dir(), reason="the homography dataset is not here")
+def test_pytorch_and_onnx_agree_to_the_third_decimal(checkpoint_file, tmp_path):
+    """On a part of the real dataset; the whole table is in docs/evaluation.md."""
+    weights = checkpoint_file("real-v6")
+    model = export(weights, tmp_path / "m.onnx", ExportOptions(dynamic=True))
+    dataset = SHARED / "data/homography/oxford_graf"
+    totals = [evaluate(source, dataset).to_json()["total"] for source in (model, weights)]
+    for key in ("repeatability", "localisation_error_px", "matching_score", "nn_map"):
+        assert totals[0][key] == pytest.approx(totals[1][key], abs=5e-4)
+    for key in ("mma", "homography"):
+        assert totals[0][key] == pytest.approx(totals[1][key], abs=5e-4)

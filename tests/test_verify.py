@@ -1,0 +1,269 @@
+"""`verify` on sound models, and on models with one planted fault each, which it must find by name."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from conftest import photograph
+from onnx import TensorProto, helper, numpy_helper
+
+from superpoint_trt import checkpoint as checkpoints
+from superpoint_trt.export import ExportOptions, to_onnx
+from superpoint_trt.files import sha256
+from superpoint_trt.spec import DecodeOptions, ModelDescription, OutputType, Sampling, SuperPointError
+from superpoint_trt.verify import find_images, verify
+
+HEIGHT, WIDTH = 120, 160
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three photographs."""
+    folder = tmp_path_factory.mktemp("photos")
+    for name in ("astronaut", "coffee", "chelsea"):
+        cv2.imwrite(str(folder / f"{name}.png"), photograph(HEIGHT, WIDTH, name))
+    return folder
+
+
+class Bench:
+    """Builds a model of a checkpoint, breaks it, verifies it against that checkpoint."""
+
+    def __init__(self, weights, folder, tmp_path):
+        self.weights, self.folder, self.path = weights, folder, tmp_path / "m.onnx"
+
+    def verify(self, kind=OutputType.KEYPOINTS, fault=None, sampling=None, limits=None, **options):
+        loaded = checkpoints.load(self.weights, sampling)
+        settings = ExportOptions(kind, HEIGHT, WIDTH, max_keypoints=400, **options)
+        model = to_onnx(loaded, settings)
+        if fault:
+            fault(model)
+            onnx.checker.check_model(model, full_check=False)
+        self.path.write_bytes(model.SerializeToString())
+        return verify(self.path, self.weights, find_images(self.folder), limits)
+
+
+@pytest.fixture(params=["v6", "real-v6"])
+def bench(request, checkpoint_file, folder, tmp_path):
+    return Bench(checkpoint_file(request.param), folder, tmp_path)
+
+
+def node(model, output):
+    return next(n for n in model.graph.node if output in n.output)
+
+
+def insert_after(model, output, *nodes):
+    """Lets everything that reads `output` read `output + "_faulty"`, which the new nodes make of it."""
+    for reader in model.graph.node:
+        reader.input[:] = [f"{output}_faulty" if name == output else name for name in reader.input]
+    at = list(model.graph.node).index(node(model, output)) + 1
+    for offset, new in enumerate(nodes):
+        model.graph.node.insert(at + offset, new)
+
+
+def constant(model, name, value):
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    return name
+
+
+def shift_sampling(model):
+    """Half a cell to the right and down, as a grid from corner to corner does it."""
+    half = constant(model, "half_cell", np.float32(0.5))
+    insert_after(model, "cell_xy", helper.make_node("Add", ["cell_xy", half], ["cell_xy_faulty"]))
+
+
+def keep_border(model):
+    """The graph clears nothing; its metadata says that it does."""
+    model.graph.node.remove(node(model, "inside_border"))
+    for reader in model.graph.node:
+        reader.input[:] = ["suppressed" if name == "inside_border" else name for name in reader.input]
+
+
+def drop_dustbin(model):
+    softmax = node(model, "cell_probabilities")
+    bounds = [constant(model, n, np.array([v], np.int64)) for n, v in (("s0", 0), ("s64", 64), ("s3", 3))]
+    cut = helper.make_node("Slice", [softmax.input[0], *bounds], ["without_dustbin"])
+    model.graph.node.insert(list(model.graph.node).index(softmax), cut)
+    softmax.input[0] = "without_dustbin"
+
+
+def transpose_cells(model):
+    space = node(model, "score_map")
+    order = constant(model, "turned", np.arange(64).reshape(8, 8).T.ravel())
+    turn = helper.make_node("Gather", [space.input[0], order], ["turned_cells"], axis=1)
+    model.graph.node.insert(list(model.graph.node).index(space), turn)
+    space.input[0] = "turned_cells"
+
+
+def halve_indices(model):
+    insert_after(
+        model,
+        "pixel_index",
+        helper.make_node("Cast", ["pixel_index"], ["pixel_index_16"], to=TensorProto.FLOAT16),
+        helper.make_node("Cast", ["pixel_index_16"], ["pixel_index_faulty"], to=TensorProto.INT64),
+    )
+
+
+@pytest.mark.parametrize("kind", OutputType)
+def test_a_sound_model_passes(kind, bench):
+    result = bench.verify(kind)
+    assert result.passed, [gate for gate in result.gates if not gate.passed]
+    assert result.findings == []
+    assert result.images[0].reference_keypoints > 20
+    found = {gate.name: gate.value for gate in result.gates}
+    assert found["keypoints_found_share"] == 1.0
+    assert found["score_error_max"] < 1e-4
+    assert 0.98 < found["matches_kept_share"] < 1.02
+
+
+FAULTS = {
+    "descriptor-sampling": (shift_sampling, {"descriptor_cosine_p1"}),
+    "border": (keep_border, {"keypoints_found_share"}),
+    "dustbin": (drop_dustbin, {"score_error_max"}),
+    "cell-order": (transpose_cells, {"keypoints_found_share"}),
+    "fp16-indices": (halve_indices, {"keypoints_found_share"}),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_by_name(name, bench):
+    fault, gates = FAULTS[name]
+    result = bench.verify(fault=fault)
+    assert not result.passed
+    assert [finding.name for finding in result.findings] == [name]
+    failed = {gate.name for gate in result.gates if not gate.passed}
+    assert failed >= gates | {"findings"}
+
+
+@pytest.mark.parametrize("name", ["dustbin", "cell-order"])
+@pytest.mark.parametrize("kind", [OutputType.DENSE])
+def test_faults_of_dense_models_too(name, kind, bench):
+    result = bench.verify(kind, fault=FAULTS[name][0])
+    assert [finding.name for finding in result.findings] == [name]
+
+
+def test_the_other_sampling_convention_is_named(bench):
+    result = bench.verify(sampling=Sampling.LEGACY)
+    assert "descriptor-sampling" in [finding.name for finding in result.findings]
+    assert "legacy" in result.notes[0]
+
+
+def test_indices_beyond_float16_are_named(checkpoint_file, folder, tmp_path):
+    """Above 65,504 there is no float16 number left: points land outside the image."""
+
+    class Large(Bench):
+        def verify(self, **_):
+            model = to_onnx(checkpoints.load(self.weights), ExportOptions(OutputType.KEYPOINTS, 480, 640))
+            halve_indices(model)
+            self.path.write_bytes(model.SerializeToString())
+            return verify(self.path, self.weights, [large])
+
+    large = tmp_path / "large.png"
+    cv2.imwrite(str(large), photograph(480, 640))
+    result = Large(checkpoint_file("v6"), folder, tmp_path).verify()
+    assert not result.passed
+    assert {"coordinates", "fp16-indices"} & {finding.name for finding in result.findings}
+
+
+def test_all_failures_are_collected_and_limits_can_be_moved(bench):
+    strict = {"score_error_max": -1.0, "matches_kept_share": 2.0}
+    result = bench.verify(limits=strict)
+    assert [gate.name for gate in result.gates if not gate.passed] == ["score_error_max", "matches_kept_share"]
+    with pytest.raises(SuperPointError, match="no gate is called 'speed'"):
+        bench.verify(limits={"speed": 1.0})
+
+
+def test_an_onnx_may_be_the_reference(bench, tmp_path):
+    bench.verify(OutputType.HEADS)
+    reference = bench.path.rename(tmp_path / "reference.onnx")
+    keypoints = ExportOptions(OutputType.KEYPOINTS, HEIGHT, WIDTH, max_keypoints=400)
+    bench.path.write_bytes(to_onnx(checkpoints.load(bench.weights), keypoints).SerializeToString())
+    assert verify(bench.path, reference, find_images(bench.folder)).passed
+    with pytest.raises(SuperPointError, match="a reference is a checkpoint"):
+        verify(bench.path, bench.path, find_images(bench.folder))
+
+
+def test_the_report_as_json(bench):
+    report = json.loads(json.dumps(bench.verify().to_json()))
+    assert set(report) >= {"passed", "gates", "images"}
+    assert set(report["gates"][0]) >= {"name", "value", "limit", "passed"}
+    assert [image["name"] for image in report["images"]] == ["astronaut.png", "chelsea.png", "coffee.png"]
+    assert report["outputs"]["descriptors"]["max"] < 1e-4
+
+
+def test_blank_and_broken_images_do_not_stop_the_rest(checkpoint_file, folder, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    cv2.imwrite(str(tmp_path / "gray.png"), np.full((HEIGHT, WIDTH), 127, np.uint8))
+    cv2.imwrite(str(tmp_path / "photo.png"), photograph(HEIGHT, WIDTH))
+    bench = Bench(checkpoint_file("real-v6"), tmp_path, tmp_path)
+    result = bench.verify()
+    assert result.passed
+    assert [image.name for image in result.images] == ["gray.png", "photo.png"]
+    assert len(result.problems) == 1
+    assert "broken.png" in result.problems[0]
+    gray = result.images[0]
+    assert (gray.reference_keypoints, gray.model_keypoints, gray.cosine_median) == (0, 0, None)
+
+
+def test_a_model_that_finds_nothing_fails(bench):
+    """Nothing found, nothing wrong with it? The share must be 0, not undefined."""
+
+    def blind(model):
+        scores = node(model, "cell_probabilities")
+        zero = constant(model, "nothing", np.float32(0))
+        insert_after(
+            model, scores.output[0], helper.make_node("Mul", [scores.output[0], zero], ["cell_probabilities_faulty"])
+        )
+
+    result = bench.verify(fault=blind)
+    assert not result.passed
+    assert {gate.name: gate.value for gate in result.gates}["keypoints_found_share"] == 0.0
+
+
+def test_another_checkpoint_is_noted(checkpoint_file, folder, tmp_path):
+    from conftest import write_checkpoint
+
+    other = write_checkpoint("v6", tmp_path, seed=1)
+    bench = Bench(checkpoint_file("v6"), folder, tmp_path)
+    bench.verify()
+    result = verify(bench.path, other, find_images(folder))
+    assert not result.passed
+    assert sha256(other.read_bytes())[:12] in result.notes[0]
+
+
+def test_networks_of_other_shape_are_refused(checkpoint_file, folder, tmp_path):
+    from conftest import write_checkpoint
+
+    bench = Bench(checkpoint_file("v6"), folder, tmp_path)
+    bench.verify()
+    with pytest.raises(SuperPointError, match="descriptor_dim is 32, the reference's 64"):
+        verify(bench.path, write_checkpoint("v6", tmp_path, seed=2, dim=64), find_images(folder))
+
+
+def test_find_images(folder, tmp_path):
+    assert [path.name for path in find_images(folder)] == ["astronaut.png", "chelsea.png", "coffee.png"]
+    assert len(find_images(folder, limit=2)) == 2
+    assert find_images(folder / "coffee.png") == [folder / "coffee.png"]
+    with pytest.raises(SuperPointError, match="holds no image"):
+        find_images(tmp_path)
+    with pytest.raises(SuperPointError, match="do not exist"):
+        find_images(tmp_path / "nowhere")
+
+
+def test_metadata_is_what_the_gates_are_chosen_by(bench):
+    """The precision in the metadata, not the caller's word."""
+    bench.verify()
+    model = onnx.load(bench.path)
+    described = ModelDescription.from_metadata({e.key: e.value for e in model.metadata_props})
+    from dataclasses import replace
+
+    from superpoint_trt.spec import Precision
+
+    helper.set_model_props(model, replace(described, precision=Precision.FP16).to_metadata())
+    bench.path.write_bytes(model.SerializeToString())
+    result = verify(bench.path, bench.weights, find_images(bench.folder))
+    assert {gate.name: gate.limit for gate in result.gates}["keypoints_found_share"] == 0.98
+    assert DecodeOptions().threshold == described.threshold
