@@ -1,7 +1,7 @@
 # make demo | make test | make check | make bench: each sets up what it needs in an environment of its own.
 PYTHON ?= python3
-# The tests compare with PyTorch, and .pth checkpoints need it.
-TORCH ?= torch==2.13.0
+# The tests compare with PyTorch, and .pth checkpoints need it. 2.13.0 has no build for Python 3.9.
+TORCH ?= $(shell $(PYTHON) -c "import sys; print('torch==2.13.0' if sys.version_info >= (3, 10) else 'torch>=2.6')")
 # A checkpoint for demo and bench. Empty: demo fetches the MIT one (5 MB).
 WEIGHTS ?=
 
@@ -32,7 +32,7 @@ test-gpu:
 demo: $(DEMO_VENV)/.ready
 	@mkdir -p demo
 	$(if $(WEIGHTS),,$(SUPERPOINT) weights fetch v6 --output $(FETCHED) || { echo "offline? make demo WEIGHTS=path/to/checkpoint.pth"; exit 2; })
-	$(if $(filter %.safetensors,$(WEIGHTS)),,$(DEMO_VENV)/bin/python -c "import torch" 2>/dev/null || $(DEMO_VENV)/bin/python $(PIP) $(TORCH))
+	$(if $(filter %.safetensors,$(WEIGHTS)),,$(DEMO_VENV)/bin/python -c "import torch" 2>/dev/null || $(DEMO_VENV)/bin/python $(PIP) '$(TORCH)')
 	@$(DEMO_VENV)/bin/python -c "from skimage import data, io; io.imsave('demo/astronaut.png', data.astronaut())"
 	$(SUPERPOINT) export --weights $(or $(WEIGHTS),$(FETCHED)) --output demo/superpoint.onnx --dynamic
 	$(SUPERPOINT) infer --model demo/superpoint.onnx --image demo/astronaut.png --output demo/keypoints.jpg --save demo/features.npz
@@ -40,8 +40,8 @@ demo: $(DEMO_VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP) $(TORCH)
-	$(VENV)/bin/python $(PIP) -e '.[dev,torch]'
+	$(VENV)/bin/python $(PIP) '$(TORCH)'
+	$(VENV)/bin/python $(PIP) -e '.[dev,torch,report]'
 	@touch $@
 
 $(DEMO_VENV)/.ready: pyproject.toml

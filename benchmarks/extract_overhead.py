@@ -23,7 +23,7 @@ LEAST_SPEEDUP = 2.5
 
 @click.command()
 @weights_option
-@click.option("--iterations", default=30, show_default=True)
+@click.option("--iterations", default=20, show_default=True)
 @click.option("--threads", type=int, default=None, help="CPU threads of onnxruntime and torch alike.")
 def main(weights: str, iterations: int, threads: int | None) -> None:
     """Time each model type's extract, its bare session, and the reference, in turn."""

@@ -19,8 +19,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.files import PathLike, git_blob_id, read_bytes, sha256, write_atomically
+from superpoint_trt.files import PathLike, one_line, read_bytes, sha256, write_atomically
 from superpoint_trt.spec import Family, Float32, Sampling, SuperPointError
+
+FEWEST_STAGES, MOST_STAGES = 3, 6
+"""Cells of 4 to 32 px; the published networks have 4 stages, so 8 px."""
 
 BATCHNORM_EPS = 1e-3
 """The MIT model's; torch's own default is 1e-5."""
@@ -37,7 +40,7 @@ class NormPlacement(str, enum.Enum):
     BEFORE_RELU = "before-relu"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchNorm:
     """Frozen BatchNorm statistics: y = (x - mean) / sqrt(var + eps) * weight + bias, each (C,) float32."""
 
@@ -52,7 +55,7 @@ class BatchNorm:
         return scale, self.bias - self.running_mean * scale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """One convolution: weight (O, I, K, K) and bias (O,), float32, and its BatchNorm if it has one."""
 
@@ -61,7 +64,7 @@ class Layer:
     norm: BatchNorm | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A verified SuperPoint: every layer present, of the right shape, finite."""
 
@@ -115,8 +118,6 @@ def load(path: PathLike, sampling: Sampling | None = None) -> Checkpoint:
         arrays, metadata = _read_safetensors(data, path)
     else:
         arrays, metadata = _read_torch(data, path), {}
-    if sampling is None:
-        sampling = _SAMPLING_BY_CONTENT.get(git_blob_id(data))
     checkpoint = from_arrays(arrays, sampling=sampling, metadata=metadata, source=str(path))
     return replace(checkpoint, sha256=sha256(data))
 
@@ -142,12 +143,8 @@ def from_arrays(
     family, named = _recognise(arrays, metadata, source)
     layers = {name: _layer(name, parameters, source) for name, parameters in named.items()}
     _verify(layers, source)
-    return Checkpoint(
-        layers=layers,
-        family=family,
-        norm=_norm_placement(layers, metadata, source),
-        sampling=sampling or _sampling(family, metadata, source),
-    )
+    norm = _norm_placement(family, layers, metadata, source)
+    return Checkpoint(layers, family, norm, sampling or _sampling(family, layers, metadata, source))
 
 
 def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
@@ -180,6 +177,7 @@ def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
 
 _PARAMETER = r"(weight|bias)"
 _BN_PARAMETER = r"bn\.(weight|bias|running_mean|running_var)"
+SAFE_TORCH = (2, 6)
 _LAYOUTS: Mapping[Family, tuple[str, ...]] = {
     # Each pattern yields (stage or head, a/b or 0/1, parameter); the order decides nothing, the keys are disjoint.
     Family.V6: (
@@ -197,10 +195,15 @@ _HEADS = {"detector": "P", "keypoint_decoder": "P", "descriptor": "D", "descript
 _FIRST_STAGE = {Family.V6: 0, Family.HUGGINGFACE: 0, Family.MAGICLEAP: 1}
 
 _SAMPLING_BY_CONTENT: Mapping[str, Sampling] = {
-    # AMD's Vitis-AI tf_superpoint after an int8 round trip: Magic Leap's key names, but trained with the TensorFlow
-    # code of rpautrat/SuperPoint, whose sampling is the half-pixel one.
-    "740b2700219852ab8ebac3b92749eef70b67e5ab": Sampling.HALF_PIXEL,
+    # `_fingerprint` -> sampling. AMD's Vitis-AI tf_superpoint after an int8 round trip: Magic Leap's key names, but
+    # trained with the TensorFlow code of rpautrat/SuperPoint, whose sampling is the half-pixel one.
+    "daa72151d47bff8ba79de12d65762d0b9ebb33d5390aa00c700b192d5d2d2d9a": Sampling.HALF_PIXEL,
 }
+
+
+def _fingerprint(layers: Mapping[str, Layer]) -> str:
+    """Of the convolution weights, whatever file or memory they come from."""
+    return sha256(b"".join(layers[name].weight.tobytes() for name in sorted(layers)))
 
 
 def _recognise(
@@ -263,8 +266,14 @@ def _layer(name: str, parameters: Mapping[str, NDArray[Any]], source: str) -> La
 def _verify(layers: Mapping[str, Layer], source: str) -> None:
     """Every layer there, kernels and channels chained as in the paper (DeTone et al. 2018, section 3)."""
     stages = [int(match[1]) for name in layers for match in [re.fullmatch(r"conv(\d+)a", name)] if match]
-    expected = [f"conv{stage}{half}" for stage in range(1, max([*stages, 2]) + 1) for half in "ab"]
+    if max([*stages, 0]) > MOST_STAGES:
+        last = f"conv{max(stages)}a"
+        raise SuperPointError(f"{source} is not a SuperPoint: layer {last}; at most {MOST_STAGES} stages are known.")
+    expected = [f"conv{stage}{half}" for stage in range(1, max([*stages, FEWEST_STAGES]) + 1) for half in "ab"]
     expected += ["convPa", "convPb", "convDa", "convDb"]
+    strange = [name for name in layers if name not in expected]
+    if strange:
+        raise SuperPointError(f"{source} is not a SuperPoint: layer {strange[0]}; stages count from conv1a.")
     missing = [name for name in expected if name not in layers]
     if missing:
         raise SuperPointError(f"{source} is incomplete: no layer {', '.join(missing)}.")
@@ -274,11 +283,13 @@ def _verify(layers: Mapping[str, Layer], source: str) -> None:
         if name in ("convPa", "convDa"):
             inputs = layers[f"conv{max(stages)}b"].weight.shape[0]
         kernel = 1 if name in ("convPb", "convDb") else 3
-        outputs = layer.weight.shape[0] if layer.weight.ndim else 0
+        outputs = max(1, layer.weight.shape[0] if layer.weight.ndim else 0)
         _expect(source, f"{name}.weight", layer.weight, (outputs, inputs, kernel, kernel))
         _expect(source, f"{name}.bias", layer.bias, (outputs,))
         for field, array in vars(layer.norm).items() if layer.norm else ():
             _expect(source, f"{name}.bn.{field}", array, (outputs,))
+        if layer.norm and (layer.norm.running_var < 0).any():
+            raise SuperPointError(f"{source} is damaged: {name}.bn.running_var is negative in places.")
         inputs = outputs
     stride = 2 ** (max(stages) - 1)
     cells = layers["convPb"].weight.shape[0]
@@ -294,20 +305,36 @@ def _expect(source: str, what: str, array: NDArray[Any], shape: tuple[int, ...])
         raise SuperPointError(f"{source} does not fit a SuperPoint: {what} is {array.shape}, expected {shape}.")
 
 
-def _norm_placement(layers: Mapping[str, Layer], metadata: Mapping[str, str], source: str) -> NormPlacement:
+def _norm_placement(
+    family: Family, layers: Mapping[str, Layer], metadata: Mapping[str, str], source: str
+) -> NormPlacement:
     with_norm = [name for name, layer in layers.items() if layer.norm]
     if not with_norm:
         return NormPlacement.NONE
     if len(with_norm) != len(layers):
         without = ", ".join(name for name in layers if name not in with_norm)
         raise SuperPointError(f"{source} is incomplete: BatchNorm is missing for {without}.")
-    return _choice(NormPlacement, metadata.get("norm", NormPlacement.AFTER_RELU.value), source)
+    if family is Family.SUPERPOINT_TRT:
+        return _choice(NormPlacement, metadata.get("norm", ""), source)
+    if family is Family.V6:
+        return NormPlacement.AFTER_RELU
+    raise SuperPointError(
+        f"{source} has BatchNorm under Magic Leap's key names, which say nothing of its place; this project's own "
+        "files say it in their metadata, which this one has lost: convert the original again."
+    )
 
 
-def _sampling(family: Family, metadata: Mapping[str, str], source: str) -> Sampling:
+def _sampling(family: Family, layers: Mapping[str, Layer], metadata: Mapping[str, str], source: str) -> Sampling:
     if family is Family.SUPERPOINT_TRT:
         return _choice(Sampling, metadata.get("sampling", ""), source)
-    return Sampling.HALF_PIXEL if family is Family.V6 else Sampling.LEGACY
+    if family is Family.V6:
+        if not any(layer.norm for layer in layers.values()):
+            raise SuperPointError(
+                f"{source} has the v6 layout's key names but no BatchNorm, so its descriptor sampling is not known; "
+                "say it: --sampling half-pixel or legacy."
+            )
+        return Sampling.HALF_PIXEL
+    return _SAMPLING_BY_CONTENT.get(_fingerprint(layers), Sampling.LEGACY)
 
 
 def _choice(kind: type[_Choice], value: str, source: str) -> _Choice:
@@ -331,10 +358,12 @@ def _read_safetensors(data: bytes, path: Path) -> tuple[dict[str, NDArray[Any]],
     from safetensors.numpy import load as from_bytes
 
     try:
-        arrays = from_bytes(data)
+        arrays = from_bytes(data)  # bfloat16 comes as ml_dtypes' where that is installed
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise SuperPointError(f"checkpoint {path} is not a readable safetensors file: {_one_line(error)}.") from error
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        if '"BF16"' in str(data[8:100_000]):
+            raise SuperPointError(f"checkpoint {path} is in bfloat16; save it as float32 or float16.") from error
+        raise SuperPointError(f"checkpoint {path} is not a readable safetensors file: {one_line(error)}.") from error
     return arrays, header.get("__metadata__") or {}
 
 
@@ -347,10 +376,18 @@ def _read_torch(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
         raise SuperPointError(
             f"reading {path} needs PyTorch: pip install 'superpoint-trt[torch]' (a .safetensors file does not)."
         ) from None
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
+        raise SuperPointError(
+            f"torch {torch.__version__} cannot be trusted to refuse code in a .pth (CVE-2025-32434): "
+            "pip install 'torch>=2.6', or use a .safetensors file."
+        )
     import pickle
+    import warnings
 
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a TorchScript archive is warned about, then refused below
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|global|class|type)\s+`?([\w.]+)`?", str(error))
         what = f" ({asked[1]})" if asked else ""
@@ -359,13 +396,25 @@ def _read_torch(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
             "loaded; save only the state_dict, or use a .safetensors file."
         ) from error
     except Exception as error:  # torch has no one exception for a damaged file
-        raise SuperPointError(f"checkpoint {path} is damaged or truncated: {_one_line(error)}.") from error
+        raise SuperPointError(
+            f"checkpoint {path} is damaged or truncated, or no plain state_dict: {one_line(error)}."
+        ) from error
+    return state_arrays(state, str(path))
+
+
+def state_arrays(state: Any, source: str = "state dict") -> dict[str, NDArray[Any]]:
+    """A torch state_dict, wrapped as training scripts wrap it or not, as float32 arrays.
+
+    Raises:
+        SuperPointError: not a mapping of names to tensors.
+    """
+    import torch
+
     state = _unwrap(state)
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise SuperPointError(
-            f"{path} is not a checkpoint: expected a state_dict of arrays, got {type(state).__name__}."
-        )
-    return {str(key): value.float().numpy() for key, value in state.items()}
+        kind = type(state).__name__
+        raise SuperPointError(f"{source} is not a checkpoint: expected a state_dict of arrays, got {kind}.")
+    return {str(key): value.detach().cpu().to_dense().float().numpy() for key, value in state.items()}
 
 
 def _unwrap(state: Any) -> Any:
@@ -374,7 +423,3 @@ def _unwrap(state: Any) -> Any:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             return state[key]
     return state
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160].rstrip(".")

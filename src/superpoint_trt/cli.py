@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable
 
@@ -13,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from superpoint_trt._version import __version__
-from superpoint_trt.spec import DecodeOptions, OutputType, Sampling, SuperPointError
+from superpoint_trt.spec import TENSORRT_MAX_TOPK, DecodeOptions, OutputType, Sampling, SuperPointError
 
+GATE_FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 _WIDE = 160
@@ -72,6 +74,10 @@ def export(
     from superpoint_trt.export import ExportOptions
     from superpoint_trt.export import export as convert
 
+    if kind != OutputType.KEYPOINTS.value:
+        _note_unused(f"a {kind} model decodes at run time")
+    elif max_keypoints > TENSORRT_MAX_TOPK:
+        click.echo(f"note: TensorRT takes at most {TENSORRT_MAX_TOPK} keypoints in a graph", err=True)
     options = ExportOptions(
         type=OutputType(kind),
         height_px=height,
@@ -83,6 +89,18 @@ def export(
         opset=opset,
     )
     print_info(convert(weights, output, options, Sampling(sampling) if sampling else None))
+
+
+_DECODE_FLAGS = ("max_keypoints", "nms_radius", "threshold", "remove_borders")
+
+
+def _note_unused(why: str) -> None:
+    """Says which decode options were given in vain."""
+    context = click.get_current_context()
+    given = [n for n in _DECODE_FLAGS if context.get_parameter_source(n) is click.core.ParameterSource.COMMANDLINE]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        click.echo(f"note: {flags} changes nothing: {why}", err=True)
 
 
 @cli.command()
@@ -125,30 +143,29 @@ def infer(
     threads: int | None,
 ) -> None:
     """Find the keypoints of an image; draw and save them."""
-    from superpoint_trt.extractor import SuperPoint
-    from superpoint_trt.files import check_writable
+    from superpoint_trt.files import check_distinct, check_writable
     from superpoint_trt.image import load_image
-    from superpoint_trt.store import save_features
+    from superpoint_trt.store import check_npz, save_features
 
     if output:
         from superpoint_trt.draw import check_picture_name
 
         check_picture_name(check_writable(output))
+        check_distinct(output, image, model, save)
     if save:
-        check_writable(save)
+        check_npz(check_writable(save))
+        check_distinct(save, image, model)
     pixels = load_image(image)
     options: dict[str, Any] = {"threshold": threshold, "max_keypoints": top_k, "max_side_px": max_side}
-    with SuperPoint(model, device=device, threads=threads, **options) as superpoint:
+    with _open(model, device=device, threads=threads, **options) as superpoint:
         started = time.perf_counter()
         keypoints = superpoint.extract(pixels)
         elapsed_ms = (time.perf_counter() - started) * 1e3
-        click.echo(f"{'model':<14}{model} ({superpoint.description.type.value})")
-        click.echo(f"{'ran on':<14}{superpoint.runtime}")
     print_found(keypoints, elapsed_ms)
-    if output:
-        save_drawing(image, keypoints, output)
     if save:
         click.echo(f"{'features':<14}{save_features(save, keypoints)}")
+    if output:
+        save_drawing(pixels, keypoints, output)
 
 
 def print_found(keypoints: Any, elapsed_ms: float) -> None:
@@ -160,13 +177,239 @@ def print_found(keypoints: Any, elapsed_ms: float) -> None:
     click.echo(f"{'descriptors':<14}{keypoints.descriptors.shape}, {keypoints.descriptors.dtype}")
 
 
-def save_drawing(image: str, keypoints: Any, output: str) -> None:
+def save_drawing(pixels: Any, keypoints: Any, output: str) -> None:
     """Writes the image with its keypoints and says so."""
     from superpoint_trt.draw import draw_keypoints, save_picture
-    from superpoint_trt.image import load_image
+    from superpoint_trt.image import to_picture
 
-    picture = save_picture(output, draw_keypoints(load_image(image, color=True), keypoints))
+    picture = save_picture(output, draw_keypoints(to_picture(pixels), keypoints))
     click.echo(f"{'picture':<14}{picture}")
+
+
+# -------------------------------------------------------------------------------------- match, verify, evaluate, bench
+
+_DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+_JSON = click.option("--json", "json_path", help="File to write the figures to.")
+
+
+@cli.command()
+@click.option("--model", required=True, help=".onnx, or a checkpoint (runs in PyTorch).")
+@click.argument("first")
+@click.argument("second")
+@click.option("--output", help="Picture to write: both images, inliers green, outliers red.")
+@click.option("--save", help="Matches to write: .npz with both feature sets, matches, distances, inliers, geometry.")
+@click.option("--geometry", type=click.Choice(["homography", "fundamental"]), default="homography", show_default=True)
+@click.option("--estimator", type=click.Choice(["magsac", "ransac"]), default="magsac", show_default=True)
+@click.option("--inlier-px", type=float, default=3.0, show_default=True, help="How far an inlier may lie.")
+@click.option("--ratio", type=float, help="Nearest over second nearest distance must be smaller.  [default: no test]")
+@click.option("--max-distance", type=float, help="Descriptor distance must not be greater.  [default: no limit]")
+@click.option("--top-k", type=int, default=2048, show_default=True, help="Keep the best K keypoints of each image.")
+@click.option("--max-side", type=int, help="Shrink larger images to this many px first.")
+@_DEVICE
+def match(
+    model: str,
+    first: str,
+    second: str,
+    output: str | None,
+    save: str | None,
+    geometry: str,
+    estimator: str,
+    inlier_px: float,
+    ratio: float | None,
+    max_distance: float | None,
+    top_k: int,
+    max_side: int | None,
+    device: str,
+) -> None:
+    """Match two images and draw the inliers of one geometry."""
+    from superpoint_trt.draw import check_picture_name, draw_matches, save_picture
+    from superpoint_trt.files import check_distinct, check_writable
+    from superpoint_trt.image import load_image, to_picture
+    from superpoint_trt.matching import Estimator, MatchOptions, Model, match_images
+    from superpoint_trt.store import check_npz, save_matches
+
+    if output:
+        check_picture_name(check_writable(output))
+        check_distinct(output, first, second, model, save)
+    if save:
+        check_npz(check_writable(save))
+        check_distinct(save, first, second, model)
+    options = MatchOptions(max_ratio=ratio, max_distance=max_distance)
+    with _open(model, device=device, max_keypoints=top_k, max_side_px=max_side) as superpoint:
+        found = match_images(
+            superpoint.extract(first),
+            superpoint.extract(second),
+            options,
+            Model(geometry),
+            Estimator(estimator),
+            inlier_px,
+        )
+    click.echo(f"{'keypoints':<14}{len(found.first)} and {len(found.second)}")
+    click.echo(f"{'matches':<14}{len(found.matches)}, {int(found.geometry.inliers.sum())} inliers of one {geometry}")
+    if found.geometry.matrix is None:
+        click.echo(f"{'geometry':<14}none: the matches support no {geometry}")
+    if output:
+        pixels = (to_picture(load_image(first)), to_picture(load_image(second)))
+        click.echo(
+            f"{'picture':<14}{save_picture(output, draw_matches(*pixels, *found.places(), found.geometry.inliers))}"
+        )
+    if save:
+        click.echo(f"{'saved':<14}{save_matches(save, found)}")
+
+
+@cli.command()
+@click.option("--model", required=True, help="The model to prove.")
+@click.option("--weights", required=True, help="Its checkpoint, or an fp32 dense or heads .onnx, as the reference.")
+@click.option("--images", required=True, help="Folder of real images.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first so many images.")
+@click.option("--gate", "gates", multiple=True, metavar="NAME=LIMIT", help="Another limit than the precision's own.")
+@click.option("--report", "report_path", help="HTML report to write.")
+@_JSON
+@_DEVICE
+def verify(
+    model: str,
+    weights: str,
+    images: str,
+    limit: int | None,
+    gates: tuple[str, ...],
+    report_path: str | None,
+    json_path: str | None,
+    device: str,
+) -> None:
+    """Prove that a converted model finds the points of its fp32 reference; exit code 1 if a gate fails."""
+    from superpoint_trt.files import check_writable
+    from superpoint_trt.verify import find_images, verify
+
+    for path in (report_path, json_path):
+        if path:
+            check_writable(path)
+    with progress_bar("verifying") as progress:
+        found = verify(model, weights, find_images(images, limit), _limits(gates), device, progress)
+    _print_verification(found)
+    if json_path:
+        write_json(json_path, found.to_json())
+    if report_path:
+        from superpoint_trt.report import write_report
+
+        click.echo(f"{'report':<14}{write_report(report_path, found)}")
+    if not found.passed:
+        raise click.exceptions.Exit(GATE_FAILED)
+
+
+def _limits(gates: Sequence[str]) -> dict[str, float]:
+    limits = {}
+    for text in gates:
+        name, _, value = text.partition("=")
+        try:
+            limits[name] = float(value)
+        except ValueError:
+            raise SuperPointError(f"--gate {text}: expected NAME=NUMBER, keypoints_found_share=0.95 say.") from None
+    return limits
+
+
+def _print_verification(found: Any) -> None:
+    click.echo(f"{'model':<14}{found.model}\n{'ran on':<14}{found.model_runtime}\n{'reference':<14}{found.reference}")
+    click.echo(f"{'images':<14}{len(found.images)}")
+    table = Table(f"gate ({found.precision.value})", "measured", "limit", "")
+    for gate in found.gates:
+        value = "-" if gate.value is None else f"{gate.value:.6g}"
+        bound = f"{'>=' if gate.at_least else '<='} {gate.limit:g}"
+        table.add_row(gate.name, value, bound, "passed" if gate.passed else "FAILED")
+    console().print(table)
+    for finding in found.findings:
+        click.echo(f"finding: {finding.name}: {finding.detail}")
+    for note in found.notes:
+        click.echo(f"note: {note}")
+    for problem in found.problems:
+        click.echo(f"left out: {problem}", err=True)
+    click.echo("PASSED" if found.passed else "FAILED: " + ", ".join(g.name for g in found.gates if not g.passed))
+
+
+@cli.command()
+@click.option("--model", required=True, help="A model file, or sift or orb.")
+@click.option("--dataset", required=True, help="Folder of HPatches or Oxford sequences.")
+@click.option("--baselines/--no-baselines", default=True, show_default=True, help="SIFT and ORB beside it, for scale.")
+@click.option("--resize", type=click.Choice(["crop", "fit", "none"]), default="crop", show_default=True)
+@click.option("--detector-size", default="240x320", show_default=True, help="HxW for repeatability.")
+@click.option("--descriptor-size", default="480x640", show_default=True, help="HxW for everything that matches.")
+@click.option("--detector-keypoints", type=click.IntRange(1), default=300, show_default=True)
+@click.option("--descriptor-keypoints", type=click.IntRange(1), default=1000, show_default=True)
+@click.option("--detector-nms-radius", type=click.IntRange(0), default=4, show_default=True, help="px")
+@click.option("--descriptor-nms-radius", type=click.IntRange(0), default=8, show_default=True, help="px")
+@click.option("--threshold", type=float, default=0.001, show_default=True, help="Detection threshold.")
+@click.option(
+    "--matching-px", type=float, default=3.0, show_default=True, help="Repeatability, matching score, NN mAP."
+)
+@click.option("--estimator", type=click.Choice(["ransac", "magsac"]), default="ransac", show_default=True)
+@click.option("--inlier-px", type=float, default=3.0, show_default=True, help="Of the estimator.")
+@_JSON
+@_DEVICE
+def evaluate(
+    model: str,
+    dataset: str,
+    baselines: bool,
+    resize: str,
+    detector_size: str,
+    descriptor_size: str,
+    detector_keypoints: int,
+    descriptor_keypoints: int,
+    detector_nms_radius: int,
+    descriptor_nms_radius: int,
+    threshold: float,
+    matching_px: float,
+    estimator: str,
+    inlier_px: float,
+    json_path: str | None,
+    device: str,
+) -> None:
+    """Repeatability, homographies and matching on pairs with known homographies, as the literature defines them."""
+    from superpoint_trt.evaluate import BASELINES, Protocol, Resize, evaluate
+    from superpoint_trt.files import check_writable
+    from superpoint_trt.image import parse_size
+    from superpoint_trt.matching import Estimator
+
+    if json_path:
+        check_writable(json_path)
+    protocol = Protocol(
+        resize=Resize(resize),
+        detector_size_hw=parse_size(detector_size),
+        detector_nms_radius_px=detector_nms_radius,
+        detector_keypoints=detector_keypoints,
+        repeatability_px=matching_px,
+        descriptor_size_hw=parse_size(descriptor_size),
+        descriptor_nms_radius_px=descriptor_nms_radius,
+        descriptor_keypoints=descriptor_keypoints,
+        matching_px=matching_px,
+        threshold=threshold,
+        estimator=Estimator(estimator),
+        ransac_px=inlier_px,
+    )
+    names = [model, *(name for name in BASELINES if baselines and name != model)]
+    reports = []
+    for name in names:
+        with progress_bar(f"evaluating {name}") as progress:
+            reports.append(evaluate(name, dataset, protocol, device, progress=progress).to_json())
+    _print_evaluation(reports)
+    if json_path:
+        others = {report["model"]: report for report in reports[1:]}
+        write_json(json_path, {**reports[0], "baselines": others} if others else reports[0])
+
+
+def _print_evaluation(reports: Sequence[dict[str, Any]]) -> None:
+    for problem in dict.fromkeys(problem for report in reports for problem in report["problems"]):
+        click.echo(f"left out: {problem}", err=True)
+    columns = ("rep.", "loc. px", "MMA@1", "MMA@3", "MMA@10", "H@1", "H@3", "H@5", "M.score", "NN mAP")
+    for report in reports:
+        table = Table(report["model"], "pairs", *columns, caption=report["runtime"], caption_justify="left")
+        groups = {**report["sequences"], **report["kinds"], "total": report["total"]}
+        for name, row in groups.items():
+            mma, homography = row["mma"], row["homography"]
+            figures = [row["repeatability"], row["localisation_error_px"], *(mma.get(px) for px in ("1", "3", "10"))]
+            figures += [*(homography.get(px) for px in ("1", "3", "5")), row["matching_score"], row["nn_map"]]
+            table.add_row(name, str(row["pairs"]), *("-" if f is None else f"{f:.3f}" for f in figures))
+            if name in (list(report["sequences"])[-1], list(report["kinds"])[-1]):
+                table.add_section()
+        console().print(table)
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -203,8 +446,10 @@ def weights_fetch(name: str, output: str | None) -> None:
     click.echo(f"{entry.name}: {entry.about}. Licence: {entry.licence}.")
     if not entry.commercial_use:
         click.echo("NON-COMMERCIAL: by using these weights you accept that licence; v6 is free for any use.")
-    if not output:
-        path.parent.mkdir(exist_ok=True)
+    if not output and not path.parent.is_dir():
+        if path.parent.exists():
+            raise SuperPointError(f"{path.parent} is a file, not a folder; say where to: --output FILE.")
+        path.parent.mkdir()
     screen = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
@@ -221,9 +466,11 @@ def weights_fetch(name: str, output: str | None) -> None:
 def weights_convert(checkpoint: str, output: str, half: bool, sampling: str | None) -> None:
     """Rewrite any checkpoint as this project's .safetensors, which needs no torch to read."""
     from superpoint_trt import checkpoint as checkpoints
+    from superpoint_trt.files import check_distinct
 
     if not output.endswith(".safetensors"):
         raise SuperPointError(f"{output}: expected a name that ends in .safetensors.")
+    check_distinct(output, checkpoint)
     loaded = checkpoints.load(checkpoint, Sampling(sampling) if sampling else None)
     print_info(checkpoints.save(loaded, output, half))
 
@@ -246,6 +493,36 @@ def doctor() -> None:
 # ------------------------------------------------------------------------------------------------------------- frame
 
 
+def _open(model: str, **options: Any) -> Any:
+    """Opens a model and says what it runs on."""
+    from superpoint_trt.extractor import SuperPoint
+
+    superpoint = SuperPoint(model, **options)
+    click.echo(f"{'model':<14}{model} ({superpoint.description.type.value})")
+    click.echo(f"{'ran on':<14}{superpoint.runtime}")
+    return superpoint
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for work that reports (done, in all); nothing when that is no terminal."""
+    from rich.progress import Progress
+
+    screen = console(stderr=True)
+    with Progress(console=screen, disable=not screen.is_terminal, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def write_json(path: str, report: Any) -> None:
+    """Writes figures as JSON; beside, then renamed."""
+    import json
+
+    from superpoint_trt.files import write_atomically
+
+    click.echo(f"{'figures':<14}{write_atomically(path, (json.dumps(report, indent=1) + chr(10)).encode())}")
+
+
 def console(stderr: bool = False) -> Console:
     """A rich console that does not squeeze tables when the output is a file or a pipe."""
     screen = Console(stderr=stderr, highlight=False, markup=False)
@@ -255,7 +532,7 @@ def console(stderr: bool = False) -> Console:
 def run(command: click.Command, arguments: Sequence[str] | None = None, name: str | None = None) -> int:
     """Runs a command; bad input becomes one line on stderr and exit code 2, never a traceback."""
     try:
-        command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
+        code = command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
     except SuperPointError as error:
         return _complain(str(error))
     except click.ClickException as error:
@@ -264,7 +541,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, name: st
         return INTERRUPTED
     except BrokenPipeError:  # the reader, head say, has seen enough
         return 0
-    return 0
+    return code if isinstance(code, int) else 0  # click hands back the code of an Exit
 
 
 def _complain(message: str) -> int:

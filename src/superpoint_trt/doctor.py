@@ -13,7 +13,8 @@ from importlib import import_module, metadata, util
 from pathlib import Path
 
 from superpoint_trt._version import __version__
-from superpoint_trt.backends.tensorrt import FLAVOURS, installed_flavours
+from superpoint_trt.backends.tensorrt import FLAVOURS, installed_flavours, missing_tensorrt
+from superpoint_trt.files import one_line
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,18 @@ def examine() -> Iterator[Finding]:
 
 def abilities() -> Iterator[Finding]:
     """What a user can do with that."""
-    has_torch = util.find_spec("torch") is not None
+    has_torch = _torch().present
     yield Finding("export .safetensors to .onnx", True, "superpoint export")
     yield Finding("export .pth to .onnx", has_torch, "superpoint export" if has_torch else _ADD_TORCH)
     yield Finding("find keypoints with .onnx", True, "superpoint infer")
     flavours = ", ".join(installed_flavours())
-    detail = f"{flavours} is here, but this release does not build or run engines yet" if flavours else "needs TensorRT"
+    detail = missing_tensorrt() or f"{flavours} is here, but this release does not build or run engines yet"
+    cuda = "CUDAExecutionProvider" in _providers()
+    yield Finding("the same on an NVIDIA GPU", cuda, "superpoint infer --device cuda" if cuda else _ADD_CUDA)
     yield Finding("TensorRT engines", False, detail)
 
 
+_ADD_CUDA = "pip uninstall onnxruntime, then pip install onnxruntime-gpu (NVIDIA GPU with CUDA)"
 _ADD_TORCH = "pip install 'superpoint-trt[torch]'"
 
 
@@ -60,8 +64,14 @@ def _core() -> Iterator[Finding]:
     yield Finding("numpy", True, metadata.version("numpy"))
     yield Finding("OpenCV", True, str(import_module("cv2").__version__))
     yield Finding("onnx", True, f"{onnx.__version__} (opsets 11 to {onnx.defs.onnx_opset_version()})")
-    providers = ", ".join(onnxruntime.get_available_providers())
-    yield Finding("onnxruntime", True, f"{onnxruntime.__version__} ({providers})")
+    yield Finding("onnxruntime", True, f"{onnxruntime.__version__} ({', '.join(_providers())})")
+
+
+def _providers() -> list[str]:
+    import onnxruntime
+
+    available: list[str] = onnxruntime.get_available_providers()
+    return available
 
 
 def _torch() -> Finding:
@@ -69,8 +79,8 @@ def _torch() -> Finding:
         return Finding("torch", False, _ADD_TORCH)
     try:
         import torch
-    except (ImportError, OSError) as error:
-        return Finding("torch", False, f"installed but does not import: {error}")
+    except Exception as error:  # a broken installation can raise anything
+        return Finding("torch", False, f"installed but does not import: {one_line(error)}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
     return Finding("torch", True, f"{torch.__version__} ({gpu})")
 
@@ -92,7 +102,9 @@ def _gpu() -> Finding:
     if answer.returncode:
         reason = (answer.stdout + answer.stderr).strip().splitlines()
         return Finding("NVIDIA GPU", False, f"nvidia-smi: {reason[0] if reason else answer.returncode}")
-    gpus = (line.split(", ") for line in answer.stdout.strip().splitlines())
+    gpus = [line.rsplit(", ", 3) for line in answer.stdout.strip().splitlines()]
+    if not gpus or any(len(fields) != 4 for fields in gpus):
+        return Finding("NVIDIA GPU", False, f"nvidia-smi answers: {answer.stdout.strip() or 'nothing'}")
     return Finding("NVIDIA GPU", True, "; ".join(f"{n} (SM {c}), driver {d}, {m}" for n, c, d, m in gpus))
 
 
@@ -113,5 +125,7 @@ def _module(name: str, module: str, add: str) -> Finding:
         found = import_module(module)
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and (error.name or "") in (module, module.split(".")[0])
-        return Finding(name, False, add if missing else f"installed but does not import: {error}")
+        return Finding(name, False, add if missing else f"installed but does not import: {one_line(error)}")
+    except Exception as error:  # its libraries do not load, say
+        return Finding(name, False, f"installed but does not import: {one_line(error)}")
     return Finding(name, True, str(getattr(found, "__version__", "present")))

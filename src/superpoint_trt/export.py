@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from superpoint_trt._version import __version__
 from superpoint_trt.checkpoint import Checkpoint, Layer, NormPlacement, load
-from superpoint_trt.files import PathLike, check_writable, write_atomically
+from superpoint_trt.files import PathLike, check_distinct, check_writable, write_atomically
 from superpoint_trt.spec import (
     INPUT_NAME,
     OUTPUT_NAMES,
@@ -36,6 +36,8 @@ DEFAULT_OPSET = 17
 """The newest that TensorRT 8.6's parser takes."""
 
 LARGEST_SIDE_PX = 32768
+LARGEST_BATCH = 4096
+MOST_KEYPOINTS = 1_000_000
 CHUNK = 16
 """Pixels per chunk of the two-level top-k: at 640x480 and 1024 keypoints both levels then sort about as many scores."""
 
@@ -79,10 +81,14 @@ class ExportOptions:
                 f"opset is {self.opset}; expected {OLDEST_OPSET} to {NEWEST_OPSET} "
                 f"(the newest of onnx {onnx.__version__})."
             )
-        if self.max_batch_size < 1:
-            raise SuperPointError(f"the largest batch is {self.max_batch_size} images; expected 1 or more.")
-        if self.max_keypoints < 1:
-            raise SuperPointError(f"the number of keypoints is {self.max_keypoints}; expected 1 or more.")
+        if not 1 <= self.max_batch_size <= LARGEST_BATCH:
+            raise SuperPointError(f"the largest batch is {self.max_batch_size} images; expected 1 to {LARGEST_BATCH}.")
+        if not 1 <= self.max_keypoints <= MOST_KEYPOINTS:
+            raise SuperPointError(f"the number of keypoints is {self.max_keypoints}; expected 1 to {MOST_KEYPOINTS}.")
+        if self.type is OutputType.KEYPOINTS:
+            self._validate_decode()
+
+    def _validate_decode(self) -> None:
         if self.max_keypoints > self.height_px * self.width_px and not self.dynamic:
             raise SuperPointError(
                 f"{self.max_keypoints} keypoints were asked for, but {self.width_px}x{self.height_px} has only "
@@ -113,6 +119,9 @@ def export(
         SuperPointError: unusable checkpoint, options or output path; nothing is written then.
     """
     output = check_writable(output)
+    if output.suffix.lower() != ".onnx":
+        raise SuperPointError(f"output {output}: an exported model's name ends in .onnx.")
+    check_distinct(output, weights)
     model = to_onnx(load(weights, sampling), options or ExportOptions())
     return write_atomically(output, model.SerializeToString())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -16,6 +17,8 @@ from superpoint_trt.backends import Outputs, RuntimeInfo, open_backend
 from superpoint_trt.files import PathLike
 from superpoint_trt.image import ImageLike, Placement
 from superpoint_trt.spec import DecodeOptions, Float32, Keypoints, ModelDescription, OutputType, SuperPointError
+
+_MOST = {"max_side": 1 << 20, "threads": 1024}
 
 
 class SuperPoint:
@@ -57,8 +60,8 @@ class SuperPoint:
         threads: int | None = None,
     ) -> None:
         for name, value in (("max_side", max_side_px), ("threads", threads)):
-            if value is not None and value < 1:
-                raise SuperPointError(f"{name} is {value}; expected 1 or more.")
+            if value is not None and not 1 <= value <= _MOST[name]:
+                raise SuperPointError(f"{name} is {value}; expected 1 to {_MOST[name]}.")
         asked: dict[str, Any] = {
             "nms_radius_px": nms_radius_px,
             "remove_borders_px": remove_borders_px,
@@ -91,13 +94,16 @@ class SuperPoint:
         """The keypoints of several images, of one size or many, in their order.
 
         Neighbours that make equal network inputs share a run, up to the model's largest batch.
+
+        Raises:
+            SuperPointError: as `extract`; or one path or array was given instead of several.
         """
+        if isinstance(batch, (str, os.PathLike)) or getattr(batch, "ndim", 3) == 2:
+            raise SuperPointError("extract_batch takes several images: a list of paths or arrays; extract takes one.")
         found: list[Keypoints] = []
         pending: list[tuple[Float32, Placement]] = []
         for image in batch:
-            gray = images.to_gray(images.as_array(image))
-            placement = images.place(gray.shape[:2], self.description, self._max_side_px)
-            prepared = images.to_input(gray, placement)
+            prepared, placement = self.prepare(image)
             full = len(pending) == self.description.max_batch_size
             if pending and (full or pending[0][0].shape != prepared.shape):
                 found += self._run(pending)
@@ -105,13 +111,18 @@ class SuperPoint:
             pending.append((prepared, placement))
         return found + (self._run(pending) if pending else [])
 
-    def _run(self, prepared: Sequence[tuple[Float32, Placement]]) -> list[Keypoints]:
-        inputs, placements = zip(*prepared)
-        outputs = self._backend.infer(np.stack(inputs)[:, None])
-        return self.decode(outputs, placements)
+    def prepare(self, image: ImageLike) -> tuple[Float32, Placement]:
+        """The first of the three steps of `extract`: the network's input (H, W), and where the image lies in it."""
+        gray = images.to_gray(images.as_array(image))
+        placement = images.place(gray.shape[:2], self.description, self._max_side_px)
+        return images.to_input(gray, placement), placement
+
+    def infer(self, inputs: Float32) -> Outputs:
+        """The second: (B, 1, H, W) float32 in [0, 1] -> the model's outputs by name (spec.OUTPUT_NAMES)."""
+        return self._backend.infer(inputs)
 
     def decode(self, outputs: Outputs, placements: Sequence[Placement]) -> list[Keypoints]:
-        """A model's outputs -> Keypoints of each image of the batch, in the pixels of the placed images."""
+        """The third: the model's outputs -> Keypoints of each image of the batch, in that image's own pixels."""
         if self.description.type is OutputType.KEYPOINTS:
             return [self._unpad(outputs, index, placement) for index, placement in enumerate(placements)]
         if self.description.type is OutputType.HEADS:
@@ -138,6 +149,10 @@ class SuperPoint:
         rows = np.flatnonzero(wanted)[: self.options.max_keypoints]
         descriptors = outputs["descriptors"][index][rows]
         return Keypoints(placement.to_image(xy[rows]), scores[rows], descriptors, _size(placement))
+
+    def _run(self, prepared: Sequence[tuple[Float32, Placement]]) -> list[Keypoints]:
+        inputs, placements = zip(*prepared)
+        return self.decode(self.infer(np.stack(inputs)[:, None]), placements)
 
     def close(self) -> None:
         """Frees the model; the extractor cannot be used afterwards."""

@@ -13,6 +13,16 @@ from superpoint_trt.spec import SuperPointError
 PathLike = Union[str, "os.PathLike[str]"]
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()
+"""Read once: the system only tells it by changing it, which other threads would see."""
+
+
 def read_bytes(path: PathLike, what: str) -> bytes:
     """The whole file, never empty.
 
@@ -44,14 +54,31 @@ def check_writable(path: PathLike) -> Path:
         SuperPointError: the folder is missing or not writable, or the path is a folder itself.
     """
     path = Path(path)
-    folder = path.parent
+    try:
+        path.exists()
+        folder = path.resolve().parent
+    except OSError as error:
+        raise SuperPointError(f"output {str(path)[:80]}... cannot be used: {error.strerror}.") from error
     if not folder.is_dir():
         raise SuperPointError(f"output folder {folder} does not exist; create it: mkdir -p '{folder}'.")
     if path.is_dir():
         raise SuperPointError(f"output {path} is a folder; expected a file name.")
-    if not os.access(folder, os.W_OK):
-        raise SuperPointError(f"output folder {folder} is not writable; choose another or mend its permissions.")
+    if path.exists() and not path.is_file():
+        raise SuperPointError(f"output {path} is no regular file; expected a file name.")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise SuperPointError(f"output {path} is not writable; choose another place or mend its permissions.")
     return path
+
+
+def check_distinct(output: PathLike, *others: PathLike | None) -> None:
+    """Refuses to write over what is being read, or over another output.
+
+    Raises:
+        SuperPointError: naming the file.
+    """
+    for other in others:
+        if other is not None and Path(output).resolve() == Path(other).resolve():
+            raise SuperPointError(f"output {output} would overwrite {other}; choose another name.")
 
 
 def write_atomically(path: PathLike, data: bytes) -> Path:
@@ -61,22 +88,29 @@ def write_atomically(path: PathLike, data: bytes) -> Path:
         SuperPointError: the file cannot be written; what was there before is untouched.
     """
     path = check_writable(path)
+    target = path.resolve()  # a link keeps pointing to what it points to
+    beside = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as handle:
             beside = Path(handle.name)
-            try:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
-            except BaseException:
-                beside.unlink()
-                raise
-        # A temporary file is private (0600); the result gets what an ordinary new file would get.
-        beside.chmod(0o666 & ~_umask())
-        beside.replace(path)
-    except OSError as error:
-        raise SuperPointError(f"{path} cannot be written: {error.strerror}.") from error
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        # A temporary file is private (0600); the result gets what the old file had, or any new file would get.
+        beside.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_UMASK)
+        beside.replace(target)
+    except BaseException as error:
+        if beside is not None:
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise SuperPointError(f"{path} cannot be written: {error.strerror}.") from error
+        raise
     return path
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """Another library's message, shortened to fit into one of ours."""
+    return " ".join(str(error).split())[:most].rstrip(".")
 
 
 def sha256(data: bytes) -> str:
@@ -88,9 +122,3 @@ def git_blob_id(data: bytes) -> str:
     """The id git gives a file with this content: SHA-1 over 'blob SIZE NUL' and the bytes (git-hash-object)."""
     header = f"blob {len(data)}\0".encode()
     return hashlib.sha1(header + data, usedforsecurity=False).hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

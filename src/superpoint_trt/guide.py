@@ -9,11 +9,12 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt import decode, image
+from superpoint_trt import decode
+from superpoint_trt import image as images
 from superpoint_trt.backends import open_backend
 from superpoint_trt.backends.tensorrt import missing_tensorrt
 from superpoint_trt.cli import print_found, print_info, save_drawing
-from superpoint_trt.files import PathLike, check_writable, read_bytes
+from superpoint_trt.files import PathLike, check_distinct, check_writable, read_bytes
 from superpoint_trt.spec import DecodeOptions, Keypoints, OutputType, SuperPointError
 
 GUIDE_OPSET = 11
@@ -25,33 +26,33 @@ class SuperPointTRT:
     """The guide's inference class.
 
     Args:
-        engine: the model file. An .onnx runs in onnxruntime, and `runtime` says so.
+        engine_path: the model file. An .onnx runs in onnxruntime, and `runtime` says so.
         output_type: "dense" or "keypoints", as the model was exported.
 
     Raises:
         SuperPointError: unusable file, or a model of another type.
     """
 
-    def __init__(self, engine: PathLike, output_type: str = "dense") -> None:
-        self._backend = open_backend(engine)
+    def __init__(self, engine_path: PathLike, output_type: str = "dense") -> None:
+        self._backend = open_backend(engine_path)
         self.runtime = self._backend.runtime
         self.description = self._backend.description
         if self.description.type.value != output_type:
             raise SuperPointError(
-                f"{engine} is a {self.description.type.value} model, but {output_type} was asked for; "
+                f"{engine_path} is a {self.description.type.value} model, but {output_type} was asked for; "
                 f"use --type {self.description.type.value}."
             )
 
-    def infer(self, image_array: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    def infer(self, image: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """The model's outputs by name, with the batch axis (spec.OUTPUT_NAMES).
 
         Args:
-            image_array: (H, W) gray or (H, W, 3) BGR as OpenCV reads it, uint8 or float in [0, 1]; H and W as the
+            image: (H, W) gray or (H, W, 3) BGR as OpenCV reads it, uint8 or float in [0, 1]; H and W as the
                 model takes them.
         """
-        if image_array.ndim == 3 and image_array.shape[2] == 3:
-            image_array = image_array[..., ::-1]
-        return dict(self._backend.infer(image.to_gray(image_array)[None, None]))
+        if image.ndim == 3 and image.shape[2] == 3:
+            image = image[..., ::-1]
+        return dict(self._backend.infer(images.to_gray(image)[None, None]))
 
     def extract_keypoints_from_dense(
         self,
@@ -129,18 +130,19 @@ def convert_to_tensorrt(onnx: str, engine: str, int8: bool, **_: Any) -> None:
 @click.option("--image", "image_path", required=True, help="Input image.")
 @click.option("--output", default="output_keypoints.jpg", show_default=True, help="Picture to write.")
 @click.option("--type", "kind", type=click.Choice(["dense", "keypoints"]), default="dense", show_default=True)
-@click.option("--threshold", type=float, default=0.005, show_default=True, help="Scores must be greater.")
+@click.option("--threshold", type=float, help="Scores must be greater.  [default: 0.005, or the model's own]")
 @click.option("--top-k", type=int, default=1000, show_default=True, help="Keep the best K.")
 @click.option("--benchmark", is_flag=True, help="Time the model.")
 def tensorrt_inference(
-    engine: str, image_path: str, output: str, kind: str, threshold: float, top_k: int, benchmark: bool
+    engine: str, image_path: str, output: str, kind: str, threshold: float | None, top_k: int, benchmark: bool
 ) -> None:
     """Find keypoints with a converted model and draw them."""
     from superpoint_trt.draw import check_picture_name
     from superpoint_trt.extractor import SuperPoint
 
     check_picture_name(check_writable(output))
-    pixels = image.load_image(image_path)
+    check_distinct(output, image_path, engine)
+    pixels = images.load_image(image_path)
     with SuperPoint(engine, threshold=threshold, max_keypoints=top_k) as superpoint:
         if superpoint.description.type.value != kind:
             raise SuperPointError(f"{engine} is a {superpoint.description.type.value} model; use that --type.")
@@ -149,7 +151,7 @@ def tensorrt_inference(
         elapsed_ms = (time.perf_counter() - started) * 1e3
         click.echo(f"{'ran on':<14}{superpoint.runtime}")
         print_found(keypoints, elapsed_ms)
-        save_drawing(image_path, keypoints, output)
+        save_drawing(pixels, keypoints, output)
         if benchmark:
             _time(superpoint, pixels)
 

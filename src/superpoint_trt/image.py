@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -28,12 +31,10 @@ RGB_TO_GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _FULL_SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0, np.dtype(bool): 1.0}
 
 
-def load_image(path: PathLike, color: bool = False) -> NDArray[Any]:
-    """Reads an image file upright (EXIF orientation applied), uint8 or uint16.
+def load_image(path: PathLike) -> NDArray[Any]:
+    """Reads an image file upright (EXIF orientation applied): (H, W) or (H, W, 3) RGB, in the file's own depth.
 
-    Args:
-        path: any format OpenCV reads.
-        color: (H, W, 3) RGB uint8 instead of gray (H, W).
+    Colour is not turned into gray by the decoder: libpng and libjpeg each have a gray of their own.
 
     Raises:
         SuperPointError: not a file, or not an image.
@@ -41,14 +42,43 @@ def load_image(path: PathLike, color: bool = False) -> NDArray[Any]:
     import cv2
 
     data = np.frombuffer(read_bytes(path, "image"), dtype=np.uint8)
-    flags = cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH
-    try:
-        image = cv2.imdecode(data, flags)
-    except cv2.error as error:
-        raise SuperPointError(f"{path} cannot be decoded as an image: {error.err}.") from error
+    with opencv_quiet():
+        try:
+            image = cv2.imdecode(data, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+        except cv2.error as error:
+            raise SuperPointError(f"{path} cannot be decoded as an image: {error.err}.") from error
     if image is None:
         raise SuperPointError(f"{path} is not an image that OpenCV reads (PNG, JPEG, TIFF, PPM, WebP, BMP, ...).")
-    return image[..., ::-1] if color else image
+    return image if image.ndim == 2 else image[..., ::-1]
+
+
+def to_picture(image: NDArray[Any]) -> NDArray[np.uint8]:
+    """Any accepted array -> (H, W, 3) uint8 RGB to draw on.
+
+    Raises:
+        SuperPointError: shape, dtype, range or size is not an image's.
+    """
+    full_scale = _check(np.asarray(image))
+    colour = image[..., None] if image.ndim == 2 else image[..., :3]
+    scaled = colour if image.dtype == np.uint8 else np.round(colour.astype(np.float32) * (255.0 / full_scale))
+    picture: NDArray[np.uint8] = np.broadcast_to(scaled.astype(np.uint8), (*image.shape[:2], 3)).copy()
+    return picture
+
+
+@contextmanager
+def opencv_quiet() -> Iterator[None]:
+    """Keeps OpenCV's own log lines off the terminal: what went wrong is said once, by us."""
+    import cv2
+
+    log = getattr(getattr(cv2, "utils", None), "logging", None)
+    if log is None:
+        yield
+        return
+    before = log.setLogLevel(log.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        log.setLogLevel(before)
 
 
 def to_gray(image: NDArray[Any]) -> Float32:
@@ -58,6 +88,15 @@ def to_gray(image: NDArray[Any]) -> Float32:
         SuperPointError: shape, dtype, range or size is not an image's.
     """
     image = np.asarray(image)
+    full_scale = _check(image)
+    if image.ndim == 3:  # alpha, if any, is passed over: what is under a transparent pixel is still the image
+        image = image[..., 0] if image.shape[2] == 1 else image[..., :3].astype(np.float32) @ RGB_TO_GRAY
+    gray: Float32 = image.astype(np.float32)
+    return gray if full_scale == 1.0 else gray / np.float32(full_scale)
+
+
+def _check(image: NDArray[Any]) -> float:
+    """Refuses what is no image; returns its full scale."""
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
         raise SuperPointError(f"image has shape {image.shape}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).")
     height, width = image.shape[:2]
@@ -65,11 +104,7 @@ def to_gray(image: NDArray[Any]) -> Float32:
         raise SuperPointError(
             f"image is {width}x{height} px; the smallest usable is {SMALLEST_SIDE_PX}x{SMALLEST_SIDE_PX}, one cell."
         )
-    full_scale = _full_scale(image)
-    if image.ndim == 3:  # alpha, if any, is passed over: what is under a transparent pixel is still the image
-        image = image[..., 0] if image.shape[2] == 1 else image[..., :3].astype(np.float32) @ RGB_TO_GRAY
-    gray: Float32 = image.astype(np.float32)
-    return gray if full_scale == 1.0 else gray / np.float32(full_scale)
+    return _full_scale(image)
 
 
 def _full_scale(image: NDArray[Any]) -> float:
@@ -156,10 +191,24 @@ def to_input(gray: Float32, placement: Placement) -> Float32:
     return np.pad(placed, ((0, below), (0, right)), mode="edge")
 
 
-def as_array(image: ImageLike) -> NDArray[Any]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Height, then width, in px: "480x640" is (480, 640).
+
+    Raises:
+        SuperPointError: not two positive numbers.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip().lower())
+    if not match:
+        raise SuperPointError(f"size is {text!r}; expected HEIGHTxWIDTH in px, 480x640 say.")
+    return int(match[1]), int(match[2])
+
+
+def as_array(image: Any) -> NDArray[Any]:
     """The pixels of a path or of an array-like (numpy, PIL)."""
     if isinstance(image, (str, os.PathLike)):
         return load_image(image)
+    if getattr(image, "mode", None) in ("P", "CMYK", "PA", "YCbCr", "LAB", "HSV", "1"):
+        image = image.convert("RGB")  # PIL: these are not gray, RGB or RGBA as they lie in memory
     return np.asarray(image)
 
 

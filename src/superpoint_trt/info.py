@@ -8,7 +8,7 @@ from typing import Any
 
 from superpoint_trt.backends import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 from superpoint_trt.backends.tensorrt import refuse_engine
-from superpoint_trt.files import PathLike, git_blob_id, read_bytes, sha256
+from superpoint_trt.files import PathLike, git_blob_id, one_line, read_bytes, sha256
 from superpoint_trt.spec import ModelDescription, OutputType, SuperPointError
 
 Rows = Iterable[tuple[str, str]]
@@ -39,7 +39,7 @@ def _checkpoint(path: Path) -> Iterator[tuple[str, str]]:
     from superpoint_trt.weights import PUBLIC
 
     checkpoint = checkpoints.load(path)
-    blob = git_blob_id(path.read_bytes())
+    blob = git_blob_id(read_bytes(path, "checkpoint"))
     published = [weights for weights in PUBLIC if weights.git_blob == blob]
     yield "file", f"{path} ({_size(path)})"
     yield "what", "SuperPoint checkpoint"
@@ -62,16 +62,18 @@ def _onnx_model(path: Path) -> Iterator[tuple[str, str]]:
     data = read_bytes(path, "model")
     try:
         model = onnx.load_model_from_string(data)
-    except DecodeError as error:
-        raise SuperPointError(f"{path} is not an ONNX model, or is truncated: {error}.") from error
+        metadata = {str(entry.key): str(entry.value) for entry in model.metadata_props}
+        tensors = ["; ".join(map(_tensor, values)) for values in (model.graph.input, model.graph.output)]
+    except (DecodeError, ValueError, TypeError) as error:
+        raise SuperPointError(f"{path} is not an ONNX model, or is damaged: {one_line(error)}.") from error
     if not model.graph.node:
         raise SuperPointError(f"{path} is not an ONNX model: it has no graph.")
     yield "file", f"{path} ({_size(path)})"
     yield "made by", f"{model.producer_name or 'unknown'} {model.producer_version}".strip()
     yield "opset", ", ".join(str(opset.version) for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
-    yield "inputs", "; ".join(map(_tensor, model.graph.input))
-    yield "outputs", "; ".join(map(_tensor, model.graph.output))
-    described = ModelDescription.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+    yield "inputs", tensors[0]
+    yield "outputs", tensors[1]
+    described = ModelDescription.from_metadata(metadata)
     if described:
         yield from _description(described)
     else:
@@ -91,7 +93,7 @@ def _description(model: ModelDescription) -> Iterator[tuple[str, str]]:
             "decode",
             (
                 f"NMS radius {model.nms_radius_px} px, border {model.remove_borders_px} px, "
-                f"threshold {model.threshold:g}, {model.max_keypoints} keypoints"
+                f"threshold {model.threshold}, {model.max_keypoints} keypoints"
             ),
         )
 

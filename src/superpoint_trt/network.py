@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -157,14 +158,15 @@ def decode(
     return found
 
 
-class SuperPoint(nn.Module):
+class SuperPoint(SuperPointNet):
     """Image to keypoints, behind the MIT reference's interface.
 
         model = SuperPoint()
         model.load_state_dict(torch.load("superpoint_v6_from_tf.pth", weights_only=True))
         out = model.eval()({"image": image})
 
-    `load_state_dict` takes every layout that `checkpoint.py` knows, and rebuilds the network to fit.
+    Its own `state_dict` is the v6 layout. `load_state_dict` takes every layout that `checkpoint.py` knows, and rebuilds
+    the network where it does not fit.
 
     Args:
         conf: nms_radius, max_num_keypoints, detection_threshold, remove_borders, descriptor_dim, channels.
@@ -180,21 +182,15 @@ class SuperPoint(nn.Module):
     }
 
     def __init__(self, **conf: Any) -> None:
-        super().__init__()
         unknown = sorted(set(conf) - set(self.default_conf))
         if unknown:
             raise SuperPointError(
                 f"SuperPoint has no option {unknown[0]!r}; options are {', '.join(self.default_conf)}."
             )
-        conf = {**self.default_conf, **conf}
-        self.options = DecodeOptions(
-            nms_radius_px=conf["nms_radius"],
-            remove_borders_px=conf["remove_borders"],
-            threshold=conf["detection_threshold"],
-            max_keypoints=conf["max_num_keypoints"],
-        )
+        settings = SimpleNamespace(**{**self.default_conf, **conf})
+        super().__init__(settings.channels, settings.descriptor_dim)
+        self.conf = settings
         self.sampling = Sampling.HALF_PIXEL
-        self.net = SuperPointNet(conf["channels"], conf["descriptor_dim"])
 
     @classmethod
     def from_file(cls, path: PathLike, sampling: Sampling | None = None, **conf: Any) -> SuperPoint:
@@ -203,24 +199,32 @@ class SuperPoint(nn.Module):
         model._adopt(checkpoints.load(path, sampling))
         return model.eval()
 
+    @property
+    def options(self) -> DecodeOptions:
+        """`conf`, as the decode takes it."""
+        conf = self.conf
+        return DecodeOptions(conf.nms_radius, conf.remove_borders, conf.detection_threshold, conf.max_num_keypoints)
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads this module's own state, or a published checkpoint's of any known layout.
 
         Raises:
             SuperPointError: keys or shapes are not a SuperPoint's.
         """
-        if any(key.startswith("net.") for key in state_dict):
+        own = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        if own == {name: getattr(value, "shape", None) for name, value in state_dict.items()}:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        arrays = {key: value.detach().cpu().float().numpy() for key, value in state_dict.items()}
-        self._adopt(checkpoints.from_arrays(arrays))
+        self._adopt(checkpoints.from_arrays(checkpoints.state_arrays(state_dict)))
         return nn.modules.module._IncompatibleKeys([], [])
 
     def _adopt(self, checkpoint: Checkpoint) -> None:
-        device = next(self.net.parameters()).device
-        self.net = SuperPointNet.from_checkpoint(checkpoint).to(device).train(self.training)
-        self.sampling = checkpoint.sampling
+        """Becomes the network of a checkpoint, whatever its widths and BatchNorm, on the same device and dtype."""
+        like = next(self.parameters())
+        net = SuperPointNet.from_checkpoint(checkpoint).to(like).train(self.training)
+        self.backbone, self.detector, self.descriptor = net.backbone, net.detector, net.descriptor
+        self.stride, self.sampling = net.stride, checkpoint.sampling
 
-    def forward(self, data: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    def forward(self, data: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:  # type: ignore[override]
         """Keypoints of a batch of images.
 
         Args:
@@ -232,7 +236,7 @@ class SuperPoint(nn.Module):
         image = data["image"]
         if image.shape[1] == 3:
             image = (image * image.new_tensor(RGB_TO_GRAY)[:, None, None]).sum(1, keepdim=True)
-        found = decode(*dense(*self.net(image)), self.options, self.sampling)
+        found = decode(*dense(*super().forward(image)), self.options, self.sampling)
         keypoints, scores, descriptors = ([part[index] for part in found] for index in range(3))
         return {"keypoints": keypoints, "keypoint_scores": scores, "descriptors": descriptors}
 

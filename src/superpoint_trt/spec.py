@@ -14,9 +14,14 @@ from numpy.typing import NDArray
 from superpoint_trt._version import __version__
 
 Float32 = NDArray[np.float32]
+Matrix = NDArray[Any]
+"""(3, 3) float64: a homography or a fundamental matrix."""
 
 CELL_PX = 8
 """Pixels along one side of a detector cell in the published network: three 2x2 poolings."""
+
+MOST_PX = 1024
+"""Of an NMS radius or a border: beyond it a number is a slip."""
 
 TENSORRT_MAX_TOPK = 3840
 """The largest K that TensorRT's TopK layer takes."""
@@ -93,10 +98,9 @@ class DecodeOptions:
     """Keep the highest scores; None keeps all."""
 
     def __post_init__(self) -> None:
-        if self.nms_radius_px < 0:
-            raise SuperPointError(f"NMS radius is {self.nms_radius_px} px; expected 0 or more (the reference uses 4).")
-        if self.remove_borders_px < 0:
-            raise SuperPointError(f"border is {self.remove_borders_px} px; expected 0 or more (the reference uses 4).")
+        for name, value in (("NMS radius", self.nms_radius_px), ("border", self.remove_borders_px)):
+            if not 0 <= value <= MOST_PX:
+                raise SuperPointError(f"{name} is {value} px; expected 0 to {MOST_PX} (the reference uses 4).")
         if not 0.0 <= self.threshold < 1.0:
             raise SuperPointError(f"threshold is {self.threshold}; scores are probabilities: expected 0 <= t < 1.")
         if self.max_keypoints is not None and self.max_keypoints < 1:
@@ -161,10 +165,6 @@ class ModelDescription:
         except (ValueError, TypeError) as error:
             raise SuperPointError(f"the model's metadata cannot be read ({error}); export the model again.") from error
 
-    def with_size(self, height_px: int, width_px: int) -> ModelDescription:
-        """The same description at another input size."""
-        return replace(self, height_px=height_px, width_px=width_px)
-
 
 _ENUM_FIELDS: Mapping[str, type[enum.Enum]] = {
     "type": OutputType,
@@ -172,16 +172,22 @@ _ENUM_FIELDS: Mapping[str, type[enum.Enum]] = {
     "sampling": Sampling,
     "family": Family,
 }
+_COUNTS = ("height_px", "width_px", "max_batch_size", "stride_px", "descriptor_dim", "opset", "max_keypoints")
 _TEXT_FIELDS = ("checkpoint_sha256", "superpoint_trt_version")
 
 
 def _parse(key: str, value: str) -> Any:
     if key in _ENUM_FIELDS:
         return _ENUM_FIELDS[key](value)
-    return value if key in _TEXT_FIELDS else json.loads(value)
+    if key in _TEXT_FIELDS:
+        return value
+    number = json.loads(value)
+    if not isinstance(number, (bool, int, float)) or number < (1 if key in _COUNTS else 0):
+        raise ValueError(f"{key} is {value}")
+    return number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Keypoints:
     """The keypoints of one image, by falling score (equal scores: top to bottom, then left to right)."""
 
@@ -202,13 +208,17 @@ class Keypoints:
         """The same array as `xy`, under the name that feature files give it."""
         return self.xy
 
+    def rows(self, which: NDArray[Any] | slice) -> Keypoints:
+        """Some of the keypoints, by index, mask or slice."""
+        return replace(self, xy=self.xy[which], scores=self.scores[which], descriptors=self.descriptors[which])
+
     def top(self, count: int) -> Keypoints:
         """The `count` keypoints with the highest scores."""
-        return replace(self, xy=self.xy[:count], scores=self.scores[:count], descriptors=self.descriptors[:count])
+        return self.rows(slice(0, max(count, 0)))
 
     def above(self, threshold: float) -> Keypoints:
         """The keypoints with a score strictly greater than `threshold`."""
-        return self.top(int(np.count_nonzero(self.scores > threshold)))
+        return self.rows(self.scores > threshold)
 
     def to_dict(self) -> dict[str, NDArray[Any]]:
         """Arrays under the names of feature files: keypoints, scores, descriptors (N, D), image_size (w, h)."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from superpoint_trt.files import PathLike, check_writable, git_blob_id, write_atomically
+from superpoint_trt.files import PathLike, check_writable, git_blob_id, one_line, write_atomically
 from superpoint_trt.spec import Family, SuperPointError
 
 TIMEOUT_S = 30.0
@@ -110,9 +111,11 @@ def _download(url: str, progress: Callable[[int, int | None], None] | None) -> b
                 if progress:
                     progress(len(data), total)
     except urllib.error.HTTPError as error:
-        raise SuperPointError(f"{url} answered {error.code} {error.reason}; try again later.") from error
-    except (OSError, urllib.error.URLError) as error:
-        reason = getattr(error, "reason", error)
+        raise SuperPointError(
+            f"{url} answered {error.code} {error.reason}; download it elsewhere and pass its path."
+        ) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or one_line(error) or type(error).__name__
         raise SuperPointError(
             f"{url} cannot be reached ({reason}); connect to the network, or download it elsewhere and pass its path."
         ) from error

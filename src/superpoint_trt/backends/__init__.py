@@ -32,8 +32,13 @@ def open_backend(path: PathLike, device: str = "auto", threads: int | None = Non
 
         return OnnxRuntimeBackend(path, device, threads)
     if suffix in CHECKPOINT_SUFFIXES:
-        from superpoint_trt.backends.torch import TorchBackend
-
+        try:
+            from superpoint_trt.backends.torch import TorchBackend
+        except ImportError:
+            raise SuperPointError(
+                f"running the checkpoint {path} itself needs PyTorch: pip install 'superpoint-trt[torch]'. Without: "
+                "superpoint export makes an .onnx of it."
+            ) from None
         return TorchBackend(path, device, threads)
     if suffix in ENGINE_SUFFIXES:
         from superpoint_trt.backends.tensorrt import refuse_engine

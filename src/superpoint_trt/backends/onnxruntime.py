@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from superpoint_trt.backends.base import Backend, Outputs, RuntimeInfo
-from superpoint_trt.files import PathLike, read_bytes
+from superpoint_trt.files import PathLike, one_line, read_bytes
 from superpoint_trt.spec import (
     INPUT_NAME,
     OUTPUT_NAMES,
@@ -24,7 +25,10 @@ _RANKS = {
     OutputType.KEYPOINTS: {"keypoints": 3, "scores": 2, "descriptors": 3},
     OutputType.HEADS: {"logits": 4, "coarse_descriptors": 4},
 }
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4
+"""onnxruntime's log: its errors also come as exceptions, and are said once, by us."""
+
+_FP32_ON_CUDA = {"use_tf32": "0"}
 
 
 class OnnxRuntimeBackend(Backend):
@@ -41,13 +45,15 @@ class OnnxRuntimeBackend(Backend):
 
         data = read_bytes(path, "model")
         options = ort.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
+        providers = _providers(device)
+        self._session: Any = None
         try:
-            self._session = ort.InferenceSession(data, options, providers=_providers(device))
+            self._session = ort.InferenceSession(data, options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no public base
-            raise SuperPointError(f"{path} is not a model onnxruntime can load: {_reason(error)}.") from error
+            raise SuperPointError(f"{path} is not a model onnxruntime can load: {one_line(error)}.") from error
         provider = self._session.get_providers()[0]
         if device == "cuda" and provider != PROVIDERS["cuda"]:
             raise SuperPointError(
@@ -63,21 +69,22 @@ class OnnxRuntimeBackend(Backend):
         self._outputs = list(_RANKS[self.description.type])
 
     def _infer(self, image: Float32) -> Outputs:
+        if self._session is None:
+            raise SuperPointError("this model was closed; open it again.")
         try:
             values = self._session.run(self._outputs, {INPUT_NAME: image})
         except Exception as error:  # as above
             size = f"{image.shape[3]}x{image.shape[2]}, batch {image.shape[0]}"
-            raise SuperPointError(
-                f"onnxruntime failed on {size}: {_reason(error)}. If memory ran out, use a smaller --max-side or batch."
-            ) from error
-        return dict(zip(self._outputs, values))
+            memory = "; use a smaller --max-side or batch" if "alloc" in str(error).lower() else ""
+            raise SuperPointError(f"onnxruntime failed on {size}: {one_line(error)}{memory}.") from error
+        return {name: value.astype(np.float32, copy=False) for name, value in zip(self._outputs, values)}
 
     def close(self) -> None:
         """Ends the session."""
-        del self._session
+        self._session = None
 
 
-def _providers(device: str) -> list[str]:
+def _providers(device: str) -> list[Any]:
     import onnxruntime as ort
 
     if device not in ("auto", *PROVIDERS):
@@ -89,20 +96,24 @@ def _providers(device: str) -> list[str]:
             "pip install onnxruntime-gpu, or use --device cpu."
         )
     wanted = ["cuda", "cpu"] if device == "auto" else [device]
-    return [PROVIDERS[name] for name in wanted if PROVIDERS[name] in available]
+    options = {"cuda": _FP32_ON_CUDA, "cpu": {}}  # fp32 is meant where fp32 is said
+    return [(PROVIDERS[name], options[name]) for name in wanted if PROVIDERS[name] in available]
 
 
 def _device(provider: str, threads: int | None) -> str:
     names = {name: short for short, name in PROVIDERS.items()}
     if provider != PROVIDERS["cpu"]:
         return f"{names.get(provider, provider)} ({provider})"
-    return f"cpu ({provider}, {threads or f'default of {os.cpu_count()}'} threads)"
+    return f"cpu ({provider}, {threads or 'default'} threads)"
 
 
 def _describe(session: Any, path: Path) -> ModelDescription:
     """The file's own metadata; for other tools' models, what names, ranks and shapes tell."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    described = ModelDescription.from_metadata(session.get_modelmeta().custom_metadata_map)
+    try:
+        described = ModelDescription.from_metadata(session.get_modelmeta().custom_metadata_map)
+    except UnicodeDecodeError:
+        raise SuperPointError(f"{path} has metadata that is no text; export it again.") from None
     ranks = {output.name: len(output.shape) for output in outputs}
     kind = described.type if described else next((t for t in OutputType if _fits(t, ranks)), None)
     if kind is None or not _fits(kind, ranks) or [i.name for i in inputs] != [INPUT_NAME] or len(inputs[0].shape) != 4:
@@ -113,16 +124,25 @@ def _describe(session: Any, path: Path) -> ModelDescription:
             + " or ".join(" + ".join(names) for names in OUTPUT_NAMES.values())
             + "; make one with: superpoint export."
         )
-    return described or _describe_foreign(kind, inputs[0].shape, outputs)
+    if inputs[0].type != "tensor(float)":
+        raise SuperPointError(
+            f"{path} takes {inputs[0].type}; expected float32 images. Export it with superpoint export."
+        )
+    return described or _describe_foreign(kind, inputs[0].shape, outputs, path)
 
 
 def _fits(kind: OutputType, ranks: dict[str, int]) -> bool:
     return all(ranks.get(name) == rank for name, rank in _RANKS[kind].items())
 
 
-def _describe_foreign(kind: OutputType, image: list[Any], outputs: list[Any]) -> ModelDescription:
+def _describe_foreign(kind: OutputType, image: list[Any], outputs: list[Any], path: Path) -> ModelDescription:
     """Another tool's model: what its shapes say, and the MIT reference's conventions for the rest."""
     batch, _, height, width = (size if isinstance(size, int) else None for size in image)
+    if (height is None) != (width is None) or (batch or 1) != 1:
+        raise SuperPointError(
+            f"{path} takes images {image}; expected one image or a free batch, and both sides fixed or both free. "
+            "Make a model with superpoint export."
+        )
     shapes = {tensor.name: tensor.shape for tensor in outputs}
     descriptors = "coarse_descriptors" if kind is OutputType.HEADS else "descriptors"
     dim = shapes[descriptors][2 if kind is OutputType.KEYPOINTS else 1]
@@ -131,11 +151,6 @@ def _describe_foreign(kind: OutputType, image: list[Any], outputs: list[Any]) ->
         height_px=height,
         width_px=width,
         dynamic=height is None or width is None,
-        max_batch_size=batch or 1,
         descriptor_dim=dim if isinstance(dim, int) else ModelDescription.descriptor_dim,
         superpoint_trt_version="",
     )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".")

@@ -44,6 +44,7 @@ class TorchBackend(Backend):
         self.runtime = RuntimeInfo(f"torch {torch.__version__} eager", f"{self._device.type} ({where})", "fp32")
 
     def _infer(self, image: Float32) -> Outputs:
-        with torch.inference_mode():
+        # cuDNN would take TF32 for fp32; this is the reference.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             scores, descriptors = dense(*self._net(torch.from_numpy(image).to(self._device)))
         return {"scores": scores.cpu().numpy(), "descriptors": descriptors.cpu().numpy()}

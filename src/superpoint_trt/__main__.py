@@ -1,0 +1,5 @@
+"""`python -m superpoint_trt` is the command `superpoint`."""
+
+from superpoint_trt.cli import main
+
+main()
