@@ -34,7 +34,7 @@ def test_shared_points_by_hand():
 
 
 def test_repeatability_by_hand():
-    """First: A B C and one that leaves. Second: A exactly, B moved 2 px, C moved 4 px, one with no place in the first."""
+    """First: A B C and one that leaves. Second: A exactly, B off by 2 px, C by 4 px, one with no place in the first."""
     first = keypoints([[10, 10], [30, 30], [50, 50], [95, 20]])
     second = keypoints([[20, 10], [42, 30], [60, 54], [4, 70]])
     # 3 shared of each; A and B are found within 3 px both ways: 4 of 6. Errors 0, 2, 0, 2.
@@ -66,10 +66,10 @@ GRID = [[x, y] for x in (15, 35, 55, 75) for y in (15, 40, 65)][:8]
 
 def test_homography_error_by_hand():
     first = keypoints(GRID)
-    moved = keypoints(np.array(GRID) + [10, 0])
+    moved = keypoints(np.array(GRID) + np.array([10, 0]))
     assert metrics.homography_error_px(first, moved, SHIFT) == pytest.approx(0, abs=1e-3)
     # Everything 4 px too low: the estimate is that shift, so each corner is off by 4 px.
-    low = keypoints(np.array(GRID) + [10, 4])
+    low = keypoints(np.array(GRID) + np.array([10, 4]))
     assert metrics.homography_error_px(first, low, SHIFT) == pytest.approx(4, abs=1e-2)
 
 

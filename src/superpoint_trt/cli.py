@@ -74,10 +74,6 @@ def export(
     from superpoint_trt.export import ExportOptions
     from superpoint_trt.export import export as convert
 
-    if kind != OutputType.KEYPOINTS.value:
-        _note_unused(f"a {kind} model decodes at run time")
-    elif max_keypoints > TENSORRT_MAX_TOPK:
-        click.echo(f"note: TensorRT takes at most {TENSORRT_MAX_TOPK} keypoints in a graph", err=True)
     options = ExportOptions(
         type=OutputType(kind),
         height_px=height,
@@ -88,7 +84,12 @@ def export(
         decode=DecodeOptions(nms_radius, remove_borders, threshold),
         opset=opset,
     )
-    print_info(convert(weights, output, options, Sampling(sampling) if sampling else None))
+    written = convert(weights, output, options, Sampling(sampling) if sampling else None)
+    if kind != OutputType.KEYPOINTS.value:
+        _note_unused(f"a {kind} model decodes at run time")
+    elif max_keypoints > TENSORRT_MAX_TOPK:
+        click.echo(f"note: TensorRT takes at most {TENSORRT_MAX_TOPK} keypoints in a graph", err=True)
+    print_info(written)
 
 
 _DECODE_FLAGS = ("max_keypoints", "nms_radius", "threshold", "remove_borders")

@@ -145,7 +145,10 @@ def tensorrt_inference(
     pixels = images.load_image(image_path)
     with SuperPoint(engine, threshold=threshold, max_keypoints=top_k) as superpoint:
         if superpoint.description.type.value != kind:
-            raise SuperPointError(f"{engine} is a {superpoint.description.type.value} model; use that --type.")
+            raise SuperPointError(
+                f"{engine} is a {superpoint.description.type.value} model, but --type {kind} was asked for; give its "
+                "own, or let superpoint infer find out."
+            )
         started = time.perf_counter()
         keypoints: Keypoints = superpoint.extract(pixels)
         elapsed_ms = (time.perf_counter() - started) * 1e3

@@ -158,7 +158,7 @@ def estimate(
     estimator: Estimator = Estimator.MAGSAC,
     threshold_px: float = 3.0,
 ) -> Geometry:
-    """Fits a geometry to matched points with OpenCV; the same input gives the same answer.
+    """Fits a geometry to matched points with OpenCV; the same matches in any order give the same answer.
 
     Args:
         first_xy: (M, 2) points in the first image.
@@ -172,6 +172,9 @@ def estimate(
     none = Geometry(model, None, np.zeros(len(first_xy), dtype=bool))
     if len(first_xy) < _FEWEST[model]:
         return none
+    # Random sampling depends on the order; the answer should not, so the matches are put into one of their own.
+    order = np.lexsort((*second_xy.T, *first_xy.T))
+    first_xy, second_xy = first_xy[order], second_xy[order]
     cv2.setRNGSeed(SEED)
     method = cv2.USAC_MAGSAC if estimator is Estimator.MAGSAC else cv2.RANSAC
     if model is Model.FUNDAMENTAL:
@@ -184,7 +187,9 @@ def estimate(
         )
     if matrix is None or mask is None or matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         return none
-    return Geometry(model, matrix, mask.ravel().astype(bool))
+    inliers = np.zeros(len(order), dtype=bool)
+    inliers[order] = mask.ravel().astype(bool)
+    return Geometry(model, matrix, inliers)
 
 
 @dataclass(frozen=True)
