@@ -413,6 +413,64 @@ def _print_evaluation(reports: Sequence[dict[str, Any]]) -> None:
         console().print(table)
 
 
+@cli.command()
+@click.option("--model", "models", multiple=True, required=True, help="May be repeated: models are taken in turn.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Images per call.")
+@click.option("--size", help="HxW of the image.  [default: what the model was exported for]")
+@click.option("--iterations", type=int, default=100, show_default=True)
+@click.option("--image", help="A photograph to find keypoints in.  [default: a synthetic one]")
+@click.option("--threads", type=int, help="CPU threads.")
+@click.option("--plot", "plot_path", help="PNG to draw the stages to.")
+@_JSON
+@_DEVICE
+def bench(
+    models: tuple[str, ...],
+    batch: int,
+    size: str | None,
+    iterations: int,
+    image: str | None,
+    threads: int | None,
+    plot_path: str | None,
+    json_path: str | None,
+    device: str,
+) -> None:
+    """Time models, stage by stage: median, p95 and p99."""
+    from superpoint_trt.benchmark import BenchOptions, bench, plot
+    from superpoint_trt.files import check_writable
+    from superpoint_trt.image import load_image, parse_size
+
+    for path in (plot_path, json_path):
+        if path:
+            check_writable(path)
+    options = BenchOptions(batch, parse_size(size) if size else None, iterations)
+    with progress_bar("timing") as progress:
+        report = bench(models, options, load_image(image) if image else None, device, threads, progress)
+    print_bench(report)
+    if json_path:
+        write_json(json_path, report.to_json())
+    if plot_path:
+        click.echo(f"{'plot':<14}{plot(report, plot_path)}")
+
+
+def print_bench(report: Any) -> None:
+    """Prints the figures of a bench, one table a model, and how they were taken."""
+    from superpoint_trt.benchmark import METHOD, STAGES
+
+    machine = report.machine
+    click.echo(f"{'machine':<14}{machine['cpu']}, {machine['cores']} cores, GPU {machine['gpu'] or 'none'}")
+    click.echo(f"{'method':<14}{METHOD}")
+    for times in report.models:
+        height, width = times.size_hw
+        click.echo(f"{'model':<14}{times.model}\n{'ran on':<14}{times.runtime}")
+        found = f"{times.keypoints} keypoints, {report.images_per_s(times):.1f} images/s"
+        click.echo(f"{'image':<14}{height}x{width} (HxW), batch {report.options.batch}, {found}")
+        table = Table(f"ms of {report.options.iterations} calls", "median", "p95", "p99")
+        for stage in STAGES:
+            summary = times.summary(stage)
+            table.add_row(stage, *(f"{value:.2f}" for value in summary.values()) if summary else ("-", "-", "-"))
+        console().print(table)
+
+
 # ------------------------------------------------------------------------------------------------------------ weights
 
 

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import click
-import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt import decode
@@ -18,8 +17,6 @@ from superpoint_trt.files import PathLike, check_distinct, check_writable, read_
 from superpoint_trt.spec import DecodeOptions, Keypoints, OutputType, SuperPointError
 
 GUIDE_OPSET = 11
-BENCHMARK_ITERATIONS = 100
-WARM_UP_ITERATIONS = 5
 
 
 class SuperPointTRT:
@@ -155,23 +152,14 @@ def tensorrt_inference(
         click.echo(f"{'ran on':<14}{superpoint.runtime}")
         print_found(keypoints, elapsed_ms)
         save_drawing(pixels, keypoints, output)
-        if benchmark:
-            _time(superpoint, pixels)
+    if benchmark:
+        _time(engine, pixels)
 
 
-def _time(superpoint: Any, pixels: NDArray[Any]) -> None:
-    """Image in memory -> keypoints, in wall time."""
-    from rich.progress import track
+def _time(engine: str, pixels: NDArray[Any]) -> None:
+    """The one timing method, on the guide's image."""
+    from superpoint_trt.benchmark import BenchOptions, bench
+    from superpoint_trt.cli import print_bench, progress_bar
 
-    from superpoint_trt.cli import console
-
-    screen = console(stderr=True)
-    times_ms = []
-    iterations = range(WARM_UP_ITERATIONS + BENCHMARK_ITERATIONS)
-    for _ in track(iterations, "timing", console=screen, disable=not screen.is_terminal):
-        started = time.perf_counter()
-        superpoint.extract(pixels)
-        times_ms.append((time.perf_counter() - started) * 1e3)
-    median, p95 = np.percentile(times_ms[WARM_UP_ITERATIONS:], [50, 95])
-    click.echo(f"{'wall time':<14}median {median:.2f} ms, p95 {p95:.2f} ms, {1e3 / median:.1f} images/s")
-    click.echo(f"{'method':<14}image array -> keypoints, {BENCHMARK_ITERATIONS} calls after {WARM_UP_ITERATIONS}")
+    with progress_bar("timing") as progress:
+        print_bench(bench([engine], BenchOptions(), pixels, progress=progress))

@@ -10,6 +10,9 @@ from superpoint_trt.files import PathLike
 from superpoint_trt.network import SuperPointNet, dense
 from superpoint_trt.spec import Float32, ModelDescription, OutputType, SuperPointError
 
+MOST_BATCH = 1024
+"""Eager torch takes any batch that memory holds."""
+
 
 class TorchBackend(Backend):
     """A checkpoint run eagerly in float32, as a dynamic `dense` model.
@@ -37,6 +40,7 @@ class TorchBackend(Backend):
             family=checkpoint.family,
             checkpoint_sha256=checkpoint.sha256,
             dynamic=True,
+            max_batch_size=MOST_BATCH,
             stride_px=checkpoint.stride_px,
             descriptor_dim=checkpoint.descriptor_dim,
         )
