@@ -29,9 +29,9 @@ REST_S = 0.2
 CALLS_PER_TURN = 5
 
 METHOD = (
-    f"Models take turns of {CALLS_PER_TURN} calls after {REST_S} s of rest, warm-up calls first and left out. Each call "
-    "is made twice: once as a whole (wall: image arrays in memory -> Keypoints) and once step by step (preprocess, "
-    "network, decode). Times by time.perf_counter; a transfer that does not exist is null, not 0."
+    f"Models take turns of {CALLS_PER_TURN} calls after {REST_S} s of rest, warm-up calls first and left out. "
+    "Each call is made twice: once as a whole (wall: image arrays in memory -> Keypoints) and once step by step "
+    "(preprocess, network, decode). Times by time.perf_counter; a transfer that does not exist is null, not 0."
 )
 
 MOST_BATCH, MOST_ITERATIONS = 1024, 1_000_000
