@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import time
@@ -12,13 +13,16 @@ import click
 import cv2
 import numpy as np
 
+from superpoint_trt.benchmark import cpu_name
+
 REST_S = 0.2
 SHARED_WEIGHTS = Path(__file__).resolve().parents[2] / "shared/data/weights/superpoint_v6_int8deq.pth"
 
 
 def weights_option(function: Callable) -> Callable:
     """`--weights`: speed does not depend on the values, but real ones find a real number of points."""
-    return click.option("--weights", default=str(SHARED_WEIGHTS), show_default=True, help="Checkpoint.")(function)
+    default = str(SHARED_WEIGHTS) if SHARED_WEIGHTS.exists() else None
+    return click.option("--weights", default=default, required=True, show_default=True, help="Checkpoint.")(function)
 
 
 def photograph(height: int, width: int) -> np.ndarray:
@@ -46,15 +50,8 @@ def alternate(runs: dict[str, Callable[[], object]], iterations: int, warm_up: i
 
 
 def machine() -> str:
-    """The processor, and how many cores this process may use."""
-    import os
-
-    try:
-        model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-        name = model.split(":")[1].strip()
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    """The processor, its cores, and Python."""
+    return f"{cpu_name()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 def verdict(failed: list[str]) -> None:

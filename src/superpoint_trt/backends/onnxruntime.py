@@ -146,11 +146,14 @@ def _describe_foreign(kind: OutputType, image: list[Any], outputs: list[Any], pa
     shapes = {tensor.name: tensor.shape for tensor in outputs}
     descriptors = "coarse_descriptors" if kind is OutputType.HEADS else "descriptors"
     dim = shapes[descriptors][2 if kind is OutputType.KEYPOINTS else 1]
+    rows = shapes[descriptors][2]
+    known = kind is not OutputType.KEYPOINTS and isinstance(rows, int) and rows > 0 and height is not None
     return ModelDescription(
         type=kind,
         height_px=height,
         width_px=width,
-        dynamic=height is None or width is None,
+        dynamic=height is None,
+        stride_px=height // rows if known else ModelDescription.stride_px,
         descriptor_dim=dim if isinstance(dim, int) else ModelDescription.descriptor_dim,
         superpoint_trt_version="",
     )
