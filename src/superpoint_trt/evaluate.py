@@ -200,7 +200,11 @@ class _Run:
             return f"OpenCV {cv2.__version__}, cpu"
         superpoint = stack.enter_context(_superpoint(model, self._protocol, self._nms_radius_px, device, threads))
         self._extractor = superpoint.extract
-        return str(superpoint.runtime)
+        if superpoint.description.type is not OutputType.KEYPOINTS:
+            return str(superpoint.runtime)
+        options = superpoint.options
+        own = f"NMS radius {options.nms_radius_px} px, threshold {options.threshold:g}"
+        return f"{superpoint.runtime}; decoded in its graph: {own} instead of the protocol's"
 
     def extract(self, paths: list[Path], evaluation: Evaluation, steps: _Steps) -> dict[Path, _View]:
         """The views of all readable images; the rest is noted once."""
