@@ -278,12 +278,12 @@ def verify(
     device: str,
 ) -> None:
     """Prove that a converted model finds the points of its fp32 reference; exit code 1 if a gate fails."""
-    from superpoint_trt.files import check_writable
+    from superpoint_trt.files import check_distinct, check_writable
     from superpoint_trt.verify import find_images, verify
 
-    for path in (report_path, json_path):
+    for path, other in ((report_path, json_path), (json_path, None)):
         if path:
-            check_writable(path)
+            check_distinct(check_writable(path), model, weights, other)
     with progress_bar("verifying") as progress:
         found = verify(model, weights, find_images(images, limit), _limits(gates), device, progress)
     _print_verification(found)
@@ -365,12 +365,12 @@ def evaluate(
 ) -> None:
     """Repeatability, homographies and matching on pairs with known homographies, as the literature defines them."""
     from superpoint_trt.evaluate import BASELINES, Protocol, Resize, evaluate
-    from superpoint_trt.files import check_writable
+    from superpoint_trt.files import check_distinct, check_writable
     from superpoint_trt.image import parse_size
     from superpoint_trt.matching import Estimator
 
     if json_path:
-        check_writable(json_path)
+        check_distinct(check_writable(json_path), model)
     protocol = Protocol(
         resize=Resize(resize),
         detector_size_hw=parse_size(detector_size),
@@ -436,12 +436,12 @@ def bench(
 ) -> None:
     """Time models, stage by stage: median, p95 and p99."""
     from superpoint_trt.benchmark import BenchOptions, bench, plot
-    from superpoint_trt.files import check_writable
+    from superpoint_trt.files import check_distinct, check_writable
     from superpoint_trt.image import load_image, parse_size
 
-    for path in (plot_path, json_path):
+    for path, other in ((plot_path, json_path), (json_path, None)):
         if path:
-            check_writable(path)
+            check_distinct(check_writable(path), *models, image, other)
     options = BenchOptions(batch, parse_size(size) if size else None, iterations)
     with progress_bar("timing") as progress:
         report = bench(models, options, load_image(image) if image else None, device, threads, progress)

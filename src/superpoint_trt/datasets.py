@@ -98,10 +98,10 @@ def _image(images: dict[int, Path], index: int, folder: Path) -> Path:
 
 def _homography(path: Path) -> Matrix:
     try:
-        matrix = np.loadtxt(path, dtype=np.float64)
+        matrix = np.array([line.split() for line in path.read_text().splitlines() if line.strip()], dtype=np.float64)
     except (OSError, ValueError, UnicodeDecodeError):
         raise SuperPointError(f"{path} is missing or no 3x3 matrix of numbers; the pair is left out.") from None
-    if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < np.finfo(float).eps:
+    if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or np.linalg.cond(matrix) > 1 / np.finfo(float).eps:
         raise SuperPointError(f"{path} is no invertible 3x3 homography; the pair is left out.")
     return matrix
 

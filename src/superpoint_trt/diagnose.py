@@ -26,7 +26,7 @@ class Finding:
     """A fault by name, and how it shows."""
 
     name: str
-    """descriptor-sampling, border, dustbin, cell-order, fp16-indices or coordinates."""
+    """descriptor-sampling, border, dustbin, cell-order, fp16-indices, coordinates or not-finite."""
     detail: str
 
 

@@ -35,6 +35,9 @@ class Resize(str, enum.Enum):
     """As they are."""
 
 
+LARGEST_SIDE_PX = 8192
+
+
 @dataclass(frozen=True)
 class Protocol:
     """What is measured, and how. The defaults are those of the table that rpautrat/SuperPoint publishes.
@@ -61,6 +64,17 @@ class Protocol:
     mma_px: tuple[int, ...] = tuple(range(1, 11))
     estimator: Estimator = Estimator.RANSAC
     ransac_px: float = 3.0
+
+    def __post_init__(self) -> None:
+        for side in (*self.detector_size_hw, *self.descriptor_size_hw):
+            if not images.SMALLEST_SIDE_PX <= side <= LARGEST_SIDE_PX:
+                raise SuperPointError(
+                    f"a size to evaluate at has a side of {side} px; "
+                    f"expected {images.SMALLEST_SIDE_PX} to {LARGEST_SIDE_PX}."
+                )
+        for name, value in (("matching distance", self.matching_px), ("inlier distance", self.ransac_px)):
+            if not 0 < value < np.inf:
+                raise SuperPointError(f"{name} is {value} px; expected more than 0.")
 
 
 Extractor = Callable[[Float32], Keypoints]
@@ -164,7 +178,7 @@ def evaluate(
         descriptor.open(model, device, threads, stack)
         described = descriptor.extract(paths, evaluation, steps)
     for pair in found.pairs:
-        if pair.first in described and pair.second in described:
+        if all(path in views for path in (pair.first, pair.second) for views in (detected, described)):
             started = time.perf_counter()
             result = _score(pair, _views(pair, detected), _views(pair, described), protocol)
             evaluation.seconds["match"] += time.perf_counter() - started
@@ -253,7 +267,12 @@ def _opencv(name: str, count: int) -> Extractor:
         points, descriptors = detector.detectAndCompute(np.round(gray * 255).astype(np.uint8), None)
         size = (gray.shape[1], gray.shape[0])
         if descriptors is None or not len(points):
-            return Keypoints(np.zeros((0, 2), np.float32), np.zeros(0, np.float32), np.zeros((0, 1), np.float32), size)
+            return Keypoints(
+                np.zeros((0, 2), np.float32),
+                np.zeros(0, np.float32),
+                np.zeros((0, 256 if name == "orb" else 128), np.float32),
+                size,
+            )
         if name == "orb":
             descriptors = np.unpackbits(np.asarray(descriptors, dtype=np.uint8), axis=1)
         scores = np.array([point.response for point in points], np.float32)
@@ -272,7 +291,7 @@ def _resize(gray: Float32, size_hw: tuple[int, int], rule: Resize) -> tuple[Floa
         return gray, np.eye(3)
     ratios = size_hw[0] / height, size_hw[1] / width
     scale = max(ratios) if rule is Resize.CROP else min(1.0, *ratios)
-    new_h, new_w = round(height * scale), round(width * scale)
+    new_h, new_w = max(1, round(height * scale)), max(1, round(width * scale))
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     resized: Any = cv2.resize(gray, (new_w, new_h), interpolation=method)
     sx, sy = new_w / width, new_h / height

@@ -29,7 +29,7 @@ class MatchOptions:
     def __post_init__(self) -> None:
         if self.max_ratio is not None and not 0 < self.max_ratio <= 1:
             raise SuperPointError(f"ratio is {self.max_ratio:g}; expected 0 < ratio <= 1 (0.8 to 0.95 is usual).")
-        if self.max_distance is not None and self.max_distance <= 0:
+        if self.max_distance is not None and not 0 < self.max_distance < np.inf:
             raise SuperPointError(f"largest distance is {self.max_distance:g}; expected more than 0 (0.7 is usual).")
 
 
@@ -169,6 +169,8 @@ def estimate(
     """
     import cv2
 
+    if not 0 < threshold_px < np.inf:
+        raise SuperPointError(f"inlier distance is {threshold_px} px; expected more than 0 (3 is usual).")
     none = Geometry(model, None, np.zeros(len(first_xy), dtype=bool))
     if len(first_xy) < _FEWEST[model]:
         return none

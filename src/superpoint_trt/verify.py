@@ -37,6 +37,8 @@ CORRECT_WITHIN_PX = 3.0
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 
+NOT_FINITE = float(np.finfo(np.float32).max)
+
 SAMPLES_PER_IMAGE = 20_000
 """Errors kept of each output and image for the percentiles over all images."""
 
@@ -226,6 +228,10 @@ def verify(
         description, runtime = superpoint.description, str(superpoint.runtime)
     if not results:
         raise SuperPointError(f"no image could be used: {problems[0] if problems else 'none was given'}")
+    if not any(result.reference_keypoints for result in results):
+        raise SuperPointError(
+            "the reference finds no keypoint in any image, so nothing is proven; use real photographs."
+        )
     findings = _merged(results)
     outputs = comparison.outputs()
     return Verification(
@@ -409,6 +415,8 @@ class _Comparison:
             if "logits" in errors:
                 scores = decode.scores_from_logits(view.outputs["logits"])
                 errors["scores"] = np.abs(scores - view.truth["scores"])
+        # A value that is not finite is the largest error there is, not one that compares as smaller.
+        errors = {name: np.nan_to_num(e, nan=NOT_FINITE, posinf=NOT_FINITE) for name, e in errors.items()}
         if errors.get("scores", np.zeros(0)).size:
             self.score_error_max = max(self.score_error_max or 0.0, float(errors["scores"].max()))
         for name, values in errors.items():
@@ -417,8 +425,17 @@ class _Comparison:
         return errors
 
     def _diagnose(self, view: _View) -> list[Finding]:
+        # In the network's own pixels, where the reference map can be read off, also where the image was shrunk.
+        p = view.placement
+        sides = (p.placed_width_px, p.placed_height_px)
+        (found,) = self._superpoint.decode(
+            view.outputs, [Placement(*sides, *sides, p.input_width_px, p.input_height_px)]
+        )
+        broken = [name for name, values in view.outputs.items() if not np.isfinite(values).all()]
+        if broken:
+            return [Finding("not-finite", f"{', '.join(broken)} hold values that are not finite")]
         evidence = diagnose.Evidence(
-            found=view.found,
+            found=found,
             scores=view.truth["scores"][0],
             descriptors=view.truth["descriptors"][0],
             sampling=self._reference.description.sampling,
@@ -426,8 +443,7 @@ class _Comparison:
             in_graph=self._superpoint.description.type is OutputType.KEYPOINTS,
             raw_xy=view.raw_xy(),
         )
-        # Shrunk images have keypoints between the network's pixels, where the reference map cannot be read off.
-        return [] if view.placement.resized else diagnose.findings(evidence)
+        return diagnose.findings(evidence)
 
     def outputs(self) -> dict[str, Errors | None]:
         """Errors of each output over all images: mean and percentiles of the samples."""
@@ -503,8 +519,9 @@ def _mutual_within(a: Float32, b: Float32, distance_px: float) -> NDArray[np.int
 
 
 def _cosines(a: Keypoints, b: Keypoints, pairs: NDArray[np.int64]) -> Float32:
-    cosines: Float32 = (a.descriptors[pairs[:, 0]] * b.descriptors[pairs[:, 1]]).sum(axis=1)
-    return cosines
+    cosines = (a.descriptors[pairs[:, 0]] * b.descriptors[pairs[:, 1]]).sum(axis=1)
+    finite: Float32 = np.nan_to_num(cosines, nan=-1.0)
+    return finite
 
 
 def _spearman(a: Float32, b: Float32) -> float | None:
@@ -556,15 +573,19 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def _merged(results: Sequence[ImageResult]) -> list[Finding]:
-    """One finding of each name, with the number of images that show it; what only a minority shows is left out."""
+    """One finding of each name, with the number of images that show it.
+
+    What only a minority shows is left out; images with too few points to show anything do not vote.
+    """
+    voters = sum(1 for r in results if r.findings or r.model_keypoints >= diagnose.FEWEST_POINTS)
     by_name: dict[str, list[Finding]] = {}
     for result in results:
         for finding in result.findings:
             by_name.setdefault(finding.name, []).append(finding)
     return [
-        Finding(name, f"{found[0].detail} ({len(found)} of {len(results)} images)")
+        Finding(name, f"{found[0].detail} ({len(found)} of {voters} images that can show it)")
         for name, found in by_name.items()
-        if len(found) * 2 > len(results)
+        if len(found) * 2 > voters
     ]
 
 
