@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from importlib import import_module, metadata, util
 from pathlib import Path
 
+from superpoint_trt import cuda, trt
 from superpoint_trt._version import __version__
-from superpoint_trt.backends.tensorrt import FLAVOURS, installed_flavours, missing_tensorrt
 from superpoint_trt.files import one_line
+from superpoint_trt.spec import SuperPointError
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ def examine() -> Iterator[Finding]:
     yield _gpu()
     yield _cuda_driver()
     yield _module("cuda-bindings", "cuda.bindings", "pip install 'superpoint-trt[tensorrt]'")
-    for module, extra in FLAVOURS.items():
-        yield _module(module.replace("_", "-"), module, f"pip install '{extra}' (NVIDIA GPU)")
+    for flavour, module in trt.MODULES.items():
+        yield _module(module.replace("_", "-"), module, f"pip install '{trt.EXTRAS[flavour]}' (docs/tensorrt.md)")
 
 
 def abilities() -> Iterator[Finding]:
@@ -46,11 +47,28 @@ def abilities() -> Iterator[Finding]:
     yield Finding("export .safetensors to .onnx", True, "superpoint export")
     yield Finding("export .pth to .onnx", has_torch, "superpoint export" if has_torch else _ADD_TORCH)
     yield Finding("find keypoints with .onnx", True, "superpoint infer")
-    flavours = ", ".join(installed_flavours())
-    detail = missing_tensorrt() or f"{flavours} is here, but this release does not build or run engines yet"
-    cuda = "CUDAExecutionProvider" in _providers()
-    yield Finding("the same on an NVIDIA GPU", cuda, "superpoint infer --device cuda" if cuda else _ADD_CUDA)
-    yield Finding("TensorRT engines", False, detail)
+    on_cuda = "CUDAExecutionProvider" in _providers()
+    yield Finding("the same on an NVIDIA GPU", on_cuda, "superpoint infer --device cuda" if on_cuda else _ADD_CUDA)
+    yield from _engines()
+
+
+def _engines() -> Iterator[Finding]:
+    """Building and running, asked of the libraries themselves."""
+    try:
+        gpu = cuda.current_device().capability
+    except SuperPointError:
+        gpu = None
+    flavours = trt.installed()
+    if trt.Flavour.TENSORRT in flavours and gpu:
+        builds = "superpoint build"
+    elif trt.Flavour.RTX in flavours:
+        builds = "superpoint build --runtime rtx" + ("" if gpu in trt.RTX_TARGETS else " --target sm89 (RTX GPUs)")
+    else:
+        builds = None
+    runs = gpu is not None and (trt.Flavour.TENSORRT in flavours or gpu in trt.RTX_TARGETS) and bool(flavours)
+    lacking = trt.missing() or "no NVIDIA GPU that the installed TensorRT runs on"
+    yield Finding("build TensorRT engines", builds is not None, builds or lacking)
+    yield Finding("run TensorRT engines", runs, "superpoint infer --model X.engine" if runs else lacking)
 
 
 _ADD_CUDA = "pip uninstall onnxruntime, then pip install onnxruntime-gpu (NVIDIA GPU with CUDA)"

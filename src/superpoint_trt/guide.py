@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from superpoint_trt import decode
 from superpoint_trt import image as images
 from superpoint_trt.backends import open_backend
-from superpoint_trt.backends.tensorrt import missing_tensorrt
-from superpoint_trt.cli import print_found, print_info, save_drawing
+from superpoint_trt.cli import build_engine, print_found, print_info, save_drawing
 from superpoint_trt.files import PathLike, check_distinct, check_writable, read_bytes
-from superpoint_trt.spec import DecodeOptions, Keypoints, OutputType, SuperPointError
+from superpoint_trt.spec import DecodeOptions, Keypoints, OutputType, Precision, SuperPointError
 
 GUIDE_OPSET = 11
 
@@ -109,17 +108,39 @@ def convert_to_onnx(
 @click.option("--max-height", type=int, default=960, show_default=True)
 @click.option("--max-width", type=int, default=1280, show_default=True)
 @click.option("--test", is_flag=True, help="Run the engine once after building.")
-def convert_to_tensorrt(onnx: str, engine: str, int8: bool, **_: Any) -> None:
+def convert_to_tensorrt(
+    onnx: str,
+    engine: str,
+    fp16: bool,
+    int8: bool,
+    max_batch_size: int,
+    workspace: float,
+    dynamic_shapes: bool,
+    test: bool,
+    **sides: int,
+) -> None:
     """Convert ONNX to a TensorRT engine."""
+    from superpoint_trt.engine import BuildOptions
+
     read_bytes(onnx, "model")
     check_writable(engine)
     if int8:
         raise SuperPointError("--int8 is not here yet: it needs calibration, which this release does not do.")
-    raise SuperPointError(
-        missing_tensorrt()
-        or f"TensorRT is here, but this release does not build engines yet; {onnx} itself is ready for "
-        f"trtexec --onnx={onnx} --saveEngine={engine}."
-    )
+    least, usual, most = ((sides[f"{name}_height"], sides[f"{name}_width"]) for name in ("min", "opt", "max"))
+    # Without --dynamic-shapes the guide's engine takes one size: the one that a dynamic .onnx is tuned for.
+    shapes = (least, usual, most) if dynamic_shapes else _one_size(onnx, usual)
+    low, opt, high = shapes
+    options = BuildOptions(Precision.FP16 if fp16 else Precision.FP32, workspace, low, opt, high, max_batch_size)
+    build_engine(onnx, engine, options, test)
+
+
+def _one_size(onnx: str, usual: tuple[int, int]) -> tuple[Any, ...]:
+    """The one size of an engine that is not to be dynamic: the size exported for, which a static .onnx just has."""
+    from superpoint_trt.engine import is_dynamic, usual_size
+    from superpoint_trt.precision import load_onnx
+
+    model = load_onnx(onnx)
+    return (usual_size(model) or usual,) * 3 if is_dynamic(model) else (None,) * 3
 
 
 @click.command()

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from superpoint_trt.backends import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
-from superpoint_trt.backends.tensorrt import refuse_engine
 from superpoint_trt.files import PathLike, git_blob_id, one_line, read_bytes, sha256
+from superpoint_trt.plan import read_plan
 from superpoint_trt.spec import ModelDescription, OutputType, SuperPointError
+from superpoint_trt.trt import flavour_of
 
 Rows = Iterable[tuple[str, str]]
 
@@ -29,7 +30,7 @@ def describe(path: PathLike) -> Rows:
     if suffix == ".npz":
         return _features(path)
     if suffix in ENGINE_SUFFIXES:
-        refuse_engine(path)
+        return _engine(path)
     known = ", ".join((".onnx", *CHECKPOINT_SUFFIXES, ".npz", *ENGINE_SUFFIXES))
     raise SuperPointError(f"{path} is none of this project's files, whose names end in {known}.")
 
@@ -79,6 +80,26 @@ def _onnx_model(path: Path) -> Iterator[tuple[str, str]]:
     else:
         yield "what", "another tool's model: no superpoint_trt metadata"
     yield "sha256", sha256(data)
+
+
+def _engine(path: Path) -> Iterator[tuple[str, str]]:
+    """From the .json beside it, so that any machine can say; a bare plan is only opened where it runs."""
+    plan, metadata = read_plan(path)
+    flavour = flavour_of(plan)
+    if flavour is None and metadata is None:
+        raise SuperPointError(
+            f"{path} is no TensorRT engine: it begins with {plan[:4]!r}; build one: superpoint build."
+        )
+    yield "file", f"{path} ({_size(path)})"
+    if metadata is None:
+        yield "what", f"{flavour.value if flavour else 'unknown'} engine without a .json: superpoint infer opens it"
+        return
+    yield from _description(metadata.description)
+    yield "takes", str(metadata.profile)
+    yield "runs on", f"{metadata.flavour.value} {metadata.tensorrt_version}, {', '.join(metadata.targets)}"
+    yield "built on", metadata.gpu_name or "a machine without a GPU"
+    yield "rebuild", metadata.rebuild
+    yield "sha256", metadata.plan_sha256
 
 
 def _description(model: ModelDescription) -> Iterator[tuple[str, str]]:

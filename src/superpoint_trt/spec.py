@@ -26,6 +26,9 @@ MOST_PX = 1024
 TENSORRT_MAX_TOPK = 3840
 """The largest K that TensorRT's TopK layer takes."""
 
+ENGINE_SUFFIXES = (".engine", ".trt", ".plan")
+"""What an engine's file name ends in."""
+
 
 class SuperPointError(Exception):
     """Something the user can mend: the text says what was got, what was expected and what to do."""
@@ -185,6 +188,25 @@ def _parse(key: str, value: str) -> Any:
     if not isinstance(number, (bool, int, float)) or number < (1 if key in _COUNTS else 0):
         raise ValueError(f"{key} is {value}")
     return number
+
+
+@dataclass(frozen=True)
+class ShapeRange:
+    """An engine's optimisation profile: the inputs it takes, each as (batch, height px, width px)."""
+
+    min: tuple[int, int, int]
+    opt: tuple[int, int, int]
+    """What the kernels are chosen for."""
+    max: tuple[int, int, int]
+
+    def holds(self, shape: tuple[int, int, int]) -> bool:
+        """Whether an input of that shape may be run."""
+        return all(low <= size <= high for low, size, high in zip(self.min, shape, self.max))
+
+    def __str__(self) -> str:
+        (b0, h0, w0), (b1, h1, w1) = self.min, self.max
+        sides = f"{w1}x{h1} px" if (h0, w0) == (h1, w1) else f"{w0}x{h0} to {w1}x{h1} px"
+        return f"{sides}, batch {b0}" + (f" to {b1}" if b1 != b0 else "")
 
 
 @dataclass(frozen=True, eq=False)

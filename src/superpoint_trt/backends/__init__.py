@@ -6,20 +6,19 @@ from pathlib import Path
 
 from superpoint_trt.backends.base import Backend, Outputs, RuntimeInfo
 from superpoint_trt.files import PathLike
-from superpoint_trt.spec import SuperPointError
+from superpoint_trt.spec import ENGINE_SUFFIXES, SuperPointError
 
-__all__ = ["Backend", "Outputs", "RuntimeInfo", "open_backend"]
+__all__ = ["ENGINE_SUFFIXES", "Backend", "Outputs", "RuntimeInfo", "open_backend"]
 
 ONNX_SUFFIXES = (".onnx",)
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
-ENGINE_SUFFIXES = (".engine", ".trt", ".plan")
 
 
 def open_backend(path: PathLike, device: str = "auto", threads: int | None = None) -> Backend:
     """Opens a model with the backend its kind of file asks for.
 
     Args:
-        path: `.onnx` (onnxruntime), `.pth`/`.safetensors` (the PyTorch reference).
+        path: `.onnx` (onnxruntime), `.pth`/`.safetensors` (the PyTorch reference), `.engine`/`.trt`/`.plan` (TensorRT).
         device: "auto" (the best that works, named in `Backend.runtime`), "cpu" or "cuda" (that or an error).
         threads: CPU threads; None leaves the choice to the runtime.
 
@@ -41,8 +40,8 @@ def open_backend(path: PathLike, device: str = "auto", threads: int | None = Non
             ) from None
         return TorchBackend(path, device, threads)
     if suffix in ENGINE_SUFFIXES:
-        from superpoint_trt.backends.tensorrt import refuse_engine
+        from superpoint_trt.backends.tensorrt import TensorRTBackend
 
-        refuse_engine(path)
+        return TensorRTBackend(path, device)
     known = ", ".join((*ONNX_SUFFIXES, *CHECKPOINT_SUFFIXES, *ENGINE_SUFFIXES))
     raise SuperPointError(f"{path}: a model's name ends in one of {known}.")

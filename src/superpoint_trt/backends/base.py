@@ -8,11 +8,20 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt.spec import INPUT_NAME, Float32, ModelDescription, SuperPointError
 
 Outputs = Mapping[str, NDArray[Any]]
+Image = NDArray[Any]
+"""(B, 1, H, W) float32 in [0, 1], or uint8."""
+
+
+def as_unit_range(image: Image) -> Float32:
+    """For runtimes that want float32: uint8 divided by 255, anything else as it is."""
+    unit: Float32 = image.astype(np.float32) / np.float32(255) if image.dtype == np.uint8 else image
+    return unit
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,11 @@ class Backend(abc.ABC):
     description: ModelDescription
     runtime: RuntimeInfo
 
-    def infer(self, image: Float32) -> Outputs:
+    def infer(self, image: Image) -> Outputs:
         """Runs the model.
 
         Args:
-            image: (B, 1, H, W) float32 in [0, 1], H and W multiples of the stride.
+            image: (B, 1, H, W) float32 in [0, 1], or uint8; H and W multiples of the stride.
 
         Returns:
             The model type's outputs by name (spec.OUTPUT_NAMES).
@@ -52,26 +61,33 @@ class Backend(abc.ABC):
         Raises:
             SuperPointError: the input does not fit the model, or the runtime failed.
         """
-        model = self.description
-        stride = model.stride_px
-        if image.ndim != 4 or image.shape[1] != 1 or image.shape[2] % stride or image.shape[3] % stride:
-            raise SuperPointError(
-                f"{INPUT_NAME} has shape {image.shape}; expected (B, 1, H, W) in multiples of {stride}."
-            )
-        if not model.dynamic and image.shape[2:] != (model.height_px, model.width_px):
-            raise SuperPointError(
-                f"{INPUT_NAME} is {image.shape[3]}x{image.shape[2]}; this model takes only "
-                f"{model.width_px}x{model.height_px}: resize, or export with --dynamic."
-            )
-        if image.shape[0] > model.max_batch_size and not model.dynamic:
-            raise SuperPointError(
-                f"batch of {image.shape[0]} images; this model takes {model.max_batch_size} at most: export with "
-                f"--max-batch-size {image.shape[0]}."
-            )
+        if image.dtype not in (np.float32, np.uint8):
+            raise SuperPointError(f"{INPUT_NAME} is {image.dtype}; expected float32 in [0, 1], or uint8.")
+        self._check(image.shape)
         return self._infer(image)
 
+    def _check(self, shape: tuple[int, ...]) -> None:
+        stride = self.description.stride_px
+        if len(shape) != 4 or shape[1] != 1 or shape[2] % stride or shape[3] % stride or 0 in shape:
+            raise SuperPointError(f"{INPUT_NAME} has shape {shape}; expected (B, 1, H, W) in multiples of {stride}.")
+        self._check_size(shape)
+
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        """Whether the model takes so many images of that size."""
+        model = self.description
+        if not model.dynamic and shape[2:] != (model.height_px, model.width_px):
+            raise SuperPointError(
+                f"{INPUT_NAME} is {shape[3]}x{shape[2]}; this model takes only {model.width_px}x{model.height_px}: "
+                "resize, or export with --dynamic."
+            )
+        if shape[0] > model.max_batch_size and not model.dynamic:
+            raise SuperPointError(
+                f"batch of {shape[0]} images; this model takes {model.max_batch_size} at most: export with "
+                f"--max-batch-size {shape[0]}."
+            )
+
     @abc.abstractmethod
-    def _infer(self, image: Float32) -> Outputs: ...
+    def _infer(self, image: Image) -> Outputs: ...
 
     def close(self) -> None:  # noqa: B027  (nothing to free is a fine default)
         """Frees what the backend holds; it cannot be used afterwards."""

@@ -7,24 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from superpoint_trt.backends.base import Backend, Outputs, RuntimeInfo
+from superpoint_trt.backends.base import Backend, Image, Outputs, RuntimeInfo, as_unit_range
 from superpoint_trt.files import PathLike, one_line, read_bytes
-from superpoint_trt.spec import (
-    INPUT_NAME,
-    OUTPUT_NAMES,
-    Float32,
-    ModelDescription,
-    OutputType,
-    SuperPointError,
-)
+from superpoint_trt.recognise import REQUIRED_RANKS, describe
+from superpoint_trt.spec import INPUT_NAME, ModelDescription, SuperPointError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_RANKS = {
-    # Names that a model must have, and their ranks; num_keypoints may be missing from other tools' models.
-    OutputType.DENSE: {"scores": 3, "descriptors": 4},
-    OutputType.KEYPOINTS: {"keypoints": 3, "scores": 2, "descriptors": 3},
-    OutputType.HEADS: {"logits": 4, "coarse_descriptors": 4},
-}
 _FATAL_ONLY = 4
 """onnxruntime's log: its errors also come as exceptions, and are said once, by us."""
 
@@ -66,13 +54,13 @@ class OnnxRuntimeBackend(Backend):
             device=_device(provider, threads),
             precision=self.description.precision.value,
         )
-        self._outputs = list(_RANKS[self.description.type])
+        self._outputs = list(REQUIRED_RANKS[self.description.type])
 
-    def _infer(self, image: Float32) -> Outputs:
+    def _infer(self, image: Image) -> Outputs:
         if self._session is None:
             raise SuperPointError("this model was closed; open it again.")
         try:
-            values = self._session.run(self._outputs, {INPUT_NAME: image})
+            values = self._session.run(self._outputs, {INPUT_NAME: as_unit_range(image)})
         except Exception as error:  # as above
             size = f"{image.shape[3]}x{image.shape[2]}, batch {image.shape[0]}"
             memory = "; use a smaller --max-side or batch" if "alloc" in str(error).lower() else ""
@@ -114,46 +102,10 @@ def _describe(session: Any, path: Path) -> ModelDescription:
         described = ModelDescription.from_metadata(session.get_modelmeta().custom_metadata_map)
     except UnicodeDecodeError:
         raise SuperPointError(f"{path} has metadata that is no text; export it again.") from None
-    ranks = {output.name: len(output.shape) for output in outputs}
-    kind = described.type if described else next((t for t in OutputType if _fits(t, ranks)), None)
-    if kind is None or not _fits(kind, ranks) or [i.name for i in inputs] != [INPUT_NAME] or len(inputs[0].shape) != 4:
-        got = ", ".join(f"{tensor.name}{tensor.shape}" for tensor in outputs)
-        raise SuperPointError(
-            f"{path} is not one of this project's models: inputs {', '.join(i.name for i in inputs)}; outputs {got}. "
-            f"Expected input {INPUT_NAME} [B, 1, H, W] and outputs "
-            + " or ".join(" + ".join(names) for names in OUTPUT_NAMES.values())
-            + "; make one with: superpoint export."
-        )
+    takes, gives = ({tensor.name: list(tensor.shape) for tensor in tensors} for tensors in (inputs, outputs))
+    description = describe(path, described, takes, gives, remedy="make one with: superpoint export")
     if inputs[0].type != "tensor(float)":
         raise SuperPointError(
             f"{path} takes {inputs[0].type}; expected float32 images. Export it with superpoint export."
         )
-    return described or _describe_foreign(kind, inputs[0].shape, outputs, path)
-
-
-def _fits(kind: OutputType, ranks: dict[str, int]) -> bool:
-    return all(ranks.get(name) == rank for name, rank in _RANKS[kind].items())
-
-
-def _describe_foreign(kind: OutputType, image: list[Any], outputs: list[Any], path: Path) -> ModelDescription:
-    """Another tool's model: what its shapes say, and the MIT reference's conventions for the rest."""
-    batch, _, height, width = (size if isinstance(size, int) else None for size in image)
-    if (height is None) != (width is None) or (batch or 1) != 1:
-        raise SuperPointError(
-            f"{path} takes images {image}; expected one image or a free batch, and both sides fixed or both free. "
-            "Make a model with superpoint export."
-        )
-    shapes = {tensor.name: tensor.shape for tensor in outputs}
-    descriptors = "coarse_descriptors" if kind is OutputType.HEADS else "descriptors"
-    dim = shapes[descriptors][2 if kind is OutputType.KEYPOINTS else 1]
-    rows = shapes[descriptors][2]
-    known = kind is not OutputType.KEYPOINTS and isinstance(rows, int) and rows > 0 and height is not None
-    return ModelDescription(
-        type=kind,
-        height_px=height,
-        width_px=width,
-        dynamic=height is None,
-        stride_px=height // rows if known else ModelDescription.stride_px,
-        descriptor_dim=dim if isinstance(dim, int) else ModelDescription.descriptor_dim,
-        superpoint_trt_version="",
-    )
+    return description

@@ -1,42 +1,415 @@
-"""TensorRT: so far only a clear word about what is missing. Building and running engines comes with its own release."""
+"""TensorRT engines: 8.6, 10, 11 and TensorRT-RTX, on memory of our own, one CUDA graph per shape."""
 
 from __future__ import annotations
 
-from importlib import util
-from typing import NoReturn
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
-from superpoint_trt.files import PathLike, read_bytes
-from superpoint_trt.spec import SuperPointError
+import numpy as np
+from numpy.typing import NDArray
 
-FLAVOURS = {"tensorrt": "superpoint-trt[tensorrt]", "tensorrt_rtx": "superpoint-trt[rtx]"}
-"""Python module -> the extra that installs it."""
+from superpoint_trt import cuda
+from superpoint_trt.backends.base import Backend, Image, Outputs, RuntimeInfo
+from superpoint_trt.cuda import DeviceArray, DeviceMemory, PinnedMemory, PinnedPool
+from superpoint_trt.files import PathLike, sha256
+from superpoint_trt.plan import EngineMetadata, check_runs_here, read_plan, with_profile
+from superpoint_trt.recognise import describe
+from superpoint_trt.spec import INPUT_NAME, ModelDescription, Precision, ShapeRange, SuperPointError
+from superpoint_trt.trt import Flavour, TensorRT, flavour_of, load
+
+MOST_SHAPES = 8
+"""Input shapes whose buffers and graphs are kept; beyond, the one used longest ago goes."""
+
+MOST_LOANS = 4
+"""Results of one shape that may lie in page-locked memory at a time; further ones are copied to ordinary memory."""
+
+_log = logging.getLogger(__name__)
+_UINT8_TO_UNIT = np.arange(256, dtype=np.float32) / np.float32(255)
 
 
-def installed_flavours() -> list[str]:
-    """The TensorRT modules that can be imported here."""
-    return [module for module in FLAVOURS if util.find_spec(module)]
+class TensorRTBackend(Backend):
+    """One engine, on one stream of its own.
 
+    Instances of the same file share the engine's weights. One instance belongs to one thread at a time; open one in
+    each thread.
 
-def missing_tensorrt() -> str | None:
-    """What to do if no TensorRT is installed; None if one is."""
-    if installed_flavours():
-        return None
-    commands = " or ".join(f"pip install '{extra}'" for extra in FLAVOURS.values())
-    return (
-        f"TensorRT is not installed here: {commands} on a machine with an NVIDIA GPU (superpoint doctor says what "
-        "this machine has). Without it the .onnx runs everywhere: superpoint infer --model MODEL.onnx --image IMAGE."
-    )
-
-
-def refuse_engine(path: PathLike) -> NoReturn:
-    """Says why an engine cannot be run.
+    Args:
+        path: the plan; the .json beside it, if any, is compared with what is here first.
+        device: "auto" or "cuda": the current CUDA device.
 
     Raises:
-        SuperPointError: always.
+        SuperPointError: no GPU, no TensorRT, or the plan was made for another GPU, TensorRT or model.
     """
-    read_bytes(path, "engine")
-    raise SuperPointError(
-        missing_tensorrt()
-        or f"{path} is a TensorRT engine, and this release does not run engines yet; run the .onnx it was built from: "
-        "superpoint infer --model MODEL.onnx --image IMAGE."
-    )
+
+    def __init__(self, path: PathLike, device: str = "auto") -> None:
+        if device not in ("auto", "cuda"):
+            raise SuperPointError(f"device is {device!r}; a TensorRT engine runs on cuda: --device auto or cuda.")
+        path = Path(path)
+        plan, metadata = read_plan(path)
+        tensorrt = load(metadata.flavour if metadata else flavour_of(plan))
+        gpu = cuda.current_device()
+        if metadata:
+            check_runs_here(metadata, path, tensorrt.flavour, tensorrt.version, gpu.capability)
+        self._shared = _shared_engine(plan, path, tensorrt, gpu.index)
+        self._tensorrt = tensorrt
+        engine = self._shared.engine
+        known = metadata.description if metadata else _introspected(engine, path)
+        self._profiles = _profiles(engine)
+        if metadata:
+            _check_belongs(metadata, engine, self._profiles, path)
+        self.description = with_profile(known, self._profiles[0])
+        precision = known.precision.value if metadata or known.superpoint_trt_version else "precision unknown"
+        self.runtime = RuntimeInfo(str(tensorrt), f"cuda:{gpu.index} ({gpu.name}, {gpu.capability})", precision)
+        nbytes = tensorrt.activation_bytes(engine)
+        self._activations: DeviceMemory | None = DeviceMemory(nbytes)
+        self._stream = cuda.Stream()
+        self._shapes: OrderedDict[tuple[Any, ...], _Shape] = OrderedDict()
+
+    def _infer(self, image: Image) -> Outputs:
+        shape = self._shape(image.shape)
+        shape.upload(image)
+        shape.run()
+        return shape.download()
+
+    def infer_device(
+        self, image: Any, out: Mapping[str, Any] | None = None, stream: int | None = None
+    ) -> dict[str, DeviceArray]:
+        """Runs on arrays that are in GPU memory already, without a copy.
+
+        Args:
+            image: (B, 1, H, W) float32 in [0, 1], any library's CUDA array (`__cuda_array_interface__` or DLPack).
+            out: arrays to write to, by output name (spec.OUTPUT_NAMES), of exactly the shape and type; the others,
+                and all without `out`, are this model's own buffers.
+            stream: handle of the CUDA stream that made `image` and will use the results (torch:
+                `torch.cuda.current_stream().cuda_stream`); the call then returns at once. None: the call waits for
+                the legacy default stream before, and for the results after.
+
+        Returns:
+            The outputs by name. Buffers of the model's own are overwritten by the next call: copy what is to stay.
+
+        Raises:
+            SuperPointError: shape, type or memory is not what the engine takes, or the run failed.
+        """
+        source = cuda.view(image)
+        self._check(source.shape)
+        if source.dtype != np.float32:
+            raise SuperPointError(f"{INPUT_NAME} is {source.dtype} on the GPU; expected float32 in [0, 1].")
+        targets = {name: cuda.view(array) for name, array in (out or {}).items()}
+        shape = self._shape(source.shape, source, targets)
+        self._stream.wait_for(cuda.LEGACY_STREAM if stream is None else stream)
+        shape.run()
+        if stream is None:
+            self._stream.synchronise()
+        else:
+            self._stream.signal(stream)
+        return shape.results()
+
+    def _shape(
+        self,
+        shape: tuple[int, ...],
+        source: DeviceArray | None = None,
+        targets: Mapping[str, DeviceArray] | None = None,
+    ) -> _Shape:
+        """What is kept for an input shape, and where the arrays are other people's, for their places."""
+        if self._activations is None:
+            raise SuperPointError("this model was closed; open it again.")
+        places = tuple(sorted((name, array.address) for name, array in (targets or {}).items()))
+        key = (shape, source.address if source else None, places)
+        if key in self._shapes:
+            self._shapes.move_to_end(key)
+            return self._shapes[key]
+        profile = self._fitting_profile(shape)
+        while len(self._shapes) >= MOST_SHAPES:
+            self._shapes.popitem(last=False)[1].close()
+        with self._tensorrt.explaining(f"preparing the engine for {_size(shape)} failed") as log, self._shared.lock:
+            address, nbytes = self._activations.address, self._activations.nbytes
+            context = self._tensorrt.create_context(self._shared.engine, address, nbytes)
+            if context is None or not context.set_optimization_profile_async(profile, self._stream.address):
+                raise log.failed()
+            self._stream.synchronise()
+            made = _Shape(self._tensorrt, context, self._stream, shape, log)
+            made.place(source, targets or {})
+        self._shapes[key] = made
+        return made
+
+    def _fitting_profile(self, shape: tuple[int, ...]) -> int:
+        batch, _, height, width = shape
+        for index, profile in enumerate(self._profiles):
+            if profile.holds((batch, height, width)):
+                return index
+        ranges = " or ".join(map(str, self._profiles))
+        raise SuperPointError(
+            f"{INPUT_NAME} is {_size(shape)}; this engine was built for {ranges}: shrink the image (--max-side) or "
+            f"split the batch, or build the engine for more (superpoint build --min-shape --max-shape HxW "
+            f"--max-batch-size N)."
+        )
+
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        self._fitting_profile(shape)
+
+    def close(self) -> None:
+        """Frees everything but results still in use; the engine itself goes with its last user."""
+        for shape in self._shapes.values():
+            shape.close()
+        self._shapes.clear()
+        if self._activations is not None:
+            self._activations = None
+            self._stream.close()
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[3]}x{shape[2]} px, batch {shape[0]}"
+
+
+# ------------------------------------------------------------------------------------------------------ one input shape
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+    """Bytes into the block that all outputs share, so that one copy brings them all."""
+    bfloat16: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class _Shape:
+    """A context set to one input shape, its buffers, and from the second run on its CUDA graph."""
+
+    def __init__(self, tensorrt: TensorRT, context: Any, stream: cuda.Stream, shape: tuple[int, ...], log: Any) -> None:
+        self._tensorrt = tensorrt
+        self._context = context
+        self._stream = stream
+        self._image_shape = shape
+        if not context.set_input_shape(INPUT_NAME, shape):
+            raise log.failed()
+        self._outputs, self._output_bytes = _layout(tensorrt.module, context, log)
+        self._graph: cuda.Graph | None = None
+        self._runs = 0
+        # TensorRT-RTX compiles kernels while it runs, and captures graphs itself.
+        self._may_capture = tensorrt.flavour is Flavour.TENSORRT
+
+    def place(self, source: DeviceArray | None, targets: Mapping[str, DeviceArray]) -> None:
+        """Says where input and outputs lie: in other people's arrays, else in buffers made here."""
+        image_bytes = int(np.prod(self._image_shape)) * np.dtype(np.float32).itemsize
+        self._source = source
+        self._targets = dict(targets)
+        self._device_in = None if source else DeviceMemory(image_bytes)
+        self._staging = None if source else PinnedMemory(image_bytes)
+        self._staged = cuda.as_array(self._staging, self._image_shape, np.float32) if self._staging else None
+        self._device_out = DeviceMemory(self._output_bytes)
+        self._loans = None if source else PinnedPool(self._output_bytes, MOST_LOANS)
+        self._check_targets()
+        address = source.address if source else self._device_in.address  # type: ignore[union-attr]
+        self._context.set_tensor_address(INPUT_NAME, address)
+        for tensor in self._outputs:
+            target = self._targets.get(tensor.name)
+            place = target.address if target else self._device_out.address + tensor.offset
+            if not self._context.set_tensor_address(tensor.name, place):
+                raise SuperPointError(f"TensorRT refused the memory given for {tensor.name}.")
+
+    def _check_targets(self) -> None:
+        by_name = {tensor.name: tensor for tensor in self._outputs}
+        for name, array in self._targets.items():
+            if name not in by_name:
+                raise SuperPointError(f"out names {name!r}; this engine's outputs are {', '.join(by_name)}.")
+            wanted = by_name[name]
+            if (array.shape, array.dtype) != (wanted.shape, wanted.dtype):
+                raise SuperPointError(
+                    f"out[{name!r}] is {array.dtype} {array.shape}; expected {wanted.dtype} {wanted.shape}."
+                )
+
+    def upload(self, image: Image) -> None:
+        """Queues the copy of a host image to the GPU."""
+        assert self._staged is not None and self._device_in is not None and self._staging is not None
+        if image.dtype == np.uint8:
+            np.take(_UINT8_TO_UNIT, image, out=self._staged, mode="clip")
+        else:
+            np.copyto(self._staged, image)
+        cuda.call(
+            "cudaMemcpyAsync",
+            self._device_in.address,
+            self._staging.address,
+            self._staging.nbytes,
+            cuda.runtime().cudaMemcpyKind.cudaMemcpyHostToDevice,
+            self._stream.handle,
+        )
+
+    def run(self) -> None:
+        """Queues the network: first plainly, which readies it, then as a CUDA graph."""
+        self._runs += 1
+        if self._graph is None and self._may_capture and self._runs == 2:
+            self._capture()
+        if self._graph:
+            self._graph.launch(self._stream)
+        else:
+            self._enqueue()
+
+    def _enqueue(self) -> None:
+        with self._tensorrt.explaining(f"running the engine on {_size(self._image_shape)} failed") as log:
+            if not self._context.execute_async_v3(self._stream.address):
+                raise log.failed()
+
+    def _capture(self) -> None:
+        try:
+            with self._stream.capture() as recorded:
+                self._enqueue()
+            self._graph = recorded()
+        except SuperPointError as error:
+            self._may_capture = False
+            _log.warning("no CUDA graph for %s, each run is queued anew: %s", _size(self._image_shape), error)
+
+    def download(self) -> Outputs:
+        """Copies the outputs to the host and waits for them."""
+        assert self._loans is not None
+        loan = self._loans.lend()
+        memory: Any = loan if loan is not None else np.empty(self._output_bytes, np.uint8)
+        address = loan.address if loan is not None else memory.ctypes.data
+        cuda.call(
+            "cudaMemcpyAsync",
+            address,
+            self._device_out.address,
+            self._output_bytes,
+            cuda.runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost,
+            self._stream.handle,
+        )
+        self._stream.synchronise()
+        return {tensor.name: _host_array(np.asarray(memory), tensor) for tensor in self._outputs}
+
+    def results(self) -> dict[str, DeviceArray]:
+        """The outputs where they lie on the GPU."""
+        found = {}
+        for tensor in self._outputs:
+            place = self._device_out.address + tensor.offset
+            own = DeviceArray(place, tensor.shape, tensor.dtype, self._device_index, self._device_out)
+            found[tensor.name] = self._targets.get(tensor.name, own)
+        return found
+
+    @property
+    def _device_index(self) -> int:
+        return int(cuda.call("cudaGetDevice"))
+
+    def close(self) -> None:
+        """Frees the graph; memory goes with its last user."""
+        self._stream.synchronise()
+        if self._graph:
+            self._graph.close()
+        self._graph = self._context = None
+
+
+def _layout(trt: Any, context: Any, log: Any) -> tuple[list[_Tensor], int]:
+    """The outputs of a context whose input shape is set, one behind the other."""
+    engine = context.engine
+    tensors: list[_Tensor] = []
+    offset = 0
+    for name in _names(trt, engine, trt.TensorIOMode.OUTPUT):
+        shape = tuple(context.get_tensor_shape(name))
+        if any(size < 0 for size in shape):
+            raise log.failed(f"the shape of {name} is not known before the run")
+        dtype, is_bfloat16 = _dtype(trt, engine.get_tensor_dtype(name))
+        tensor = _Tensor(name, shape, dtype, offset, is_bfloat16)
+        tensors.append(tensor)
+        offset += cuda.aligned(tensor.nbytes)
+    return tensors, offset
+
+
+def _dtype(trt: Any, dtype: Any) -> tuple[np.dtype[Any], bool]:
+    if getattr(trt.DataType, "BF16", None) == dtype:
+        return np.dtype(np.uint16), True  # numpy has none: its bits
+    return np.dtype(trt.nptype(dtype)), False
+
+
+def _host_array(block: NDArray[Any], tensor: _Tensor) -> NDArray[Any]:
+    values = block[tensor.offset : tensor.offset + tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
+    if tensor.bfloat16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values
+
+
+# --------------------------------------------------------------------------------------------------------- the engine
+
+
+class _SharedEngine:
+    """One deserialised plan, for all its users in this process."""
+
+    def __init__(self, plan: bytes, path: Path, tensorrt: TensorRT) -> None:
+        with tensorrt.explaining(f"{path} is not an engine that can be loaded here") as log:
+            self._runtime = tensorrt.module.Runtime(tensorrt.logger)
+            self.engine = self._runtime.deserialize_cuda_engine(plan)
+            if self.engine is None:
+                raise log.failed()
+        self.lock = threading.Lock()
+
+
+_engines: WeakValueDictionary[tuple[str, int], _SharedEngine] = WeakValueDictionary()
+_engines_lock = threading.Lock()
+
+
+def _shared_engine(plan: bytes, path: Path, tensorrt: TensorRT, device: int) -> _SharedEngine:
+    key = (sha256(plan), device)
+    with _engines_lock:
+        shared = _engines.get(key)
+        if shared is None:
+            shared = _engines[key] = _SharedEngine(plan, path, tensorrt)
+        return shared
+
+
+def _names(trt: Any, engine: Any, mode: Any) -> list[str]:
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    return [name for name in names if engine.get_tensor_mode(name) == mode]
+
+
+def _profiles(engine: Any) -> list[ShapeRange]:
+    """Of the image; a static engine has one profile of one shape."""
+    found = []
+    for index in range(engine.num_optimization_profiles):
+        shapes = engine.get_tensor_profile_shape(INPUT_NAME, index)
+        low, usual, high = ((int(b), int(h), int(w)) for b, _, h, w in map(tuple, shapes))
+        found.append(ShapeRange(low, usual, high))
+    return found
+
+
+def _check_belongs(metadata: EngineMetadata, engine: Any, profiles: list[ShapeRange], path: Path) -> None:
+    """Holds the .json against the plan's own profile and checkpoint."""
+    inside = _described_inside(engine)
+    differences = []
+    if profiles != [metadata.profile]:
+        differences.append(f"takes {' or '.join(map(str, profiles))}, the .json says {metadata.profile}")
+    if inside and inside.checkpoint_sha256 != metadata.description.checkpoint_sha256:
+        differences.append(
+            f"is of checkpoint {str(inside.checkpoint_sha256)[:12]}, the .json says "
+            f"{str(metadata.description.checkpoint_sha256)[:12]}"
+        )
+    if differences:
+        raise SuperPointError(f"{path} {' and '.join(differences)}; build it again: {metadata.rebuild}")
+
+
+def _introspected(engine: Any, path: Path) -> ModelDescription:
+    """Without a .json: what the plan's name says if it is ours, else what its tensors say."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    shapes = {name: list(engine.get_tensor_shape(name)) for name in names}
+    modes = {name: engine.get_tensor_mode(name).name for name in names}
+    inputs, outputs = ({name: shapes[name] for name in names if modes[name] == mode} for mode in ("INPUT", "OUTPUT"))
+    inside = _described_inside(engine)
+    found = describe(path, inside, inputs, outputs, remedy="build one with: superpoint build")
+    return found if inside else replace(found, precision=Precision.FP32)
+
+
+def _described_inside(engine: Any) -> ModelDescription | None:
+    try:
+        metadata = json.loads(engine.name)
+    except ValueError:
+        return None
+    return ModelDescription.from_metadata(metadata) if isinstance(metadata, dict) else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from superpoint_trt import checkpoint as checkpoints
-from superpoint_trt.backends.base import Backend, Outputs, RuntimeInfo
+from superpoint_trt.backends.base import Backend, Image, Outputs, RuntimeInfo, as_unit_range
 from superpoint_trt.files import PathLike
 from superpoint_trt.network import SuperPointNet, dense
-from superpoint_trt.spec import Float32, ModelDescription, OutputType, SuperPointError
+from superpoint_trt.spec import ModelDescription, OutputType, SuperPointError
 
 MOST_BATCH = 1024
 """Eager torch takes any batch that memory holds."""
@@ -47,8 +47,8 @@ class TorchBackend(Backend):
         where = torch.cuda.get_device_name() if self._device.type == "cuda" else f"{torch.get_num_threads()} threads"
         self.runtime = RuntimeInfo(f"torch {torch.__version__} eager", f"{self._device.type} ({where})", "fp32")
 
-    def _infer(self, image: Float32) -> Outputs:
+    def _infer(self, image: Image) -> Outputs:
         # cuDNN would take TF32 for fp32; this is the reference.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            scores, descriptors = dense(*self._net(torch.from_numpy(image).to(self._device)))
+            scores, descriptors = dense(*self._net(torch.from_numpy(as_unit_range(image)).to(self._device)))
         return {"scores": scores.cpu().numpy(), "descriptors": descriptors.cpu().numpy()}

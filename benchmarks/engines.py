@@ -1,0 +1,122 @@
+"""Times engines on the GPU at hand: the bare network, with its copies, and what `infer` of a host image adds.
+
+    python benchmarks/engines.py --weights CHECKPOINT --engines FOLDER [--batch 1 --batch 8] [--precision fp16 ...]
+
+All engines in one run, taken in turn; medians over --calls calls each. The bare network is the same plan's CUDA graph:
+launch and wait. "With copies" adds one copy each way from and to page-locked memory. `infer` starts from an ordinary
+array and ends with arrays the caller keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+
+from superpoint_trt import cuda
+from superpoint_trt import engine as engines
+from superpoint_trt.backends.tensorrt import TensorRTBackend
+from superpoint_trt.benchmark import synthetic_photograph
+from superpoint_trt.export import ExportOptions, export
+from superpoint_trt.spec import OutputType, Precision
+
+SIZE_HW = (480, 640)
+CALLS_PER_TURN = 50
+
+
+class Timed:
+    """One engine and its figures in ms."""
+
+    def __init__(self, path: Path, batch: int) -> None:
+        self.name = path.stem
+        self.backend = TensorRTBackend(path)
+        picture = synthetic_photograph(*SIZE_HW)
+        pictures = np.stack([np.roll(picture, 8 * index, axis=1) for index in range(batch)])[:, None]
+        self.uint8 = np.ascontiguousarray(pictures)
+        self.image = pictures.astype(np.float32) / np.float32(255)
+        for _ in range(20):
+            self.backend.infer(self.image)
+        self.shape = next(iter(self.backend._shapes.values()))
+        if self.shape._graph is None:
+            raise click.ClickException(f"{path} runs without a CUDA graph")
+        self.out = cuda.PinnedMemory(self.shape._output_bytes)
+        self.times: dict[str, list[float]] = {}
+
+    def network(self) -> None:
+        self.shape._graph.launch(self.backend._stream)
+        self.backend._stream.synchronise()
+
+    def with_copies(self) -> None:
+        shape, stream, kinds = self.shape, self.backend._stream, cuda.runtime().cudaMemcpyKind
+        staging, device_in = shape._staging, shape._device_in
+        up, down = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+        cuda.call("cudaMemcpyAsync", device_in.address, staging.address, staging.nbytes, up, stream.handle)
+        shape._graph.launch(stream)
+        place = shape._device_out.address
+        cuda.call("cudaMemcpyAsync", self.out.address, place, self.out.nbytes, down, stream.handle)
+        stream.synchronise()
+
+    def turn(self) -> None:
+        steps = {
+            "network": self.network,
+            "with copies": self.with_copies,
+            "infer float32": lambda: self.backend.infer(self.image),
+            "infer uint8": lambda: self.backend.infer(self.uint8),
+        }
+        for name, step in steps.items():
+            step()
+            for _ in range(CALLS_PER_TURN):
+                started = time.perf_counter()
+                step()
+                self.times.setdefault(name, []).append((time.perf_counter() - started) * 1e3)
+
+    def figures(self) -> dict[str, float]:
+        return {name: round(statistics.median(times), 4) for name, times in self.times.items()}
+
+
+@click.command()
+@click.option("--weights", required=True)
+@click.option("--engines", "folder", required=True, help="Folder for engines and the timing cache; kept.")
+@click.option("--type", "kinds", multiple=True, default=[kind.value for kind in OutputType])
+@click.option("--precision", "precisions", multiple=True, default=["fp32", "tf32", "fp16"])
+@click.option("--batch", "batches", type=int, multiple=True, default=[1])
+@click.option("--calls", default=300, show_default=True)
+@click.option("--json", "json_path")
+def main(weights, folder, kinds, precisions, batches, calls, json_path) -> None:
+    """Builds what is not there yet, then times all of it."""
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True, parents=True)
+    timed = []
+    for kind in kinds:
+        for precision in precisions:
+            for batch in batches:
+                path = folder / f"bench-{Path(weights).stem}-{kind}-{precision}-{batch}.engine"
+                if not path.exists():
+                    model = export(weights, path.with_suffix(".onnx"), ExportOptions(OutputType(kind), *SIZE_HW))
+                    if batch > 1:
+                        options = ExportOptions(OutputType(kind), *SIZE_HW, max_batch_size=batch)
+                        model = export(weights, path.with_suffix(".onnx"), options)
+                    options = engines.BuildOptions(
+                        Precision(precision), workspace_gib=4.0, timing_cache=folder / "timing.cache"
+                    )
+                    built = engines.build(model, path, options)
+                    print(f"built {path.name} in {built.build['seconds']} s", flush=True)
+                timed.append(Timed(path, batch))
+    for _ in range(-(-calls // CALLS_PER_TURN)):
+        for one in timed:
+            one.turn()
+    print(f"{timed[0].backend.runtime}; median of {calls} calls, ms; {SIZE_HW[1]}x{SIZE_HW[0]}")
+    columns = list(timed[0].figures())
+    print(f"{'engine':<46}" + "".join(f"{column:>15}" for column in columns))
+    for one in timed:
+        print(f"{one.name:<46}" + "".join(f"{value:>15.4f}" for value in one.figures().values()))
+    if json_path:
+        Path(json_path).write_text(json.dumps({one.name: one.figures() for one in timed}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
