@@ -6,7 +6,9 @@ On NVIDIA's own `cuda.bindings`, the runtime API, which shares the device's prim
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ _ALIGNMENT = 256
 """Bytes; what cudaMalloc guarantees and TensorRT asks for."""
 
 
+@functools.lru_cache(maxsize=1)
 def runtime() -> Any:
     """The module `cuda.bindings.runtime`.
 
@@ -176,10 +179,8 @@ class PinnedMemory:
 
 
 def _alive() -> bool:
-    """Whether the interpreter still is: at its end the process's memory goes anyway."""
-    import sys
-
-    return not sys.is_finalizing()
+    """Whether the interpreter still is: at its end its modules are gone, and the process's memory goes anyway."""
+    return sys is not None and sys.meta_path is not None and not sys.is_finalizing()
 
 
 class PinnedPool:

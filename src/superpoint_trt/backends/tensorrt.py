@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +22,7 @@ from superpoint_trt.cuda import DeviceArray, DeviceMemory, PinnedMemory, PinnedP
 from superpoint_trt.files import PathLike, sha256
 from superpoint_trt.plan import EngineMetadata, check_runs_here, read_plan, with_profile
 from superpoint_trt.recognise import describe
-from superpoint_trt.spec import INPUT_NAME, ModelDescription, Precision, ShapeRange, SuperPointError
+from superpoint_trt.spec import INPUT_NAME, OUTPUT_NAMES, ModelDescription, Precision, ShapeRange, SuperPointError
 from superpoint_trt.trt import Flavour, TensorRT, flavour_of, load
 
 MOST_SHAPES = 8
@@ -235,7 +236,9 @@ class _Shape:
         """Queues the copy of a host image to the GPU."""
         assert self._staged is not None and self._device_in is not None and self._staging is not None
         if image.dtype == np.uint8:
-            np.take(_UINT8_TO_UNIT, image, out=self._staged, mode="clip")
+            # On all cores, and exactly image / 255; rows of all images as one tall picture.
+            flat = (-1, image.shape[3])
+            cv2.LUT(np.ascontiguousarray(image).reshape(flat), _UINT8_TO_UNIT, dst=self._staged.reshape(flat))
         else:
             np.copyto(self._staged, image)
         cuda.call(
@@ -286,7 +289,8 @@ class _Shape:
             self._stream.handle,
         )
         self._stream.synchronise()
-        return {tensor.name: _host_array(np.asarray(memory), tensor) for tensor in self._outputs}
+        block = np.asarray(memory)
+        return {tensor.name: _host_array(block, tensor) for tensor in self._outputs}
 
     def results(self) -> dict[str, DeviceArray]:
         """The outputs where they lie on the GPU."""
@@ -314,7 +318,9 @@ def _layout(trt: Any, context: Any, log: Any) -> tuple[list[_Tensor], int]:
     engine = context.engine
     tensors: list[_Tensor] = []
     offset = 0
-    for name in _names(trt, engine, trt.TensorIOMode.OUTPUT):
+    names = _names(trt, engine, trt.TensorIOMode.OUTPUT)
+    contract = [name for outputs in OUTPUT_NAMES.values() for name in outputs]
+    for name in sorted(names, key=lambda name: contract.index(name) if name in contract else len(contract)):
         shape = tuple(context.get_tensor_shape(name))
         if any(size < 0 for size in shape):
             raise log.failed(f"the shape of {name} is not known before the run")
