@@ -63,7 +63,7 @@ def test_another_image_does_not_agree(engine, reference):
     """The measure above can fail."""
     first, second = reference()[:2]
     there, _, cosines = agreement({**first, "inputs": second["inputs"]}, engine("dense", "fp16"))
-    assert there < 0.5 and np.median(cosines) < 0.9
+    assert there < 0.5 and np.median(cosines) < 0.99
 
 
 @pytest.mark.parametrize("size_hw", [(240, 320), (480, 640), (720, 1280), (960, 1280)])

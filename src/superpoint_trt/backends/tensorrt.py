@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakValueDictionary
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt import cuda
-from superpoint_trt.backends.base import Backend, Image, Outputs, RuntimeInfo
-from superpoint_trt.cuda import DeviceArray, DeviceMemory, PinnedMemory, PinnedPool
+from superpoint_trt import cuda, kernels
+from superpoint_trt.backends.base import Backend, Image, Outputs, RuntimeInfo, as_unit_range
+from superpoint_trt.cuda import DeviceArray, DeviceMemory, PinnedPool
 from superpoint_trt.files import PathLike, sha256
 from superpoint_trt.plan import EngineMetadata, check_runs_here, read_plan, with_profile
 from superpoint_trt.recognise import describe
@@ -32,7 +34,17 @@ MOST_LOANS = 4
 """Results of one shape that may lie in page-locked memory at a time; further ones are copied to ordinary memory."""
 
 _log = logging.getLogger(__name__)
-_UINT8_TO_UNIT = np.arange(256, dtype=np.float32) / np.float32(255)
+
+
+@functools.lru_cache(maxsize=1)
+def _can_convert() -> bool:
+    """Whether the GPU can divide pixels by 255 itself, which spares three quarters of the copy; said once if not."""
+    try:
+        kernels.function("preprocess.cu", "unit_range")
+    except SuperPointError as error:
+        _log.warning("uint8 images are converted on the CPU: %s", error)
+        return False
+    return True
 
 
 class TensorRTBackend(Backend):
@@ -74,10 +86,7 @@ class TensorRTBackend(Backend):
         self._shapes: OrderedDict[tuple[Any, ...], _Shape] = OrderedDict()
 
     def _infer(self, image: Image) -> Outputs:
-        shape = self._shape(image.shape)
-        shape.upload(image)
-        shape.run()
-        return shape.download()
+        return self._shape(image.shape, image.dtype).infer(image)
 
     def infer_device(
         self, image: Any, out: Mapping[str, Any] | None = None, stream: int | None = None
@@ -103,7 +112,7 @@ class TensorRTBackend(Backend):
         if source.dtype != np.float32:
             raise SuperPointError(f"{INPUT_NAME} is {source.dtype} on the GPU; expected float32 in [0, 1].")
         targets = {name: cuda.view(array) for name, array in (out or {}).items()}
-        shape = self._shape(source.shape, source, targets)
+        shape = self._shape(source.shape, source.dtype, source, targets)
         self._stream.wait_for(cuda.LEGACY_STREAM if stream is None else stream)
         shape.run()
         if stream is None:
@@ -115,14 +124,15 @@ class TensorRTBackend(Backend):
     def _shape(
         self,
         shape: tuple[int, ...],
+        dtype: np.dtype[Any],
         source: DeviceArray | None = None,
-        targets: Mapping[str, DeviceArray] | None = None,
+        targets: Mapping[str, DeviceArray] = MappingProxyType({}),
     ) -> _Shape:
-        """What is kept for an input shape, and where the arrays are other people's, for their places."""
+        """What is kept for a kind of input, and where the arrays are other people's, for their places."""
         if self._activations is None:
             raise SuperPointError("this model was closed; open it again.")
-        places = tuple(sorted((name, array.address) for name, array in (targets or {}).items()))
-        key = (shape, source.address if source else None, places)
+        places = tuple(sorted((name, array.address) for name, array in targets.items()))
+        key = (shape, dtype, source.address if source else None, places)
         if key in self._shapes:
             self._shapes.move_to_end(key)
             return self._shapes[key]
@@ -135,8 +145,7 @@ class TensorRTBackend(Backend):
             if context is None or not context.set_optimization_profile_async(profile, self._stream.address):
                 raise log.failed()
             self._stream.synchronise()
-            made = _Shape(self._tensorrt, context, self._stream, shape, log)
-            made.place(source, targets or {})
+            made = _Shape(self._tensorrt, context, self._stream, log, shape, dtype, source, targets)
         self._shapes[key] = made
         return made
 
@@ -183,13 +192,28 @@ class _Tensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def of(self, block: NDArray[Any]) -> NDArray[Any]:
+        """This output in the block, as numpy can hold it: bfloat16 becomes float32."""
+        values: NDArray[Any] = np.ndarray(self.shape, self.dtype, block, self.offset)
+        return (values.astype(np.uint32) << 16).view(np.float32) if self.bfloat16 else values
 
 
 class _Shape:
-    """A context set to one input shape, its buffers, and from the second run on its CUDA graph."""
+    """A context set to one kind of input, its buffers, and from the second run on its CUDA graph."""
 
-    def __init__(self, tensorrt: TensorRT, context: Any, stream: cuda.Stream, shape: tuple[int, ...], log: Any) -> None:
+    def __init__(
+        self,
+        tensorrt: TensorRT,
+        context: Any,
+        stream: cuda.Stream,
+        log: Any,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        source: DeviceArray | None,
+        targets: Mapping[str, DeviceArray],
+    ) -> None:
         self._tensorrt = tensorrt
         self._context = context
         self._stream = stream
@@ -197,29 +221,29 @@ class _Shape:
         if not context.set_input_shape(INPUT_NAME, shape):
             raise log.failed()
         self._outputs, self._output_bytes = _layout(tensorrt.module, context, log)
+        self._count = math.prod(shape)
+        self._convert = dtype == np.uint8 and _can_convert()
+        self._host_dtype = np.dtype(np.uint8 if self._convert else np.float32)
+        self._source = source
+        self._targets = dict(targets)
+        self._check_targets()
+        # Other people's arrays stay where they are; what is missing is made here.
+        self._unit = source or DeviceMemory(4 * self._count)
+        self._pixels = DeviceMemory(self._count) if self._convert else None
+        self._device_out = DeviceMemory(self._output_bytes)
+        self._loans = None if source else PinnedPool(self._output_bytes, MOST_LOANS)
+        self._bind(log)
         self._graph: cuda.Graph | None = None
         self._runs = 0
         # TensorRT-RTX compiles kernels while it runs, and captures graphs itself.
         self._may_capture = tensorrt.flavour is Flavour.TENSORRT
 
-    def place(self, source: DeviceArray | None, targets: Mapping[str, DeviceArray]) -> None:
-        """Says where input and outputs lie: in other people's arrays, else in buffers made here."""
-        image_bytes = int(np.prod(self._image_shape)) * np.dtype(np.float32).itemsize
-        self._source = source
-        self._targets = dict(targets)
-        self._device_in = None if source else DeviceMemory(image_bytes)
-        self._staging = None if source else PinnedMemory(image_bytes)
-        self._staged = cuda.as_array(self._staging, self._image_shape, np.float32) if self._staging else None
-        self._device_out = DeviceMemory(self._output_bytes)
-        self._loans = None if source else PinnedPool(self._output_bytes, MOST_LOANS)
-        self._check_targets()
-        address = source.address if source else self._device_in.address  # type: ignore[union-attr]
-        self._context.set_tensor_address(INPUT_NAME, address)
-        for tensor in self._outputs:
-            target = self._targets.get(tensor.name)
-            place = target.address if target else self._device_out.address + tensor.offset
-            if not self._context.set_tensor_address(tensor.name, place):
-                raise SuperPointError(f"TensorRT refused the memory given for {tensor.name}.")
+    def _bind(self, log: Any) -> None:
+        places = {tensor.name: self._device_out.address + tensor.offset for tensor in self._outputs}
+        places.update({name: array.address for name, array in self._targets.items()})
+        for name, address in {INPUT_NAME: self._unit.address, **places}.items():
+            if not self._context.set_tensor_address(name, address):
+                raise log.failed(f"the memory for {name} was refused")
 
     def _check_targets(self) -> None:
         by_name = {tensor.name: tensor for tensor in self._outputs}
@@ -232,23 +256,22 @@ class _Shape:
                     f"out[{name!r}] is {array.dtype} {array.shape}; expected {wanted.dtype} {wanted.shape}."
                 )
 
-    def upload(self, image: Image) -> None:
-        """Queues the copy of a host image to the GPU."""
-        assert self._staged is not None and self._device_in is not None and self._staging is not None
-        if image.dtype == np.uint8:
-            # On all cores, and exactly image / 255; rows of all images as one tall picture.
-            flat = (-1, image.shape[3])
-            cv2.LUT(np.ascontiguousarray(image).reshape(flat), _UINT8_TO_UNIT, dst=self._staged.reshape(flat))
-        else:
-            np.copyto(self._staged, image)
-        cuda.call(
-            "cudaMemcpyAsync",
-            self._device_in.address,
-            self._staging.address,
-            self._staging.nbytes,
-            cuda.runtime().cudaMemcpyKind.cudaMemcpyHostToDevice,
-            self._stream.handle,
-        )
+    def infer(self, image: Image) -> Outputs:
+        """A host image in, host outputs out."""
+        if image.dtype != self._host_dtype:
+            image = as_unit_range(image)
+        image = np.ascontiguousarray(image)
+        # Straight from the caller's memory: from page-locked one it is queued, from any other the driver copies it
+        # aside first, faster than numpy can.
+        into = self._pixels or self._unit
+        cuda.copy(into.address, image.__array_interface__["data"][0], image.nbytes, cuda.TO_DEVICE, self._stream)
+        self.run()
+        loan = self._loans.lend() if self._loans else None
+        memory: Any = np.empty(self._output_bytes, np.uint8) if loan is None else np.asarray(loan)
+        address = memory.__array_interface__["data"][0]
+        cuda.copy(address, self._device_out.address, self._output_bytes, cuda.TO_HOST, self._stream)
+        self._stream.synchronise()
+        return {tensor.name: tensor.of(memory) for tensor in self._outputs}
 
     def run(self) -> None:
         """Queues the network: first plainly, which readies it, then as a CUDA graph."""
@@ -261,6 +284,8 @@ class _Shape:
             self._enqueue()
 
     def _enqueue(self) -> None:
+        if self._pixels:
+            kernels.unit_range(self._pixels.address, self._unit.address, self._count, self._stream)
         with self._tensorrt.explaining(f"running the engine on {_size(self._image_shape)} failed") as log:
             if not self._context.execute_async_v3(self._stream.address):
                 raise log.failed()
@@ -273,24 +298,6 @@ class _Shape:
         except SuperPointError as error:
             self._may_capture = False
             _log.warning("no CUDA graph for %s, each run is queued anew: %s", _size(self._image_shape), error)
-
-    def download(self) -> Outputs:
-        """Copies the outputs to the host and waits for them."""
-        assert self._loans is not None
-        loan = self._loans.lend()
-        memory: Any = loan if loan is not None else np.empty(self._output_bytes, np.uint8)
-        address = loan.address if loan is not None else memory.ctypes.data
-        cuda.call(
-            "cudaMemcpyAsync",
-            address,
-            self._device_out.address,
-            self._output_bytes,
-            cuda.runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost,
-            self._stream.handle,
-        )
-        self._stream.synchronise()
-        block = np.asarray(memory)
-        return {tensor.name: _host_array(block, tensor) for tensor in self._outputs}
 
     def results(self) -> dict[str, DeviceArray]:
         """The outputs where they lie on the GPU."""
@@ -335,13 +342,6 @@ def _dtype(trt: Any, dtype: Any) -> tuple[np.dtype[Any], bool]:
     if getattr(trt.DataType, "BF16", None) == dtype:
         return np.dtype(np.uint16), True  # numpy has none: its bits
     return np.dtype(trt.nptype(dtype)), False
-
-
-def _host_array(block: NDArray[Any], tensor: _Tensor) -> NDArray[Any]:
-    values = block[tensor.offset : tensor.offset + tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
-    if tensor.bfloat16:
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values
 
 
 # --------------------------------------------------------------------------------------------------------- the engine
