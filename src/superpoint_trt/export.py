@@ -38,9 +38,6 @@ DEFAULT_OPSET = 17
 LARGEST_SIDE_PX = 32768
 LARGEST_BATCH = 4096
 MOST_KEYPOINTS = 1_000_000
-CHUNK = 16
-"""Pixels per chunk of the two-level top-k: at 640x480 and 1024 keypoints both levels then sort about as many scores."""
-
 NORM_EPS = 1e-12
 
 
@@ -268,7 +265,7 @@ def _unit_length(graph: _Graph, x: str, axis: int, name: str) -> str:
 def _keypoints(graph: _Graph, score_map: str, coarse: str, checkpoint: Checkpoint, options: ExportOptions) -> None:
     """NMS, border, top-k, threshold and descriptor sampling; padded to N (design: the graph contract)."""
     shape = _GridShape.of(graph, score_map, coarse, checkpoint.stride_px, options)
-    best, pixel = _top_scores(graph, _survivors(graph, score_map, shape, options.decode), options)
+    best, pixel = _top_scores(graph, _survivors(graph, score_map, shape, options.decode), checkpoint, options)
     y = graph.node("Div", [pixel, shape.width])
     x = graph.node("Sub", [pixel, graph.node("Mul", [y, shape.width])])
     xy = graph.node("Concat", [graph.as_column(x), graph.as_column(y)], output="pixel_xy", axis=2)
@@ -349,63 +346,45 @@ def _suppress(graph: _Graph, scores: str, radius_px: int) -> str:
     return kept
 
 
-def _top_scores(graph: _Graph, scores: str, options: ExportOptions) -> tuple[str, str]:
-    """The N best scores of each map and their flat pixel indices, both (B, N), by an exact two-level top-k.
+def _top_scores(graph: _Graph, scores: str, checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, str]:
+    """The N best scores of each map and their flat pixel indices, both (B, N): an exact top-k by knock-out.
 
-    The map in reading order is cut into chunks of 16 pixels. A chunk whose best pixel is not among the N best chunks
-    holds none of the N best pixels, so the second level looks at N chunks only. Unlike "at most 4 maxima a cell" this
-    holds on plateaus of equal scores too. The chosen chunks are put back in reading order before the second level, so
-    that equal scores come out in reading order (ONNX breaks TopK ties by the lower index).
+    The map in reading order is cut into rows; each row's N best go on to the next round, where the rows left are fewer.
+    A pixel that is not among the N best of its row is not among the N best. Rows stay in reading order and TopK breaks
+    ties by the lower index, so equal scores come out in reading order, on plateaus too.
     """
     n = options.max_keypoints
-    chunks = graph.reshape(scores, [0, -1, CHUNK])
-    count = 0 if options.dynamic else options.height_px * options.width_px // CHUNK
-    # TopK must find N chunks; where their number is not known here, N in each of the rows that it is split into.
-    missing = _DYNAMIC_ROWS * n if options.dynamic else max(0, n - count)
+    rounds, missing = _rounds(checkpoint.stride_px, options)
+    values = graph.reshape(scores, [0, -1])
     if missing:
-        pads = graph.constant("chunk_pads", np.array([0, 0, 0, 0, missing, 0], np.int64))
-        chunks = graph.node("Pad", [chunks, pads])
-    rows = _DYNAMIC_ROWS if options.dynamic else _split(count + missing, n)
-    _, chunk = _top_k(graph, graph.reduce("ReduceMax", chunks, 2, keepdims=0), n, rows)
-    # Through float32, which every TopK takes; exact below 2^24 chunks of 16 pixels.
-    ordered, _ = graph.top_k(graph.node("Cast", [chunk], to=TensorProto.FLOAT), n, largest=False)
-    chunk = graph.node("Cast", [ordered], to=TensorProto.INT64)
-    places = graph.node("Expand", [graph.unsqueeze(chunk, 2), graph.constant("one_chunk", np.array([1, 1, CHUNK]))])
-    candidates = graph.reshape(graph.node("GatherElements", [chunks, places], axis=1), [0, n * CHUNK])
-    best, position = _top_k(graph, candidates, n, _split(n * CHUNK, n))
-    sixteen = graph.constant("chunk", np.array(CHUNK, np.int64))
-    which = graph.node("Div", [position, sixteen])
-    offset = graph.node("Sub", [position, graph.node("Mul", [which, sixteen])])
-    start = graph.node("Mul", [graph.node("GatherElements", [chunk, which], axis=1), sixteen])
-    return best, graph.node("Add", [start, offset], output="pixel_index")
+        values = graph.node("Pad", [values, graph.constant("row_pads", np.array([0, 0, 0, missing], np.int64))])
+    split = graph.reshape(values, [0, rounds[0], -1])
+    values, index = graph.top_k(split, n)
+    row = graph.constant("row", np.arange(rounds[0], dtype=np.int64)[:, None])
+    index = graph.node("Add", [index, graph.node("Mul", [row, graph.dim(split, 2)])])
+    for rows in rounds[1:]:
+        values, place = graph.top_k(graph.reshape(values, [0, rows, -1]), n)
+        index = graph.node("GatherElements", [graph.reshape(index, [0, rows, -1]), place], axis=2)
+    return graph.reshape(values, [0, n]), graph.reshape(index, [0, n])
 
 
-_DYNAMIC_ROWS = 4
-"""Whatever the size, a map has a multiple of 4 chunks of 16 pixels, as sides are multiples of 8."""
+_ROW = 3072
+"""Scores a row may have: TensorRT sorts each row on one multiprocessor, all rows at once, in 13 us up to here; one row
+of a whole 640x480 map takes 1.1 ms (TensorRT 8.6, H100)."""
 
 
-def _split(count: int, n: int) -> int:
-    """Rows to cut `count` scores into for the N best, so that the rows' and the final top-k look at about as many.
-
-    TensorRT sorts a row on one multiprocessor: 19,200 scores take 77 us on an H100, 4 rows of 4,800 together 23 us.
-    """
-    return max(rows for rows in range(1, max(1, int((count / n) ** 0.5)) + 1) if count % rows == 0)
-
-
-def _top_k(graph: _Graph, x: str, n: int, rows: int) -> tuple[str, str]:
-    """Values and indices (B, N) of the N best of (B, L): of each row first, then of what the rows found.
-
-    Rows follow each other in reading order and TopK keeps the order of equal values, so the result is TopK's own.
-    """
-    if rows == 1:
-        return graph.top_k(x, n)
-    split = graph.reshape(x, [0, rows, -1])
-    values, indices = graph.top_k(split, n)
-    length = graph.dim(split, 2)
-    starts = graph.node("Mul", [graph.constant(f"rows_{rows}", np.arange(rows).reshape(1, rows, 1)), length])
-    best, place = graph.top_k(graph.reshape(values, [0, rows * n]), n)
-    index = graph.reshape(graph.node("Add", [indices, starts]), [0, rows * n])
-    return best, graph.node("GatherElements", [index, place], axis=1)
+def _rounds(stride_px: int, options: ExportOptions) -> tuple[list[int], int]:
+    """Number of rows in each round of the knock-out, and how many scores to append to fill the first round's rows."""
+    n = options.max_keypoints
+    if options.dynamic:  # the size is a multiple of the cell's; N more in each row, lest a small map have too few
+        rounds = [rows for rows in (64, 16, 4, 1) if stride_px**2 % rows == 0]
+        return rounds, rounds[0] * n
+    length = options.height_px * options.width_px
+    rounds, rows = [1], 4
+    while length > rounds[0] * _ROW and length >= rows * n:
+        rounds.insert(0, rows)
+        rows *= max(2, _ROW // n)
+    return rounds, -length % rounds[0]
 
 
 def _sample_descriptors(graph: _Graph, xy: str, coarse: str, checkpoint: Checkpoint, shape: _GridShape) -> str:
