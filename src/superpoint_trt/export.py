@@ -265,15 +265,19 @@ def _unit_length(graph: _Graph, x: str, axis: int, name: str) -> str:
 def _keypoints(graph: _Graph, score_map: str, coarse: str, checkpoint: Checkpoint, options: ExportOptions) -> None:
     """NMS, border, top-k, threshold and descriptor sampling; padded to N (design: the graph contract)."""
     shape = _GridShape.of(graph, score_map, coarse, checkpoint.stride_px, options)
-    best, pixel = _top_scores(graph, _survivors(graph, score_map, shape, options.decode), checkpoint, options)
+    survivors = _survivors(graph, score_map, shape, options.decode)
+    best, pixel = _top_scores(graph, survivors, checkpoint, options)
     y = graph.node("Div", [pixel, shape.width])
     x = graph.node("Sub", [pixel, graph.node("Mul", [y, shape.width])])
-    xy = graph.node("Concat", [graph.as_column(x), graph.as_column(y)], output="pixel_xy", axis=2)
+    x, y = (graph.node("Cast", [place], to=TensorProto.FLOAT) for place in (x, y))
 
     found = graph.node("Greater", [best, graph.constant("threshold", np.array(options.decode.threshold, np.float32))])
     found_column = graph.unsqueeze(found, 2)
-    sampled = _sample_descriptors(graph, xy, coarse, checkpoint, shape)
+    sampled = _sample_descriptors(graph, x, y, coarse, checkpoint, shape)
     zero, minus_one = (graph.constant(f"{v}f", np.array(v, np.float32)) for v in (0, -1))
+    # Chosen by a constant, not concatenated, here and below: runtimes then do it in the same pass as what is around.
+    is_x = graph.constant("is_x", np.array([True, False]))
+    xy = graph.node("Where", [is_x, graph.unsqueeze(x, 2), graph.unsqueeze(y, 2)])
     graph.node("Where", [found_column, xy, minus_one], output="keypoints")
     graph.node("Where", [found, best, zero], output="scores")
     graph.node("Where", [found_column, sampled, zero], output="descriptors")
@@ -327,14 +331,29 @@ def _inside(graph: _Graph, size: str, axis: int, decode: DecodeOptions) -> str:
     return graph.unsqueeze(inside, 1) if axis == 2 else inside
 
 
+_MOST_SHIFTS = 8
+"""NMS radius in px up to which a window's maximum is that of its shifted copies, which TensorRT computes in one pass
+with the comparisons around it: 48 us for radius 4 at 640x480, with max-pools 62 (TensorRT 8.6, H100)."""
+
+_END = 2**31 - 1
+"""As the end of a slice: whatever the size."""
+
+
 def _suppress(graph: _Graph, scores: str, radius_px: int) -> str:
     """Two suppression rounds, as `network.suppress`; (B, 1, H, W) float32 -> bool, who survives."""
 
     def window_max(x: str) -> str:
         # Rows, then columns: 2 (2 r + 1) comparisons a pixel instead of (2 r + 1)^2.
-        width = 2 * radius_px + 1
-        rows = graph.node("MaxPool", [x], kernel_shape=[1, width], pads=[0, radius_px, 0, radius_px])
-        return graph.node("MaxPool", [rows], kernel_shape=[width, 1], pads=[radius_px, 0, radius_px, 0])
+        reach = 2 * radius_px
+        if radius_px > _MOST_SHIFTS:
+            x = graph.node("MaxPool", [x], kernel_shape=[1, reach + 1], pads=[0, radius_px, 0, radius_px])
+            return graph.node("MaxPool", [x], kernel_shape=[reach + 1, 1], pads=[radius_px, 0, radius_px, 0])
+        # No score is below the zeros around.
+        x = graph.node("Pad", [x, graph.constant("window", np.array([0, 0, radius_px, radius_px] * 2, np.int64))])
+        for axis in (3, 2):
+            shifted = [graph.slice(x, axis, k, k - reach if k < reach else _END) for k in range(reach + 1)]
+            x = graph.node("Max", shifted)
+        return x
 
     zero = graph.constant("0f", np.array(0, np.float32))
     kept = graph.node("Equal", [scores, window_max(scores)])
@@ -380,76 +399,90 @@ def _rounds(stride_px: int, options: ExportOptions) -> tuple[list[int], int]:
         rounds = [rows for rows in (64, 16, 4, 1) if stride_px**2 % rows == 0]
         return rounds, rounds[0] * n
     length = options.height_px * options.width_px
-    rounds, rows = [1], 4
-    while length > rounds[0] * _ROW and length >= rows * n:
-        rounds.insert(0, rows)
-        rows *= max(2, _ROW // n)
+    merged = max(2, _ROW // n)
+    rounds = min((_rounds_to(last, merged, length, n) for last in (merged, 4)), key=len)
     return rounds, -length % rounds[0]
 
 
-def _sample_descriptors(graph: _Graph, xy: str, coarse: str, checkpoint: Checkpoint, shape: _GridShape) -> str:
-    """(B, N, 2) pixels and raw (B, D, H/8, W/8) -> (B, N, D) of unit length, by the checkpoint's sampling.
+def _rounds_to(last: int, merged: int, length: int, n: int) -> list[int]:
+    """Rounds that end with `last` rows becoming one, `merged` rows before; no row is to have fewer than N scores."""
+    rounds, rows = [1], last
+    while length > rounds[0] * _ROW and length >= rows * n:
+        rounds.insert(0, rows)
+        rows *= merged
+    return rounds
 
-    Bilinear between the four nearest cells, each brought to unit length first. Only those are: the keypoints' corners
-    are fewer than all cells, and their gathers run at every opset.
+
+def _sample_descriptors(graph: _Graph, x: str, y: str, coarse: str, checkpoint: Checkpoint, shape: _GridShape) -> str:
+    """Pixels (B, N) each, raw descriptors (B, D, H/8, W/8) -> (B, N, D) of unit length, by the checkpoint's sampling.
+
+    Bilinear between the four nearest cells, each at unit length. Only those are brought to it: they are fewer than all
+    cells, and their gathers run at every opset.
     """
-    cells = graph.node("Concat", [graph.as_scalar1(shape.columns), graph.as_scalar1(shape.rows)], axis=0)
-    cells = graph.node("Cast", [cells], output="cells_xy", to=TensorProto.FLOAT)
-    position = _cell_position(graph, xy, cells, checkpoint)
-    indices, weights = _corners(graph, position, shape)
+    columns = _Corners.of(graph, x, shape.columns, np.array([0, 1, 0, 1]), checkpoint)
+    rows = _Corners.of(graph, y, shape.rows, np.array([0, 0, 1, 1]), checkpoint)
+    indices = graph.node("Add", [graph.node("Mul", [rows.cells, shape.columns]), columns.cells])
     # Rows of one long table: image b's cells start at b * rows * columns.
-    by_cell = graph.node("Transpose", [coarse], perm=[0, 2, 3, 1])
-    table = graph.reshape(by_cell, [-1, checkpoint.descriptor_dim])
+    table = graph.reshape(graph.node("Transpose", [coarse], perm=[0, 2, 3, 1]), [-1, checkpoint.descriptor_dim])
     zero, one = (graph.constant(f"int_{v}", np.array(v, np.int64)) for v in (0, 1))
-    images = graph.unsqueeze(graph.node("Range", [zero, graph.dim(coarse, 0), one]), 1)
-    first_row = graph.unsqueeze(graph.node("Mul", [images, graph.node("Mul", [shape.rows, shape.columns])]), 1)
-    gathered = graph.node("Gather", [table, graph.node("Add", [indices, first_row])], axis=0)
-    corners = _unit_length(graph, gathered, 3, "corner_descriptors")
-    mixed = graph.reduce("ReduceSum", graph.node("Mul", [corners, weights]), 1, keepdims=0)
-    return _unit_length(graph, mixed, 2, "sampled_descriptors")
+    images = graph.reshape(graph.node("Range", [zero, graph.dim(coarse, 0), one]), [-1, 1, 1])
+    first_row = graph.node("Mul", [images, graph.node("Mul", [shape.rows, shape.columns])])
+    corners = graph.node("Gather", [table, graph.node("Add", [indices, first_row])], axis=0)  # (B, 4, N, D)
+
+    weights = graph.unsqueeze(graph.node("Mul", [rows.weights, columns.weights]), 3)
+    floor = graph.constant("norm_eps", np.array(NORM_EPS, np.float32))
+    lengths = graph.node("Max", [graph.reduce("ReduceL2", corners, 3), floor])
+    parts = graph.node("Mul", [corners, graph.node("Div", [weights, lengths])])
+    mixed = graph.slice(parts, 1, 0, 1)
+    for corner in (1, 2, 3):
+        mixed = graph.node("Add", [mixed, graph.slice(parts, 1, corner, corner + 1)])
+    unit = _unit_length(graph, mixed, 3, "sampled_descriptors")
+    return graph.node("Squeeze", [unit], axes=[1])
 
 
-def _cell_position(graph: _Graph, xy: str, cells: str, checkpoint: Checkpoint) -> str:
-    """As `decode.cell_position`, then held inside the grid: outside, the nearest cells continue."""
+@dataclass(frozen=True)
+class _Corners:
+    """Along one axis, the four nearest cells of each pixel: names of (B, 4, N) int64 and float32 tensors."""
+
+    cells: str
+    weights: str
+
+    @classmethod
+    def of(cls, graph: _Graph, pixel: str, count: str, after: NDArray[np.int64], checkpoint: Checkpoint) -> _Corners:
+        """Of pixels (B, N) float32; `after` says of each corner whether it is the cell before (0) or after (1)."""
+        position = graph.unsqueeze(_cell_position(graph, pixel, count, checkpoint), 1)
+        low = graph.node("Floor", [position])
+        fraction = graph.node("Sub", [position, low])
+        whole = graph.node("Cast", [low], to=TensorProto.INT64)
+        one = graph.constant("int_1", np.array(1, np.int64))
+        # Min on int64 needs opset 12, so the upper neighbour steps by 1 only where there is one.
+        more = graph.node("Less", [whole, graph.node("Sub", [count, one])])
+        name = "_".join(map(str, after))
+        step = graph.constant(f"after_{name}", after.reshape(1, 4, 1))
+        cells = graph.node("Add", [whole, graph.node("Mul", [graph.node("Cast", [more], to=TensorProto.INT64), step])])
+        # fraction for the cell after, 1 - fraction for the one before
+        sign = graph.constant(f"sign_{name}", (2 * after - 1).reshape(1, 4, 1).astype(np.float32))
+        rest = graph.constant(f"rest_{name}", (1 - after).reshape(1, 4, 1).astype(np.float32))
+        return cls(cells, graph.node("Add", [rest, graph.node("Mul", [fraction, sign])]))
+
+
+def _cell_position(graph: _Graph, pixel: str, count: str, checkpoint: Checkpoint) -> str:
+    """As `decode.cell_position` along one axis, then held inside the grid: outside, the nearest cells continue."""
     stride, half = checkpoint.stride_px, checkpoint.stride_px / 2
 
     def number(value: float) -> str:
         return graph.constant(f"{value:g}f", np.array(value, np.float32))
 
+    cells = graph.node("Cast", [count], to=TensorProto.FLOAT)
     last = graph.node("Sub", [cells, number(1)])
     if checkpoint.sampling is Sampling.HALF_PIXEL:
-        scaled = graph.node("Div", [graph.node("Add", [xy, number(0.5)]), number(stride)])
+        scaled = graph.node("Div", [graph.node("Add", [pixel, number(0.5)]), number(stride)])
         position = graph.node("Sub", [scaled, number(0.5)])
     else:
         span = graph.node("Sub", [graph.node("Mul", [cells, number(stride)]), number(half + 0.5)])
-        ratio = graph.node("Div", [graph.node("Sub", [xy, number(half - 0.5)]), span])
+        ratio = graph.node("Div", [graph.node("Sub", [pixel, number(half - 0.5)]), span])
         position = graph.node("Mul", [ratio, last])
-    position = graph.node("Max", [position, number(0)])
-    return graph.node("Min", [position, last], output="cell_xy")
-
-
-def _corners(graph: _Graph, position: str, shape: _GridShape) -> tuple[str, str]:
-    """Of each position the four nearest cells: indices (B, 4, N) int64 and bilinear weights (B, 4, N, 1) float32."""
-    one_f, one = graph.constant("1f", np.array(1, np.float32)), graph.constant("int_1", np.array(1, np.int64))
-    corner = graph.node("Floor", [position])
-    fraction = graph.node("Sub", [position, corner])
-    whole = graph.node("Cast", [corner], to=TensorProto.INT64)
-
-    def axis(index: int, count: str) -> tuple[tuple[str, str], tuple[str, str]]:
-        """Cells before and after along one axis, (B, N, 1) each, and their weights."""
-        low = graph.slice(whole, 2, index, index + 1)
-        # Min on int64 needs opset 12, so the upper neighbour steps by 1 only where there is one.
-        more = graph.node("Less", [low, graph.node("Sub", [count, one])])
-        high = graph.node("Add", [low, graph.node("Cast", [more], to=TensorProto.INT64)])
-        weight = graph.slice(fraction, 2, index, index + 1)
-        return (low, high), (graph.node("Sub", [one_f, weight]), weight)
-
-    (columns, across), (rows, down) = axis(0, shape.columns), axis(1, shape.rows)
-    starts = [graph.node("Mul", [row, shape.columns]) for row in rows]
-    indices = [graph.node("Add", [start, column]) for start in starts for column in columns]
-    weights = [graph.node("Mul", [vertical, across_one]) for vertical in down for across_one in across]
-    stacked = graph.node("Squeeze", [graph.node("Concat", [graph.unsqueeze(i, 1) for i in indices], axis=1)], axes=[3])
-    return stacked, graph.node("Concat", [graph.unsqueeze(w, 1) for w in weights], axis=1)
+    return graph.node("Min", [graph.node("Max", [position, number(0)]), last])
 
 
 # -------------------------------------------------------------------------------------------------- the file's frame
@@ -460,12 +493,13 @@ def _model(graph: _Graph, checkpoint: Checkpoint, options: ExportOptions) -> onn
     height, width = ("height", "width") if options.dynamic else (options.height_px, options.width_px)
     image = helper.make_tensor_value_info(INPUT_NAME, TensorProto.FLOAT, [batch, 1, height, width])
     opset = helper.make_opsetid("", options.opset)
+    used = {name for node in graph.nodes for name in node.input}
     body = helper.make_graph(
         graph.nodes,
         f"superpoint_{options.type.value}",
         [image],
         _outputs(checkpoint, options, batch),
-        initializer=list(graph.constants.values()),
+        initializer=[constant for name, constant in graph.constants.items() if name in used],
     )
     model = helper.make_model(
         body,
@@ -582,14 +616,6 @@ class _Graph:
         """One dimension of a tensor, an int64 scalar."""
         index = self.constant(f"dim_{axis}", np.array(axis, np.int64))
         return self.node("Gather", [self.node("Shape", [x]), index], axis=0)
-
-    def as_scalar1(self, scalar: str) -> str:
-        """A scalar as a tensor of one element."""
-        return self.reshape(scalar, [1])
-
-    def as_column(self, x: str) -> str:
-        """(B, N) int64 -> (B, N, 1) float32."""
-        return self.unsqueeze(self.node("Cast", [x], to=TensorProto.FLOAT), 2)
 
     def _axes(self, values: Sequence[int]) -> str:
         name = "ints_" + "_".join(re.sub("-", "m", str(value)) for value in values)

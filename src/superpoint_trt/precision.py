@@ -28,8 +28,9 @@ _BETWEEN_CONVOLUTIONS = {"Conv", "Relu", "LeakyRelu", "PRelu", "Clip", "MaxPool"
 _BETWEEN_CONVOLUTIONS |= {"Add", "Sub", "Mul", "Div", "Concat", "Identity", "Dropout", "Pad"}
 """What the low type is safe and worthwhile for, where it lies between convolutions."""
 
-_AFTER_CONVOLUTION = {"BatchNormalization", "Relu"}
-"""What still belongs to the convolution before it when no other one follows."""
+_AFTER_CONVOLUTION = {"BatchNormalization", "Relu", "Transpose", "Reshape", "Gather", "Squeeze", "Unsqueeze"}
+"""What still gets the low type behind a last convolution: its own BatchNorm and ReLU, and what only moves values, which
+the cast may just as well follow."""
 
 _FP16_MAX = float(np.finfo(np.float16).max)
 
@@ -176,7 +177,8 @@ class _Retyped:
 
     def _add_full(self, node: onnx.NodeProto) -> None:
         node = copy.deepcopy(node)
-        node.input[:] = [self._full_name(name) for name in node.input]
+        if node.op_type != "Shape":  # which takes any type
+            node.input[:] = [self._full_name(name) for name in node.input]
         self._nodes.append(node)
 
     def _low_name(self, name: str) -> str:
@@ -238,7 +240,7 @@ def _low_nodes(graph: onnx.GraphProto) -> set[int]:
 
 
 def _tails(graph: onnx.GraphProto, low: Iterable[int]) -> Iterator[int]:
-    """BatchNorm and ReLU straight behind a last convolution."""
+    """What hangs straight on a last convolution, by its data input."""
     ends = {name for index in low for name in graph.node[index].output}
     for index, node in enumerate(graph.node):
         if index not in low and node.op_type in _AFTER_CONVOLUTION and node.input[0] in ends:
