@@ -119,12 +119,12 @@ def decode_graph(checkpoint, scores: np.ndarray, **options) -> dict[str, np.ndar
     settings = ExportOptions(OutputType.KEYPOINTS, height, width, **options)
     whole = to_onnx(checkpoint, settings)
     names = [output.name for output in whole.graph.output]
-    part = Extractor(whole).extract_model(["score_map", "convDb"], names)
+    part = Extractor(whole).extract_model(["score_map", "dense_descriptors"], names)
     opened = session(part)
     rng = np.random.default_rng(0)
     shape = (1, checkpoint.descriptor_dim, height // 8, width // 8)
     descriptors = decode.normalise(rng.normal(size=shape), axis=1)
-    feeds = {"score_map": scores[None, None], "convDb": descriptors}
+    feeds = {"score_map": scores[None, None], "dense_descriptors": descriptors}
     return {**dict(zip(names, opened.run(names, feeds))), "dense": descriptors}
 
 

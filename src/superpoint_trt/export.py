@@ -137,7 +137,8 @@ def to_onnx(checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
             _unit_length(graph, coarse, axis=1, name="descriptors")
             graph.node("Squeeze", [scores], output="scores", axes=[1])
         else:
-            _keypoints(graph, scores, coarse, checkpoint, options)
+            descriptors = _unit_length(graph, coarse, axis=1, name="dense_descriptors")
+            _keypoints(graph, scores, descriptors, checkpoint, options)
     return _model(graph, checkpoint, options)
 
 
@@ -262,22 +263,19 @@ def _unit_length(graph: _Graph, x: str, axis: int, name: str) -> str:
 # -------------------------------------------------------------------------------------------------- in-graph decoding
 
 
-def _keypoints(graph: _Graph, score_map: str, coarse: str, checkpoint: Checkpoint, options: ExportOptions) -> None:
+def _keypoints(graph: _Graph, score_map: str, descriptors: str, checkpoint: Checkpoint, options: ExportOptions) -> None:
     """NMS, border, top-k, threshold and descriptor sampling; padded to N (design: the graph contract)."""
-    shape = _GridShape.of(graph, score_map, coarse, checkpoint.stride_px, options)
+    shape = _GridShape.of(graph, score_map, descriptors, checkpoint.stride_px, options)
     survivors = _survivors(graph, score_map, shape, options.decode)
     best, pixel = _top_scores(graph, survivors, checkpoint, options)
     y = graph.node("Div", [pixel, shape.width])
     x = graph.node("Sub", [pixel, graph.node("Mul", [y, shape.width])])
-    x, y = (graph.node("Cast", [place], to=TensorProto.FLOAT) for place in (x, y))
+    xy = graph.node("Concat", [graph.as_column(x), graph.as_column(y)], output="pixel_xy", axis=2)
 
     found = graph.node("Greater", [best, graph.constant("threshold", np.array(options.decode.threshold, np.float32))])
     found_column = graph.unsqueeze(found, 2)
-    sampled = _sample_descriptors(graph, x, y, coarse, checkpoint, shape)
+    sampled = _sample_descriptors(graph, xy, descriptors, checkpoint, shape, options)
     zero, minus_one = (graph.constant(f"{v}f", np.array(v, np.float32)) for v in (0, -1))
-    # Chosen by a constant, not concatenated, here and below: runtimes then do it in the same pass as what is around.
-    is_x = graph.constant("is_x", np.array([True, False]))
-    xy = graph.node("Where", [is_x, graph.unsqueeze(x, 2), graph.unsqueeze(y, 2)])
     graph.node("Where", [found_column, xy, minus_one], output="keypoints")
     graph.node("Where", [found, best, zero], output="scores")
     graph.node("Where", [found_column, sampled, zero], output="descriptors")
@@ -295,9 +293,9 @@ class _GridShape:
     columns: str
 
     @classmethod
-    def of(cls, graph: _Graph, score_map: str, coarse: str, stride_px: int, options: ExportOptions) -> _GridShape:
+    def of(cls, graph: _Graph, score_map: str, descriptors: str, stride_px: int, options: ExportOptions) -> _GridShape:
         if options.dynamic:
-            return cls(*(graph.dim(tensor, axis) for tensor in (score_map, coarse) for axis in (2, 3)))
+            return cls(*(graph.dim(tensor, axis) for tensor in (score_map, descriptors) for axis in (2, 3)))
         height, width = options.height_px, options.width_px
         sizes = {"height": height, "width": width, "rows": height // stride_px, "columns": width // stride_px}
         return cls(**{name: graph.constant(name, np.array(size, np.int64)) for name, size in sizes.items()})
@@ -413,76 +411,83 @@ def _rounds_to(last: int, merged: int, length: int, n: int) -> list[int]:
     return rounds
 
 
-def _sample_descriptors(graph: _Graph, x: str, y: str, coarse: str, checkpoint: Checkpoint, shape: _GridShape) -> str:
-    """Pixels (B, N) each, raw descriptors (B, D, H/8, W/8) -> (B, N, D) of unit length, by the checkpoint's sampling.
-
-    Bilinear between the four nearest cells, each at unit length. Only those are brought to it: they are fewer than all
-    cells, and their gathers run at every opset.
-    """
-    columns = _Corners.of(graph, x, shape.columns, np.array([0, 1, 0, 1]), checkpoint)
-    rows = _Corners.of(graph, y, shape.rows, np.array([0, 0, 1, 1]), checkpoint)
-    indices = graph.node("Add", [graph.node("Mul", [rows.cells, shape.columns]), columns.cells])
-    # Rows of one long table: image b's cells start at b * rows * columns.
-    table = graph.reshape(graph.node("Transpose", [coarse], perm=[0, 2, 3, 1]), [-1, checkpoint.descriptor_dim])
-    zero, one = (graph.constant(f"int_{v}", np.array(v, np.int64)) for v in (0, 1))
-    images = graph.reshape(graph.node("Range", [zero, graph.dim(coarse, 0), one]), [-1, 1, 1])
-    first_row = graph.node("Mul", [images, graph.node("Mul", [shape.rows, shape.columns])])
-    corners = graph.node("Gather", [table, graph.node("Add", [indices, first_row])], axis=0)  # (B, 4, N, D)
-
-    weights = graph.unsqueeze(graph.node("Mul", [rows.weights, columns.weights]), 3)
-    floor = graph.constant("norm_eps", np.array(NORM_EPS, np.float32))
-    lengths = graph.node("Max", [graph.reduce("ReduceL2", corners, 3), floor])
-    parts = graph.node("Mul", [corners, graph.node("Div", [weights, lengths])])
-    mixed = graph.slice(parts, 1, 0, 1)
-    for corner in (1, 2, 3):
-        mixed = graph.node("Add", [mixed, graph.slice(parts, 1, corner, corner + 1)])
-    unit = _unit_length(graph, mixed, 3, "sampled_descriptors")
-    return graph.node("Squeeze", [unit], axes=[1])
+def _sample_descriptors(
+    graph: _Graph, xy: str, descriptors: str, checkpoint: Checkpoint, shape: _GridShape, options: ExportOptions
+) -> str:
+    """(B, N, 2) pixels and (B, D, H/8, W/8) -> (B, N, D) of unit length, by the checkpoint's sampling."""
+    cells = graph.node("Concat", [graph.as_scalar1(shape.columns), graph.as_scalar1(shape.rows)], axis=0)
+    cells = graph.node("Cast", [cells], output="cells_xy", to=TensorProto.FLOAT)
+    position = _cell_position(graph, xy, cells, checkpoint)
+    sample = _sample_by_grid if options.opset >= 16 else _sample_by_gather
+    return _unit_length(graph, sample(graph, position, descriptors, cells, shape), 2, "sampled_descriptors")
 
 
-@dataclass(frozen=True)
-class _Corners:
-    """Along one axis, the four nearest cells of each pixel: names of (B, 4, N) int64 and float32 tensors."""
-
-    cells: str
-    weights: str
-
-    @classmethod
-    def of(cls, graph: _Graph, pixel: str, count: str, after: NDArray[np.int64], checkpoint: Checkpoint) -> _Corners:
-        """Of pixels (B, N) float32; `after` says of each corner whether it is the cell before (0) or after (1)."""
-        position = graph.unsqueeze(_cell_position(graph, pixel, count, checkpoint), 1)
-        low = graph.node("Floor", [position])
-        fraction = graph.node("Sub", [position, low])
-        whole = graph.node("Cast", [low], to=TensorProto.INT64)
-        one = graph.constant("int_1", np.array(1, np.int64))
-        # Min on int64 needs opset 12, so the upper neighbour steps by 1 only where there is one.
-        more = graph.node("Less", [whole, graph.node("Sub", [count, one])])
-        name = "_".join(map(str, after))
-        step = graph.constant(f"after_{name}", after.reshape(1, 4, 1))
-        cells = graph.node("Add", [whole, graph.node("Mul", [graph.node("Cast", [more], to=TensorProto.INT64), step])])
-        # fraction for the cell after, 1 - fraction for the one before
-        sign = graph.constant(f"sign_{name}", (2 * after - 1).reshape(1, 4, 1).astype(np.float32))
-        rest = graph.constant(f"rest_{name}", (1 - after).reshape(1, 4, 1).astype(np.float32))
-        return cls(cells, graph.node("Add", [rest, graph.node("Mul", [fraction, sign])]))
-
-
-def _cell_position(graph: _Graph, pixel: str, count: str, checkpoint: Checkpoint) -> str:
-    """As `decode.cell_position` along one axis, then held inside the grid: outside, the nearest cells continue."""
+def _cell_position(graph: _Graph, xy: str, cells: str, checkpoint: Checkpoint) -> str:
+    """As `decode.cell_position`, then held inside the grid: outside, the nearest cells continue."""
     stride, half = checkpoint.stride_px, checkpoint.stride_px / 2
 
     def number(value: float) -> str:
         return graph.constant(f"{value:g}f", np.array(value, np.float32))
 
-    cells = graph.node("Cast", [count], to=TensorProto.FLOAT)
     last = graph.node("Sub", [cells, number(1)])
     if checkpoint.sampling is Sampling.HALF_PIXEL:
-        scaled = graph.node("Div", [graph.node("Add", [pixel, number(0.5)]), number(stride)])
+        scaled = graph.node("Div", [graph.node("Add", [xy, number(0.5)]), number(stride)])
         position = graph.node("Sub", [scaled, number(0.5)])
     else:
         span = graph.node("Sub", [graph.node("Mul", [cells, number(stride)]), number(half + 0.5)])
-        ratio = graph.node("Div", [graph.node("Sub", [pixel, number(half - 0.5)]), span])
+        ratio = graph.node("Div", [graph.node("Sub", [xy, number(half - 0.5)]), span])
         position = graph.node("Mul", [ratio, last])
-    return graph.node("Min", [graph.node("Max", [position, number(0)]), last])
+    position = graph.node("Max", [position, number(0)])
+    return graph.node("Min", [position, last], output="cell_xy")
+
+
+def _sample_by_grid(graph: _Graph, position: str, descriptors: str, cells: str, shape: _GridShape) -> str:
+    """GridSample (opset 16 and newer), whose grid runs from -1 to 1 across the cells' outer edges."""
+    half, one = (graph.constant(f"{v:g}f", np.array(v, np.float32)) for v in (0.5, 1))
+    unit = graph.node("Div", [graph.node("Add", [position, half]), cells])
+    grid = graph.node("Sub", [graph.node("Add", [unit, unit]), one])
+    mode = "linear" if graph.opset >= 20 else "bilinear"
+    grid = graph.unsqueeze(grid, 1)
+    sampled = graph.node("GridSample", [descriptors, grid], mode=mode, padding_mode="border", align_corners=0)
+    return graph.node("Transpose", [graph.node("Squeeze", [sampled], axes=[2])], perm=[0, 2, 1])
+
+
+def _sample_by_gather(graph: _Graph, position: str, descriptors: str, cells: str, shape: _GridShape) -> str:
+    """Bilinear interpolation by four gathers, for opsets without GridSample."""
+    one_f = graph.constant("1f", np.array(1, np.float32))
+    one = graph.constant("one", np.array(1, np.int64))
+    # Rows of one long table: image b's cells start at b * rows * columns.
+    by_cell = graph.node("Transpose", [descriptors], perm=[0, 2, 3, 1])
+    dim = graph.dim(descriptors, 1)
+    minus_one = graph.constant("minus_one", np.array([-1], np.int64))
+    table = graph.node("Reshape", [by_cell, graph.node("Concat", [minus_one, graph.as_scalar1(dim)], axis=0)])
+    batch = graph.dim(descriptors, 0)
+    zero = graph.constant("zero", np.array(0, np.int64))
+    images = graph.unsqueeze(graph.node("Range", [zero, batch, one]), 1)
+    first_row = graph.node("Mul", [images, graph.node("Mul", [shape.rows, shape.columns])])
+
+    corner = graph.node("Floor", [position])
+    fraction = graph.node("Sub", [position, corner])
+    whole = graph.node("Cast", [corner], to=TensorProto.INT64)
+
+    def axis(index: int, count: str) -> tuple[str, str, str, str]:
+        low = graph.node("Squeeze", [graph.slice(whole, 2, index, index + 1)], axes=[2])
+        # Min on int64 needs opset 12, so the upper neighbour steps by 1 only where there is one.
+        more = graph.node("Less", [low, graph.node("Sub", [count, one])])
+        high = graph.node("Add", [low, graph.node("Cast", [more], to=TensorProto.INT64)])
+        weight = graph.slice(fraction, 2, index, index + 1)
+        return low, high, graph.node("Sub", [one_f, weight]), weight
+
+    x0, x1, left, right = axis(0, shape.columns)
+    y0, y1, top, bottom = axis(1, shape.rows)
+
+    def row(y: str) -> str:
+        start = graph.node("Add", [first_row, graph.node("Mul", [y, shape.columns])])
+        at = [graph.node("Gather", [table, graph.node("Add", [start, x])], axis=0) for x in (x0, x1)]
+        return graph.node("Add", [graph.node("Mul", [at[0], left]), graph.node("Mul", [at[1], right])])
+
+    upper, lower = graph.node("Mul", [row(y0), top]), graph.node("Mul", [row(y1), bottom])
+    return graph.node("Add", [upper, lower])
 
 
 # -------------------------------------------------------------------------------------------------- the file's frame
@@ -616,6 +621,14 @@ class _Graph:
         """One dimension of a tensor, an int64 scalar."""
         index = self.constant(f"dim_{axis}", np.array(axis, np.int64))
         return self.node("Gather", [self.node("Shape", [x]), index], axis=0)
+
+    def as_scalar1(self, scalar: str) -> str:
+        """A scalar as a tensor of one element."""
+        return self.reshape(scalar, [1])
+
+    def as_column(self, x: str) -> str:
+        """(B, N) int64 -> (B, N, 1) float32."""
+        return self.unsqueeze(self.node("Cast", [x], to=TensorProto.FLOAT), 2)
 
     def _axes(self, values: Sequence[int]) -> str:
         name = "ints_" + "_".join(re.sub("-", "m", str(value)) for value in values)
