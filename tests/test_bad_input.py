@@ -21,8 +21,7 @@ from conftest import photograph, random_state
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
-from superpoint_trt import guide
-from superpoint_trt.backends import tensorrt as tensorrt_backend
+from superpoint_trt import guide, trt
 from superpoint_trt.cli import cli, run
 from superpoint_trt.export import ExportOptions, export
 from superpoint_trt.info import describe
@@ -428,14 +427,13 @@ def test_model_of_another_kind_than_asked(refuse, line, says):
 
 ENGINE_COMMANDS = [
     "superpoint infer --model FILE --image good.png --output precious.png",
-    "superpoint info FILE",
     "tensorrt_inference --engine FILE --image good.png --output precious.jpg",
 ]
 
 
 @pytest.fixture
 def no_tensorrt(monkeypatch):
-    monkeypatch.setattr(tensorrt_backend, "FLAVOURS", {"no_such_tensorrt": "superpoint-trt[tensorrt]"})
+    monkeypatch.setattr(trt, "MODULES", {flavour: f"no_such_{flavour.value}" for flavour in trt.Flavour})
 
 
 @pytest.mark.parametrize("line", ENGINE_COMMANDS)
@@ -446,7 +444,7 @@ def test_engine_without_tensorrt(refuse, desk, no_tensorrt, line, ending):
     refuse(line.replace("FILE", f"model.{ending}"), *says)
 
 
-@pytest.mark.parametrize("line", ENGINE_COMMANDS)
+@pytest.mark.parametrize("line", [*ENGINE_COMMANDS, "superpoint info FILE"])
 def test_engine_that_is_missing(refuse, line):
     refuse(line.replace("FILE", "missing.engine"), "missing.engine", "does not exist")
 

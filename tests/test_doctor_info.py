@@ -110,7 +110,8 @@ def test_doctor_with_a_tensorrt(tmp_path, monkeypatch):
     found = findings()
     monkeypatch.delitem(sys.modules, "tensorrt")
     assert (found["tensorrt"].present, found["tensorrt"].detail) == (True, "10.9.0")
-    assert "tensorrt is here" in found["TensorRT engines"].detail
+    running = found["run TensorRT engines"]
+    assert not running.present and "no NVIDIA GPU" in running.detail, "a library alone runs nothing"
 
 
 NVIDIA_SMI = {

@@ -176,9 +176,14 @@ def build(
         timing_cache=timing_cache,
         optimization_level=optimization_level,
         runtime=None if runtime == "auto" else Flavour(runtime),
-        targets=tuple(target.lower().split(",")) if target else (),
+        targets=parse_targets(target),
     )
     build_engine(onnx, engine, options, test)
+
+
+def parse_targets(text: str | None) -> tuple[str, ...]:
+    """Splits "sm86,sm89"."""
+    return tuple(part.strip().lower() for part in text.split(",")) if text else ()
 
 
 def build_engine(onnx: str, engine: str, options: Any, test: bool) -> None:

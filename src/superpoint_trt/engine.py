@@ -351,8 +351,8 @@ def _targets(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...]
     except SuperPointError as error:
         if tensorrt.flavour is Flavour.RTX:
             raise SuperPointError(
-                f"no GPU to build for was found here ({error}) Name what to build for: --target sm86,sm89 "
-                f"(of {','.join(RTX_TARGETS)})."
+                f"no GPU to build for was found here ({error}) Name what to build for: superpoint build --target "
+                f"sm86,sm89 (of {','.join(RTX_TARGETS)})."
             ) from error
         raise SuperPointError(
             f"{tensorrt} builds on the GPU that it builds for, and none was found: {error} Without a GPU, TensorRT-RTX "

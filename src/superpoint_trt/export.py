@@ -266,7 +266,7 @@ def _unit_length(graph: _Graph, x: str, axis: int, name: str) -> str:
 def _keypoints(graph: _Graph, score_map: str, descriptors: str, checkpoint: Checkpoint, options: ExportOptions) -> None:
     """NMS, border, top-k, threshold and descriptor sampling; padded to N (design: the graph contract)."""
     shape = _GridShape.of(graph, score_map, descriptors, checkpoint.stride_px, options)
-    survivors = _survivors(graph, score_map, shape, options.decode)
+    survivors = _survivors(graph, score_map, shape, options)
     best, pixel = _top_scores(graph, survivors, checkpoint, options)
     y = graph.node("Div", [pixel, shape.width])
     x = graph.node("Sub", [pixel, graph.node("Mul", [y, shape.width])])
@@ -301,9 +301,10 @@ class _GridShape:
         return cls(**{name: graph.constant(name, np.array(size, np.int64)) for name, size in sizes.items()})
 
 
-def _survivors(graph: _Graph, scores: str, shape: _GridShape, decode: DecodeOptions) -> str:
+def _survivors(graph: _Graph, scores: str, shape: _GridShape, options: ExportOptions) -> str:
     """(B, 1, H, W) -> same: what suppression and border leave keeps its score, the rest is 0."""
-    kept = [_suppress(graph, scores, decode.nms_radius_px)] if decode.nms_radius_px else []
+    decode = options.decode
+    kept = [_suppress(graph, scores, decode.nms_radius_px, options.dynamic)] if decode.nms_radius_px else []
     if decode.remove_borders_px:
         kept += [_inside(graph, shape.height, 2, decode), _inside(graph, shape.width, 3, decode)]
     if not kept:
@@ -331,19 +332,20 @@ def _inside(graph: _Graph, size: str, axis: int, decode: DecodeOptions) -> str:
 
 _MOST_SHIFTS = 8
 """NMS radius in px up to which a window's maximum is that of its shifted copies, which TensorRT computes in one pass
-with the comparisons around it: 48 us for radius 4 at 640x480, with max-pools 62 (TensorRT 8.6, H100)."""
+with the comparisons around it: 48 us for radius 4 at 640x480, with max-pools 62 (TensorRT 8.6, H100). Where the size is
+free, TensorRT-RTX 1.7 does not come to an end over the sizes of the slices: max-pools there."""
 
 _END = 2**31 - 1
 """As the end of a slice: whatever the size."""
 
 
-def _suppress(graph: _Graph, scores: str, radius_px: int) -> str:
+def _suppress(graph: _Graph, scores: str, radius_px: int, dynamic: bool) -> str:
     """Two suppression rounds, as `network.suppress`; (B, 1, H, W) float32 -> bool, who survives."""
 
     def window_max(x: str) -> str:
         # Rows, then columns: 2 (2 r + 1) comparisons a pixel instead of (2 r + 1)^2.
         reach = 2 * radius_px
-        if radius_px > _MOST_SHIFTS:
+        if dynamic or radius_px > _MOST_SHIFTS:
             x = graph.node("MaxPool", [x], kernel_shape=[1, reach + 1], pads=[0, radius_px, 0, radius_px])
             return graph.node("MaxPool", [x], kernel_shape=[reach + 1, 1], pads=[radius_px, 0, radius_px, 0])
         # No score is below the zeros around.
@@ -382,7 +384,7 @@ def _top_scores(graph: _Graph, scores: str, checkpoint: Checkpoint, options: Exp
     for rows in rounds[1:]:
         values, place = graph.top_k(graph.reshape(values, [0, rows, -1]), n)
         index = graph.node("GatherElements", [graph.reshape(index, [0, rows, -1]), place], axis=2)
-    return graph.reshape(values, [0, n]), graph.reshape(index, [0, n])
+    return graph.reshape(values, [0, n]), graph.reshape(index, [0, n], output="pixel_index")
 
 
 _ROW = 3072
@@ -602,9 +604,9 @@ class _Graph:
         bounds = [self._axes([value]) for value in (start, stop, axis)]
         return self.node("Slice", [x, *bounds])
 
-    def reshape(self, x: str, shape: Sequence[int]) -> str:
+    def reshape(self, x: str, shape: Sequence[int], output: str | None = None) -> str:
         name = "shape_" + "_".join(re.sub("-", "m", str(size)) for size in shape)
-        return self.node("Reshape", [x, self.constant(name, np.array(shape, np.int64))])
+        return self.node("Reshape", [x, self.constant(name, np.array(shape, np.int64))], output=output)
 
     def top_k(self, x: str, k: int, largest: bool = True) -> tuple[str, str]:
         """The k largest (or smallest) along the last axis, sorted: values and int64 indices."""

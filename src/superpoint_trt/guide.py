@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import click
+import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt import decode
 from superpoint_trt import image as images
 from superpoint_trt.backends import open_backend
-from superpoint_trt.cli import build_engine, print_found, print_info, save_drawing
+from superpoint_trt.cli import build_engine, parse_targets, print_found, print_info, save_drawing
 from superpoint_trt.files import PathLike, check_distinct, check_writable, read_bytes
-from superpoint_trt.spec import DecodeOptions, Keypoints, OutputType, Precision, SuperPointError
+from superpoint_trt.spec import CELL_PX, DecodeOptions, Keypoints, OutputType, Precision, Sampling, SuperPointError
+from superpoint_trt.trt import Flavour
 
 GUIDE_OPSET = 11
+SAME_WITHIN_PX = 1.0
 
 
 class SuperPointTRT:
@@ -48,7 +52,9 @@ class SuperPointTRT:
         """
         if image.ndim == 3 and image.shape[2] == 3:
             image = image[..., ::-1]
-        return dict(self._backend.infer(images.to_gray(image)[None, None]))
+        # A gray uint8 image goes as it is: an engine divides by 255 on the GPU.
+        pixels = image if image.ndim == 2 and image.dtype == np.uint8 else images.to_gray(image)
+        return dict(self._backend.infer(pixels[None, None]))
 
     def extract_keypoints_from_dense(
         self,
@@ -71,6 +77,39 @@ class SuperPointTRT:
             sampled = decode.sample_descriptors(xy, image_descriptors, stride, self.description.sampling)
             results.append({"keypoints": xy, "scores": found, "descriptors": sampled})
         return results
+
+
+def compare(pytorch_out: Mapping[str, Any], trt_out: Mapping[str, NDArray[Any]]) -> str:
+    """What the guide's comparison leaves to the reader: do both find the same points, and describe them alike?
+
+    Args:
+        pytorch_out: of `superpoint_pytorch.SuperPoint`: lists of keypoints, keypoint_scores, descriptors.
+        trt_out: of `SuperPointTRT.infer`, a dense model's.
+
+    Returns:
+        A few lines to print.
+    """
+    xy, scores, descriptors = (
+        np.asarray(pytorch_out[name][0].cpu()) for name in ("keypoints", "keypoint_scores", "descriptors")
+    )
+    options = DecodeOptions(max_keypoints=max(1, len(xy)))
+    found_xy, found_scores = decode.select(trt_out["scores"][0], options)
+    if not len(xy) or not len(found_xy):
+        return f"keypoints     {len(xy)} in PyTorch, {len(found_xy)} in the engine"
+    sampled = decode.sample_descriptors(found_xy, trt_out["descriptors"][0], CELL_PX, Sampling.HALF_PIXEL)
+    distance = np.linalg.norm(xy[:, None] - found_xy[None], axis=2)
+    near, nearest = distance.min(axis=1) <= SAME_WITHIN_PX, distance.argmin(axis=1)
+    back = distance.min(axis=0) <= SAME_WITHIN_PX
+    cosine = (descriptors[near] * sampled[nearest[near]]).sum(axis=1)
+    return "\n".join(
+        (
+            f"keypoints     {len(xy)} in PyTorch, {len(found_xy)} in the engine",
+            f"the same      {near.mean():.2%} of PyTorch's and {back.mean():.2%} of the engine's within "
+            f"{SAME_WITHIN_PX:g} px of one of the other",
+            f"scores        largest difference {np.abs(scores[near] - found_scores[nearest[near]]).max(initial=0):.2g}",
+            f"descriptors   cosine {np.median(cosine):.6f} in median, {cosine.min():.6f} at worst",
+        )
+    )
 
 
 @click.command()
@@ -108,6 +147,7 @@ def convert_to_onnx(
 @click.option("--max-height", type=int, default=960, show_default=True)
 @click.option("--max-width", type=int, default=1280, show_default=True)
 @click.option("--test", is_flag=True, help="Run the engine once after building.")
+@click.option("--target", help="Not the guide's: build with TensorRT-RTX for these GPUs, sm86,sm89 say; needs no GPU.")
 def convert_to_tensorrt(
     onnx: str,
     engine: str,
@@ -117,6 +157,7 @@ def convert_to_tensorrt(
     workspace: float,
     dynamic_shapes: bool,
     test: bool,
+    target: str | None,
     **sides: int,
 ) -> None:
     """Convert ONNX to a TensorRT engine."""
@@ -130,7 +171,16 @@ def convert_to_tensorrt(
     # Without --dynamic-shapes the guide's engine takes one size: the one that a dynamic .onnx is tuned for.
     shapes = (least, usual, most) if dynamic_shapes else _one_size(onnx, usual)
     low, opt, high = shapes
-    options = BuildOptions(Precision.FP16 if fp16 else Precision.FP32, workspace, low, opt, high, max_batch_size)
+    options = BuildOptions(
+        Precision.FP16 if fp16 else Precision.FP32,
+        workspace,
+        low,
+        opt,
+        high,
+        max_batch_size,
+        runtime=Flavour.RTX if target else None,
+        targets=parse_targets(target),
+    )
     build_engine(onnx, engine, options, test)
 
 

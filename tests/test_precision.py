@@ -1,0 +1,190 @@
+"""fp32 graph -> typed fp16 or bf16 graph: where the seam runs, what the values become, what is refused."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from conftest import photograph
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from superpoint_trt.cli import cli, run
+from superpoint_trt.export import ExportOptions, export, to_onnx
+from superpoint_trt.extractor import SuperPoint
+from superpoint_trt.precision import convolution_type, load_onnx, to_precision
+from superpoint_trt.spec import OutputType, Precision, SuperPointError
+
+LOW = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
+
+
+def graph_of(checkpoint, kind="dense", layout="v6", opset=17, dynamic=False, **size):
+    return to_onnx(checkpoint(layout), ExportOptions(OutputType(kind), opset=opset, dynamic=dynamic, **size))
+
+
+def types(model) -> dict[str, int]:
+    """Element type of every tensor, by name."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    found = {c.name: c.data_type for c in graph.initializer}
+    values = [*graph.input, *graph.value_info, *graph.output]
+    return {**found, **{value.name: value.type.tensor_type.elem_type for value in values}}
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 23])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "keypoints", "heads"])
+@pytest.mark.parametrize("layout", ["v6", "magicleap"])
+def test_only_the_convolutions_are_fp16(checkpoint, layout, kind, dynamic, opset):
+    model = to_precision(graph_of(checkpoint, kind, layout, opset, dynamic), Precision.FP16)
+    onnx.checker.check_model(model, full_check=True)
+    typed = types(model)
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "BatchNormalization"):
+            assert {typed[name] for name in (*node.input, *node.output)} == {TensorProto.FLOAT16}, node.name
+        if node.op_type in ("Softmax", "ReduceL2", "TopK", "GridSample", "Equal", "Div", "Floor", "Where"):
+            assert TensorProto.FLOAT16 not in {typed[name] for name in (*node.input, *node.output)}, node.name
+    casts = [n.name for n in model.graph.node if n.op_type == "Cast" and n.name.endswith((".fp16", ".fp32"))]
+    assert len(casts) == (1 if kind == "heads" else 3), casts  # one in, one behind each head
+    outputs = {value.name: typed[value.name] for value in model.graph.output}
+    assert outputs["logits" if kind == "heads" else "scores"] == (
+        TensorProto.FLOAT16 if kind == "heads" else TensorProto.FLOAT
+    )
+    assert typed["image"] == TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("layout", ["v6", "magicleap"])
+def test_fp16_values_in_exact_arithmetic(checkpoint, layout):
+    """ONNX's own reference computes fp16 as fp16; onnxruntime on the CPU would quietly use float32."""
+    model = graph_of(checkpoint, layout=layout, height_px=32, width_px=48)
+    image = (photograph(32, 48).astype(np.float32) / 255)[None, None]
+    full = ReferenceEvaluator(model).run(None, {"image": image})
+    half = ReferenceEvaluator(to_precision(model, Precision.FP16)).run(None, {"image": image})
+    assert [a.dtype for a in half] == [np.float32, np.float32]
+    assert 0 < np.abs(full[0] - half[0]).max() < 5e-3
+    assert 0.999 < (full[1] * half[1]).sum(axis=1).min() < 1.0
+
+
+def test_bf16_weights_are_rounded_to_the_nearest(checkpoint):
+    model = graph_of(checkpoint)
+    typed = to_precision(model, Precision.BF16)
+    full = {c.name: numpy_helper.to_array(c) for c in model.graph.initializer}
+    low = {c.name: c for c in typed.graph.initializer if c.data_type == TensorProto.BFLOAT16}
+    assert len(low) > 20
+    for name, constant in low.items():
+        bits = np.frombuffer(constant.raw_data, np.uint16).astype(np.uint32) << 16
+        values = bits.view(np.float32).reshape(constant.dims)
+        original = full[name[: -len(".bf16")]]
+        # 8 significant bits: half a unit of the last place is 2^-9 of the value's power of two.
+        assert (np.abs(values - original) <= 2.0**-9 * 2 ** np.ceil(np.log2(np.abs(original) + 1e-30))).all()
+    for given, expected in ((1.00390625, 1.0), (1.01171875, 1.015625), (-3.0, -3.0)):  # ties go to the even one
+        from superpoint_trt.precision import _bfloat16_bits
+
+        bits = _bfloat16_bits(np.array([given], np.float32)).astype(np.uint32) << 16
+        assert bits.view(np.float32)[0] == expected
+
+
+def foreign(model: onnx.ModelProto) -> onnx.ModelProto:
+    """As another tool writes it: no metadata, no node names, weights in Constant nodes, a scaled image."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    del made.metadata_props[:]
+    graph = made.graph
+    constants = [
+        helper.make_node("Constant", [], [weight.name], value=weight)
+        for weight in graph.initializer
+        if weight.name.endswith((".weight", ".bias"))
+    ]
+    rest = [weight for weight in graph.initializer if not weight.name.endswith((".weight", ".bias"))]
+    nodes = [*constants, helper.make_node("Mul", ["image", "gain"], ["scaled"])]
+    for node in graph.node:
+        node.name = ""
+        node.input[:] = ["scaled" if name == "image" else name for name in node.input]
+        nodes.append(node)
+    rest.append(numpy_helper.from_array(np.array(1.0, np.float32), "gain"))
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    weights = [onnx.TensorProto.FromString(weight.SerializeToString()) for weight in rest]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(copies)
+    graph.initializer.extend(weights)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["dense", "keypoints", "heads"])
+def test_other_tools_models(checkpoint, kind):
+    model = to_precision(foreign(graph_of(checkpoint, kind, "magicleap")), Precision.FP16)
+    onnx.checker.check_model(model, full_check=True)
+    typed = types(model)
+    assert convolution_type(model) is Precision.FP16
+    assert typed["scaled"] == TensorProto.FLOAT, "what comes before the first convolution stays"
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == 12
+    assert {typed[name] for node in convolutions for name in (*node.input, *node.output)} == {TensorProto.FLOAT16}
+
+
+def test_a_cast_model_runs_and_says_so(checkpoint_file, tmp_path):
+    model = export(checkpoint_file("v6"), tmp_path / "a.onnx", ExportOptions(OutputType.HEADS))
+    assert run(cli, ["cast", "--onnx", str(model), "--output", str(tmp_path / "b.onnx")]) == 0
+    photo = tmp_path / "a.png"
+    cv2.imwrite(str(photo), photograph(480, 640))
+    with SuperPoint(model) as full, SuperPoint(tmp_path / "b.onnx") as half:
+        assert half.runtime.precision == "fp16"
+        one, other = full.extract(photo), half.extract(photo)
+    near = np.linalg.norm(one.xy[:, None] - other.xy[None], axis=2).min(axis=1) <= 1
+    assert len(one) > 20 and near.mean() > 0.97
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (
+            lambda m: m.graph.initializer.remove(next(w for w in m.graph.initializer if w.name == "conv1a.weight")),
+            "fp32",
+        ),
+        (lambda m: m.graph.node.clear(), "fp32"),
+    ],
+    ids=["weights missing", "no convolution"],
+)
+def test_what_is_no_fp32_model_is_refused(checkpoint, spoil, says):
+    model = graph_of(checkpoint)
+    spoil(model)
+    if model.graph.node:
+        for weight in model.graph.initializer:
+            if weight.name == "conv1b.weight":
+                weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), weight.name))
+    with pytest.raises(SuperPointError, match=says):
+        to_precision(model, Precision.FP16)
+
+
+def test_twice_is_refused(checkpoint):
+    typed = to_precision(graph_of(checkpoint), Precision.FP16)
+    with pytest.raises(SuperPointError, match="its convolutions are fp16"):
+        to_precision(typed, Precision.BF16)
+
+
+def test_weights_beyond_fp16_are_refused_by_name(checkpoint):
+    model = graph_of(checkpoint)
+    weight = next(w for w in model.graph.initializer if w.name == "conv3a.weight")
+    values = numpy_helper.to_array(weight).copy()
+    values[0, 0, 0, 0] = 7e4
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    with pytest.raises(SuperPointError, match=r"conv3a.weight holds 7e\+04.*use bf16"):
+        to_precision(model, Precision.FP16)
+    to_precision(model, Precision.BF16)
+
+
+def test_weights_in_another_file_are_refused(checkpoint, tmp_path):
+    onnx.save(
+        graph_of(checkpoint), tmp_path / "a.onnx", save_as_external_data=True, location="a.data", size_threshold=0
+    )
+    with pytest.raises(SuperPointError, match="in another file"):
+        load_onnx(tmp_path / "a.onnx")
+
+
+def test_cast_keeps_what_was_there(checkpoint_file, tmp_path, capsys):
+    model = export(checkpoint_file("v6"), tmp_path / "a.onnx")
+    before = model.read_bytes()
+    assert run(cli, ["cast", "--onnx", str(model), "--output", str(model)]) == 2
+    assert "would overwrite" in capsys.readouterr().err
+    assert run(cli, ["cast", "--onnx", str(model), "--output", str(tmp_path / "b.engine")]) == 2
+    assert model.read_bytes() == before and not (tmp_path / "b.engine").exists()
