@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
+from conftest import photograph
 from onnx import numpy_helper
 from test_precision import foreign
 
@@ -17,7 +20,7 @@ from superpoint_trt.engine import BuildOptions, build
 from superpoint_trt.export import NEWEST_OPSET, ExportOptions, export, to_onnx
 from superpoint_trt.plan import EngineMetadata, check_runs_here, read_plan, sidecar
 from superpoint_trt.precision import to_precision
-from superpoint_trt.spec import OutputType, Precision, ShapeRange, SuperPointError
+from superpoint_trt.spec import DecodeOptions, OutputType, Precision, ShapeRange, SuperPointError
 from superpoint_trt.trt import Flavour
 
 pytest.importorskip("tensorrt_rtx")
@@ -135,6 +138,32 @@ def test_progress_comes_from_the_builder(model_file, tmp_path):
     build(model_file(), tmp_path / "a.engine", BuildOptions(**RTX), lambda *report: told.append(report))
     assert len(told) > 3
     assert all(isinstance(phase, str) and 0 < done <= steps for phase, done, steps in told)
+
+
+@pytest.mark.parametrize("radius", [1, 4, 8, 9])
+def test_the_form_for_tensorrt_8_finds_the_same(model_file, radius):
+    """Run in onnxruntime; on the GPU tests/gpu hold it against PyTorch."""
+    source = onnx.load(model_file("keypoints", "real-v6", decode=DecodeOptions(nms_radius_px=radius)))
+    shifted = engines.shift_windows(source)
+    pools = [node for node in shifted.graph.node if node.op_type == "MaxPool" and "pool_" in node.name]
+    assert len(pools) == (10 if radius == 9 else 0)
+    onnx.checker.check_model(shifted, full_check=True)
+    image = (photograph(480, 640).astype(np.float32) / 255)[None, None]
+    one, other = (
+        onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"image": image})
+        for model in (source, shifted)
+    )
+    assert one[3] > 100
+    for a, b in zip(one, other):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_other_models_keep_their_form_for_tensorrt_8(model_file, checkpoint):
+    for kind, dynamic in (("dense", False), ("heads", False), ("keypoints", True)):
+        source = onnx.load(model_file(kind, dynamic=dynamic))
+        assert engines.shift_windows(source) is source
+    theirs = foreign(to_onnx(checkpoint("magicleap"), ExportOptions(OutputType.KEYPOINTS)))
+    assert engines.shift_windows(theirs) is theirs
 
 
 # ------------------------------------------------------------------------------------------------------------- refused
@@ -291,7 +320,6 @@ def test_what_was_made_elsewhere_is_refused_with_the_command(built):
 def test_an_engine_without_a_gpu_says_so(built, capsys, tmp_path):
     """This machine has none; on one with a GPU tests/gpu look further."""
     import cv2
-    from conftest import photograph
 
     from superpoint_trt import cuda
 

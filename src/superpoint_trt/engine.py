@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 from superpoint_trt import cuda
 from superpoint_trt.files import PathLike, check_distinct, check_writable, read_bytes, sha256, write_atomically
@@ -161,6 +162,8 @@ class _Build:
     def plan(
         self, model: onnx.ModelProto, profile: ShapeRange, targets: tuple[str, ...], progress: Progress | None
     ) -> bytes:
+        if not self._tensorrt.strongly_typed:
+            model = shift_windows(model)
         network, parser = self._parse(model)
         network.name = _plan_name(model)
         if not self._tensorrt.strongly_typed:
@@ -384,7 +387,7 @@ def _plan_name(model: onnx.ModelProto) -> str:
     return json.dumps(described.to_metadata()) if described else "superpoint"
 
 
-# ------------------------------------------------------------------------------------------------- TensorRT 8.6's types
+# -------------------------------------------------------------------------------------------- what TensorRT 8.6 wants
 
 
 def _constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
@@ -409,3 +412,72 @@ def _constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
         for i, output in enumerate(outputs):
             if output.dtype in floats:
                 layer.set_output_type(i, dtype)
+
+
+_MOST_SHIFT_PX = 8
+"""NMS radius up to which `shift_windows` takes over: beyond, the copies are too many."""
+
+
+def shift_windows(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The sliding maxima of our own decode as maxima of shifted copies, which TensorRT 8.6 fuses with what is around.
+
+    48 us for the suppression at radius 4, 640x480, with pools 62 (H100). Newer versions fuse pools themselves, and
+    TensorRT-RTX takes seconds to compile this form; where the size is free it does not come to an end.
+
+    Args:
+        model: left as it is; another tool's, a dynamic or an undecoded one comes back the same.
+    """
+    described = _description(model)
+    if described is None or described.type is not OutputType.KEYPOINTS or described.dynamic:
+        return model
+    shifted = onnx.ModelProto()
+    shifted.CopyFrom(model)
+    nodes = list(shifted.graph.node)
+    readers = {name: node for node in nodes for name in node.input}
+    del shifted.graph.node[:]
+    replaced: set[str] = set()
+    for node in nodes:
+        below = readers.get(node.output[0])
+        if _slides(node, 3) and below is not None and _slides(below, 2):
+            shifted.graph.node.extend(_shifts(node, below.output[0], shifted.graph))
+            replaced.update(below.output)
+        elif node.output[0] not in replaced:
+            shifted.graph.node.append(node)
+    return shifted
+
+
+def _slides(node: onnx.NodeProto, axis: int) -> bool:
+    """Whether a node is the suppression's maximum along one axis (2 or 3)."""
+    sizes = {attribute.name: list(attribute.ints) for attribute in node.attribute}
+    kernel = sizes.get("kernel_shape", [])
+    across = [kernel[i] for i in (0, 1) if i != axis - 2] if len(kernel) == 2 else []
+    return (
+        node.op_type == "MaxPool"
+        and across == [1]
+        and max(kernel) <= 2 * _MOST_SHIFT_PX + 1
+        and not sizes.get("strides")
+    )
+
+
+def _shifts(pool: onnx.NodeProto, output: str, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Along columns, then rows, the largest of 2 r + 1 copies; no score is below the zeros around."""
+    reach = next(max(attribute.ints) for attribute in pool.attribute if attribute.name == "kernel_shape") - 1
+    known = {constant.name for constant in graph.initializer}
+
+    def integers(*values: int) -> str:
+        name = "shift_" + "_".join(str(value).replace("-", "m") for value in values)
+        if name not in known:
+            known.add(name)
+            graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
+
+    x = f"{output}.padded"
+    nodes = [helper.make_node("Pad", [pool.input[0], integers(*[0, 0, reach // 2, reach // 2] * 2)], [x], name=x)]
+    for axis, largest in ((3, f"{output}.rows"), (2, output)):
+        copies = [f"{largest}.{k}" for k in range(reach + 1)]
+        for k, copy in enumerate(copies):
+            end = k - reach if k < reach else 2**31 - 1
+            nodes.append(helper.make_node("Slice", [x, *map(integers, (k, end, axis))], [copy], name=copy))
+        nodes.append(helper.make_node("Max", copies, [largest], name=largest))
+        x = largest
+    return nodes

@@ -266,7 +266,7 @@ def _unit_length(graph: _Graph, x: str, axis: int, name: str) -> str:
 def _keypoints(graph: _Graph, score_map: str, descriptors: str, checkpoint: Checkpoint, options: ExportOptions) -> None:
     """NMS, border, top-k, threshold and descriptor sampling; padded to N (design: the graph contract)."""
     shape = _GridShape.of(graph, score_map, descriptors, checkpoint.stride_px, options)
-    survivors = _survivors(graph, score_map, shape, options)
+    survivors = _survivors(graph, score_map, shape, options.decode)
     best, pixel = _top_scores(graph, survivors, checkpoint, options)
     y = graph.node("Div", [pixel, shape.width])
     x = graph.node("Sub", [pixel, graph.node("Mul", [y, shape.width])])
@@ -301,10 +301,9 @@ class _GridShape:
         return cls(**{name: graph.constant(name, np.array(size, np.int64)) for name, size in sizes.items()})
 
 
-def _survivors(graph: _Graph, scores: str, shape: _GridShape, options: ExportOptions) -> str:
+def _survivors(graph: _Graph, scores: str, shape: _GridShape, decode: DecodeOptions) -> str:
     """(B, 1, H, W) -> same: what suppression and border leave keeps its score, the rest is 0."""
-    decode = options.decode
-    kept = [_suppress(graph, scores, decode.nms_radius_px, options.dynamic)] if decode.nms_radius_px else []
+    kept = [_suppress(graph, scores, decode.nms_radius_px)] if decode.nms_radius_px else []
     if decode.remove_borders_px:
         kept += [_inside(graph, shape.height, 2, decode), _inside(graph, shape.width, 3, decode)]
     if not kept:
@@ -330,30 +329,14 @@ def _inside(graph: _Graph, size: str, axis: int, decode: DecodeOptions) -> str:
     return graph.unsqueeze(inside, 1) if axis == 2 else inside
 
 
-_MOST_SHIFTS = 8
-"""NMS radius in px up to which a window's maximum is that of its shifted copies, which TensorRT computes in one pass
-with the comparisons around it: 48 us for radius 4 at 640x480, with max-pools 62 (TensorRT 8.6, H100). Where the size is
-free, TensorRT-RTX 1.7 does not come to an end over the sizes of the slices: max-pools there."""
-
-_END = 2**31 - 1
-"""As the end of a slice: whatever the size."""
-
-
-def _suppress(graph: _Graph, scores: str, radius_px: int, dynamic: bool) -> str:
+def _suppress(graph: _Graph, scores: str, radius_px: int) -> str:
     """Two suppression rounds, as `network.suppress`; (B, 1, H, W) float32 -> bool, who survives."""
 
     def window_max(x: str) -> str:
         # Rows, then columns: 2 (2 r + 1) comparisons a pixel instead of (2 r + 1)^2.
-        reach = 2 * radius_px
-        if dynamic or radius_px > _MOST_SHIFTS:
-            x = graph.node("MaxPool", [x], kernel_shape=[1, reach + 1], pads=[0, radius_px, 0, radius_px])
-            return graph.node("MaxPool", [x], kernel_shape=[reach + 1, 1], pads=[radius_px, 0, radius_px, 0])
-        # No score is below the zeros around.
-        x = graph.node("Pad", [x, graph.constant("window", np.array([0, 0, radius_px, radius_px] * 2, np.int64))])
-        for axis in (3, 2):
-            shifted = [graph.slice(x, axis, k, k - reach if k < reach else _END) for k in range(reach + 1)]
-            x = graph.node("Max", shifted)
-        return x
+        width = 2 * radius_px + 1
+        rows = graph.node("MaxPool", [x], kernel_shape=[1, width], pads=[0, radius_px, 0, radius_px])
+        return graph.node("MaxPool", [rows], kernel_shape=[width, 1], pads=[radius_px, 0, radius_px, 0])
 
     zero = graph.constant("0f", np.array(0, np.float32))
     kept = graph.node("Equal", [scores, window_max(scores)])
