@@ -5,13 +5,16 @@ TORCH ?= $(shell $(PYTHON) -c "import sys; print('torch==2.13.0' if sys.version_
 # A checkpoint for demo and bench. Empty: demo fetches the MIT one (5 MB).
 WEIGHTS ?=
 
+# The Python that has TensorRT and this package.
+GPU_PYTHON ?= $(PYTHON)
+
 VENV := .venv
 DEMO_VENV := .venv-demo
 PIP := -m pip install -q --disable-pip-version-check
 SUPERPOINT := $(DEMO_VENV)/bin/superpoint
 FETCHED := demo/superpoint_v6_from_tf.pth
 
-.PHONY: test check bench test-gpu demo clean
+.PHONY: test check bench test-gpu bench-gpu demo clean
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest
@@ -26,8 +29,12 @@ bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/extract_overhead.py $(if $(WEIGHTS),--weights $(WEIGHTS))
 	$(VENV)/bin/python benchmarks/export_cost.py $(if $(WEIGHTS),--weights $(WEIGHTS))
 
+# On a machine with an NVIDIA GPU, in an environment that has TensorRT: make test-gpu GPU_PYTHON=python
 test-gpu:
-	@echo "no GPU tests yet: they come with the TensorRT engines"
+	$(GPU_PYTHON) -m pytest tests/gpu --confcutdir=tests/gpu
+
+bench-gpu:
+	$(GPU_PYTHON) benchmarks/engines.py --engines engines $(if $(WEIGHTS),--weights $(WEIGHTS)) --batch 1 --batch 8
 
 demo: $(DEMO_VENV)/.ready
 	@mkdir -p demo

@@ -19,10 +19,12 @@ def test_importing_the_package_imports_numpy_and_nothing_else():
     assert roots - set(sys.stdlib_module_names) == {"numpy", "superpoint_trt"}
 
 
-HEAVY = ("torch", "onnx", "onnxruntime", "cv2", "safetensors", "tensorrt", "skimage")
+HEAVY = ("torch", "onnx", "onnxruntime", "cv2", "safetensors", "tensorrt", "tensorrt_rtx", "cuda", "skimage")
 
 
-@pytest.mark.parametrize("command", ["", "export", "info", "infer", "weights", "weights fetch", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["", "export", "build", "cast", "info", "infer", "weights", "weights fetch", "doctor"]
+)
 def test_help_needs_no_heavy_library(command):
     block = "".join(f"sys.modules[{name!r}] = None; " for name in HEAVY)
     code = (

@@ -121,6 +121,10 @@ class SuperPoint:
         """The second: (B, 1, H, W) float32 in [0, 1] -> the model's outputs by name (spec.OUTPUT_NAMES)."""
         return self._backend.infer(inputs)
 
+    def infer_timed(self, inputs: Float32) -> tuple[Outputs, dict[str, float]]:
+        """As `infer`, and the seconds of its steps: network, and where they exist host_to_device, device_to_host."""
+        return self._backend.infer_timed(inputs)
+
     def decode(self, outputs: Outputs, placements: Sequence[Placement]) -> list[Keypoints]:
         """The third: the model's outputs -> Keypoints of each image of the batch, in that image's own pixels."""
         if self.description.type is OutputType.KEYPOINTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -65,6 +66,12 @@ class Backend(abc.ABC):
             raise SuperPointError(f"{INPUT_NAME} is {image.dtype}; expected float32 in [0, 1], or uint8.")
         self._check(image.shape)
         return self._infer(image)
+
+    def infer_timed(self, image: Image) -> tuple[Outputs, dict[str, float]]:
+        """As `infer`, and the seconds of its steps: "network", and where there is a device of its own, both copies."""
+        started = time.perf_counter()
+        outputs = self.infer(image)
+        return outputs, {"network": time.perf_counter() - started}
 
     def _check(self, shape: tuple[int, ...]) -> None:
         stride = self.description.stride_px
