@@ -75,6 +75,22 @@ def shift_sampling(model):
     insert_after(model, "cell_xy", helper.make_node("Add", ["cell_xy", half], ["cell_xy_faulty"]))
 
 
+def one_nan_score(model):
+    """A single pixel of the score map, as an overflow in half precision leaves it."""
+    spot = np.zeros((1, 1, HEIGHT, WIDTH), np.float32)
+    spot[..., 50, 70] = np.nan
+    name = constant(model, "one_nan", spot)
+    insert_after(model, "score_map", helper.make_node("Add", ["score_map", name], ["score_map_faulty"]))
+
+
+def nan_descriptors(model):
+    """Those of the lower half only."""
+    half = np.zeros((1, 1, HEIGHT // 8, WIDTH // 8), np.float32)
+    half[..., HEIGHT // 16 :, :] = np.nan
+    name = constant(model, "half_nan", half)
+    insert_after(model, "convDb", helper.make_node("Add", ["convDb", name], ["convDb_faulty"]))
+
+
 def keep_border(model):
     """The graph clears nothing; its metadata says that it does."""
     model.graph.node.remove(node(model, "inside_border"))
@@ -145,6 +161,24 @@ def test_faults_of_dense_models_too(name, kind, bench):
     assert [finding.name for finding in result.findings] == [name]
 
 
+@pytest.mark.parametrize(
+    ("kind", "fault", "output"),
+    [
+        (OutputType.DENSE, one_nan_score, "scores"),
+        (OutputType.DENSE, nan_descriptors, "descriptors"),
+        (OutputType.KEYPOINTS, nan_descriptors, "descriptors"),
+    ],
+)
+def test_values_that_are_not_finite_fail_and_are_named(kind, fault, output, bench):
+    """A comparison with NaN is false either way, so that a limit alone would let it through."""
+    result = bench.verify(kind, fault)
+    assert not result.passed
+    assert [finding.name for finding in result.findings] == ["not-finite"]
+    assert output in result.findings[0].detail
+    assert result.outputs[output].max == np.finfo(np.float32).max
+    json.dumps(result.to_json(), allow_nan=False)
+
+
 def test_the_other_sampling_convention_is_named(bench):
     result = bench.verify(sampling=Sampling.LEGACY)
     assert "descriptor-sampling" in [finding.name for finding in result.findings]
@@ -206,6 +240,30 @@ def test_blank_and_broken_images_do_not_stop_the_rest(checkpoint_file, folder, t
     assert "broken.png" in result.problems[0]
     gray = result.images[0]
     assert (gray.reference_keypoints, gray.model_keypoints, gray.cosine_median) == (0, 0, None)
+
+
+def blank(folder, count):
+    for index in range(count):
+        cv2.imwrite(str(folder / f"blank{index}.png"), np.full((HEIGHT, WIDTH), 12 * index, np.uint8))
+
+
+@pytest.mark.parametrize("layout", ["v6", "real-v6"])
+def test_blank_images_alone_prove_nothing(layout, checkpoint_file, tmp_path):
+    """Networks find a few points on black: the padding's doing, and the same in every image."""
+    blank(tmp_path, 20)
+    with pytest.raises(SuperPointError, match=r"finds 0 keypoints .* expected 16 or more, .* photographs"):
+        Bench(checkpoint_file(layout), tmp_path, tmp_path).verify()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named_among_more_blank_images_than_photographs(name, checkpoint_file, tmp_path):
+    blank(tmp_path, 5)
+    for photo in ("astronaut", "chelsea"):
+        cv2.imwrite(str(tmp_path / f"{photo}.png"), photograph(HEIGHT, WIDTH, photo))
+    result = Bench(checkpoint_file("real-v6"), tmp_path, tmp_path).verify(fault=FAULTS[name][0])
+    assert [finding.name for finding in result.findings] == [name]
+    assert not result.passed
+    assert len(result.images) == 7
 
 
 def test_a_model_that_finds_nothing_fails(bench):
