@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Union
 
@@ -174,7 +174,7 @@ def evaluate(
         descriptor = _Run(protocol, protocol.descriptor_size_hw, protocol.descriptor_nms_radius_px)
         evaluation = Evaluation(str(model), detector.open(model, device, threads, stack), protocol, [], found.problems)
         # One stage after the other: sessions side by side would spin at each other's cost.
-        detected = detector.extract(paths, evaluation, steps)
+        detected = detector.extract(paths, evaluation, steps, descriptors=False)
         descriptor.open(model, device, threads, stack)
         described = descriptor.extract(paths, evaluation, steps)
     for pair in found.pairs:
@@ -220,8 +220,10 @@ class _Run:
         own = f"NMS radius {options.nms_radius_px} px, threshold {options.threshold:g}"
         return f"{superpoint.runtime}; decoded in its graph: {own} instead of the protocol's"
 
-    def extract(self, paths: list[Path], evaluation: Evaluation, steps: _Steps) -> dict[Path, _View]:
-        """The views of all readable images; the rest is noted once."""
+    def extract(
+        self, paths: list[Path], evaluation: Evaluation, steps: _Steps, descriptors: bool = True
+    ) -> dict[Path, _View]:
+        """The views of all readable images, without descriptors where nothing reads them; the rest is noted once."""
         assert self._extractor is not None
         views = {}
         for path in paths:
@@ -229,7 +231,8 @@ class _Run:
             try:
                 gray, to_view = _resize(images.to_gray(images.load_image(path)), self._size_hw, self._protocol.resize)
                 read = time.perf_counter()
-                views[path] = _View(self._extractor(gray), to_view)
+                found = self._extractor(gray)
+                views[path] = _View(found if descriptors else _points_only(found), to_view)
                 evaluation.seconds["read"] += read - started
                 evaluation.seconds["extract"] += time.perf_counter() - read
             except SuperPointError as error:
@@ -237,6 +240,10 @@ class _Run:
                     evaluation.problems.append(str(error))
             steps.advance()
         return views
+
+
+def _points_only(keypoints: Keypoints) -> Keypoints:
+    return replace(keypoints, descriptors=np.zeros((len(keypoints), 0), np.float32))
 
 
 class _Steps:
