@@ -19,7 +19,7 @@ from superpoint_trt import metrics
 from superpoint_trt.datasets import Pair, load_pairs
 from superpoint_trt.decode import normalise
 from superpoint_trt.extractor import SuperPoint
-from superpoint_trt.files import PathLike
+from superpoint_trt.files import PathLike, named
 from superpoint_trt.matching import Estimator
 from superpoint_trt.spec import Float32, Keypoints, Matrix, OutputType, SuperPointError
 
@@ -236,8 +236,9 @@ class _Run:
                 evaluation.seconds["read"] += read - started
                 evaluation.seconds["extract"] += time.perf_counter() - read
             except SuperPointError as error:
-                if str(error) not in evaluation.problems:
-                    evaluation.problems.append(str(error))
+                problem = named(error, path)
+                if problem not in evaluation.problems:
+                    evaluation.problems.append(problem)
             steps.advance()
         return views
 
@@ -292,13 +293,20 @@ def _opencv(name: str, count: int) -> Extractor:
 
 
 def _resize(gray: Float32, size_hw: tuple[int, int], rule: Resize) -> tuple[Float32, Matrix]:
-    """An image at the protocol's size, and the (3, 3) map of its pixels; pixel centres at integers."""
+    """An image at the protocol's size, and the (3, 3) map of its pixels; pixel centres at integers.
+
+    Raises:
+        SuperPointError: too thin an image: nothing would be left of it.
+    """
     height, width = gray.shape
     if rule is Resize.NONE:
         return gray, np.eye(3)
     ratios = size_hw[0] / height, size_hw[1] / width
     scale = max(ratios) if rule is Resize.CROP else min(1.0, *ratios)
-    new_h, new_w = max(1, round(height * scale)), max(1, round(width * scale))
+    new_h, new_w = round(height * scale), round(width * scale)
+    if min(new_h, new_w) < images.SMALLEST_SIDE_PX:
+        least = f"{images.SMALLEST_SIDE_PX}x{images.SMALLEST_SIDE_PX}"
+        raise SuperPointError(f"{width}x{height} px shrink to {new_w}x{new_h}; the smallest usable is {least}.")
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     resized: Any = cv2.resize(gray, (new_w, new_h), interpolation=method)
     sx, sy = new_w / width, new_h / height

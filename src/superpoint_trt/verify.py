@@ -17,7 +17,7 @@ from superpoint_trt import image as images
 from superpoint_trt.backends import CHECKPOINT_SUFFIXES, Outputs, open_backend
 from superpoint_trt.diagnose import Finding
 from superpoint_trt.extractor import SuperPoint
-from superpoint_trt.files import PathLike
+from superpoint_trt.files import PathLike, named
 from superpoint_trt.image import Placement
 from superpoint_trt.matching import match
 from superpoint_trt.spec import (
@@ -219,27 +219,23 @@ def verify(
             anything. A single bad image is noted.
     """
     limits = dict(limits or {})
-    check_limits(limits)
-    named = _named(image_paths, most_images)
+    _check_limits(limits)
+    given = _with_names(image_paths, most_images)
     results, problems = [], []
     with SuperPoint(model, device=device) as superpoint:
         reference = _open_reference(weights)
         comparison = _Comparison(superpoint, reference)
-        for done, (name, path) in enumerate(named, start=1):
+        for done, (name, path) in enumerate(given, start=1):
             try:
                 results.append(comparison.run(name, path))
             except SuperPointError as error:
-                problems.append(str(error))
+                problems.append(named(error, path))
             if progress:
-                progress(done, len(named))
+                progress(done, len(given))
         description, runtime = superpoint.description, str(superpoint.runtime)
     if not results:
         raise SuperPointError(f"no image could be used: {problems[0] if problems else 'none was given'}")
-    if comparison.proving_points < diagnose.FEWEST_POINTS:
-        raise SuperPointError(
-            f"the reference finds {comparison.proving_points} keypoints in all images that are not blank; expected "
-            f"{diagnose.FEWEST_POINTS} or more, or nothing is proven: use real photographs."
-        )
+    _check_proof(comparison.proving_points)
     voters = sum(1 for result in results if _can_show(result))
     findings = _merged(results, voters)
     measured = _measured(results, comparison.score_error_max, len(findings) if voters else None)
@@ -257,7 +253,7 @@ def verify(
     )
 
 
-def check_limits(limits: Mapping[str, float]) -> None:
+def _check_limits(limits: Mapping[str, float]) -> None:
     """Refuses limits that no gate has, or that nothing can keep.
 
     Raises:
@@ -272,12 +268,19 @@ def check_limits(limits: Mapping[str, float]) -> None:
             )
 
 
-def _named(image_paths: PathLike | Iterable[PathLike], most: int | None) -> list[tuple[str, Path]]:
+def _check_proof(points: int) -> None:
+    if points < diagnose.FEWEST_POINTS:
+        raise SuperPointError(
+            f"the reference finds {points} keypoints in all images that are not blank; expected "
+            f"{diagnose.FEWEST_POINTS} or more, or nothing is proven: use real photographs."
+        )
+
+
+def _with_names(image_paths: PathLike | Iterable[PathLike], most: int | None) -> list[tuple[str, Path]]:
     """Each image and its name: the path below the given folder, or below the folder that all given files share."""
     if isinstance(image_paths, (str, os.PathLike)):
-        given = Path(image_paths)
-        found = find_images(given, most)
-        return [((path.relative_to(given) if given.is_dir() else Path(path.name)).as_posix(), path) for path in found]
+        folder, found = Path(image_paths), find_images(image_paths, most)
+        return [(path.relative_to(folder).as_posix() if folder.is_dir() else path.name, path) for path in found]
     paths = [Path(path) for path in image_paths][:most]
     if not paths:
         return []
