@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 import cv2
@@ -156,6 +157,36 @@ def test_the_command(models, tmp_path, capsys):
     for words in (["--size", "big"], ["--iterations", "0"], ["--batch", "3"]):
         assert run(cli, ["bench", "--model", str(models[0]), *words]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("b.jpg", b"\xff\xd8\xff"), ("b.PNG", b"\x89PNG"), ("b.svg", b"<?xml"), ("b.pdf", b"%PDF")]
+)
+def test_a_plot_is_what_its_name_says(name, start, models, tmp_path):
+    pytest.importorskip("matplotlib")
+    written = plot(bench(models[:1], BenchOptions(iterations=1, warm_up=0)), tmp_path / name)
+    assert written.read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "words"),
+    [
+        ("b.txt", None, "b.txt: a plot's name ends in .png, .jpg, .jpeg, .svg, .pdf"),
+        ("b", None, "a plot's name ends in"),
+        ("b.png", "matplotlib", "the plot needs matplotlib: pip install"),
+    ],
+)
+def test_a_plot_that_cannot_be_is_refused_before_the_timing(
+    name, missing, words, models, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(benchmark, "bench", lambda *_: pytest.fail("timed"))
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)
+    assert run(cli, ["bench", "--model", str(models[0]), "--plot", str(tmp_path / name)]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_plot_keeps_what_is_on_disk_when_it_fails(models, tmp_path):

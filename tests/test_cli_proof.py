@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import cv2
 import numpy as np
 import pytest
 from conftest import photograph
-from test_evaluate import write_sequence
+from test_evaluate import SAME, write_sequence
 
 from superpoint_trt.cli import cli, run
 from superpoint_trt.export import ExportOptions, export
@@ -65,7 +66,8 @@ def test_match_without_matches(desk, capsys, tmp_path):
         "--geometry",
         "fundamental",
     )
-    assert "none: the matches support no fundamental" in out
+    assert "0 inliers of one fundamental matrix" in out
+    assert "none: the matches support no fundamental matrix" in out
     assert (tmp_path / "m.png").exists()
 
 
@@ -158,6 +160,85 @@ def test_evaluate_prints_all_and_writes_json(desk, capsys, tmp_path):
     assert err.splitlines() == [f"left out: {folder}: image 3 is missing; the pair is left out."]
     for word in ("v_a", "viewpoint", "total", "sift", "orb"):
         assert word in out
+
+
+def test_sequences_called_like_kinds_keep_their_rows(desk, capsys, tmp_path):
+    """A row for each of the four sequences, for each of the three kinds, and the total."""
+    for name in ("total", "other", "viewpoint", "v_illumination", "i_a"):
+        write_sequence(tmp_path / name, homographies=(SAME,))
+    words = ["evaluate", "--model", desk / "m.onnx", "--dataset", tmp_path, "--no-baselines"]
+    out, _ = text(desk, capsys, *words)
+    rows = [(cells[0], cells[1]) for line in out.splitlines() if len(cells := re.findall(r"[\w.]+", line)) > 9]
+    assert rows[1:] == [
+        ("i_a", "1"),
+        ("other", "1"),
+        ("total", "1"),
+        ("v_illumination", "1"),
+        ("viewpoint", "1"),
+        ("illumination", "1"),
+        ("other", "3"),
+        ("viewpoint", "1"),
+        ("total", "5"),
+    ]
+
+
+def everything(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+VERIFY = ["verify", "--model", "DESK/m.onnx", "--weights", "DESK/w.pth", "--images", "DESK/images"]
+EVALUATE = ["evaluate", "--model", "DESK/m.onnx", "--dataset", "DESK/data", "--no-baselines"]
+BENCH = ["bench", "--model", "DESK/m.onnx", "--model", "DESK/w.pth", "--image", "DESK/images/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("command", "outputs"),
+    [
+        (VERIFY, ["--json", "DESK/m.onnx"]),
+        (VERIFY, ["--json", "DESK/images/../w.pth"]),
+        (VERIFY, ["--json", "DESK/link"]),
+        (VERIFY, ["--json", "DESK/images/b.png"]),
+        (VERIFY, ["--report", "DESK/m.onnx"]),
+        (VERIFY, ["--report", "DESK/w.pth"]),
+        (VERIFY, ["--report", "DESK/images/a.png"]),
+        (VERIFY, ["--report", "DESK/new", "--json", "DESK/new"]),
+        ([*VERIFY[:-1], "DESK/images/a.png"], ["--json", "DESK/images/a.png"]),
+        (EVALUATE, ["--json", "DESK/m.onnx"]),
+        (EVALUATE, ["--json", "DESK/data/v_a/1.ppm"]),
+        (EVALUATE, ["--json", "DESK/data/v_a/H_1_3"]),
+        ([*EVALUATE[:-2], "DESK/data/v_a"], ["--json", "DESK/data/v_a/H_1_2"]),
+        (BENCH, ["--json", "DESK/m.onnx"]),
+        (BENCH, ["--json", "DESK/w.pth"]),
+        (BENCH, ["--json", "DESK/images/a.png"]),
+        (BENCH, ["--plot", "DESK/images/a.png"]),
+        (BENCH, ["--plot", "DESK/new.png", "--json", "DESK/new.png"]),
+    ],
+)
+def test_no_output_is_written_over_an_input_or_another_output(command, outputs, desk, capsys):
+    if not (desk / "data").exists():
+        write_sequence(desk / "data" / "v_a")
+        (desk / "link").symlink_to(desk / "m.onnx")
+    before = everything(desk)
+    _, err = text(desk, capsys, *(word.replace("DESK", str(desk)) for word in (*command, *outputs)), code=2)
+    assert len(err.splitlines()) == 1
+    assert "would overwrite" in err
+    assert everything(desk) == before
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_a_report_that_cannot_be_made_is_said_before_the_work(package, desk, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("superpoint_trt.verify.verify", lambda *_: pytest.fail("verified"))
+    monkeypatch.setitem(sys.modules, package, None)
+    words = [*(word.replace("DESK", str(desk)) for word in VERIFY), "--report", tmp_path / "v.html"]
+    _, err = text(desk, capsys, *words, code=2)
+    assert err == f"error: the report needs {package}: pip install 'superpoint-trt[report]'.\n"
+
+
+@pytest.mark.parametrize("gate", ["findings=nan", "findings=-inf", "findings=", "findings", "a=1", "=1"])
+def test_a_limit_that_is_none_lists_the_gates(gate, desk, capsys):
+    _, err = text(desk, capsys, *(word.replace("DESK", str(desk)) for word in VERIFY), "--gate", gate, code=2)
+    assert len(err.splitlines()) == 1
+    assert "gates are: score_error_max, keypoints_found_share, score_rank_correlation, " in err
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import SHARED, photograph
 
+from superpoint_trt import evaluate as evaluation_module
 from superpoint_trt.datasets import ILLUMINATION, OTHER, VIEWPOINT, load_pairs
 from superpoint_trt.evaluate import Protocol, Resize, _resize, evaluate
 from superpoint_trt.export import ExportOptions, export
@@ -119,6 +120,109 @@ def test_blank_images_have_no_matches_and_no_crash(checkpoint_file, tmp_path):
     assert total["repeatability"] is None
     assert total["homography"]["5"] == 0.0
     assert total["mma"]["10"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["sift", "orb"])
+def test_a_black_image_costs_nothing_but_its_pair_s_points(name, tmp_path):
+    """Second image black: not one right match in that pair; the other pair is as good as ever."""
+    folder = write_sequence(tmp_path / "v_a")
+    cv2.imwrite(str(folder / "2.ppm"), np.zeros((480, 640, 3), np.uint8))
+    evaluation = evaluate(name, tmp_path, Protocol(resize=Resize.NONE))
+    assert not evaluation.problems
+    black, same = evaluation.pairs
+    assert black.pair.second.name == "2.ppm"
+    assert (black.mma[9], black.matching_score, black.nn_map) == (0.0, 0.0, 0.0)
+    assert black.homography_error_px == float("inf")
+    assert (same.repeatability, same.mma[0], same.matching_score) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, -3.0, 1e9])
+def test_a_homography_is_one_at_any_scale(scale, tmp_path):
+    """H and s h are the same map, whatever the determinant comes to: 1e-18 for 1e-6."""
+    folder = write_sequence(tmp_path / "v_a")
+    np.savetxt(folder / "H_1_2", scale * MOVE)
+    found = load_pairs(tmp_path)
+    assert not found.problems
+    matrix = found.pairs[0].homography
+    np.testing.assert_allclose(matrix / matrix[2, 2], MOVE, rtol=1e-9)
+    (folder / "H_1_2").write_text("1 2 3\n2 4 6\n0 0 1\n")
+    assert "no invertible" in load_pairs(tmp_path).problems[0]
+
+
+@pytest.mark.parametrize("size", [(121, 163), (479, 637), (33, 57)])
+@pytest.mark.parametrize("name", ["model", "sift"])
+def test_odd_sizes(name, size, model, tmp_path):
+    """Images of exactly the size that is asked for are not touched: a copy is found again to the last point."""
+    folder = tmp_path / "v_a"
+    folder.mkdir()
+    for index in (1, 2):
+        cv2.imwrite(str(folder / f"{index}.png"), photograph(*size))
+    np.savetxt(folder / "H_1_2", np.eye(3))
+    protocol = Protocol(detector_size_hw=size, descriptor_size_hw=size)
+    (result,) = evaluate(model if name == "model" else name, tmp_path, protocol).pairs
+    assert (result.repeatability, result.localisation_error_px, result.mma[0]) == (1.0, 0.0, 1.0)
+    assert result.homography_error_px == pytest.approx(0.0, abs=1e-3)
+
+
+def test_sizes_without_a_cell_are_refused(model, tmp_path):
+    for size in ((7, 320), (240, 0), (240, 8193)):
+        for name in ("detector_size_hw", "descriptor_size_hw"):
+            with pytest.raises(SuperPointError, match=r"has a side of \d+ px; expected 8 to 8192"):
+                Protocol(**{name: size})
+    with pytest.raises(SuperPointError, match="expected more than 0"):
+        Protocol(matching_px=float("nan"))
+
+
+@pytest.mark.parametrize("name", ["model", "sift", "orb"])
+def test_an_image_that_shrinks_to_a_line_is_left_out(name, model, tmp_path):
+    """240x320 holds a picture of 10x4000 at 1 px of height: the same pairs are left out whatever the model."""
+    for sequence in ("v_thin", "v_usual"):
+        folder = write_sequence(tmp_path / sequence, homographies=(SAME,))
+    for index in (1, 2):
+        cv2.imwrite(str(tmp_path / f"v_thin/{index}.ppm"), np.zeros((10, 4000, 3), np.uint8))
+    evaluation = evaluate(model if name == "model" else name, tmp_path, Protocol(resize=Resize.FIT))
+    assert [result.pair.sequence for result in evaluation.pairs] == ["v_usual"]
+    first = tmp_path / "v_thin" / "1.ppm"
+    assert evaluation.problems[0] == f"{first}: 4000x10 px shrink to 320x1; the smallest usable is 8x8."
+    assert folder.name == "v_usual"
+
+
+def test_a_sequence_without_homographies_is_said(model, tmp_path):
+    write_sequence(tmp_path / "v_a")
+    for name, oxford in (("bikes", True), ("v_b", False)):
+        folder = write_sequence(tmp_path / name, oxford)
+        for path in folder.glob("H*"):
+            path.unlink()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "plot.png").write_bytes(b"nothing of a dataset")
+    found = load_pairs(tmp_path)
+    assert [pair.sequence for pair in found.pairs] == ["v_a", "v_a"]
+    assert [problem.split(":")[0] for problem in found.problems] == [str(tmp_path / "bikes"), str(tmp_path / "v_b")]
+    assert all("no homography (H_1_2, ... or H1to2p, ...)" in problem for problem in found.problems)
+    with pytest.raises(SuperPointError, match="no homography"):
+        load_pairs(tmp_path / "v_b")
+
+
+@pytest.mark.parametrize("place", [".", "../v_a", "inner/.."])
+def test_a_sequence_is_called_as_its_folder_is(place, tmp_path, monkeypatch):
+    folder = write_sequence(tmp_path / "v_a")
+    (folder / "inner").mkdir()
+    monkeypatch.chdir(folder)
+    assert {(pair.sequence, pair.kind) for pair in load_pairs(place).pairs} == {("v_a", VIEWPOINT)}
+
+
+def test_the_detector_s_stage_keeps_no_descriptors(model, tmp_path, monkeypatch):
+    write_sequence(tmp_path / "v_a")
+    seen = []
+    honest = evaluation_module._score
+
+    def noted(pair, detected, described, protocol):
+        seen.append((detected[0].descriptors.size, described[0].descriptors.shape[1]))
+        return honest(pair, detected, described, protocol)
+
+    monkeypatch.setattr(evaluation_module, "_score", noted)
+    evaluate(model, tmp_path)
+    assert seen == [(0, 32), (0, 32)]
 
 
 def test_no_dataset(model, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import cv2
 import numpy as np
@@ -13,9 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from superpoint_trt import checkpoint as checkpoints
 from superpoint_trt.export import ExportOptions, to_onnx
+from superpoint_trt.extractor import SuperPoint
 from superpoint_trt.files import sha256
 from superpoint_trt.spec import DecodeOptions, ModelDescription, OutputType, Sampling, SuperPointError
-from superpoint_trt.verify import find_images, verify
+from superpoint_trt.verify import GATE_NAMES, _Comparison, _open_reference, _spearman, find_images, verify
 
 HEIGHT, WIDTH = 120, 160
 
@@ -73,6 +75,22 @@ def shift_sampling(model):
     """Half a cell to the right and down, as a grid from corner to corner does it."""
     half = constant(model, "half_cell", np.float32(0.5))
     insert_after(model, "cell_xy", helper.make_node("Add", ["cell_xy", half], ["cell_xy_faulty"]))
+
+
+def one_nan_score(model):
+    """A single pixel of the score map, as an overflow in half precision leaves it."""
+    spot = np.zeros((1, 1, HEIGHT, WIDTH), np.float32)
+    spot[..., 50, 70] = np.nan
+    name = constant(model, "one_nan", spot)
+    insert_after(model, "score_map", helper.make_node("Add", ["score_map", name], ["score_map_faulty"]))
+
+
+def nan_descriptors(model):
+    """Those of the lower half only."""
+    half = np.zeros((1, 1, HEIGHT // 8, WIDTH // 8), np.float32)
+    half[..., HEIGHT // 16 :, :] = np.nan
+    name = constant(model, "half_nan", half)
+    insert_after(model, "convDb", helper.make_node("Add", ["convDb", name], ["convDb_faulty"]))
 
 
 def keep_border(model):
@@ -145,6 +163,47 @@ def test_faults_of_dense_models_too(name, kind, bench):
     assert [finding.name for finding in result.findings] == [name]
 
 
+@pytest.mark.parametrize(
+    ("kind", "fault", "output"),
+    [
+        (OutputType.DENSE, one_nan_score, "scores"),
+        (OutputType.DENSE, nan_descriptors, "descriptors"),
+        (OutputType.KEYPOINTS, nan_descriptors, "descriptors"),
+    ],
+)
+def test_values_that_are_not_finite_fail_and_are_named(kind, fault, output, bench):
+    """A comparison with NaN is false either way, so that a limit alone would let it through."""
+    result = bench.verify(kind, fault)
+    assert not result.passed
+    assert [finding.name for finding in result.findings] == ["not-finite"]
+    assert output in result.findings[0].detail
+    assert result.outputs[output].max == np.finfo(np.float32).max
+    json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_nan_in_one_image_of_many_is_no_minority(checkpoint_file, folder, tmp_path):
+    """A model that breaks on the one image with a white pixel, as an overflow does."""
+
+    def overflow(model):
+        top = helper.make_node("ReduceMax", ["image"], ["brightest"], keepdims=0)
+        one = constant(model, "one", np.float32(1))
+        zero, bad = constant(model, "zero", np.float32(0)), constant(model, "bad", np.float32(np.nan))
+        bright = helper.make_node("Equal", ["brightest", one], ["bright"])
+        model.graph.node.insert(0, top)
+        model.graph.node.insert(1, bright)
+        model.graph.node.insert(2, helper.make_node("Where", ["bright", bad, zero], ["spoilt"]))
+        insert_after(model, "convDb", helper.make_node("Add", ["convDb", "spoilt"], ["convDb_faulty"]))
+
+    for name in ("astronaut", "coffee", "chelsea", "page"):
+        photo = np.minimum(photograph(HEIGHT, WIDTH, name), 254)
+        photo[60, 80] = 255 if name == "page" else photo[60, 80]
+        cv2.imwrite(str(tmp_path / f"{name}.png"), photo)
+    result = Bench(checkpoint_file("v6"), tmp_path, tmp_path).verify(OutputType.DENSE, overflow)
+    assert [finding.name for finding in result.findings] == ["not-finite"]
+    assert "(1 of 4 images" in result.findings[0].detail
+    assert not result.passed
+
+
 def test_the_other_sampling_convention_is_named(bench):
     result = bench.verify(sampling=Sampling.LEGACY)
     assert "descriptor-sampling" in [finding.name for finding in result.findings]
@@ -172,8 +231,34 @@ def test_all_failures_are_collected_and_limits_can_be_moved(bench):
     strict = {"score_error_max": -1.0, "matches_kept_share": 2.0}
     result = bench.verify(limits=strict)
     assert [gate.name for gate in result.gates if not gate.passed] == ["score_error_max", "matches_kept_share"]
-    with pytest.raises(SuperPointError, match="no gate is called 'speed'"):
-        bench.verify(limits={"speed": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"speed": 1.0}, "no gate is called 'speed'"),
+        ({"": 1.0}, "no gate is called ''"),
+        ({"findings": float("nan")}, "limit of gate findings is nan; expected a finite number"),
+        ({"findings": float("inf")}, "limit of gate findings is inf; expected a finite number"),
+    ],
+)
+def test_limits_that_nothing_can_keep_are_refused_before_the_work(limits, words, tmp_path):
+    with pytest.raises(SuperPointError, match=words) as caught:
+        verify(tmp_path / "no.onnx", tmp_path / "no.pth", tmp_path, limits)
+    assert all(name in str(caught.value) for name in GATE_NAMES)
+
+
+def test_faults_that_could_not_be_looked_for_are_not_zero(bench):
+    """A model that keeps 15 points an image, one fewer than a diagnosis takes."""
+    few = ExportOptions(OutputType.KEYPOINTS, HEIGHT, WIDTH, max_keypoints=15)
+    bench.path.write_bytes(to_onnx(checkpoints.load(bench.weights), few).SerializeToString())
+    result = verify(bench.path, bench.weights, bench.folder)
+    gate = next(gate for gate in result.gates if gate.name == "findings")
+    assert gate.value is None
+    assert gate.passed
+    assert "could not be looked for: the model finds fewer than 16 keypoints" in result.notes[0]
+    found = {gate.name: gate.value for gate in bench.verify().gates}
+    assert found["findings"] == 0.0
 
 
 def test_an_onnx_may_be_the_reference(bench, tmp_path):
@@ -206,6 +291,30 @@ def test_blank_and_broken_images_do_not_stop_the_rest(checkpoint_file, folder, t
     assert "broken.png" in result.problems[0]
     gray = result.images[0]
     assert (gray.reference_keypoints, gray.model_keypoints, gray.cosine_median) == (0, 0, None)
+
+
+def blank(folder, count):
+    for index in range(count):
+        cv2.imwrite(str(folder / f"blank{index}.png"), np.full((HEIGHT, WIDTH), 12 * index, np.uint8))
+
+
+@pytest.mark.parametrize("layout", ["v6", "real-v6"])
+def test_blank_images_alone_prove_nothing(layout, checkpoint_file, tmp_path):
+    """Networks find a few points on black: the padding's doing, and the same in every image."""
+    blank(tmp_path, 20)
+    with pytest.raises(SuperPointError, match=r"finds 0 keypoints .* expected 16 or more, .* photographs"):
+        Bench(checkpoint_file(layout), tmp_path, tmp_path).verify()
+
+
+@pytest.mark.parametrize("name", ["descriptor-sampling", "fp16-indices"])
+def test_a_fault_is_named_among_more_blank_images_than_photographs(name, checkpoint_file, tmp_path):
+    blank(tmp_path, 5)
+    for photo in ("astronaut", "chelsea"):
+        cv2.imwrite(str(tmp_path / f"{photo}.png"), photograph(HEIGHT, WIDTH, photo))
+    result = Bench(checkpoint_file("real-v6"), tmp_path, tmp_path).verify(fault=FAULTS[name][0])
+    assert [finding.name for finding in result.findings] == [name]
+    assert not result.passed
+    assert len(result.images) == 7
 
 
 def test_a_model_that_finds_nothing_fails(bench):
@@ -241,6 +350,85 @@ def test_networks_of_other_shape_are_refused(checkpoint_file, folder, tmp_path):
     bench.verify()
     with pytest.raises(SuperPointError, match="descriptor_dim is 32, the reference's 64"):
         verify(bench.path, write_checkpoint("v6", tmp_path, seed=2, dim=64), find_images(folder))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """The same file name in two folders."""
+    tree = tmp_path_factory.mktemp("tree")
+    for place, name in (("day/1.png", "astronaut"), ("night/1.png", "chelsea"), ("night/rain/2.png", "coffee")):
+        (tree / place).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tree / place), photograph(HEIGHT, WIDTH, name))
+    return tree
+
+
+def names(result):
+    return [image.name for image in result.images]
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_a_folder_is_as_good_as_its_images(kind, checkpoint_file, tree):
+    weights = checkpoint_file("v6")
+    result = verify(weights, weights, kind(tree))
+    assert names(result) == ["day/1.png", "night/1.png", "night/rain/2.png"]
+    assert names(verify(weights, weights, kind(tree), most_images=1)) == ["day/1.png"], "though it has no brother"
+    assert names(verify(weights, weights, kind(tree / "day/1.png"))) == ["1.png"]
+
+
+def test_names_of_given_files_tell_them_apart(checkpoint_file, tree, monkeypatch):
+    weights = checkpoint_file("v6")
+    assert names(verify(weights, weights, sorted(tree.rglob("1.png")))) == ["day/1.png", "night/1.png"]
+    assert names(verify(weights, weights, (tree / "night/1.png" for _ in range(1)))) == ["1.png"]
+    monkeypatch.chdir(tree / "night")
+    assert names(verify(weights, weights, ["1.png", "rain/2.png", tree / "day/1.png"])) == [
+        "night/1.png",
+        "night/rain/2.png",
+        "day/1.png",
+    ]
+    with pytest.raises(SuperPointError, match="none was given"):
+        verify(weights, weights, [])
+
+
+def test_a_problem_names_its_image(checkpoint_file, folder, tmp_path):
+    cv2.imwrite(str(tmp_path / "dot.png"), np.zeros((4, 4), np.uint8))
+    weights = checkpoint_file("v6")
+    (problem,) = verify(weights, weights, [tmp_path / "dot.png", *find_images(folder)]).problems
+    assert problem.startswith(f"{tmp_path / 'dot.png'}: ")
+
+
+def test_no_descriptors_and_no_maps_are_kept(checkpoint_file, folder):
+    """A descriptor of this network takes 128 bytes in each of two sets; places, cosine and score error take 24."""
+    weights = checkpoint_file("v6")
+    for image in verify(weights, weights, folder).images:
+        kept = len(pickle.dumps(image))
+        assert kept < 30 * max(image.reference_keypoints, image.model_keypoints) + 3000
+    with SuperPoint(weights) as superpoint:
+        comparison = _Comparison(superpoint, _open_reference(weights))
+        comparison.run("a", find_images(folder)[0])
+        samples = [part for parts in comparison._samples.values() for part in parts]
+        assert samples
+        assert all(part.base is None for part in samples), "a view keeps the whole map in memory"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ([0.1, 0.2, 0.3], [10, 20, 30], 1.0),
+        ([0.1, 0.2, 0.3], [30, 20, 10], -1.0),
+        ([3, 1, 2], [1, 2, 3], -0.5),
+        # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: deviations' product 4.5, squares 4.5 and 5.
+        ([1, 2, 2, 3], [1, 2, 3, 4], 4.5 / (4.5 * 5) ** 0.5),
+        # Ranks 2, 2, 2, 4 against 4, 2.5, 2.5, 1.
+        ([5, 5, 5, 9], [8, 7, 7, 6], -3 / (3 * 4.5) ** 0.5),
+        ([1, 2, 3], [7, 7, 7], None),
+        ([7, 7, 7], [1, 2, 3], None),
+        ([1, 2], [1, 2], None),
+        ([], [], None),
+    ],
+)
+def test_rank_correlation_by_hand(a, b, expected):
+    found = _spearman(np.array(a, np.float32), np.array(b, np.float32))
+    assert found == (None if expected is None else pytest.approx(expected, abs=1e-12))
 
 
 def test_find_images(folder, tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any, Callable
 
@@ -222,17 +222,32 @@ def synthetic_photograph(height: int, width: int) -> NDArray[np.uint8]:
     return np.asarray(cv2.GaussianBlur(picture, (0, 0), 0.8), dtype=np.uint8)
 
 
+PLOT_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".pdf")
+
+
+def check_plot(path: PathLike) -> None:
+    """Refuses a plot before the work that would fill it, rather than after.
+
+    Raises:
+        SuperPointError: matplotlib is not installed, or the name's ending is no format it writes.
+    """
+    if Path(path).suffix.lower() not in PLOT_SUFFIXES:
+        raise SuperPointError(f"{path}: a plot's name ends in {', '.join(PLOT_SUFFIXES)}.")
+    if not util.find_spec("matplotlib"):
+        raise SuperPointError("the plot needs matplotlib: pip install 'superpoint-trt[report]'.")
+
+
 def plot(report: BenchReport, path: PathLike) -> Path:
     """Bars of the stages' medians, one model a line, the wall time's median as a mark.
 
     Raises:
-        SuperPointError: matplotlib is not installed, or the file cannot be written.
+        SuperPointError: matplotlib is not installed, the name's ending is no format it writes, or the file cannot be
+            written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SuperPointError("the plot needs matplotlib: pip install 'superpoint-trt[report]'.") from None
+    check_plot(path)
     import io
+
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.6 + 0.6 * len(report.models)), layout="constrained")
     axes: Any = figure.subplots()
@@ -252,7 +267,7 @@ def plot(report: BenchReport, path: PathLike) -> Path:
     axes.invert_yaxis()
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=6, frameon=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    figure.savefig(buffer, format=Path(path).suffix[1:].lower(), dpi=130, bbox_inches="tight")
     return write_atomically(path, buffer.getvalue())
 
 

@@ -362,10 +362,11 @@ def match(
             Estimator(estimator),
             inlier_px,
         )
+    kind = "homography" if geometry == Model.HOMOGRAPHY.value else "fundamental matrix"
     click.echo(f"{'keypoints':<14}{len(found.first)} and {len(found.second)}")
-    click.echo(f"{'matches':<14}{len(found.matches)}, {int(found.geometry.inliers.sum())} inliers of one {geometry}")
+    click.echo(f"{'matches':<14}{len(found.matches)}, {int(found.geometry.inliers.sum())} inliers of one {kind}")
     if found.geometry.matrix is None:
-        click.echo(f"{'geometry':<14}none: the matches support no {geometry}")
+        click.echo(f"{'geometry':<14}none: the matches support no {kind}")
     if output:
         pixels = (to_picture(load_image(first)), to_picture(load_image(second)))
         click.echo(
@@ -400,9 +401,13 @@ def verify(
 
     for path, other in ((report_path, json_path), (json_path, None)):
         if path:
-            check_distinct(check_writable(path), model, weights, other)
+            check_distinct(check_writable(path), model, weights, other, *find_images(images))
+    if report_path:
+        from superpoint_trt.report import check_report
+
+        check_report()
     with progress_bar("verifying") as progress:
-        found = verify(model, weights, find_images(images, limit), _limits(gates), device, progress)
+        found = verify(model, weights, images, _limits(gates), device, progress, limit)
     _print_verification(found)
     if json_path:
         write_json(json_path, found.to_json())
@@ -415,13 +420,16 @@ def verify(
 
 
 def _limits(gates: Sequence[str]) -> dict[str, float]:
+    from superpoint_trt.verify import GATE_NAMES
+
     limits = {}
     for text in gates:
         name, _, value = text.partition("=")
         try:
             limits[name] = float(value)
         except ValueError:
-            raise SuperPointError(f"--gate {text}: expected NAME=NUMBER, keypoints_found_share=0.95 say.") from None
+            names = ", ".join(GATE_NAMES)
+            raise SuperPointError(f"--gate {text}: expected NAME=NUMBER; gates are: {names}.") from None
     return limits
 
 
@@ -481,13 +489,14 @@ def evaluate(
     device: str,
 ) -> None:
     """Repeatability, homographies and matching on pairs with known homographies, as the literature defines them."""
+    from superpoint_trt.datasets import input_files
     from superpoint_trt.evaluate import BASELINES, Protocol, Resize, evaluate
     from superpoint_trt.files import check_distinct, check_writable
     from superpoint_trt.image import parse_size
     from superpoint_trt.matching import Estimator
 
     if json_path:
-        check_distinct(check_writable(json_path), model)
+        check_distinct(check_writable(json_path), model, *input_files(dataset))
     protocol = Protocol(
         resize=Resize(resize),
         detector_size_hw=parse_size(detector_size),
@@ -519,13 +528,14 @@ def _print_evaluation(reports: Sequence[dict[str, Any]]) -> None:
     columns = ("rep.", "loc. px", "MMA@1", "MMA@3", "MMA@10", "H@1", "H@3", "H@5", "M.score", "NN mAP")
     for report in reports:
         table = Table(report["model"], "pairs", *columns, caption=report["runtime"], caption_justify="left")
-        groups = {**report["sequences"], **report["kinds"], "total": report["total"]}
-        for name, row in groups.items():
+        sections = (report["sequences"], report["kinds"], {"total": report["total"]})
+        # Not one dict: a sequence may be called as a kind is.
+        for name, row, last in ((n, r, n == list(s)[-1]) for s in sections for n, r in s.items()):
             mma, homography = row["mma"], row["homography"]
             figures = [row["repeatability"], row["localisation_error_px"], *(mma.get(px) for px in ("1", "3", "10"))]
             figures += [*(homography.get(px) for px in ("1", "3", "5")), row["matching_score"], row["nn_map"]]
             table.add_row(name, str(row["pairs"]), *("-" if f is None else f"{f:.3f}" for f in figures))
-            if name in (list(report["sequences"])[-1], list(report["kinds"])[-1]):
+            if last:
                 table.add_section()
         console().print(table)
 
@@ -537,7 +547,7 @@ def _print_evaluation(reports: Sequence[dict[str, Any]]) -> None:
 @click.option("--iterations", type=int, default=100, show_default=True)
 @click.option("--image", help="A photograph to find keypoints in.  [default: a synthetic one]")
 @click.option("--threads", type=int, help="CPU threads.")
-@click.option("--plot", "plot_path", help="PNG to draw the stages to.")
+@click.option("--plot", "plot_path", help="Picture to draw the stages to: .png, .jpg, .svg or .pdf.")
 @_JSON
 @_DEVICE
 def bench(
@@ -552,13 +562,15 @@ def bench(
     device: str,
 ) -> None:
     """Time models, stage by stage: median, p95 and p99."""
-    from superpoint_trt.benchmark import BenchOptions, bench, plot
+    from superpoint_trt.benchmark import BenchOptions, bench, check_plot, plot
     from superpoint_trt.files import check_distinct, check_writable
     from superpoint_trt.image import load_image, parse_size
 
     for path, other in ((plot_path, json_path), (json_path, None)):
         if path:
             check_distinct(check_writable(path), *models, image, other)
+    if plot_path:
+        check_plot(plot_path)
     options = BenchOptions(batch, parse_size(size) if size else None, iterations)
     with progress_bar("timing") as progress:
         report = bench(models, options, load_image(image) if image else None, device, threads, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,8 +15,29 @@ from superpoint_trt.spec import Matrix, SuperPointError
 
 ILLUMINATION, VIEWPOINT, OTHER = "illumination", "viewpoint", "other"
 
-_HPATCHES = (re.compile(r"(\d+)\.(?:ppm|png|jpg|jpeg)"), "H_1_{}")
-_OXFORD = (re.compile(r"img(\d+)\.(?:ppm|pgm|png|jpg|jpeg)"), "H1to{}p")
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the files of a sequence are named."""
+
+    image: str
+    """Pattern of a lower-case file name; its group is the number."""
+    homography: str
+    """Name, with a place for the number."""
+
+    def images(self, folder: Path) -> dict[int, Path]:
+        """By number."""
+        return {int(m[1]): path for path in folder.iterdir() if (m := re.fullmatch(self.image, path.name.lower()))}
+
+    def homographies(self, folder: Path) -> dict[int, Path]:
+        """By the number of the second image."""
+        pattern = self.homography.format(r"(\d+)")
+        return {int(m[1]): path for path in folder.iterdir() if (m := re.fullmatch(pattern, path.name))}
+
+
+_HPATCHES = _Layout(r"(\d+)\.(?:ppm|png|jpg|jpeg)", "H_1_{}")
+_OXFORD = _Layout(r"img(\d+)\.(?:ppm|pgm|png|jpg|jpeg)", "H1to{}p")
+_LAYOUTS = (_HPATCHES, _OXFORD)
 _OXFORD_KINDS = {  # Mikolajczyk et al. 2005, section 4: what changes in each sequence
     "graf": VIEWPOINT,
     "wall": VIEWPOINT,
@@ -72,22 +94,36 @@ def load_pairs(folder: PathLike) -> Dataset:
     return dataset
 
 
+def input_files(folder: PathLike) -> list[Path]:
+    """Every image and homography that `load_pairs` would look at; none if there is no such folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    sequences = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+    return [
+        path
+        for sequence in sequences
+        for layout in _LAYOUTS
+        for path in (*layout.images(sequence).values(), *layout.homographies(sequence).values())
+    ]
+
+
 def _pairs(folder: Path) -> Iterator[Pair | str]:
     """The pairs of one sequence; a line of text for each that cannot be used."""
-    for pattern, homography_name in (_HPATCHES, _OXFORD):
-        images = {int(m[1]): path for path in folder.iterdir() for m in [pattern.fullmatch(path.name.lower())] if m}
-        homography_pattern = re.compile(homography_name.format(r"(\d+)"))
-        targets = {int(m[1]) for path in folder.iterdir() for m in [homography_pattern.fullmatch(path.name)] if m}
-        if not targets:
-            continue
-        for index in sorted((targets | set(images)) - {1}):
+    name = Path(os.path.abspath(folder)).name  # Path(".") has none
+    layouts = [layout for layout in _LAYOUTS if layout.homographies(folder)]
+    if not layouts and any(layout.images(folder) for layout in _LAYOUTS):
+        yield f"{folder}: no homography (H_1_2, ... or H1to2p, ...) beside its images; the sequence is left out."
+    for layout in layouts:
+        images = layout.images(folder)
+        for index in sorted((set(layout.homographies(folder)) | set(images)) - {1}):
             try:
-                matrix = _homography(folder / homography_name.format(index))
+                matrix = _homography(folder / layout.homography.format(index))
                 first, second = _image(images, 1, folder), _image(images, index, folder)
             except SuperPointError as error:
                 yield str(error)
                 continue
-            yield Pair(folder.name, _kind(folder.name), first, second, matrix)
+            yield Pair(name, _kind(name), first, second, matrix)
 
 
 def _image(images: dict[int, Path], index: int, folder: Path) -> Path:

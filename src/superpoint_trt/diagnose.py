@@ -21,6 +21,10 @@ MUCH_BETTER = 0.2
 """Another explanation must leave at most this part of the error to be believed."""
 
 
+NOT_FINITE = "not-finite"
+"""The one finding that is seen without a signature."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """A fault by name, and how it shows."""

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Union
 
@@ -19,7 +19,7 @@ from superpoint_trt import metrics
 from superpoint_trt.datasets import Pair, load_pairs
 from superpoint_trt.decode import normalise
 from superpoint_trt.extractor import SuperPoint
-from superpoint_trt.files import PathLike
+from superpoint_trt.files import PathLike, named
 from superpoint_trt.matching import Estimator
 from superpoint_trt.spec import Float32, Keypoints, Matrix, OutputType, SuperPointError
 
@@ -174,7 +174,7 @@ def evaluate(
         descriptor = _Run(protocol, protocol.descriptor_size_hw, protocol.descriptor_nms_radius_px)
         evaluation = Evaluation(str(model), detector.open(model, device, threads, stack), protocol, [], found.problems)
         # One stage after the other: sessions side by side would spin at each other's cost.
-        detected = detector.extract(paths, evaluation, steps)
+        detected = detector.extract(paths, evaluation, steps, descriptors=False)
         descriptor.open(model, device, threads, stack)
         described = descriptor.extract(paths, evaluation, steps)
     for pair in found.pairs:
@@ -220,8 +220,10 @@ class _Run:
         own = f"NMS radius {options.nms_radius_px} px, threshold {options.threshold:g}"
         return f"{superpoint.runtime}; decoded in its graph: {own} instead of the protocol's"
 
-    def extract(self, paths: list[Path], evaluation: Evaluation, steps: _Steps) -> dict[Path, _View]:
-        """The views of all readable images; the rest is noted once."""
+    def extract(
+        self, paths: list[Path], evaluation: Evaluation, steps: _Steps, descriptors: bool = True
+    ) -> dict[Path, _View]:
+        """The views of all readable images, without descriptors where nothing reads them; the rest is noted once."""
         assert self._extractor is not None
         views = {}
         for path in paths:
@@ -229,14 +231,20 @@ class _Run:
             try:
                 gray, to_view = _resize(images.to_gray(images.load_image(path)), self._size_hw, self._protocol.resize)
                 read = time.perf_counter()
-                views[path] = _View(self._extractor(gray), to_view)
+                found = self._extractor(gray)
+                views[path] = _View(found if descriptors else _points_only(found), to_view)
                 evaluation.seconds["read"] += read - started
                 evaluation.seconds["extract"] += time.perf_counter() - read
             except SuperPointError as error:
-                if str(error) not in evaluation.problems:
-                    evaluation.problems.append(str(error))
+                problem = named(error, path)
+                if problem not in evaluation.problems:
+                    evaluation.problems.append(problem)
             steps.advance()
         return views
+
+
+def _points_only(keypoints: Keypoints) -> Keypoints:
+    return replace(keypoints, descriptors=np.zeros((len(keypoints), 0), np.float32))
 
 
 class _Steps:
@@ -285,13 +293,20 @@ def _opencv(name: str, count: int) -> Extractor:
 
 
 def _resize(gray: Float32, size_hw: tuple[int, int], rule: Resize) -> tuple[Float32, Matrix]:
-    """An image at the protocol's size, and the (3, 3) map of its pixels; pixel centres at integers."""
+    """An image at the protocol's size, and the (3, 3) map of its pixels; pixel centres at integers.
+
+    Raises:
+        SuperPointError: too thin an image: nothing would be left of it.
+    """
     height, width = gray.shape
     if rule is Resize.NONE:
         return gray, np.eye(3)
     ratios = size_hw[0] / height, size_hw[1] / width
     scale = max(ratios) if rule is Resize.CROP else min(1.0, *ratios)
-    new_h, new_w = max(1, round(height * scale)), max(1, round(width * scale))
+    new_h, new_w = round(height * scale), round(width * scale)
+    if min(new_h, new_w) < images.SMALLEST_SIDE_PX:
+        least = f"{images.SMALLEST_SIDE_PX}x{images.SMALLEST_SIDE_PX}"
+        raise SuperPointError(f"{width}x{height} px shrink to {new_w}x{new_h}; the smallest usable is {least}.")
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     resized: Any = cv2.resize(gray, (new_w, new_h), interpolation=method)
     sx, sy = new_w / width, new_h / height

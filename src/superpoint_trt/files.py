@@ -108,6 +108,11 @@ def write_atomically(path: PathLike, data: bytes) -> Path:
     return path
 
 
+def named(error: BaseException, path: PathLike) -> str:
+    """A message that names the file it is about."""
+    return str(error) if str(path) in str(error) else f"{path}: {error}"
+
+
 def one_line(error: BaseException, most: int = 200) -> str:
     """Another library's message, shortened to fit into one of ours."""
     return " ".join(str(error).split())[:most].rstrip(".")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from superpoint_trt.spec import Float32, Keypoints, Matrix, SuperPointError
 
 BLOCK_ROWS = 1024
-"""Rows of the distance matrix held at a time: 10,000 x 10,000 descriptors then need 40 MB, not 400."""
+"""Rows of the distance matrix held at a time: 10,000 x 10,000 descriptors then need 46 MB, not 400."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,17 @@ def _neighbours(first: Float32, second: Float32) -> _Neighbours:
     nearest, best, runner_up = np.zeros(n, np.int64), np.zeros(n, np.float32), np.full(n, np.inf, np.float32)
     back, back_best = np.zeros(m, np.int64), np.full(m, np.inf, np.float32)
     squares = np.einsum("nd,nd->n", second, second)
+    splits = range(BLOCK_ROWS, m, BLOCK_ROWS)
+    held = np.empty((min(n, BLOCK_ROWS), m), np.float32)
     for start in range(0, n, BLOCK_ROWS):
         block = first[start : start + BLOCK_ROWS]
         rows = np.arange(len(block))
-        distance = squares - 2 * (block @ second.T)
+        distance = np.matmul(block, second.T, out=held[: len(block)])
+        distance *= -2
+        distance += squares
         distance += np.einsum("nd,nd->n", block, block)[:, None]
-        closest = distance.argmin(axis=0)
+        # By parts: numpy copies what it searches along the first axis.
+        closest = np.concatenate([part.argmin(axis=0) for part in np.split(distance, splits, axis=1)])
         closer = distance[closest, np.arange(m)] < back_best
         back[closer] = closest[closer] + start
         back_best[closer] = distance[closest, np.arange(m)][closer]

@@ -6,6 +6,7 @@ import base64
 import io
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +51,26 @@ class _Plot:
     data: str
 
 
+def check_report() -> None:
+    """Refuses a report before the work that would fill it, rather than after.
+
+    Raises:
+        SuperPointError: jinja2 or matplotlib is not installed.
+    """
+    for package in ("jinja2", "matplotlib"):
+        if not util.find_spec(package):
+            raise SuperPointError(f"the report needs {package}: pip install 'superpoint-trt[report]'.")
+
+
 def write_report(path: PathLike, verification: Verification) -> Path:
     """Writes the report; beside, then renamed.
 
     Raises:
         SuperPointError: jinja2 or matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from jinja2 import Environment, PackageLoader
-        from matplotlib.figure import Figure  # noqa: F401  (fail before any work)
-    except ImportError as error:
-        raise SuperPointError(f"the report needs {error.name}: pip install 'superpoint-trt[report]'.") from None
+    check_report()
+    from jinja2 import Environment, PackageLoader
+
     environment = Environment(loader=PackageLoader("superpoint_trt"), autoescape=True)
     page = environment.get_template("verification.html").render(
         v=verification,
@@ -85,9 +95,9 @@ def _most_different(verification: Verification) -> list[ImageResult]:
 def _picture(image: ImageResult) -> _Picture:
     """Kept, lost and new points on the image."""
     pixels = to_picture(load_image(image.path))
-    kept = within(image.reference.xy, image.model.xy)
-    new = ~within(image.model.xy, image.reference.xy)
-    layers = ((image.reference.xy[kept], KEPT), (image.reference.xy[~kept], LOST), (image.model.xy[new], NEW))
+    kept = within(image.reference_xy, image.model_xy)
+    new = ~within(image.model_xy, image.reference_xy)
+    layers = ((image.reference_xy[kept], KEPT), (image.reference_xy[~kept], LOST), (image.model_xy[new], NEW))
     scale = min(1.0, WIDEST_PICTURE_PX / pixels.shape[1])
     picture = draw_points(pixels, [(xy, colour) for xy, colour in layers], scale)
     data = _data_url(encode_picture(picture, ".jpg"), "image/jpeg")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import util
@@ -16,7 +17,7 @@ from superpoint_trt import image as images
 from superpoint_trt.backends import CHECKPOINT_SUFFIXES, Outputs, open_backend
 from superpoint_trt.diagnose import Finding
 from superpoint_trt.extractor import SuperPoint
-from superpoint_trt.files import PathLike
+from superpoint_trt.files import PathLike, named
 from superpoint_trt.image import Placement
 from superpoint_trt.matching import match
 from superpoint_trt.spec import (
@@ -111,7 +112,8 @@ class Errors:
         if not values.size:
             return None
         p50, p99 = np.percentile(values, [50, 99])
-        return cls(float(values.max()), float(values.mean()), float(p50), float(p99))
+        mean = values.mean(dtype=np.float64)  # NOT_FINITE is the largest float32
+        return cls(float(values.max()), float(mean), float(p50), float(p99))
 
 
 @dataclass
@@ -133,18 +135,22 @@ class ImageResult:
     model_matches: int
     outputs: dict[str, Errors | None]
     findings: list[Finding]
-    reference: Keypoints = field(repr=False)
-    model: Keypoints = field(repr=False)
+    reference_xy: Float32 = field(repr=False)
+    """(N, 2) in the image's pixels."""
+    model_xy: Float32 = field(repr=False)
+    """(M, 2) likewise."""
     path: Path = field(repr=False)
     cosines: Float32 = field(repr=False)
+    """(P,) of both descriptors at the points that both found."""
     score_errors: Float32 = field(repr=False)
+    """(P,) likewise."""
 
     def to_json(self) -> dict[str, Any]:
         """Numbers only."""
         numbers = {
             name: value
             for name, value in vars(self).items()
-            if name not in ("reference", "model", "path", "cosines", "score_errors", "outputs", "findings")
+            if name not in ("reference_xy", "model_xy", "path", "cosines", "score_errors", "outputs", "findings")
         }
         outputs = {name: asdict(errors) if errors else None for name, errors in self.outputs.items()}
         return {**numbers, "outputs": outputs, "findings": [asdict(finding) for finding in self.findings]}
@@ -193,61 +199,95 @@ class Verification:
 def verify(
     model: PathLike,
     weights: PathLike,
-    image_paths: Iterable[PathLike],
+    image_paths: PathLike | Iterable[PathLike],
     limits: Mapping[str, float] | None = None,
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    most_images: int | None = None,
 ) -> Verification:
     """Runs a model and its reference on the same inputs and compares everything that matters.
 
     Args:
         model: any model file that `SuperPoint` opens.
         weights: the checkpoint it was made from, or an fp32 `dense` or `heads` .onnx.
-        image_paths: real images (`find_images`).
+        image_paths: real images: a folder, as `find_images` reads it, or the files themselves.
         limits: gate name -> limit, over the table's for the model's precision.
         device: where the model runs.
         progress: called with (images done, in all).
+        most_images: use only the first so many.
 
     Raises:
-        SuperPointError: unusable model or reference, unknown gate, no readable image. A single bad image is noted.
+        SuperPointError: unusable model or reference, unknown gate, no readable image, too few keypoints to prove
+            anything. A single bad image is noted.
     """
     limits = dict(limits or {})
-    unknown = sorted(set(limits) - set(GATE_NAMES))
-    if unknown:
-        raise SuperPointError(f"no gate is called {unknown[0]!r}; gates are: {', '.join(GATE_NAMES)}.")
-    paths = [Path(path) for path in image_paths]
+    _check_limits(limits)
+    given = _with_names(image_paths, most_images)
     results, problems = [], []
     with SuperPoint(model, device=device) as superpoint:
         reference = _open_reference(weights)
         comparison = _Comparison(superpoint, reference)
-        for done, path in enumerate(paths, start=1):
+        for done, (name, path) in enumerate(given, start=1):
             try:
-                results.append(comparison.run(path))
+                results.append(comparison.run(name, path))
             except SuperPointError as error:
-                problems.append(str(error))
+                problems.append(named(error, path))
             if progress:
-                progress(done, len(paths))
+                progress(done, len(given))
         description, runtime = superpoint.description, str(superpoint.runtime)
     if not results:
         raise SuperPointError(f"no image could be used: {problems[0] if problems else 'none was given'}")
-    if not any(result.reference_keypoints for result in results):
-        raise SuperPointError(
-            "the reference finds no keypoint in any image, so nothing is proven; use real photographs."
-        )
-    findings = _merged(results)
-    outputs = comparison.outputs()
+    _check_proof(comparison.proving_points)
+    voters = sum(1 for result in results if _can_show(result))
+    findings = _merged(results, voters)
+    measured = _measured(results, comparison.score_error_max, len(findings) if voters else None)
     return Verification(
         model=str(model),
         model_runtime=runtime,
         reference=f"{weights} ({reference.runtime})",
         precision=description.precision,
-        gates=_gates(results, findings, comparison.score_error_max, description.precision, limits),
+        gates=_gates(measured, description.precision, limits),
         findings=findings,
-        outputs=outputs,
+        outputs=comparison.outputs(),
         images=results,
         problems=problems,
-        notes=_notes(description, reference.description),
+        notes=_notes(description, reference.description, voters),
     )
+
+
+def _check_limits(limits: Mapping[str, float]) -> None:
+    """Refuses limits that no gate has, or that nothing can keep.
+
+    Raises:
+        SuperPointError: listing the gates.
+    """
+    for name, limit in limits.items():
+        if name not in GATE_NAMES:
+            raise SuperPointError(f"no gate is called {name!r}; gates are: {', '.join(GATE_NAMES)}.")
+        if not np.isfinite(limit):
+            raise SuperPointError(
+                f"the limit of gate {name} is {limit:g}; expected a finite number; gates are: {', '.join(GATE_NAMES)}."
+            )
+
+
+def _check_proof(points: int) -> None:
+    if points < diagnose.FEWEST_POINTS:
+        raise SuperPointError(
+            f"the reference finds {points} keypoints in all images that are not blank; expected "
+            f"{diagnose.FEWEST_POINTS} or more, or nothing is proven: use real photographs."
+        )
+
+
+def _with_names(image_paths: PathLike | Iterable[PathLike], most: int | None) -> list[tuple[str, Path]]:
+    """Each image and its name: the path below the given folder, or below the folder that all given files share."""
+    if isinstance(image_paths, (str, os.PathLike)):
+        folder, found = Path(image_paths), find_images(image_paths, most)
+        return [(path.relative_to(folder).as_posix() if folder.is_dir() else path.name, path) for path in found]
+    paths = [Path(path) for path in image_paths][:most]
+    if not paths:
+        return []
+    above = os.path.commonpath([Path(os.path.abspath(path)).parent for path in paths])
+    return [(Path(os.path.relpath(path, above)).as_posix(), path) for path in paths]
 
 
 def find_images(folder: PathLike, limit: int | None = None) -> list[Path]:
@@ -354,6 +394,8 @@ class _Comparison:
         self._superpoint, self._reference = superpoint, reference
         self._samples: dict[str, list[NDArray[np.floating]]] = {}
         self.score_error_max: float | None = None
+        self.proving_points = 0
+        """Of the reference, in images that are not blank: on black a network sees its own padding."""
         model, expected = superpoint.description, reference.description
         for name in ("stride_px", "descriptor_dim"):
             got, wanted = getattr(model, name), getattr(expected, name)
@@ -362,17 +404,18 @@ class _Comparison:
         limit = superpoint.options.max_keypoints or model.max_keypoints
         self._options: DecodeOptions = replace(superpoint.options, max_keypoints=limit)
 
-    def run(self, path: Path) -> ImageResult:
+    def run(self, name: str, path: Path) -> ImageResult:
         """One image, and a warped copy of it for the matches."""
         gray = images.to_gray(images.load_image(path))
         view = self._view(gray)
         warped_gray, homography = diagnose.warped_copy(gray)
         warped = self._view(warped_gray)
+        self.proving_points += len(view.expected) if np.ptp(gray) else 0
         errors = self._output_errors(view)
         pairs = _mutual_within(view.expected.xy, view.found.xy, FOUND_WITHIN_PX)
         cosines = _cosines(view.expected, view.found, pairs)
         return ImageResult(
-            name=path.name,
+            name=name,
             reference_keypoints=len(view.expected),
             model_keypoints=len(view.found),
             found_again=int(within(view.expected.xy, view.found.xy).sum()),
@@ -384,8 +427,8 @@ class _Comparison:
             model_matches=_right_matches(view.found, warped.found, homography),
             outputs={name: Errors.of(values) for name, values in errors.items()},
             findings=self._diagnose(view),
-            reference=view.expected,
-            model=view.found,
+            reference_xy=view.expected.xy,
+            model_xy=view.found.xy,
             path=path,
             cosines=cosines,
             score_errors=np.abs(view.expected.scores[pairs[:, 0]] - view.found.scores[pairs[:, 1]]),
@@ -423,7 +466,8 @@ class _Comparison:
             self.score_error_max = max(self.score_error_max or 0.0, float(errors["scores"].max()))
         for name, values in errors.items():
             step = max(1, values.size // SAMPLES_PER_IMAGE)
-            self._samples.setdefault(name, []).append(values.ravel()[::step])
+            # A slice would keep the whole map in memory.
+            self._samples.setdefault(name, []).append(values.ravel()[::step].copy())
         return errors
 
     def _diagnose(self, view: _View) -> list[Finding]:
@@ -435,7 +479,7 @@ class _Comparison:
         )
         broken = [name for name, values in view.outputs.items() if not np.isfinite(values).all()]
         if broken:
-            return [Finding("not-finite", f"{', '.join(broken)} hold values that are not finite")]
+            return [Finding(diagnose.NOT_FINITE, f"{', '.join(broken)} hold values that are not finite")]
         evidence = diagnose.Evidence(
             found=found,
             scores=view.truth["scores"][0],
@@ -527,11 +571,18 @@ def _cosines(a: Keypoints, b: Keypoints, pairs: NDArray[np.int64]) -> Float32:
 
 
 def _spearman(a: Float32, b: Float32) -> float | None:
-    """Correlation of the ranks (Spearman 1904); None below three points or without any spread."""
-    if len(a) < 3:
+    """Correlation of the ranks (Spearman 1904); None below three points or without any spread on either side."""
+    if len(a) < 3 or not np.ptp(a) or not np.ptp(b):
         return None
-    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (a, b)]
-    return float(np.asarray(np.corrcoef(ranks))[0, 1])
+    return float(np.asarray(np.corrcoef([_ranks(a), _ranks(b)]))[0, 1])
+
+
+def _ranks(values: Float32) -> NDArray[np.float64]:
+    """From 1 up; equal values share the mean of the ranks they take up."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    mean_rank = np.cumsum(count) - (count - 1) / 2
+    ranks: NDArray[np.float64] = mean_rank[place]
+    return ranks
 
 
 def _percentile(values: Float32, percent: float) -> float | None:
@@ -541,19 +592,16 @@ def _percentile(values: Float32, percent: float) -> float | None:
 # ---------------------------------------------------------------------------------------------------------- the verdict
 
 
-def _gates(
-    results: Sequence[ImageResult],
-    findings: Sequence[Finding],
-    score_error_max: float | None,
-    precision: Precision,
-    limits: Mapping[str, float],
-) -> list[Gate]:
+def _measured(
+    results: Sequence[ImageResult], score_error_max: float | None, findings: int | None
+) -> dict[str, float | None]:
+    """The value of each gate."""
     cosines = np.concatenate([result.cosines for result in results])
     ranks = [r.score_rank_correlation for r in results if r.score_rank_correlation is not None]
     there = _share(sum(r.found_again for r in results), sum(r.reference_keypoints for r in results))
     back = _share(sum(r.found_back for r in results), sum(r.model_keypoints for r in results))
     nothing_found = back is None and there is not None
-    values: dict[str, float | None] = {
+    return {
         "score_error_max": score_error_max,
         "keypoints_found_share": 0.0
         if nothing_found
@@ -562,8 +610,11 @@ def _gates(
         "descriptor_cosine_median": _percentile(cosines, 50),
         "descriptor_cosine_p1": _percentile(cosines, 1),
         "matches_kept_share": _share(sum(r.model_matches for r in results), sum(r.reference_matches for r in results)),
-        "findings": float(len(findings)),
+        "findings": None if findings is None else float(findings),
     }
+
+
+def _gates(values: Mapping[str, float | None], precision: Precision, limits: Mapping[str, float]) -> list[Gate]:
     return [
         Gate(name, values[name], limits.get(name, by_precision[precision]), at_least)
         for name, (at_least, by_precision) in _GATES.items()
@@ -574,12 +625,16 @@ def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _merged(results: Sequence[ImageResult]) -> list[Finding]:
+def _can_show(result: ImageResult) -> bool:
+    """Whether an image has enough points to show a fault, or shows one anyway."""
+    return bool(result.findings) or result.model_keypoints >= diagnose.FEWEST_POINTS
+
+
+def _merged(results: Sequence[ImageResult], voters: int) -> list[Finding]:
     """One finding of each name, with the number of images that show it.
 
-    What only a minority shows is left out; images with too few points to show anything do not vote.
+    What only a minority of those that can show it shows may be chance and is left out; NaN never is.
     """
-    voters = sum(1 for r in results if r.findings or r.model_keypoints >= diagnose.FEWEST_POINTS)
     by_name: dict[str, list[Finding]] = {}
     for result in results:
         for finding in result.findings:
@@ -587,12 +642,17 @@ def _merged(results: Sequence[ImageResult]) -> list[Finding]:
     return [
         Finding(name, f"{found[0].detail} ({len(found)} of {voters} images that can show it)")
         for name, found in by_name.items()
-        if len(found) * 2 > voters
+        if len(found) * 2 > voters or name == diagnose.NOT_FINITE
     ]
 
 
-def _notes(model: ModelDescription, reference: ModelDescription) -> list[str]:
+def _notes(model: ModelDescription, reference: ModelDescription, voters: int) -> list[str]:
     notes = []
+    if not voters:
+        notes.append(
+            f"known faults could not be looked for: the model finds fewer than {diagnose.FEWEST_POINTS} keypoints in "
+            "every image"
+        )
     if model.checkpoint_sha256 and reference.checkpoint_sha256 not in (None, model.checkpoint_sha256):
         notes.append(
             f"the model names another checkpoint as its source (sha256 {model.checkpoint_sha256[:12]}) than the "
