@@ -201,6 +201,8 @@ class TensorRT:
         if hasattr(engine, "create_runtime_config"):
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(self._user_managed())
+            if hasattr(self.module, "CudaGraphStrategy"):  # RTX, whose kernels are compiled while it runs
+                config.cuda_graph_strategy = self.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             context = engine.create_execution_context(config)
         elif hasattr(self.module, "ExecutionContextAllocationStrategy"):
             context = engine.create_execution_context(self._user_managed())
