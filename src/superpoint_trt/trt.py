@@ -71,7 +71,7 @@ def load(flavour: Flavour | None = None) -> TensorRT:
     if flavour not in _loaded:
         try:
             _loaded[flavour] = TensorRT(flavour, import_module(MODULES[flavour]))
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, AttributeError) as error:  # the last: half a library, or something of its name
             reason = " ".join(str(error).split())
             raise SuperPointError(
                 f"{MODULES[flavour]} is installed but does not load: {reason}; reinstall it: pip install "
