@@ -237,19 +237,20 @@ def test_no_dataset(model, tmp_path):
         evaluate(model, tmp_path)
 
 
+@pytest.mark.parametrize("size", [(240, 320), (241, 323), (323, 241)])
 @pytest.mark.parametrize("rule", [Resize.CROP, Resize.FIT])
-def test_resizing_keeps_points_on_what_they_mark(rule):
+def test_resizing_keeps_points_on_what_they_mark(rule, size):
     """A bright dot at a known place ends where the matrix says, for sizes that crop either way."""
     for height, width in ((600, 800), (480, 900), (900, 480)):
         image = np.zeros((height, width), np.float32)
         y, x = height // 2 + 31, width // 2 - 47
         image[y - 3 : y + 4, x - 3 : x + 4] = 1.0
-        resized, to_view = _resize(image, (240, 320), rule)
+        resized, to_view = _resize(image, size, rule)
         if rule is Resize.CROP:
-            assert resized.shape == (240, 320)
+            assert resized.shape == size
         else:
-            assert resized.shape[0] <= 240
-            assert resized.shape[1] <= 320
+            assert resized.shape[0] <= size[0]
+            assert resized.shape[1] <= size[1]
         place = to_view @ [x, y, 1]
         rows, columns = np.nonzero(resized > 0)
         weights = resized[rows, columns]
