@@ -177,14 +177,13 @@ def test_sizes_without_a_cell_are_refused(model, tmp_path):
 def test_an_image_that_shrinks_to_a_line_is_left_out(name, model, tmp_path):
     """240x320 holds a picture of 10x4000 at 1 px of height: the same pairs are left out whatever the model."""
     for sequence in ("v_thin", "v_usual"):
-        folder = write_sequence(tmp_path / sequence, homographies=(SAME,))
+        write_sequence(tmp_path / sequence, homographies=(SAME,))
     for index in (1, 2):
         cv2.imwrite(str(tmp_path / f"v_thin/{index}.ppm"), np.zeros((10, 4000, 3), np.uint8))
     evaluation = evaluate(model if name == "model" else name, tmp_path, Protocol(resize=Resize.FIT))
     assert [result.pair.sequence for result in evaluation.pairs] == ["v_usual"]
     first = tmp_path / "v_thin" / "1.ppm"
     assert evaluation.problems[0] == f"{first}: 4000x10 px shrink to 320x1; the smallest usable is 8x8."
-    assert folder.name == "v_usual"
 
 
 def test_a_sequence_without_homographies_is_said(model, tmp_path):
