@@ -177,14 +177,13 @@ def test_sizes_without_a_cell_are_refused(model, tmp_path):
 def test_an_image_that_shrinks_to_a_line_is_left_out(name, model, tmp_path):
     """240x320 holds a picture of 10x4000 at 1 px of height: the same pairs are left out whatever the model."""
     for sequence in ("v_thin", "v_usual"):
-        folder = write_sequence(tmp_path / sequence, homographies=(SAME,))
+        write_sequence(tmp_path / sequence, homographies=(SAME,))
     for index in (1, 2):
         cv2.imwrite(str(tmp_path / f"v_thin/{index}.ppm"), np.zeros((10, 4000, 3), np.uint8))
     evaluation = evaluate(model if name == "model" else name, tmp_path, Protocol(resize=Resize.FIT))
     assert [result.pair.sequence for result in evaluation.pairs] == ["v_usual"]
     first = tmp_path / "v_thin" / "1.ppm"
     assert evaluation.problems[0] == f"{first}: 4000x10 px shrink to 320x1; the smallest usable is 8x8."
-    assert folder.name == "v_usual"
 
 
 def test_a_sequence_without_homographies_is_said(model, tmp_path):
@@ -237,19 +236,20 @@ def test_no_dataset(model, tmp_path):
         evaluate(model, tmp_path)
 
 
+@pytest.mark.parametrize("size", [(240, 320), (241, 323), (323, 241)])
 @pytest.mark.parametrize("rule", [Resize.CROP, Resize.FIT])
-def test_resizing_keeps_points_on_what_they_mark(rule):
+def test_resizing_keeps_points_on_what_they_mark(rule, size):
     """A bright dot at a known place ends where the matrix says, for sizes that crop either way."""
     for height, width in ((600, 800), (480, 900), (900, 480)):
         image = np.zeros((height, width), np.float32)
         y, x = height // 2 + 31, width // 2 - 47
         image[y - 3 : y + 4, x - 3 : x + 4] = 1.0
-        resized, to_view = _resize(image, (240, 320), rule)
+        resized, to_view = _resize(image, size, rule)
         if rule is Resize.CROP:
-            assert resized.shape == (240, 320)
+            assert resized.shape == size
         else:
-            assert resized.shape[0] <= 240
-            assert resized.shape[1] <= 320
+            assert resized.shape[0] <= size[0]
+            assert resized.shape[1] <= size[1]
         place = to_view @ [x, y, 1]
         rows, columns = np.nonzero(resized > 0)
         weights = resized[rows, columns]

@@ -528,16 +528,18 @@ def _print_evaluation(reports: Sequence[dict[str, Any]]) -> None:
     columns = ("rep.", "loc. px", "MMA@1", "MMA@3", "MMA@10", "H@1", "H@3", "H@5", "M.score", "NN mAP")
     for report in reports:
         table = Table(report["model"], "pairs", *columns, caption=report["runtime"], caption_justify="left")
-        sections = (report["sequences"], report["kinds"], {"total": report["total"]})
-        # Not one dict: a sequence may be called as a kind is.
-        for name, row, last in ((n, r, n == list(s)[-1]) for s in sections for n, r in s.items()):
-            mma, homography = row["mma"], row["homography"]
-            figures = [row["repeatability"], row["localisation_error_px"], *(mma.get(px) for px in ("1", "3", "10"))]
-            figures += [*(homography.get(px) for px in ("1", "3", "5")), row["matching_score"], row["nn_map"]]
-            table.add_row(name, str(row["pairs"]), *("-" if f is None else f"{f:.3f}" for f in figures))
-            if last:
-                table.add_section()
+        # One after the other, not merged: a sequence may be called as a kind is.
+        for section in (report["sequences"], report["kinds"], {"total": report["total"]}):
+            for name, row in section.items():
+                table.add_row(name, str(row["pairs"]), *("-" if f is None else f"{f:.3f}" for f in _figures(row)))
+            table.add_section()
         console().print(table)
+
+
+def _figures(row: dict[str, Any]) -> list[float | None]:
+    mma, homography = row["mma"], row["homography"]
+    figures = [row["repeatability"], row["localisation_error_px"], *(mma.get(px) for px in ("1", "3", "10"))]
+    return [*figures, *(homography.get(px) for px in ("1", "3", "5")), row["matching_score"], row["nn_map"]]
 
 
 @cli.command()
