@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from superpoint_trt import decode
 from superpoint_trt import image as images
 from superpoint_trt.backends import open_backend
-from superpoint_trt.cli import build_engine, parse_targets, print_found, print_info, save_drawing
+from superpoint_trt.cli_engine import build_engine, parse_targets
 from superpoint_trt.files import PathLike, check_distinct, check_writable, read_bytes
 from superpoint_trt.spec import CELL_PX, DecodeOptions, Keypoints, OutputType, Precision, Sampling, SuperPointError
+from superpoint_trt.terminal import print_found, print_info, save_drawing
 from superpoint_trt.trt import Flavour
 
 GUIDE_OPSET = 11
@@ -230,7 +231,8 @@ def tensorrt_inference(
 def _time(engine: str, pixels: NDArray[Any]) -> None:
     """The one timing method, on the guide's image."""
     from superpoint_trt.benchmark import BenchOptions, bench
-    from superpoint_trt.cli import print_bench, progress_bar
+    from superpoint_trt.cli_proof import print_bench
+    from superpoint_trt.terminal import progress_bar
 
     with progress_bar("timing") as progress:
         print_bench(bench([engine], BenchOptions(), pixels, progress=progress))

@@ -1,0 +1,106 @@
+"""The commands that make engines: build, cast."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from superpoint_trt.spec import ENGINE_SUFFIXES, Precision, SuperPointError
+from superpoint_trt.terminal import builder_progress, open_model, print_info
+from superpoint_trt.trt import Flavour
+
+_PRECISIONS = [p.value for p in (Precision.FP32, Precision.TF32, Precision.FP16, Precision.BF16)]
+
+
+@click.command()
+@click.option("--onnx", required=True, help="The .onnx: from superpoint export, or another tool's SuperPoint in fp32.")
+@click.option("--engine", required=True, help="The engine to write; its description goes beside it, in ENGINE.json.")
+@click.option("--precision", type=click.Choice(_PRECISIONS), default="fp32", show_default=True)
+@click.option("--workspace", type=float, help="Most scratch memory in GiB.  [default: what the GPU has]")
+@click.option("--min-shape", help="HxW, smallest; dynamic models.  [default: 240x320]")
+@click.option("--opt-shape", help="HxW, the one to be fastest at.  [default: what the model was exported for]")
+@click.option("--max-shape", help="HxW, largest.  [default: 960x1280]")
+@click.option("--max-batch-size", type=int, help="Most images a call.  [default: the model's own]")
+@click.option("--timing-cache", help="File of kernel timings, read and updated: later builds take seconds.")
+@click.option("--optimization-level", type=int, help="0 (fast build) to 5 (fast engine).  [default: TensorRT's, 3]")
+@click.option("--runtime", type=click.Choice(["auto", *(f.value for f in Flavour)]), default="auto", show_default=True)
+@click.option("--target", help="GPUs to build for, sm86,sm89 say; rtx only, needs no GPU.  [default: the GPU here]")
+@click.option("--test", is_flag=True, help="Run the engine once it is built.")
+def build(
+    onnx: str,
+    engine: str,
+    precision: str,
+    workspace: float | None,
+    min_shape: str | None,
+    opt_shape: str | None,
+    max_shape: str | None,
+    max_batch_size: int | None,
+    timing_cache: str | None,
+    optimization_level: int | None,
+    runtime: str,
+    target: str | None,
+    test: bool,
+) -> None:
+    """Build a TensorRT engine."""
+    from superpoint_trt.engine import BuildOptions
+    from superpoint_trt.image import parse_size
+
+    options = BuildOptions(
+        Precision(precision),
+        workspace,
+        min_shape_hw=parse_size(min_shape) if min_shape else None,
+        opt_shape_hw=parse_size(opt_shape) if opt_shape else None,
+        max_shape_hw=parse_size(max_shape) if max_shape else None,
+        max_batch_size=max_batch_size,
+        timing_cache=timing_cache,
+        optimization_level=optimization_level,
+        runtime=None if runtime == "auto" else Flavour(runtime),
+        targets=parse_targets(target),
+    )
+    build_engine(onnx, engine, options, test)
+
+
+def parse_targets(text: str | None) -> tuple[str, ...]:
+    """Splits "sm86,sm89"."""
+    return tuple(part.strip().lower() for part in text.split(",")) if text else ()
+
+
+def build_engine(onnx: str, engine: str, options: Any, test: bool) -> None:
+    """Builds, says what came out, and runs it if asked."""
+    from superpoint_trt import engine as engines
+
+    if Path(engine).suffix.lower() not in ENGINE_SUFFIXES:
+        raise SuperPointError(f"{engine}: an engine's name ends in one of {', '.join(ENGINE_SUFFIXES)}.")
+    with builder_progress() as progress:
+        metadata = engines.build(onnx, engine, options, progress)
+    click.echo(f"{'built in':<14}{metadata.build['seconds']} s")
+    print_info(engine)
+    if test:
+        _try_engine(engine)
+
+
+def _try_engine(engine: str) -> None:
+    """One picture through a fresh engine; the second call is timed."""
+    from superpoint_trt.benchmark import synthetic_photograph
+
+    with open_model(engine) as superpoint:
+        model = superpoint.description
+        picture = synthetic_photograph(model.height_px, model.width_px)
+        superpoint.extract(picture)
+        started = time.perf_counter()
+        keypoints = superpoint.extract(picture)
+        click.echo(f"{'test':<14}{len(keypoints)} keypoints in {(time.perf_counter() - started) * 1e3:.1f} ms")
+
+
+@click.command()
+@click.option("--onnx", required=True, help="An fp32 SuperPoint .onnx.")
+@click.option("--output", required=True, help="The typed .onnx to write.")
+@click.option("--precision", type=click.Choice(["fp16", "bf16"]), default="fp16", show_default=True)
+def cast(onnx: str, output: str, precision: str) -> None:
+    """Write the typed .onnx that build uses, for other builders (trtexec --stronglyTyped)."""
+    from superpoint_trt import precision as precisions
+
+    print_info(precisions.cast(onnx, output, Precision(precision)))
