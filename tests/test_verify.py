@@ -137,6 +137,23 @@ def test_a_sound_model_passes(kind, bench):
     assert 0.98 < found["matches_kept_share"] < 1.02
 
 
+def test_heads_are_held_against_a_dense_references_scores(checkpoint_file, folder, tmp_path):
+    """Its logits have no counterpart there; the scores that follow from them have."""
+    loaded = checkpoints.load(checkpoint_file("v6"))
+    dense, heads = tmp_path / "dense.onnx", tmp_path / "heads.onnx"
+    dense.write_bytes(to_onnx(loaded, ExportOptions(OutputType.DENSE, HEIGHT, WIDTH)).SerializeToString())
+    model = to_onnx(loaded, ExportOptions(OutputType.HEADS, HEIGHT, WIDTH))
+    heads.write_bytes(model.SerializeToString())
+    sound = {gate.name: gate.value for gate in verify(heads, dense, folder).gates}
+    assert 0 <= sound["score_error_max"] < 1e-4
+    bias = next(w for w in model.graph.initializer if w.name == "convPb.bias")
+    louder = numpy_helper.to_array(bias).copy()
+    louder[:-1] += 0.5  # against the dustbin
+    bias.CopyFrom(numpy_helper.from_array(louder, bias.name))
+    heads.write_bytes(model.SerializeToString())
+    assert "score_error_max" in {gate.name for gate in verify(heads, dense, folder).gates if not gate.passed}
+
+
 FAULTS = {
     "descriptor-sampling": (shift_sampling, {"descriptor_cosine_p1"}),
     "border": (keep_border, {"keypoints_found_share"}),
