@@ -10,6 +10,7 @@ from conftest import photograph
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from superpoint_trt.backends import open_backend
 from superpoint_trt.cli import cli, run
 from superpoint_trt.export import ExportOptions, export, to_onnx
 from superpoint_trt.extractor import SuperPoint
@@ -128,10 +129,31 @@ def test_a_cast_model_runs_and_says_so(checkpoint_file, tmp_path):
     photo = tmp_path / "a.png"
     cv2.imwrite(str(photo), photograph(480, 640))
     with SuperPoint(model) as full, SuperPoint(tmp_path / "b.onnx") as half:
-        assert half.runtime.precision == "fp16"
+        assert half.runtime.precision in ("fp16", "fp16 weights, computed in fp32")
+        assert half.description.precision is Precision.FP16
         one, other = full.extract(photo), half.extract(photo)
     near = np.linalg.norm(one.xy[:, None] - other.xy[None], axis=2).min(axis=1) <= 1
     assert len(one) > 20 and near.mean() > 0.97
+
+
+def test_a_bf16_model_is_refused_in_words_where_it_cannot_run(checkpoint_file, tmp_path):
+    model = export(checkpoint_file("v6"), tmp_path / "a.onnx")
+    run(cli, ["cast", "--onnx", str(model), "--output", str(tmp_path / "b.onnx"), "--precision", "bf16"])
+    with pytest.raises(SuperPointError, match="bf16 models are for TensorRT"):
+        SuperPoint(tmp_path / "b.onnx")
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pth"])
+def test_uint8_is_the_float_image(checkpoint_file, tmp_path, ending):
+    weights = checkpoint_file("v6")
+    model = export(weights, tmp_path / "a.onnx") if ending == "onnx" else weights
+    pixels = photograph(480, 640)[None, None]
+    with open_backend(model) as backend:
+        from_bytes, from_floats = (backend.infer(x) for x in (pixels, pixels.astype(np.float32) / np.float32(255)))
+        for name, values in from_bytes.items():
+            np.testing.assert_array_equal(values, from_floats[name])
+        with pytest.raises(SuperPointError, match="image is float64; expected float32"):
+            backend.infer(pixels / 255)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from superpoint_trt.backends.base import Backend, Image, Outputs, RuntimeInfo, as_unit_range
 from superpoint_trt.files import PathLike, one_line, read_bytes
 from superpoint_trt.recognise import REQUIRED_RANKS, describe
-from superpoint_trt.spec import INPUT_NAME, ModelDescription, SuperPointError
+from superpoint_trt.spec import INPUT_NAME, ModelDescription, Precision, SuperPointError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _FATAL_ONLY = 4
@@ -41,7 +42,8 @@ class OnnxRuntimeBackend(Backend):
         try:
             self._session = ort.InferenceSession(data, options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no public base
-            raise SuperPointError(f"{path} is not a model onnxruntime can load: {one_line(error)}.") from error
+            hint = " (bf16 models are for TensorRT)" if "bfloat16" in str(error) else ""
+            raise SuperPointError(f"{path} is not a model onnxruntime can load: {one_line(error)}{hint}.") from error
         provider = self._session.get_providers()[0]
         if device == "cuda" and provider != PROVIDERS["cuda"]:
             raise SuperPointError(
@@ -52,7 +54,7 @@ class OnnxRuntimeBackend(Backend):
         self.runtime = RuntimeInfo(
             backend=f"onnxruntime {ort.__version__}",
             device=_device(provider, threads),
-            precision=self.description.precision.value,
+            precision=_precision(self.description.precision, provider),
         )
         self._outputs = list(REQUIRED_RANKS[self.description.type])
 
@@ -70,6 +72,13 @@ class OnnxRuntimeBackend(Backend):
     def close(self) -> None:
         """Ends the session."""
         self._session = None
+
+
+def _precision(precision: Precision, provider: str) -> str:
+    """What is really computed in: on x86 onnxruntime has no fp16 kernels and casts every fp16 weight up."""
+    if precision is Precision.FP16 and provider == PROVIDERS["cpu"] and platform.machine() in ("x86_64", "AMD64"):
+        return "fp16 weights, computed in fp32"
+    return precision.value
 
 
 def _providers(device: str) -> list[Any]:
