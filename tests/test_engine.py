@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 from conftest import photograph
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from test_precision import foreign
 
 from superpoint_trt import engine as engines
@@ -190,6 +190,26 @@ def test_what_cannot_be_built_is_refused_in_words(model_file, tmp_path, model, o
     with pytest.raises(SuperPointError, match=says):
         build(model_file(**model), target, BuildOptions(**{**RTX, **options}))
     assert target.read_bytes() == b"precious" and not sidecar(target).exists()
+
+
+def test_nothing_is_written_where_the_json_cannot_be(model_file, tmp_path):
+    sidecar(tmp_path / "a.engine").mkdir()
+    with pytest.raises(SuperPointError, match=r"a\.engine\.json is a folder"):
+        build(model_file(), tmp_path / "a.engine", BuildOptions(**RTX))
+    assert not (tmp_path / "a.engine").exists()
+
+
+def test_a_model_that_is_no_superpoint_is_refused_before_the_build(tmp_path, monkeypatch):
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 1, 64, 64])
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, 4, 64, 64])
+    weights = numpy_helper.from_array(np.ones((4, 1, 3, 3), np.float32), "w")
+    node = helper.make_node("Conv", ["image", "w"], ["out"], pads=[1] * 4)
+    graph = helper.make_graph([node], "g", [image], [out], [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (tmp_path / "other.onnx").write_bytes(model.SerializeToString())
+    monkeypatch.setattr(engines, "_Build", None)
+    with pytest.raises(SuperPointError, match=r"other\.onnx is not one of this project's models.*out\[1, 4, 64, 64\]"):
+        build(tmp_path / "other.onnx", tmp_path / "a.engine", BuildOptions(**RTX))
 
 
 @pytest.mark.parametrize(

@@ -116,18 +116,19 @@ def build(
     options = options or BuildOptions()
     engine = check_writable(engine)
     check_distinct(engine, model, options.timing_cache)
-    check_distinct(sidecar(engine), model, options.timing_cache)
+    check_distinct(check_writable(sidecar(engine)), model, options.timing_cache)
     source = load_onnx(model)
     tensorrt = load(options.runtime)
     typed = _typed(source, options.precision, model)
     profile = _profile(typed, options)
+    description = with_profile(_description(typed) or _foreign(typed, options.precision, model), profile)
     _check_fits(typed, options, tensorrt, model)
     targets, gpu_name = _targets(options, tensorrt)
     started = time.monotonic()
     with tensorrt.explaining(f"building {engine} of {model} failed") as log:
         plan = _Build(tensorrt, options, log).plan(typed, profile, targets, progress)
     metadata = EngineMetadata(
-        description=with_profile(_description(typed) or _foreign(typed, options.precision), profile),
+        description=description,
         flavour=tensorrt.flavour,
         tensorrt_version=tensorrt.version,
         targets=targets,
@@ -370,14 +371,14 @@ def _targets(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...]
     return (device.capability,), device.name
 
 
-def _foreign(model: onnx.ModelProto, precision: Precision) -> ModelDescription:
+def _foreign(model: onnx.ModelProto, precision: Precision, path: PathLike) -> ModelDescription:
     """Another tool's model: what its names and shapes say."""
     takes, gives = (
         {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
         for values in (model.graph.input, model.graph.output)
     )
     return replace(
-        describe(Path("the .onnx"), None, takes, gives, remedy="make one with superpoint export"), precision=precision
+        describe(Path(path), None, takes, gives, remedy="make one with superpoint export"), precision=precision
     )
 
 
