@@ -178,7 +178,7 @@ def test_comparison_script_really_compares(desk, dense, monkeypatch):
     monkeypatch.chdir(desk)
     import torch
     from superpoint_pytorch import SuperPoint
-    from tensorrt_inference import SuperPointTRT, compare
+    from tensorrt_inference import SuperPointTRT
 
     image = cv2.imread("test.jpg", cv2.IMREAD_GRAYSCALE)
     image_tensor = torch.from_numpy(image).float() / 255.0
@@ -198,7 +198,7 @@ def test_comparison_script_really_compares(desk, dense, monkeypatch):
     cosine = (found["descriptors"][order] * pytorch_out["descriptors"][0].numpy()).sum(axis=1)
     assert cosine.min() > 0.99999
     # The line that the guide leaves to the reader.
-    report = compare(pytorch_out, trt_out)
+    report = trt_model.compare(pytorch_out, trt_out)
     assert "100.00% of PyTorch's and 100.00% of the engine's within 1 px" in report and "cosine 1.000000" in report
     shifted = {**trt_out, "scores": np.roll(trt_out["scores"], 3, axis=2)}
-    assert "100.00%" not in compare(pytorch_out, shifted)
+    assert "100.00%" not in trt_model.compare(pytorch_out, shifted)

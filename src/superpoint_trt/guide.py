@@ -15,7 +15,7 @@ from superpoint_trt import image as images
 from superpoint_trt.backends import open_backend
 from superpoint_trt.cli_engine import build_engine, parse_targets
 from superpoint_trt.files import PathLike, check_distinct, check_writable, read_bytes
-from superpoint_trt.spec import CELL_PX, DecodeOptions, Keypoints, OutputType, Precision, Sampling, SuperPointError
+from superpoint_trt.spec import DecodeOptions, Keypoints, OutputType, Precision, SuperPointError
 from superpoint_trt.terminal import print_found, print_info, save_drawing
 from superpoint_trt.trt import Flavour
 
@@ -79,38 +79,41 @@ class SuperPointTRT:
             results.append({"keypoints": xy, "scores": found, "descriptors": sampled})
         return results
 
+    def compare(self, pytorch_out: Mapping[str, Any], trt_out: Mapping[str, NDArray[Any]]) -> str:
+        """What the guide's comparison leaves to the reader: do both find the same points, and describe them alike?
 
-def compare(pytorch_out: Mapping[str, Any], trt_out: Mapping[str, NDArray[Any]]) -> str:
-    """What the guide's comparison leaves to the reader: do both find the same points, and describe them alike?
+        Args:
+            pytorch_out: of `superpoint_pytorch.SuperPoint`: lists of keypoints, keypoint_scores, descriptors.
+            trt_out: of `infer`, a dense model's.
 
-    Args:
-        pytorch_out: of `superpoint_pytorch.SuperPoint`: lists of keypoints, keypoint_scores, descriptors.
-        trt_out: of `SuperPointTRT.infer`, a dense model's.
-
-    Returns:
-        A few lines to print.
-    """
-    xy, scores, descriptors = (
-        np.asarray(pytorch_out[name][0].cpu()) for name in ("keypoints", "keypoint_scores", "descriptors")
-    )
-    options = DecodeOptions(max_keypoints=max(1, len(xy)))
-    found_xy, found_scores = decode.select(trt_out["scores"][0], options)
-    if not len(xy) or not len(found_xy):
-        return f"keypoints     {len(xy)} in PyTorch, {len(found_xy)} in the engine"
-    sampled = decode.sample_descriptors(found_xy, trt_out["descriptors"][0], CELL_PX, Sampling.HALF_PIXEL)
-    distance = np.linalg.norm(xy[:, None] - found_xy[None], axis=2)
-    near, nearest = distance.min(axis=1) <= SAME_WITHIN_PX, distance.argmin(axis=1)
-    back = distance.min(axis=0) <= SAME_WITHIN_PX
-    cosine = (descriptors[near] * sampled[nearest[near]]).sum(axis=1)
-    return "\n".join(
-        (
-            f"keypoints     {len(xy)} in PyTorch, {len(found_xy)} in the engine",
-            f"the same      {near.mean():.2%} of PyTorch's and {back.mean():.2%} of the engine's within "
-            f"{SAME_WITHIN_PX:g} px of one of the other",
-            f"scores        largest difference {np.abs(scores[near] - found_scores[nearest[near]]).max(initial=0):.2g}",
-            f"descriptors   cosine {np.median(cosine):.6f} in median, {cosine.min():.6f} at worst",
+        Returns:
+            A few lines to print.
+        """
+        names = ("keypoints", "keypoint_scores", "descriptors")
+        xy, scores, descriptors = (np.asarray(pytorch_out[name][0].cpu()) for name in names)
+        (found,) = self.extract_keypoints_from_dense(
+            trt_out["scores"][:1], trt_out["descriptors"][:1], top_k=max(1, len(xy)), stride=self.description.stride_px
         )
-    )
+        counts = f"keypoints     {len(xy)} in PyTorch, {len(found['keypoints'])} in the engine"
+        if not len(xy) or not len(found["keypoints"]):
+            return counts
+        distance = np.linalg.norm(xy[:, None] - found["keypoints"][None], axis=2)
+        near, nearest = distance.min(axis=1) <= SAME_WITHIN_PX, distance.argmin(axis=1)
+        there, back = near.mean(), (distance.min(axis=0) <= SAME_WITHIN_PX).mean()
+        same = f"the same      {there:.2%} of PyTorch's and {back:.2%} of the engine's within {SAME_WITHIN_PX:g} px"
+        if not near.any():
+            return f"{counts}\n{same}"
+        pairs = nearest[near]
+        cosine = (descriptors[near] * found["descriptors"][pairs]).sum(axis=1)
+        apart = np.abs(scores[near] - found["scores"][pairs]).max()
+        return "\n".join(
+            (
+                counts,
+                same,
+                f"scores        largest difference {apart:.2g}",
+                f"descriptors   cosine {np.median(cosine):.6f} in median, {cosine.min():.6f} at worst",
+            )
+        )
 
 
 @click.command()
