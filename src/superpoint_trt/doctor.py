@@ -54,10 +54,11 @@ def abilities() -> Iterator[Finding]:
 
 def _engines() -> Iterator[Finding]:
     """Building and running, asked of the libraries themselves."""
+    gpu, why = None, ""
     try:
         gpu = cuda.current_device().capability
-    except SuperPointError:
-        gpu = None
+    except SuperPointError as error:
+        why = str(error)
     flavours = trt.installed()
     if trt.Flavour.TENSORRT in flavours and gpu:
         builds = "superpoint build"
@@ -66,7 +67,8 @@ def _engines() -> Iterator[Finding]:
     else:
         builds = None
     runs = gpu is not None and (trt.Flavour.TENSORRT in flavours or gpu in trt.RTX_TARGETS) and bool(flavours)
-    lacking = trt.missing() or "no NVIDIA GPU that the installed TensorRT runs on"
+    no_gpu = f"no usable NVIDIA GPU: {why}" if why else "no NVIDIA GPU that the installed TensorRT runs on"
+    lacking = trt.missing() or no_gpu
     yield Finding("build TensorRT engines", builds is not None, builds or lacking)
     yield Finding("run TensorRT engines", runs, "superpoint infer --model X.engine" if runs else lacking)
 
