@@ -168,10 +168,11 @@ class TensorRTBackend(Backend):
             if profile.holds((batch, height, width)):
                 return index
         ranges = " or ".join(map(str, self._profiles))
+        too_small = all(height < profile.min[1] or width < profile.min[2] for profile in self._profiles)
+        here = "give it larger images" if too_small else "shrink the image (--max-side) or split the batch"
         raise SuperPointError(
-            f"{INPUT_NAME} is {_size(shape)}; this engine was built for {ranges}: shrink the image (--max-side) or "
-            f"split the batch, or build the engine for more (superpoint build --min-shape --max-shape HxW "
-            f"--max-batch-size N)."
+            f"{INPUT_NAME} is {_size(shape)}; this engine was built for {ranges}: {here}, or build "
+            "the engine for more (superpoint build --min-shape --max-shape HxW --max-batch-size N)."
         )
 
     def _check_size(self, shape: tuple[int, ...]) -> None:
