@@ -100,10 +100,8 @@ def main(weights, folder, kinds, precisions, batches, calls, json_path) -> None:
             for batch in batches:
                 path = folder / f"bench-{Path(weights).stem}-{kind}-{precision}-{batch}.engine"
                 if not path.exists():
-                    model = export(weights, path.with_suffix(".onnx"), ExportOptions(OutputType(kind), *SIZE_HW))
-                    if batch > 1:
-                        options = ExportOptions(OutputType(kind), *SIZE_HW, max_batch_size=batch)
-                        model = export(weights, path.with_suffix(".onnx"), options)
+                    settings = ExportOptions(OutputType(kind), *SIZE_HW, max_batch_size=batch)
+                    model = export(weights, path.with_suffix(".onnx"), settings)
                     options = engines.BuildOptions(
                         Precision(precision), workspace_gib=4.0, timing_cache=folder / "timing.cache"
                     )

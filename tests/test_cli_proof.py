@@ -71,18 +71,17 @@ def test_match_without_matches(desk, capsys, tmp_path):
     assert (tmp_path / "m.png").exists()
 
 
+def verifying(desk):
+    """The command that proves the desk's model."""
+    return ("verify", "--model", desk / "m.onnx", "--weights", desk / "w.pth", "--images", desk / "images")
+
+
 def test_verify_passes_and_writes_its_evidence(desk, capsys):
     pytest.importorskip("jinja2")
     out, _ = text(
         desk,
         capsys,
-        "verify",
-        "--model",
-        desk / "m.onnx",
-        "--weights",
-        desk / "w.pth",
-        "--images",
-        desk / "images",
+        *verifying(desk),
         "--json",
         desk / "v.json",
         "--report",
@@ -101,13 +100,7 @@ def test_verify_fails_with_exit_code_1(desk, capsys):
     out, _ = text(
         desk,
         capsys,
-        "verify",
-        "--model",
-        desk / "m.onnx",
-        "--weights",
-        desk / "w.pth",
-        "--images",
-        desk / "images",
+        *verifying(desk),
         "--gate",
         "matches_kept_share=1.5",
         "--gate",

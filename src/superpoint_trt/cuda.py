@@ -155,30 +155,32 @@ class Graph:
         call("cudaGraphExecDestroy", self._executable)
 
 
-class DeviceMemory:
-    """GPU memory, freed with the object."""
+class _Memory:
+    """Memory of CUDA's, freed with the object."""
+
+    _allocate: str
+    _free: str
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = max(nbytes, 1)
-        self.address = int(call("cudaMalloc", self.nbytes))
+        self.address = int(call(self._allocate, self.nbytes))
 
     def __del__(self) -> None:
         address = getattr(self, "address", 0)
         if address and _alive():
-            runtime().cudaFree(address)
+            getattr(runtime(), self._free)(address)
 
 
-class PinnedMemory:
-    """Page-locked host memory, which copies to and from the GPU run from at full speed; freed with the object."""
+class DeviceMemory(_Memory):
+    """On the GPU."""
 
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = max(nbytes, 1)
-        self.address = int(call("cudaMallocHost", self.nbytes))
+    _allocate, _free = "cudaMalloc", "cudaFree"
 
-    def __del__(self) -> None:
-        address = getattr(self, "address", 0)
-        if address and _alive():
-            runtime().cudaFreeHost(address)
+
+class PinnedMemory(_Memory):
+    """On the host and page-locked: copies to and from the GPU run at full speed."""
+
+    _allocate, _free = "cudaMallocHost", "cudaFreeHost"
 
 
 def _alive() -> bool:

@@ -591,14 +591,12 @@ class _Graph:
         name = "shape_" + "_".join(re.sub("-", "m", str(size)) for size in shape)
         return self.node("Reshape", [x, self.constant(name, np.array(shape, np.int64))], output=output)
 
-    def top_k(self, x: str, k: int, largest: bool = True) -> tuple[str, str]:
-        """The k largest (or smallest) along the last axis, sorted: values and int64 indices."""
+    def top_k(self, x: str, k: int) -> tuple[str, str]:
+        """The k largest along the last axis, sorted: values and int64 indices."""
         values, indices = f"topk_{len(self.nodes)}", f"topk_{len(self.nodes)}_index"
         count = self.constant(f"k_{k}", np.array([k], np.int64))
         self.nodes.append(
-            helper.make_node(
-                "TopK", [x, count], [values, indices], name=values, axis=-1, largest=int(largest), sorted=1
-            )
+            helper.make_node("TopK", [x, count], [values, indices], name=values, axis=-1, largest=1, sorted=1)
         )
         return values, indices
 

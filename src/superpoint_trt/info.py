@@ -57,18 +57,15 @@ def _checkpoint(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _onnx_model(path: Path) -> Iterator[tuple[str, str]]:
-    import onnx
-    from google.protobuf.message import DecodeError
+    from superpoint_trt.precision import parse_onnx
 
     data = read_bytes(path, "model")
+    model = parse_onnx(data, path)
     try:
-        model = onnx.load_model_from_string(data)
         metadata = {str(entry.key): str(entry.value) for entry in model.metadata_props}
         tensors = ["; ".join(map(_tensor, values)) for values in (model.graph.input, model.graph.output)]
-    except (DecodeError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:  # text that is none
         raise SuperPointError(f"{path} is not an ONNX model, or is damaged: {one_line(error)}.") from error
-    if not model.graph.node:
-        raise SuperPointError(f"{path} is not an ONNX model: it has no graph.")
     yield "file", f"{path} ({_size(path)})"
     yield "made by", f"{model.producer_name or 'unknown'} {model.producer_version}".strip()
     yield "opset", ", ".join(str(opset.version) for opset in model.opset_import if opset.domain in ("", "ai.onnx"))

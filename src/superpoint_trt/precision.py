@@ -63,21 +63,30 @@ def load_onnx(path: PathLike) -> onnx.ModelProto:
     Raises:
         SuperPointError: no ONNX, damaged, or with its weights in another file.
     """
-    from google.protobuf.message import DecodeError
-
-    data = read_bytes(path, "model")
-    try:
-        model = onnx.load_model_from_string(data)
-    except (DecodeError, ValueError, TypeError) as error:
-        raise SuperPointError(f"{path} is not an ONNX model, or is damaged: {one_line(error)}.") from error
-    if not model.graph.node:
-        raise SuperPointError(f"{path} is not an ONNX model: it has no graph.")
+    model = parse_onnx(read_bytes(path, "model"), path)
     outside = [w.name for w in model.graph.initializer if w.data_location == TensorProto.EXTERNAL]
     if outside:
         raise SuperPointError(
             f"{path} keeps its weights ({outside[0]}, ...) in another file; make it one file: "
             "onnx.save(onnx.load(path), path)."
         )
+    return model
+
+
+def parse_onnx(data: bytes, path: PathLike) -> onnx.ModelProto:
+    """A file's bytes as a model.
+
+    Raises:
+        SuperPointError: no ONNX, or damaged.
+    """
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_model_from_string(data)
+    except (DecodeError, ValueError, TypeError) as error:
+        raise SuperPointError(f"{path} is not an ONNX model, or is damaged: {one_line(error)}.") from error
+    if not model.graph.node:
+        raise SuperPointError(f"{path} is not an ONNX model: it has no graph.")
     return model
 
 
