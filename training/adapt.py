@@ -24,7 +24,7 @@ AREA_PER_POINT_PX2 = 200.0
 """As many points at most as one in this area."""
 NMS_PX = 4
 LEAST = 0.004
-"""Share of views that must agree to within a pixel."""
+"""Share of views that must agree to within about a pixel."""
 WORST_WORTH = 0.3
 """Of an image's last point; its best is worth 1, those between by rank. So scores come to be ordered by repeatability."""
 
@@ -59,7 +59,7 @@ def adapt(
         canvas = bank.images[index].float().mean(dim=0)[None, None] / 255
         heard = [observe(net, canvas, bank.sizes[index], batch, view_hw) for _ in range(-(-views // batch))]
         fired, seen = (torch.stack(part).sum(dim=0) for part in zip(*heard))
-        agreement = F.avg_pool2d(fired / seen.clamp(min=1), 3, 1, 1) * 9
+        agreement = _blur(fired / seen.clamp(min=1))
         found.append(_points(agreement, bank.sizes[index], most, worst_worth))
         if progress:
             progress(index + 1, len(bank))
@@ -104,8 +104,17 @@ def _points(agreement: Tensor, size_hw: Tensor, most: int, worst_worth: float) -
 
 
 def _refine(agreement: Tensor, flat: Tensor) -> Tensor:
-    """(N, 2): from a peak's pixel to the centre of mass of the 5 x 5 px around it."""
-    around = F.unfold(agreement, 5, padding=2)[0].T[flat]
-    weight = (around - around.amin(dim=1, keepdim=True)) ** 2
-    offset = pixel_grid(5, 5, agreement.device) - 2
-    return (weight @ offset) / weight.sum(dim=1, keepdim=True).clamp(min=1e-12)
+    """(N, 2): from a peak's pixel to the top of the parabola through it and its neighbours, along each axis."""
+    around = F.unfold(agreement, 3, padding=1)[0].T[flat]
+    here = around[:, 4]
+
+    def top(before: Tensor, after: Tensor) -> Tensor:
+        return ((after - before) / (2 * (2 * here - before - after)).clamp(min=1e-9)).clamp(-0.5, 0.5)
+
+    return torch.stack([top(around[:, 3], around[:, 5]), top(around[:, 1], around[:, 7])], dim=1)
+
+
+def _blur(heat: Tensor) -> Tensor:
+    """(1, 1, S, S): about how often the detector fired within a pixel of each pixel, nearer ones counting more."""
+    bell = torch.exp(-0.5 * torch.arange(-2, 3, device=heat.device).float() ** 2)
+    return F.conv2d(F.conv2d(heat, bell.view(1, 1, 1, 5), padding=(0, 2)), bell.view(1, 1, 5, 1), padding=(2, 0))
