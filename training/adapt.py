@@ -1,7 +1,7 @@
 """Homographic adaptation (DeTone et al. 2018, section 5): a detector's own answer, made repeatable.
 
-The detector looks at many views of each image, in changing light too; what it finds is carried back and averaged. Places
-that many views agree on become the interest points to learn.
+The detector looks at many views of each image, in changing light too; what it finds is carried back and averaged.
+Places that many views agree on become the interest points to learn.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NMS_PX = 4
 LEAST = 0.004
 """Share of views that must agree to within about a pixel."""
 WORST_WORTH = 0.3
-"""Of an image's last point; its best is worth 1, those between by rank. So scores come to be ordered by repeatability."""
+"""Of an image's last point; its best is worth 1, those between by rank, so scores come to follow repeatability."""
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def _heat(net: SuperPointNet, image: Tensor) -> Tensor:
 
 
 def _points(agreement: Tensor, size_hw: Tensor, most: int, worst_worth: float) -> tuple[Tensor, Tensor]:
-    """xy (most, 2) to a fraction of a pixel, and worth (most,), of the places with the most agreement."""
+    """The places with the most agreement: xy (most, 2) to a fraction of a pixel, and worth (most,)."""
     height, width = agreement.shape[2:]
     peak = (agreement == F.max_pool2d(agreement, 2 * NMS_PX + 1, 1, NMS_PX)) & (agreement > LEAST)
     allowed = min(most, int(size_hw.prod().item() / AREA_PER_POINT_PX2), height * width)

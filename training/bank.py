@@ -31,7 +31,7 @@ class Bank:
         return replace(self, xy=xy, worth=worth)
 
     def points(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """xy (B, K, 2) and worth (B, K) of some images; none where the bank has no points."""
+        """Of some images: xy (B, K, 2) and worth (B, K); none where the bank has no points."""
         if self.xy is None or self.worth is None:
             return self.sizes.new_zeros(len(index), 0, 2), self.sizes.new_zeros(len(index), 0)
         return self.xy[index], self.worth[index]

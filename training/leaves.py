@@ -1,5 +1,7 @@
-"""Dead leaves: images of occluding shapes whose sizes follow a power law, as in natural scenes (Lee et al. 2001), each
-filled with a plain colour, a texture, or a piece of a photograph. Drawn on the GPU."""
+"""Dead leaves: occluding shapes whose sizes follow a power law, as in natural scenes (Lee et al. 2001).
+
+Each is filled with a plain colour, a texture, or a piece of a photograph. Drawn on the GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from training.bank import Bank
 from training.geometry import inverse, pixel_grid, rotation, scaling, translation, uniform, warp
-from training.shapes import _polygon_distance
+from training.shapes import polygon_distance
 
 SIDE_PX = 512
 RADIUS_PX = (7.0, 160.0)
@@ -57,7 +59,7 @@ def _leaf_distance(pixels: Tensor, count: int, leaf: int, device: torch.device) 
         return warp(pixels, inverse(place)).norm(dim=-1) - 1
     jitter = uniform((count, sides), -0.3, 0.3, device)
     angle = (torch.arange(sides, device=pixels.device) + jitter) * 2 * math.pi / sides
-    return _polygon_distance(pixels, warp(torch.stack([angle.cos(), angle.sin()], dim=-1), place))
+    return polygon_distance(pixels, warp(torch.stack([angle.cos(), angle.sin()], dim=-1), place))
 
 
 def _colour(count: int, device: torch.device) -> Tensor:
@@ -67,7 +69,7 @@ def _colour(count: int, device: torch.device) -> Tensor:
 
 
 def _texture(count: int, photos: Bank, kind: int, device: torch.device) -> Tensor:
-    """(B, 3, S, S) float: the first kinds are pieces of photographs, the rest noise whose power falls with frequency."""
+    """(B, 3, S, S) float: pieces of photographs, or noise whose power falls with frequency."""
     if kind < TEXTURES // 2:
         return _photo_piece(count, photos, device)
     noise = torch.zeros(count, 3, SIDE_PX, SIDE_PX, device=device)

@@ -96,8 +96,10 @@ def _shown(xy: Tensor, inside: Tensor) -> Tensor:
 def descriptor_loss(
     first: Tensor, second: Tensor, points: tuple[Tensor, Tensor, Tensor], group: int
 ) -> tuple[Tensor, Tensor]:
-    """Each point must know its partner among all points of `group` pairs: cross-entropy over cosine similarities, both
-    ways (InfoNCE, van den Oord et al. 2018; on descriptors sampled as at inference).
+    """Each point must know its partner among all points of `group` pairs.
+
+    Cross-entropy over cosine similarities, both ways (InfoNCE, van den Oord et al. 2018), on descriptors sampled as at
+    inference.
 
     Args:
         first: (B, D, H/8, W/8) coarse descriptors of the first views, not normalised.

@@ -7,6 +7,7 @@ A corner is lost when a later layer covers it, or when it has hardly any contras
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class _Picture:
 
     def polygon(self, vertices: Tensor, colour: Tensor, corners: Tensor | None = None) -> None:
         """Paints convex polygons, (B, V, 2) anticlockwise in a frame where y points down, in (B,) gray."""
-        self._paint(lambda xy: _polygon_distance(xy, vertices), colour, vertices if corners is None else corners)
+        self._paint(lambda xy: polygon_distance(xy, vertices), colour, vertices if corners is None else corners)
 
     def ellipse(self, centre: Tensor, axes: Tensor, angle: Tensor, colour: Tensor) -> None:
         to_unit = inverse(translation(centre) @ rotation(angle) @ scaling(axes))
@@ -70,7 +71,7 @@ class _Picture:
             .expand(self.count, -1, -1),
             matrix,
         )
-        self._cover(lambda xy: _polygon_distance(xy, frame))
+        self._cover(lambda xy: polygon_distance(xy, frame))
         before = self.gray
         self.gray = torch.where(within, painted, before)
         i, j = torch.meshgrid(
@@ -92,7 +93,7 @@ class _Picture:
         along_column = torch.maximum((ul - ll).abs(), (ur - lr).abs())
         return (along_row > LEAST_CONTRAST) & (along_column > LEAST_CONTRAST)
 
-    def _paint(self, distance, colour: Tensor, corners: Tensor) -> None:
+    def _paint(self, distance: Callable[[Tensor], Tensor], colour: Tensor, corners: Tensor) -> None:
         self._cover(distance)
         corners = corners.reshape(self.count, -1, 2)
         seen = (self._at(corners, self.gray) - colour[:, None]).abs() > LEAST_CONTRAST
@@ -107,7 +108,7 @@ class _Picture:
         x, y = fine[..., 0].clamp(0, width - 1), fine[..., 1].clamp(0, height - 1)
         return gray.gather(1, y * width + x)
 
-    def _cover(self, distance) -> None:
+    def _cover(self, distance: Callable[[Tensor], Tensor]) -> None:
         if self.xy.shape[1]:
             self.alive &= distance(self.xy) > COVERED_PX
 
@@ -117,7 +118,7 @@ class _Picture:
         self.alive = torch.cat([self.alive, seen & within], dim=1)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """images (B, H, W) uint8, xy (B, MOST_POINTS, 2), worth (B, MOST_POINTS)."""
+        """The images (B, H, W) uint8, xy (B, MOST_POINTS, 2), worth (B, MOST_POINTS)."""
         height, width = SIZE_HW
         image = F.avg_pool2d(self.gray.view(-1, 1, height * FINE, width * FINE), FINE)[:, 0]
         pad = max(0, MOST_POINTS - self.xy.shape[1])
@@ -127,7 +128,7 @@ class _Picture:
         return (image * 255).round().to(torch.uint8), chosen, alive.gather(1, keep).float()
 
 
-def _polygon_distance(xy: Tensor, vertices: Tensor) -> Tensor:
+def polygon_distance(xy: Tensor, vertices: Tensor) -> Tensor:
     """(B, N) signed distance of points (B, N, 2) to the nearest side's line; negative inside."""
     edges = vertices.roll(-1, 1) - vertices
     normal = torch.stack([edges[..., 1], -edges[..., 0]], dim=-1)

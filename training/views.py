@@ -105,7 +105,7 @@ def _mix(colour: Tensor) -> Tensor:
     return (colour.float() * weights[..., None, None]).sum(dim=1, keepdim=True)
 
 
-# ------------------------------------------------------------------------------------------------------- light and noise
+# ------------------------------------------------------------------------------------------------------ light and noise
 
 
 def disturb(image: Tensor) -> Tensor:

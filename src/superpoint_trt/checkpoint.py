@@ -174,7 +174,7 @@ def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
 
 
 def without_batchnorm(checkpoint: Checkpoint) -> Checkpoint:
-    """The same network with every BatchNorm folded into the convolution in front of it, in float64: exact up to rounding.
+    """The same network with every BatchNorm folded into its convolution, in float64: exact up to rounding.
 
     Raises:
         SuperPointError: BatchNorm comes after the ReLU, where it cannot be folded away.
