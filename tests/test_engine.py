@@ -65,7 +65,7 @@ def test_everything_builds(model_file, tmp_path, kind, precision, dynamic, opset
 
 
 @pytest.mark.parametrize("kind", ["dense", "keypoints", "heads"])
-@pytest.mark.parametrize("layout", ["real-v6", "real-amd"])
+@pytest.mark.parametrize("layout", ["packaged", "real-v6"])
 def test_the_network_has_the_types_of_the_graph(model_file, layout, kind):
     """What TensorRT's own parser makes of the typed graph: fp16 convolutions, three casts, nothing else fp16."""
     tensorrt = trt.load(Flavour.RTX)
@@ -143,7 +143,7 @@ def test_progress_comes_from_the_builder(model_file, tmp_path):
 @pytest.mark.parametrize("radius", [1, 4, 8, 9])
 def test_the_form_for_tensorrt_8_finds_the_same(model_file, radius):
     """Run in onnxruntime; on the GPU tests/gpu hold it against PyTorch."""
-    source = onnx.load(model_file("keypoints", "real-v6", decode=DecodeOptions(nms_radius_px=radius)))
+    source = onnx.load(model_file("keypoints", "packaged", decode=DecodeOptions(nms_radius_px=radius)))
     shifted = engines.shift_windows(source)
     pools = [node for node in shifted.graph.node if node.op_type == "MaxPool" and "pool_" in node.name]
     assert len(pools) == (10 if radius == 9 else 0)

@@ -129,7 +129,8 @@ def test_banks_join_in_the_shares_asked_for(bank):
 # --------------------------------------------------------------------------------------------------------------- losses
 
 
-def test_detector_targets_name_the_pixel_of_the_cell():
+def test_detector_targets_name_the_pixel_of_the_cell(monkeypatch):
+    monkeypatch.setattr(losses, "AREA_PER_LABEL_PX2", 64)
     inside = torch.ones(1, 1, 16, 24)
     inside[..., 20:] = 0
     xy = torch.tensor([[[9.0, 3.0], [2.2, 10.8], [4.0, 11.0], [100.0, 3.0], [-3.0, 3.0]]])
@@ -140,6 +141,13 @@ def test_detector_targets_name_the_pixel_of_the_cell():
     assert target[0, 3 * 8 + 2, 1, 0] == 1  # the point beside it is too near, and less worthy
     assert target[0, 64, 0, 0] == 1
     assert counts.tolist() == [[[True, True, False], [True, True, False]]]
+
+
+def test_a_view_learns_no_more_points_than_a_detector_can_rank(monkeypatch):
+    monkeypatch.setattr(losses, "AREA_PER_LABEL_PX2", 1300)
+    xy = torch.tensor([[[4.0 + 10 * k, 4.0 + 10 * k] for k in range(6)]])
+    target, _ = losses.detector_targets(xy, torch.linspace(0.9, 0.4, 6)[None], torch.ones(1, 1, 64, 64))
+    assert target[0, :64].sum() == pytest.approx(sum(torch.linspace(0.9, 0.4, 6)[:3].tolist()))
 
 
 def test_detector_loss_is_the_entropy_at_best_and_counts_what_counts():
@@ -216,7 +224,7 @@ def test_adaptation_finds_what_the_detector_sees_in_every_view(monkeypatch):
         for dx in range(-1, 2):
             canvas[0, :, spots[:, 1] + dy, spots[:, 0] + dx] = 255
     image = Bank(canvas, torch.tensor([[112.0, 128.0]]), torch.ones(1))
-    found = adapt(BrightSpots(), image, views=24, batch=8, view_hw=(96, 128), worst_worth=0.25)
+    found = adapt(BrightSpots(), image, views=24, batch=8, view_hw=(96, 128), worth_halves=0.25)
     best = found.xy[0, :3]
     assert torch.cdist(best, spots.float()).amin(dim=1).max() < 0.6
     assert torch.cdist(spots.float(), best).amin(dim=1).max() < 0.6
