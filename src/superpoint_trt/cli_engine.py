@@ -84,7 +84,7 @@ def build_engine(onnx: str, engine: str, options: Any, test: bool) -> None:
 
 def _try_engine(engine: str) -> None:
     """One picture through a fresh engine; the second call is timed."""
-    from superpoint_trt.benchmark import synthetic_photograph
+    from superpoint_trt.image import synthetic_photograph
 
     with open_model(engine) as superpoint:
         model = superpoint.description

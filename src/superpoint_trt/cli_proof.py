@@ -35,7 +35,8 @@ def verify(
 ) -> None:
     """Prove that a converted model finds the points of its fp32 reference; exit code 1 if a gate fails."""
     from superpoint_trt.files import check_distinct, check_writable
-    from superpoint_trt.verify import find_images, verify
+    from superpoint_trt.image import find_images
+    from superpoint_trt.verify import verify
 
     for path, other in ((report_path, json_path), (json_path, None)):
         if path:

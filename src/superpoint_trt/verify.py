@@ -18,7 +18,7 @@ from superpoint_trt.backends import CHECKPOINT_SUFFIXES, Outputs, open_backend
 from superpoint_trt.diagnose import Finding
 from superpoint_trt.extractor import SuperPoint
 from superpoint_trt.files import PathLike, named
-from superpoint_trt.image import Placement
+from superpoint_trt.image import Placement, find_images
 from superpoint_trt.matching import match
 from superpoint_trt.spec import (
     DecodeOptions,
@@ -35,8 +35,6 @@ from superpoint_trt.spec import (
 FOUND_WITHIN_PX = 1.0
 CORRECT_WITHIN_PX = 3.0
 """Of a match under the known homography."""
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 
 NOT_FINITE = float(np.finfo(np.float32).max)
 
@@ -288,23 +286,6 @@ def _with_names(image_paths: PathLike | Iterable[PathLike], most: int | None) ->
         return []
     above = os.path.commonpath([Path(os.path.abspath(path)).parent for path in paths])
     return [(Path(os.path.relpath(path, above)).as_posix(), path) for path in paths]
-
-
-def find_images(folder: PathLike, limit: int | None = None) -> list[Path]:
-    """The image files below a folder, sorted by path; a single file is itself.
-
-    Raises:
-        SuperPointError: no such path, or no image below it.
-    """
-    folder = Path(folder)
-    if folder.is_file():
-        return [folder]
-    if not folder.is_dir():
-        raise SuperPointError(f"images {folder} do not exist; expected a folder of images or one image.")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise SuperPointError(f"{folder} holds no image; names should end in {', '.join(IMAGE_SUFFIXES)}.")
-    return found[:limit]
 
 
 # -------------------------------------------------------------------------------------------------------- the reference
