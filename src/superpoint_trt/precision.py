@@ -36,6 +36,9 @@ _AFTER_CONVOLUTION = {"BatchNormalization", "Relu", "Transpose", "Reshape", "Gat
 """What still gets the low type behind a last convolution: its own BatchNorm and ReLU, and what only moves values, which
 the cast may just as well follow."""
 
+_IN_A_KERNEL = {"LeakyRelu", "PRelu", "Clip", "MaxPool", "AveragePool", "Identity"}
+"""What else may become part of a quantised convolution's kernel, or run in its type."""
+
 _FP16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -333,7 +336,7 @@ def quantised_chain(graph: onnx.GraphProto) -> set[str]:
         if node.op_type == "Conv":
             belongs = node.input[0] in pairs
         else:
-            belongs = node.op_type in _BETWEEN_CONVOLUTIONS | _AFTER_CONVOLUTION and node.input[0] in chain
+            belongs = node.op_type in _IN_A_KERNEL | _AFTER_CONVOLUTION and node.input[0] in chain
         if belongs:
             chain.update(node.output)
     return chain
