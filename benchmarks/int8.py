@@ -25,7 +25,7 @@ from superpoint_trt import engine as engines
 from superpoint_trt.export import ExportOptions, export
 from superpoint_trt.precision import load_onnx
 from superpoint_trt.quantize import quantize, split_image
-from superpoint_trt.spec import OutputType, Precision
+from superpoint_trt.spec import OutputType, Precision, SuperPointError
 
 CALLS_PER_TURN = 50
 TARGETS = {1: 1.3, 8: 1.4}
@@ -55,7 +55,16 @@ def build(folder: Path, weights: str, ranges, variant: str, batch: int, level: i
         options = engines.BuildOptions(
             precision, workspace_gib=4.0, timing_cache=folder / "timing.cache", optimization_level=level
         )
-        print(f"built {path.name} in {engines.build(model, path, options).build['seconds']} s", flush=True)
+        try:
+            metadata = engines.build(model, path, options)
+        except SuperPointError as error:
+            if precision is not Precision.INT8:
+                raise
+            print(f"{path.name}: {error}\n{path.name}: tried again without layer constraints", flush=True)
+            constrain, engines._constrain_types = engines._constrain_types, lambda *_: None
+            metadata = engines.build(model, path, options)
+            engines._constrain_types = constrain
+        print(f"built {path.name} in {metadata.build['seconds']} s", flush=True)
     return path
 
 

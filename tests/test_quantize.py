@@ -8,16 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import onnxruntime
-import pytest
 from conftest import photograph
-from onnx import TensorProto, numpy_helper
-from test_precision import foreign, graph_of
+from test_precision import graph_of
 
 from superpoint_trt import engine as engines
 from superpoint_trt.calibration import Calibration, Method
-from superpoint_trt.precision import QUANTISED_TYPES, convolution_type, convolutions, to_precision
-from superpoint_trt.quantize import kept_layers, quantize, split_image
-from superpoint_trt.spec import Precision, SuperPointError
+from superpoint_trt.precision import convolutions, to_precision
+from superpoint_trt.quantize import quantize
+from superpoint_trt.spec import Precision
 
 KINDS = ["dense", "keypoints", "heads"]
 
@@ -35,7 +33,7 @@ def run_in_onnxruntime(model: onnx.ModelProto, height=48, width=64) -> list[np.n
     return onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, {"image": image})
 
 
-# ------------------------------------------------------------------------------------------------------- what 8.6 is told
+# ----------------------------------------------------------------------------------------------------- what 8.6 is told
 
 
 class Layer(enum.Enum):

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Union
+from typing import Any, Callable, TypeVar, Union
 
 import numpy as np
 import onnx
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from superpoint_trt import image as images
+from superpoint_trt.equalise import equalise, factors, sites
 from superpoint_trt.files import (
     PathLike,
     check_writable,
@@ -40,12 +41,15 @@ FEW_IMAGES = 32
 """Below, the ranges depend on which images they are; published practice is a few hundred."""
 MOST_IMAGES = 10_000
 MOST_HELD_OUT = 16
+CHANNEL_IMAGES = 32
+"""On so many the channels are compared; the factors are a balance, not a limit, so few are enough."""
 BINS = 4096
 LEVELS = 128
 """Magnitudes that int8 has for either sign, 0 included."""
 _BLANK = 2.0 / 255.0
 """An image whose brightest and darkest pixel differ by no more than this holds nothing."""
 _CHUNK = 1 << 20
+_T = TypeVar("_T")
 
 
 class Method(str, enum.Enum):
@@ -68,6 +72,8 @@ class CalibrationOptions:
     """At most so many images, evenly over the folder."""
     percentile: float = 99.99
     """Of all values, zeros included; for `Method.PERCENTILE`."""
+    equalise: bool = True
+    """Bring the channels of each tensor to like ranges first, which changes no result (`equalise`)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MOST_IMAGES:
@@ -91,6 +97,8 @@ class Calibration:
     """Name of each image below its folder -> SHA-256 of the file, or of the pixels of a synthetic one."""
     ranges: dict[str, float]
     """Tensor name -> largest magnitude to represent, in the graph's order."""
+    channels: dict[str, list[float]] = field(default_factory=dict)
+    """Tensor name -> factor of each channel (`equalise.factors`), which the ranges are measured with."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What the user should know of the images; not written."""
 
@@ -109,6 +117,7 @@ class Calibration:
             "checkpoint_sha256": self.checkpoint_sha256,
             "ranges": self.ranges,
             "images": self.images,
+            "channels": {name: " ".join(f"{value:g}" for value in values) for name, values in self.channels.items()},
         }
         return (json.dumps(flat, indent=1) + "\n").encode()
 
@@ -134,6 +143,7 @@ class Calibration:
                 checkpoint_sha256=flat["checkpoint_sha256"],
                 images={str(name): str(value) for name, value in flat["images"].items()},
                 ranges=ranges,
+                channels={str(name): [float(f) for f in text.split()] for name, text in flat["channels"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SuperPointError(
@@ -187,10 +197,10 @@ def split(folder: PathLike, count: int) -> ImageSet:
     return ImageSet(_evenly(rest, count), held_out)
 
 
-def _evenly(paths: Sequence[Path], count: int) -> list[Path]:
-    if count >= len(paths):
-        return list(paths)
-    return [paths[(2 * index + 1) * len(paths) // (2 * count)] for index in range(count)]
+def _evenly(items: Sequence[_T], count: int) -> list[_T]:
+    if count >= len(items):
+        return list(items)
+    return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
 
 
 def synthetic_images(count: int, size_hw: tuple[int, int]) -> list[tuple[str, NDArray[np.uint8]]]:
@@ -230,7 +240,8 @@ def calibrate(
     source = load_onnx(model)
     check_quantisable(source)
     description = described(source, model)
-    activations = _Activations(source, model)
+    channels = _channels(source, given, description, model) if options.equalise else {}
+    activations = _Activations(equalise(source, channels), model)
     histograms = {name: Histogram() for name in activations.names}
     used: dict[str, str] = {}
     sizes: list[images.Placement] = []
@@ -239,7 +250,7 @@ def calibrate(
         try:
             name, digest, gray = _read(one, used)
             placement = images.place(gray.shape[:2], description)
-            for tensor, values in activations(images.to_input(gray, placement)).items():
+            for tensor, values in activations(images.to_input(gray, placement)):
                 histograms[tensor].add(values)
             used[name] = digest
             sizes.append(placement)
@@ -256,8 +267,28 @@ def calibrate(
         checkpoint_sha256=description.checkpoint_sha256,
         images=used,
         ranges={name: _range(name, histogram, options) for name, histogram in histograms.items()},
+        channels=channels,
         notes=(*notes, *_doubts(sizes)),
     )
+
+
+def _channels(
+    source: onnx.ModelProto, given: Sequence[Given], description: ModelDescription, path: PathLike
+) -> dict[str, list[float]]:
+    """Factors that equalise channels, from their largest magnitudes on a few of the images."""
+    wanted = sites(source)
+    activations = _Activations(source, path)
+    largest: dict[str, NDArray[np.floating]] = {}
+    for one in _evenly(given, CHANNEL_IMAGES):
+        try:
+            gray = _read(one, {})[2]
+            tensors = dict(activations(images.to_input(gray, images.place(gray.shape[:2], description))))
+        except SuperPointError:  # the second pass over the images says so
+            continue
+        for name in wanted:
+            peak = np.abs(tensors[name]).max(axis=(0, 2, 3))
+            largest[name] = np.maximum(largest.get(name, peak), peak)
+    return factors(source, largest) if largest else {}
 
 
 def _read(one: Given, used: dict[str, str]) -> tuple[str, str, Float32]:
@@ -334,8 +365,8 @@ class _Activations:
             raise SuperPointError(f"{path} is not a model onnxruntime can load: {one_line(error)}.") from error
         self._inner = inner
 
-    def __call__(self, image: Float32) -> dict[str, Float32]:
-        """(H, W) -> the tensors by name."""
+    def __call__(self, image: Float32) -> Iterable[tuple[str, Float32]]:
+        """(H, W) -> name and values of each tensor."""
         batch = image[None, None]
         try:
             values = dict(zip(self._inner, self._session.run(self._inner, {INPUT_NAME: batch})))
@@ -343,7 +374,7 @@ class _Activations:
             raise SuperPointError(
                 f"onnxruntime failed on {image.shape[1]}x{image.shape[0]}: {one_line(error)}."
             ) from error
-        return {name: batch if name == INPUT_NAME else values[name] for name in self.names}
+        return [(name, batch if name == INPUT_NAME else values[name]) for name in self.names]
 
 
 # ----------------------------------------------------------------------------------------------------------- histograms

@@ -47,7 +47,7 @@ def verify(
         check_report()
     with progress_bar("verifying") as progress:
         found = verify(model, weights, images, _limits(gates), device, progress, limit)
-    _print_verification(found)
+    print_verification(found)
     if json_path:
         write_json(json_path, found.to_json())
     if report_path:
@@ -72,7 +72,8 @@ def _limits(gates: Sequence[str]) -> dict[str, float]:
     return limits
 
 
-def _print_verification(found: Any) -> None:
+def print_verification(found: Any) -> None:
+    """Prints the gates, what else was noticed, and the verdict."""
     click.echo(f"{'model':<14}{found.model}\n{'ran on':<14}{found.model_runtime}\n{'reference':<14}{found.reference}")
     click.echo(f"{'images':<14}{len(found.images)}")
     table = Table(f"gate ({found.precision.value})", "measured", "limit", "")

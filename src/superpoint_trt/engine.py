@@ -125,16 +125,11 @@ def build(
             carries TensorRT's own log lines. Nothing is written then.
     """
     options = options or BuildOptions()
-    engine = check_writable(engine)
-    check_distinct(engine, model, options.timing_cache)
-    check_distinct(check_writable(sidecar(engine)), model, options.timing_cache)
-    source = load_onnx(model)
-    tensorrt = load(options.runtime)
+    source, tensorrt, (targets, gpu_name) = check(model, engine, options)
+    engine = Path(engine)
     typed = _typed(source, options, model)
     profile = _profile(typed, options)
     description = with_profile(replace(described(typed, model), precision=options.precision), profile)
-    _check_fits(typed, options, tensorrt, model)
-    targets, gpu_name = _targets(options, tensorrt)
     started = time.monotonic()
     with tensorrt.explaining(f"building {engine} of {model} failed") as log:
         plan = _Build(tensorrt, options, log).plan(typed, profile, targets, progress)
@@ -159,6 +154,28 @@ def build(
     write_atomically(engine, plan)
     write_atomically(sidecar(engine), metadata.to_json())
     return metadata
+
+
+def check(
+    model: PathLike, engine: PathLike, options: BuildOptions
+) -> tuple[onnx.ModelProto, TensorRT, tuple[tuple[str, ...], str | None]]:
+    """Refuses what `build` would refuse, short of ranges, before minutes are spent on measuring those.
+
+    Returns:
+        The model, the TensorRT, and the compute capabilities to build for with the name of the GPU here.
+
+    Raises:
+        SuperPointError: as `build`.
+    """
+    engine = check_writable(engine)
+    for output in (engine, check_writable(sidecar(engine))):
+        check_distinct(output, model, options.timing_cache, options.calibration)
+    source = load_onnx(model)
+    tensorrt = load(options.runtime)
+    _profile(source, options)
+    described(source, model)
+    _check_fits(source, options, tensorrt, model)
+    return source, tensorrt, _targets(options, tensorrt)
 
 
 class _Build:

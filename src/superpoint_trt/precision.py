@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from superpoint_trt.files import PathLike, check_distinct, check_writable, one_line, read_bytes, write_atomically
 from superpoint_trt.recognise import describe
-from superpoint_trt.spec import ModelDescription, Precision, SuperPointError
+from superpoint_trt.spec import OUTPUT_NAMES, ModelDescription, OutputType, Precision, SuperPointError
 
 LOW_TYPES = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
 """What this stage can write; fp32 and tf32 are the fp32 graph itself."""
@@ -178,6 +178,49 @@ def to_precision(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProt
         raise SuperPointError(f"precision {precision.value} is no plain type; expected fp32, tf32, fp16 or bf16.")
     note_metadata(typed, precision=(found if found and quantised else precision).value)
     return typed
+
+
+def raw_heads(model: onnx.ModelProto, path: PathLike) -> onnx.ModelProto:
+    """A model of any type cut back to its two raw heads: the same network as `heads`.
+
+    Args:
+        model: whose last convolutions are the heads; left as it is.
+        path: for the error.
+
+    Raises:
+        SuperPointError: it has not exactly two last convolutions, one of 65 channels (stride 8).
+    """
+    description = described(model, path)
+    cut = copy.deepcopy(model)
+    ends = _last_convolutions(cut.graph)
+    known = constants(cut.graph)
+    channels = {name_of(node): known[node.input[1]].dims[0] for node in ends if node.input[1] in known}
+    cells = description.stride_px**2 + 1
+    if len(channels) != 2 or list(channels.values()).count(cells) != 1:
+        raise SuperPointError(f"{path} ends in convolutions of {channels} channels; expected {cells} and descriptors.")
+    names = OUTPUT_NAMES[OutputType.HEADS]
+    del cut.graph.output[:]
+    for node in ends:
+        name = names[0] if channels[name_of(node)] == cells else names[1]
+        if node.output[0] != name:
+            cut.graph.node.append(helper.make_node("Identity", [node.output[0]], [name], name=name))
+        cut.graph.output.append(
+            helper.make_tensor_value_info(name, _FULL_TYPE, ["b", channels[name_of(node)], "h", "w"])
+        )
+    note_metadata(cut, type=OutputType.HEADS.value)
+    return cut
+
+
+def _last_convolutions(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Convolutions that no other reads, by whatever way."""
+    leads: set[str] = set()  # tensors that lead to a convolution
+    last = []
+    for node in reversed(graph.node):
+        if node.op_type == "Conv" and node.output[0] not in leads:
+            last.append(node)
+        if node.op_type == "Conv" or any(name in leads for name in node.output):
+            leads.update(node.input)
+    return last
 
 
 def has_low_type(model: onnx.ModelProto) -> bool:

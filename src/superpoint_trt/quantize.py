@@ -18,6 +18,7 @@ import copy
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,40 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from superpoint_trt.calibration import Calibration, check_quantisable
-from superpoint_trt.files import one_line
-from superpoint_trt.precision import QUANTISED_TYPES, constants, convolutions, name_of, note_metadata
+from superpoint_trt.calibration import Calibration, check_quantisable, check_same_network, load
+from superpoint_trt.equalise import equalise
+from superpoint_trt.files import PathLike, one_line, write_atomically
+from superpoint_trt.precision import (
+    QUANTISED_TYPES,
+    constants,
+    convolutions,
+    described,
+    load_onnx,
+    name_of,
+    note_metadata,
+)
 from superpoint_trt.spec import Precision, SuperPointError
+
+
+def quantize_file(
+    model: PathLike, output: PathLike, ranges: PathLike, precision: Precision = Precision.INT8, keep: Sequence[str] = ()
+) -> Path:
+    """As `quantize`, from file to file.
+
+    Args:
+        model: fp32 SuperPoint .onnx.
+        output: the .onnx; written beside and renamed.
+        ranges: what `calibration.save` wrote.
+        precision: INT8 or FP8.
+        keep: name patterns of convolutions to leave alone, besides the first.
+
+    Raises:
+        SuperPointError: as `quantize`, or the ranges are of another network; nothing is written then.
+    """
+    source = load_onnx(model)
+    found = load(ranges)
+    check_same_network(found, described(source, model), model)
+    return write_atomically(output, quantize(source, found, precision, keep).SerializeToString())
 
 
 @dataclass(frozen=True)
@@ -77,7 +108,7 @@ def quantize(
     chosen = [name for name in convolutions(model) if name not in kept]
     if not chosen:
         raise SuperPointError(f"nothing is left to quantise: all convolutions are kept ({', '.join(kept)}).")
-    quantised = with_opset(model, KINDS[precision].opset)
+    quantised = with_opset(equalise(model, calibration.channels), KINDS[precision].opset)
     _Insertion(quantised, calibration, precision).run(set(chosen))
     note_metadata(quantised, precision=precision.value, calibration=calibration.summary(), kept_layers=" ".join(kept))
     return onnx.shape_inference.infer_shapes(quantised)
