@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from superpoint_trt.cli_quantize import CalibrationFlags, calibrated, calibration_options, prove
+from superpoint_trt.cli_quantize import CalibrationFlags, calibrated, calibration_options, check_ranges_given, prove
 from superpoint_trt.spec import ENGINE_SUFFIXES, Precision, SuperPointError
 from superpoint_trt.terminal import builder_progress, open_model, print_info
 from superpoint_trt.trt import Flavour
@@ -93,10 +93,11 @@ def _build_quantised(onnx: str, engine: str, options: Any, test: bool, flags: Ca
     from superpoint_trt.precision import load_onnx, quantised_type
     from superpoint_trt.quantize import quantize_file
 
-    engines.check(onnx, engine, options)  # minutes of calibration should not end in "no GPU"
     if quantised_type(load_onnx(onnx)):
         _build(onnx, engine, replace(options, calibration=flags.file, keep_fp16=flags.keep_fp16), test)
         return
+    check_ranges_given(flags, options.precision.value)
+    engines.check(onnx, engine, options)  # minutes of calibration should not end in "no GPU"
     ranges = calibrated(onnx, flags, options.precision.value)
     options = replace(options, calibration=ranges.path, keep_fp16=flags.keep_fp16)
     _build(onnx, engine, options, test)

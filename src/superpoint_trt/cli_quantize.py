@@ -78,6 +78,22 @@ class Calibrated:
     proof: Sequence[Path]
 
 
+def check_ranges_given(flags: CalibrationFlags, precision: str) -> None:
+    """Refuses to guess ranges.
+
+    Raises:
+        SuperPointError: neither images nor ranges.
+    """
+    from superpoint_trt.calibration import SYNTHETIC
+
+    if flags.images is None and flags.file is None:
+        raise SuperPointError(
+            f"precision {precision} needs ranges measured on images: give --calibration-images FOLDER (100 or more "
+            "photographs like those to come), --calibration FILE of an earlier run, or, only to try it out, "
+            f"--calibration-images {SYNTHETIC}."
+        )
+
+
 def calibrated(onnx: str, flags: CalibrationFlags, precision: str) -> Calibrated:
     """Measures ranges and writes them beside the .onnx, or takes those of an earlier run.
 
@@ -86,12 +102,6 @@ def calibrated(onnx: str, flags: CalibrationFlags, precision: str) -> Calibrated
     """
     from superpoint_trt import calibration as calibrations
 
-    if flags.images is None and flags.file is None:
-        raise SuperPointError(
-            f"precision {precision} needs ranges measured on images: give --calibration-images FOLDER (100 or more "
-            "photographs like those to come), --calibration FILE of an earlier run, or, only to try it out, "
-            f"--calibration-images {calibrations.SYNTHETIC}."
-        )
     given, proof = _images(onnx, flags)
     if flags.file is not None:
         return Calibrated(Path(flags.file), proof)
@@ -167,6 +177,7 @@ def quantize(onnx: str, output: str, precision: str, calibration: CalibrationFla
     if Path(output).suffix.lower() != ".onnx":
         raise SuperPointError(f"output {output}: a model's name ends in .onnx.")
     check_distinct(check_writable(output), onnx, calibration.file)
+    check_ranges_given(calibration, precision)
     check_quantisable(load_onnx(onnx))
     ranges = calibrated(onnx, calibration, precision)
     written = quantizing.quantize_file(onnx, output, ranges.path, Precision(precision), calibration.keep_fp16)

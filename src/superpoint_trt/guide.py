@@ -172,6 +172,13 @@ def convert_to_tensorrt(
 
     read_bytes(onnx, "model")
     check_writable(engine)
+    if int8 and not calib_images:
+        raise SuperPointError(
+            "--int8 needs calibration: --calib-images FOLDER, 100 or more photographs like those to come (or, only to "
+            "try it out, --calib-images synthetic)."
+        )
+    if calib_images and not int8:
+        raise SuperPointError("--calib-images is for --int8.")
     least, usual, most = ((sides[f"{name}_height"], sides[f"{name}_width"]) for name in ("min", "opt", "max"))
     # Without --dynamic-shapes the guide's engine takes one size: the one that a dynamic .onnx is tuned for.
     shapes = (least, usual, most) if dynamic_shapes else _one_size(onnx, usual)
