@@ -25,6 +25,7 @@ from superpoint_trt.files import (
     PathLike,
     check_writable,
     named,
+    names_below,
     one_line,
     read_bytes,
     sha256,
@@ -41,8 +42,10 @@ FEW_IMAGES = 32
 """Below, the ranges depend on which images they are; published practice is a few hundred."""
 MOST_IMAGES = 10_000
 MOST_HELD_OUT = 16
-CHANNEL_IMAGES = 32
+CHANNEL_IMAGES = 16
 """On so many the channels are compared; the factors are a balance, not a limit, so few are enough."""
+LONGEST_SIDE_PX = 1024
+"""A network of free size measures on no more: larger photographs take longer and show the same ranges."""
 BINS = 4096
 LEVELS = 128
 """Magnitudes that int8 has for either sign, 0 included."""
@@ -225,7 +228,7 @@ def calibrate(
         model: fp32 SuperPoint .onnx of any type.
         given: image files; or (name, array) as `SuperPoint.extract` takes arrays.
         options: method.
-        progress: called with (images done, in all).
+        progress: called with (images done, in all); those that channels are compared on count twice.
 
     Returns:
         The ranges. `notes` says which images could not be used, and what makes the set doubtful.
@@ -240,24 +243,25 @@ def calibrate(
     source = load_onnx(model)
     check_quantisable(source)
     description = described(source, model)
-    channels = _channels(source, given, description, model) if options.equalise else {}
+    compared = _evenly(given, CHANNEL_IMAGES) if options.equalise else []
+    steps = _Steps(len(compared) + len(given), progress)
+    channels = _channels(source, compared, description, model, steps) if compared else {}
     activations = _Activations(equalise(source, channels), model)
     histograms = {name: Histogram() for name in activations.names}
     used: dict[str, str] = {}
     sizes: list[images.Placement] = []
     notes: list[str] = []
-    for done, one in enumerate(given, start=1):
+    for name, one in zip(_names(given), given):
         try:
-            name, digest, gray = _read(one, used)
-            placement = images.place(gray.shape[:2], description)
+            digest, gray = _read(one, name)
+            placement = _place(gray, description)
             for tensor, values in activations(images.to_input(gray, placement)):
                 histograms[tensor].add(values)
             used[name] = digest
             sizes.append(placement)
         except SuperPointError as error:
             notes.append(f"left out: {error}")
-        if progress:
-            progress(done, len(given))
+        steps.advance()
     if not used:
         raise SuperPointError(f"none of the {len(given)} calibration images can be used; {notes[0]}")
     return Calibration(
@@ -272,32 +276,55 @@ def calibrate(
     )
 
 
+class _Steps:
+    """Counts what is done, for a progress bar."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def advance(self) -> None:
+        self._done += 1
+        if self._progress:
+            self._progress(self._done, self._total)
+
+
+def _place(gray: Float32, description: ModelDescription) -> images.Placement:
+    """As inference places an image; bounded where the network would take any size."""
+    return images.place(gray.shape[:2], description, LONGEST_SIDE_PX if description.dynamic else None)
+
+
 def _channels(
-    source: onnx.ModelProto, given: Sequence[Given], description: ModelDescription, path: PathLike
+    source: onnx.ModelProto, few: Sequence[Given], description: ModelDescription, path: PathLike, steps: _Steps
 ) -> dict[str, list[float]]:
     """Factors that equalise channels, from their largest magnitudes on a few of the images."""
     wanted = sites(source)
     activations = _Activations(source, path)
     largest: dict[str, NDArray[np.floating]] = {}
-    for one in _evenly(given, CHANNEL_IMAGES):
+    for name, one in zip(_names(few), few):
+        steps.advance()
         try:
-            gray = _read(one, {})[2]
-            tensors = dict(activations(images.to_input(gray, images.place(gray.shape[:2], description))))
+            gray = _read(one, name)[1]
+            tensors = dict(activations(images.to_input(gray, _place(gray, description))))
         except SuperPointError:  # the second pass over the images says so
             continue
-        for name in wanted:
-            peak = np.abs(tensors[name]).max(axis=(0, 2, 3))
-            largest[name] = np.maximum(largest.get(name, peak), peak)
+        for tensor in wanted:
+            peak = np.abs(tensors[tensor]).max(axis=(0, 2, 3))
+            largest[tensor] = np.maximum(largest.get(tensor, peak), peak)
     return factors(source, largest) if largest else {}
 
 
-def _read(one: Given, used: dict[str, str]) -> tuple[str, str, Float32]:
-    """Name, SHA-256 and pixels of one image that is worth measuring."""
+def _names(given: Sequence[Given]) -> list[str]:
+    """What each image is called in the ranges file: below the folder that all share, so no machine's own paths."""
+    below = iter(names_below([one for one in given if isinstance(one, Path)]))
+    return [next(below) if isinstance(one, Path) else one[0] for one in given]
+
+
+def _read(one: Given, name: str) -> tuple[str, Float32]:
+    """SHA-256 and pixels of one image that is worth measuring."""
     if isinstance(one, tuple):
-        name, digest = one[0], sha256(np.ascontiguousarray(one[1]).tobytes())
+        digest = sha256(np.ascontiguousarray(one[1]).tobytes())
         gray = images.to_gray(one[1])
     else:
-        name = one.name if one.name not in used else one.as_posix()
         digest = sha256(read_bytes(one, "image"))
         try:
             gray = images.to_gray(images.load_image(one))
@@ -305,7 +332,7 @@ def _read(one: Given, used: dict[str, str]) -> tuple[str, str, Float32]:
             raise SuperPointError(named(error, one)) from error
     if np.ptp(gray) <= _BLANK:
         raise SuperPointError(f"{one if isinstance(one, Path) else name} is blank: one gray everywhere.")
-    return name, digest, gray
+    return digest, gray
 
 
 def _doubts(sizes: Sequence[images.Placement]) -> Iterable[str]:

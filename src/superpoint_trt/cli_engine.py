@@ -10,7 +10,15 @@ from typing import Any
 
 import click
 
-from superpoint_trt.cli_quantize import CalibrationFlags, calibrated, calibration_options, check_ranges_given, prove
+from superpoint_trt.cli_proof import gate_limits
+from superpoint_trt.cli_quantize import (
+    CalibrationFlags,
+    calibrated,
+    calibration_options,
+    check_flags,
+    layers_to_keep,
+    prove,
+)
 from superpoint_trt.spec import ENGINE_SUFFIXES, Precision, SuperPointError
 from superpoint_trt.terminal import builder_progress, open_model, print_info
 from superpoint_trt.trt import Flavour
@@ -80,9 +88,9 @@ def build_engine(onnx: str, engine: str, options: Any, test: bool, flags: Calibr
     if options.precision.value in _QUANTISED:
         _build_quantised(onnx, engine, options, test, flags)
         return
-    if flags.images or flags.file or flags.keep_fp16:
+    if flags.given:
         raise SuperPointError(
-            f"calibration and --keep-fp16 are for int8 and fp8, but {options.precision.value} was asked for."
+            f"calibration, --keep-fp16, --auto, --gate are for int8 and fp8; {options.precision.value} was asked for."
         )
     _build(onnx, engine, options, test)
 
@@ -94,23 +102,26 @@ def _build_quantised(onnx: str, engine: str, options: Any, test: bool, flags: Ca
     from superpoint_trt.quantize import quantize_file
 
     if quantised_type(load_onnx(onnx)):
+        if flags.auto:
+            raise SuperPointError(f"{onnx} is quantised already, so --auto comes too late; use the fp32 .onnx.")
         _build(onnx, engine, replace(options, calibration=flags.file, keep_fp16=flags.keep_fp16), test)
         return
-    check_ranges_given(flags, options.precision.value)
+    check_flags(flags, options.precision.value)
     engines.check(onnx, engine, options)  # minutes of calibration should not end in "no GPU"
     ranges = calibrated(onnx, flags, options.precision.value)
-    options = replace(options, calibration=ranges.path, keep_fp16=flags.keep_fp16)
+    keep = layers_to_keep(onnx, flags, ranges, options.precision.value)
+    options = replace(options, calibration=ranges.path, keep_fp16=keep)
     _build(onnx, engine, options, test)
     if not flags.verify:
         return
     if not options.targets:
-        prove(Path(engine), onnx, ranges.proof)
+        prove(Path(engine), onnx, ranges.proof, gate_limits(flags.gates))
         return
     click.echo(f"{engine} is for another machine: its .onnx is verified here; verify the engine where it runs")
     with tempfile.TemporaryDirectory() as folder:
         quantised = Path(folder) / f"{Path(engine).stem}.onnx"
-        quantize_file(onnx, quantised, ranges.path, options.precision, flags.keep_fp16)
-        prove(quantised, onnx, ranges.proof)
+        quantize_file(onnx, quantised, ranges.path, options.precision, keep)
+        prove(quantised, onnx, ranges.proof, gate_limits(flags.gates))
 
 
 def _build(onnx: str, engine: str, options: Any, test: bool) -> None:

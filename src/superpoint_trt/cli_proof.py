@@ -52,7 +52,7 @@ def verify(
 
         check_report()
     with progress_bar("verifying") as progress:
-        found = verify(model, weights, images, _limits(gates), device, progress, limit)
+        found = verify(model, weights, images, gate_limits(gates), device, progress, limit)
     print_verification(found)
     if json_path:
         write_json(json_path, found.to_json())
@@ -64,8 +64,13 @@ def verify(
         raise click.exceptions.Exit(GATE_FAILED)
 
 
-def _limits(gates: Sequence[str]) -> dict[str, float]:
-    from superpoint_trt.verify import GATE_NAMES
+def gate_limits(gates: Sequence[str]) -> dict[str, float]:
+    """Splits NAME=NUMBER of each --gate.
+
+    Raises:
+        SuperPointError: not of that form, or no gate is called so.
+    """
+    from superpoint_trt.verify import GATE_NAMES, check_limits
 
     limits = {}
     for text in gates:
@@ -75,6 +80,7 @@ def _limits(gates: Sequence[str]) -> dict[str, float]:
         except ValueError:
             names = ", ".join(GATE_NAMES)
             raise SuperPointError(f"--gate {text}: expected NAME=NUMBER; gates are: {names}.") from None
+    check_limits(limits)
     return limits
 
 

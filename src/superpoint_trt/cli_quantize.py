@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+import glob
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
 import click
+from rich.table import Table
 
-from superpoint_trt.cli_proof import GATE_FAILED, print_verification
+from superpoint_trt.cli_proof import GATE_FAILED, gate_limits, print_verification
 from superpoint_trt.spec import Precision, SuperPointError
-from superpoint_trt.terminal import print_info, progress_bar
+from superpoint_trt.terminal import JSON, console, print_info, progress_bar, write_json
 
 if TYPE_CHECKING:
     from superpoint_trt.calibration import Given
+    from superpoint_trt.sensitivity import Choice, LayerCost
 
 METHODS = ["entropy", "max", "percentile"]
 DEFAULT_METHOD = "percentile"
@@ -34,7 +37,16 @@ class CalibrationFlags:
     file: str | None = None
     """Ranges of an earlier run."""
     keep_fp16: tuple[str, ...] = ()
+    auto: bool = False
+    """Find out which layers to keep."""
+    gates: tuple[str, ...] = ()
+    """NAME=LIMIT."""
     verify: bool = True
+
+    @property
+    def given(self) -> bool:
+        """Whether any of it was asked for."""
+        return bool(self.images or self.file or self.keep_fp16 or self.auto or self.gates)
 
 
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,11 +59,13 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         calibration_count: int,
         calibration: str | None,
         keep_fp16: tuple[str, ...],
+        auto: bool,
+        gates: tuple[str, ...],
         verify: bool,
         **others: Any,
     ) -> Any:
         flags = CalibrationFlags(
-            calibration_images, calibration_method, calibration_count, calibration, keep_fp16, verify
+            calibration_images, calibration_method, calibration_count, calibration, keep_fp16, auto, gates, verify
         )
         return command(calibration=flags, **others)
 
@@ -62,6 +76,8 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--calibration-count", type=int, default=DEFAULT_COUNT, show_default=True, help="Most images."),
         click.option("--calibration", help="Ranges of an earlier run (.calibration.json) instead of measuring them."),
         click.option("--keep-fp16", multiple=True, metavar="PATTERN", help="Convolutions to leave alone: conv4*, say."),
+        click.option("--auto", is_flag=True, help="int8, fp8: keep the fewest layers in fp16 that meet the gates."),
+        click.option("--gate", "gates", multiple=True, metavar="NAME=LIMIT", help="Another limit than the table's."),
         click.option("--verify/--no-verify", default=True, show_default=True, help="int8, fp8: prove it afterwards."),
     )
     decorated: Callable[..., Any] = with_flags
@@ -78,19 +94,25 @@ class Calibrated:
     proof: Sequence[Path]
 
 
-def check_ranges_given(flags: CalibrationFlags, precision: str) -> None:
-    """Refuses to guess ranges.
+def check_flags(flags: CalibrationFlags, precision: str, ranking: bool = False) -> None:
+    """Refuses, before minutes of work, to guess ranges, to choose layers without photographs, and unknown gates.
 
     Raises:
-        SuperPointError: neither images nor ranges.
+        SuperPointError: neither images nor ranges, or what else is missing.
     """
     from superpoint_trt.calibration import SYNTHETIC
 
+    gate_limits(flags.gates)
     if flags.images is None and flags.file is None:
         raise SuperPointError(
             f"precision {precision} needs ranges measured on images: give --calibration-images FOLDER (100 or more "
             "photographs like those to come), --calibration FILE of an earlier run, or, only to try it out, "
             f"--calibration-images {SYNTHETIC}."
+        )
+    if (flags.auto or ranking) and flags.images in (None, SYNTHETIC):
+        raise SuperPointError(
+            f"{'--auto' if flags.auto else '--sensitivity'} tries layers on photographs: give --calibration-images "
+            "FOLDER (with --calibration FILE the ranges are not measured again)."
         )
 
 
@@ -134,6 +156,68 @@ def _images(onnx: str, flags: CalibrationFlags) -> tuple[Sequence[Given], Sequen
 FEW_SYNTHETIC = 32
 
 
+def ranked(onnx: str, ranges: Calibrated, precision: str) -> list[LayerCost]:
+    """Ranks the layers on a few of the images, and prints them."""
+    from superpoint_trt import calibration as calibrations
+    from superpoint_trt.precision import load_onnx
+    from superpoint_trt.quantize import first_convolutions
+    from superpoint_trt.sensitivity import FEW_IMAGES, rank
+
+    few = ranges.proof[:FEW_IMAGES]
+    with progress_bar("quantising one layer at a time") as progress:
+        costs = rank(onnx, calibrations.load(ranges.path), few, Precision(precision), progress)
+    first = first_convolutions(load_onnx(onnx))
+    table = Table(f"only this layer in {precision}", "points within 1 px", "descriptor cosine", "")
+    for cost in costs:
+        note = "stays fp16 unless told" if cost.layer in first else ""
+        table.add_row(cost.layer, f"{cost.keypoints_found_share:.4f}", f"{cost.descriptor_cosine_median:.4f}", note)
+    console().print(table)
+    return costs
+
+
+def chosen(onnx: str, flags: CalibrationFlags, ranges: Calibrated, precision: str, costs: list[LayerCost]) -> Choice:
+    """Finds the fewest layers to keep in fp16, and says why each.
+
+    Raises:
+        click.exceptions.Exit: with exit code 1, if no choice meets the gates.
+    """
+    from superpoint_trt import calibration as calibrations
+    from superpoint_trt.sensitivity import fewest_kept
+
+    with progress_bar("verifying a choice of layers") as progress:
+        found = fewest_kept(
+            onnx,
+            calibrations.load(ranges.path),
+            ranges.proof,
+            costs,
+            Precision(precision),
+            flags.keep_fp16,
+            gate_limits(flags.gates),
+            progress,
+        )
+    for step in found.steps:
+        failed = ", ".join(f"{g.name} {g.value:.4g} (limit {g.limit:g})" for g in step.failed if g.value is not None)
+        verdict = f"fails {failed}" if failed else "meets every gate"
+        click.echo(f"{'tried':<14}{' '.join(step.kept)} in fp16 ({step.because}): {verdict}")
+    if not found.passed:
+        click.echo(
+            f"no choice of layers meets the gates: whatever is left in {precision} costs nothing alone; use "
+            "--precision fp16, or a looser --gate",
+            err=True,
+        )
+        raise click.exceptions.Exit(GATE_FAILED)
+    click.echo(f"{'kept in fp16':<14}{' '.join(found.kept)}")
+    return found
+
+
+def layers_to_keep(onnx: str, flags: CalibrationFlags, ranges: Calibrated, precision: str) -> tuple[str, ...]:
+    """Name patterns: those asked for, or those that --auto finds."""
+    if not flags.auto:
+        return flags.keep_fp16
+    costs = ranked(onnx, ranges, precision)
+    return tuple(map(glob.escape, chosen(onnx, flags, ranges, precision, costs).kept))
+
+
 def prove(model: Path, onnx: str, proof: Sequence[Path], gates: dict[str, float] | None = None) -> None:
     """Verifies a quantised model against the fp32 .onnx it was made from, and prints the verdict.
 
@@ -164,23 +248,57 @@ def prove(model: Path, onnx: str, proof: Sequence[Path], gates: dict[str, float]
 
 @click.command()
 @click.option("--onnx", required=True, help="An fp32 SuperPoint .onnx.")
-@click.option("--output", required=True, help="The quantised .onnx to write: Q/DQ pairs, float32 elsewhere.")
+@click.option("--output", help="The quantised .onnx to write: Q/DQ pairs, float32 elsewhere.")
 @click.option("--precision", type=click.Choice(["int8", "fp8"]), default="int8", show_default=True)
+@click.option("--sensitivity", is_flag=True, help="Rank the layers by what quantising each alone costs.")
+@JSON
 @calibration_options
-def quantize(onnx: str, output: str, precision: str, calibration: CalibrationFlags) -> None:
-    """Write an .onnx with int8 or fp8 convolutions, and prove it."""
+def quantize(
+    onnx: str,
+    output: str | None,
+    precision: str,
+    sensitivity: bool,
+    json_path: str | None,
+    calibration: CalibrationFlags,
+) -> None:
+    """Write an .onnx with int8 or fp8 convolutions, and prove it; or only rank its layers."""
     from superpoint_trt import quantize as quantizing
     from superpoint_trt.calibration import check_quantisable
-    from superpoint_trt.files import check_distinct, check_writable
     from superpoint_trt.precision import load_onnx
 
-    if Path(output).suffix.lower() != ".onnx":
-        raise SuperPointError(f"output {output}: a model's name ends in .onnx.")
-    check_distinct(check_writable(output), onnx, calibration.file)
-    check_ranges_given(calibration, precision)
+    _check_outputs(onnx, output, json_path, sensitivity, calibration)
+    check_flags(calibration, precision, sensitivity)
     check_quantisable(load_onnx(onnx))
     ranges = calibrated(onnx, calibration, precision)
-    written = quantizing.quantize_file(onnx, output, ranges.path, Precision(precision), calibration.keep_fp16)
+    keep = calibration.keep_fp16
+    if sensitivity or calibration.auto:
+        costs = ranked(onnx, ranges, precision)
+        report: dict[str, Any] = {"precision": precision, "layers": [asdict(cost) for cost in costs]}
+        if calibration.auto:
+            choice = chosen(onnx, calibration, ranges, precision, costs)
+            keep = tuple(map(glob.escape, choice.kept))
+            report["auto"] = choice.to_json()
+        if json_path:
+            write_json(json_path, report)
+    if output is None:
+        return
+    written = quantizing.quantize_file(onnx, output, ranges.path, Precision(precision), keep)
     print_info(written)
     if calibration.verify:
-        prove(written, onnx, ranges.proof)
+        prove(written, onnx, ranges.proof, gate_limits(calibration.gates))
+
+
+def _check_outputs(
+    onnx: str, output: str | None, json_path: str | None, sensitivity: bool, flags: CalibrationFlags
+) -> None:
+    from superpoint_trt.files import check_distinct, check_writable
+
+    if output is None and not (sensitivity or flags.auto):
+        raise SuperPointError("nothing to do: give --output FILE.onnx to write, or --sensitivity to rank the layers.")
+    if output is not None and Path(output).suffix.lower() != ".onnx":
+        raise SuperPointError(f"output {output}: a model's name ends in .onnx.")
+    if json_path and not (sensitivity or flags.auto):
+        raise SuperPointError("--json holds the figures of --sensitivity or --auto; give one of them.")
+    for path, other in ((output, json_path), (json_path, None)):
+        if path is not None:
+            check_distinct(check_writable(path), onnx, flags.file, other)
