@@ -106,7 +106,7 @@ def _build_quantised(onnx: str, engine: str, options: Any, test: bool, flags: Ca
             raise SuperPointError(f"{onnx} is quantised already, so --auto comes too late; use the fp32 .onnx.")
         _build(onnx, engine, replace(options, calibration=flags.file, keep_fp16=flags.keep_fp16), test)
         return
-    check_flags(flags, options.precision.value)
+    check_flags(onnx, flags, options.precision.value)
     engines.check(onnx, engine, options)  # minutes of calibration should not end in "no GPU"
     ranges = calibrated(onnx, flags, options.precision.value)
     keep = layers_to_keep(onnx, flags, ranges, options.precision.value)

@@ -94,13 +94,16 @@ class Calibrated:
     proof: Sequence[Path]
 
 
-def check_flags(flags: CalibrationFlags, precision: str, ranking: bool = False) -> None:
-    """Refuses, before minutes of work, to guess ranges, to choose layers without photographs, and unknown gates.
+def check_flags(onnx: str, flags: CalibrationFlags, precision: str, ranking: bool = False) -> None:
+    """Refuses, before minutes of work, what would be refused after them.
 
     Raises:
-        SuperPointError: neither images nor ranges, or what else is missing.
+        SuperPointError: neither images nor ranges, an unknown gate or layer, no fp32 network, or layers to be chosen
+            without photographs.
     """
-    from superpoint_trt.calibration import SYNTHETIC
+    from superpoint_trt.calibration import SYNTHETIC, check_quantisable
+    from superpoint_trt.precision import load_onnx
+    from superpoint_trt.quantize import kept_layers
 
     gate_limits(flags.gates)
     if flags.images is None and flags.file is None:
@@ -114,6 +117,9 @@ def check_flags(flags: CalibrationFlags, precision: str, ranking: bool = False) 
             f"{'--auto' if flags.auto else '--sensitivity'} tries layers on photographs: give --calibration-images "
             "FOLDER (with --calibration FILE the ranges are not measured again)."
         )
+    model = load_onnx(onnx)
+    check_quantisable(model)
+    kept_layers(model, flags.keep_fp16)
 
 
 def calibrated(onnx: str, flags: CalibrationFlags, precision: str) -> Calibrated:
@@ -263,12 +269,9 @@ def quantize(
 ) -> None:
     """Write an .onnx with int8 or fp8 convolutions, and prove it; or only rank its layers."""
     from superpoint_trt import quantize as quantizing
-    from superpoint_trt.calibration import check_quantisable
-    from superpoint_trt.precision import load_onnx
 
     _check_outputs(onnx, output, json_path, sensitivity, calibration)
-    check_flags(calibration, precision, sensitivity)
-    check_quantisable(load_onnx(onnx))
+    check_flags(onnx, calibration, precision, sensitivity)
     ranges = calibrated(onnx, calibration, precision)
     keep = calibration.keep_fp16
     if sensitivity or calibration.auto:

@@ -99,7 +99,7 @@ def rank(
     layers = list(convolutions(network.fp32))
     steps = _Steps((len(layers) + 1) * len(images), progress)
     with tempfile.TemporaryDirectory() as folder:
-        expected = list(_keypoints(network.write_fp32(folder), images, steps))
+        expected = _keypoints(network.write_fp32(folder), images, steps)
         if not sum(len(keypoints) for keypoints in expected):
             raise SuperPointError("the network finds no keypoint in these images: use photographs like those to come.")
         costs = [_cost(layer, expected, network.write_only(layer, folder), images, steps) for layer in layers]
@@ -237,11 +237,13 @@ class _Steps:
             self._progress(self._done, self._total)
 
 
-def _keypoints(model: Path, images: Sequence[PathLike], steps: _Steps) -> Iterable[Keypoints]:
+def _keypoints(model: Path, images: Sequence[PathLike], steps: _Steps) -> list[Keypoints]:
+    found = []
     with SuperPoint(model, device="cpu") as superpoint:
         for image in images:
-            yield superpoint.extract(image)
+            found.append(superpoint.extract(image))
             steps.advance()
+    return found
 
 
 def _cost(
