@@ -10,7 +10,7 @@ import copy
 import enum
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, TypeVar, Union
 
@@ -246,7 +246,7 @@ def calibrate(
     compared = _evenly(given, CHANNEL_IMAGES) if options.equalise else []
     steps = _Steps(len(compared) + len(given), progress)
     channels = _channels(source, compared, description, model, steps) if compared else {}
-    activations = _Activations(equalise(source, channels), model)
+    activations = _Activations(equalise(source, channels), model, _own(description))
     histograms = {name: Histogram() for name in activations.names}
     used: dict[str, str] = {}
     sizes: list[images.Placement] = []
@@ -255,7 +255,7 @@ def calibrate(
         try:
             digest, gray = _read(one, name)
             placement = _place(gray, description)
-            for tensor, values in activations(images.to_input(gray, placement)):
+            for tensor, values in activations(images.to_input(gray, _cropped(placement, description))):
                 histograms[tensor].add(values)
             used[name] = digest
             sizes.append(placement)
@@ -293,18 +293,32 @@ def _place(gray: Float32, description: ModelDescription) -> images.Placement:
     return images.place(gray.shape[:2], description, LONGEST_SIDE_PX if description.dynamic else None)
 
 
+def _cropped(placement: images.Placement, description: ModelDescription) -> images.Placement:
+    """Padded to whole cells only: the rest would be the last row and column over and over, at the price of pixels."""
+    if not _own(description):
+        return placement
+    stride = description.stride_px
+    height, width = (-(-side // stride) * stride for side in (placement.placed_height_px, placement.placed_width_px))
+    return replace(placement, input_height_px=height, input_width_px=width)
+
+
+def _own(description: ModelDescription) -> bool:
+    """Whether this package wrote the graph, so that nothing in front of a last convolution depends on the size."""
+    return description.checkpoint_sha256 is not None
+
+
 def _channels(
     source: onnx.ModelProto, few: Sequence[Given], description: ModelDescription, path: PathLike, steps: _Steps
 ) -> dict[str, list[float]]:
     """Factors that equalise channels, from their largest magnitudes on a few of the images."""
     wanted = sites(source)
-    activations = _Activations(source, path)
+    activations = _Activations(source, path, _own(description))
     largest: dict[str, NDArray[np.floating]] = {}
     for name, one in zip(_names(few), few):
         steps.advance()
         try:
             gray = _read(one, name)[1]
-            tensors = dict(activations(images.to_input(gray, _place(gray, description))))
+            tensors = dict(activations(images.to_input(gray, _cropped(_place(gray, description), description))))
         except SuperPointError:  # the second pass over the images says so
             continue
         for tensor in wanted:
@@ -350,7 +364,7 @@ def _doubts(sizes: Sequence[images.Placement]) -> Iterable[str]:
     elif padded == len(sizes):
         yield (
             f"no image fills the network's input (the first is {p.placed_width_px}x{p.placed_height_px} of "
-            f"{p.input_width_px}x{p.input_height_px} px); the rest is padding, as in inference"
+            f"{p.input_width_px}x{p.input_height_px} px); only what they show was measured, without the padding"
         )
 
 
@@ -376,7 +390,7 @@ def convolution_inputs(model: onnx.ModelProto) -> list[str]:
 class _Activations:
     """The fp32 graph in onnxruntime, cut down to what computes the convolutions' inputs."""
 
-    def __init__(self, source: onnx.ModelProto, path: PathLike) -> None:
+    def __init__(self, source: onnx.ModelProto, path: PathLike, any_size: bool) -> None:
         import onnxruntime as ort
 
         self.names = convolution_inputs(source)
@@ -384,6 +398,10 @@ class _Activations:
         cut = copy.deepcopy(source)
         del cut.graph.output[:]
         cut.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inner)
+        if any_size:
+            for dim, name in zip(cut.graph.input[0].type.tensor_type.shape.dim[2:], ("height", "width")):
+                dim.dim_param = name
+            del cut.graph.value_info[:]
         settings = ort.SessionOptions()
         settings.log_severity_level = 4
         try:
