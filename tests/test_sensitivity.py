@@ -21,6 +21,7 @@ from superpoint_trt.calibration import Calibration, calibrate
 from superpoint_trt.cli import cli, run
 from superpoint_trt.export import ExportOptions, export
 from superpoint_trt.files import sha256
+from superpoint_trt.plan import read_plan
 from superpoint_trt.precision import convolutions, load_onnx
 from superpoint_trt.quantize import quantize
 from superpoint_trt.sensitivity import LayerCost, fewest_kept, rank
@@ -131,8 +132,8 @@ def test_a_fault_in_the_scales_fails(proven, sound, ranges, fault):
 
 
 def test_a_layer_with_a_bad_range_comes_first(folder, ranges):
-    """Planted: conv3a's input is clipped to a tenth, so conv3a costs most, and the others what they cost anyway."""
-    spoiled = replace(ranges, ranges={**ranges.ranges, "conv2b.pool": ranges.ranges["conv2b.pool"] / 10})
+    """Planted: conv3a's input is clipped to a twentieth, so conv3a costs most, and the others what they cost anyway."""
+    spoiled = replace(ranges, ranges={**ranges.ranges, "conv2b.pool": ranges.ranges["conv2b.pool"] / 20})
     told: list[tuple[int, int]] = []
     paths = sorted((folder / "photos").iterdir())[:1]
     costs = rank(folder / "fp32.onnx", spoiled, paths, progress=lambda *report: told.append(report))
@@ -149,7 +150,7 @@ def test_a_layer_with_a_bad_range_comes_first(folder, ranges):
 
 def test_the_fewest_layers_are_kept(folder, ranges):
     """The same plant: keeping conv3a is enough, and it is kept though the ranks say conv4b first."""
-    spoiled = replace(ranges, ranges={**ranges.ranges, "conv2b.pool": ranges.ranges["conv2b.pool"] / 10})
+    spoiled = replace(ranges, ranges={**ranges.ranges, "conv2b.pool": ranges.ranges["conv2b.pool"] / 20})
     costs = [LayerCost("conv4b", 0.5, 1.0), LayerCost("conv3a", 0.6, 0.9), LayerCost("conv1b", 0.99, 1.0)]
     gates = {name: (-1.0 if name not in ("score_error_max", "findings") else 99.0) for name in GATE_NAMES}
     gates["keypoints_found_share"] = 0.6
@@ -202,16 +203,42 @@ def test_black_pictures_rank_nothing(folder, ranges, tmp_path):
         rank(folder / "fp32.onnx", ranges, [tmp_path / "a.png"])
 
 
-def test_auto_on_the_command_line(folder, ranges, tmp_path, capsys):
-    """Gates that hold at once: nothing more is kept, the table and the figures are there, the model is proven."""
+@pytest.fixture
+def loose(folder, ranges, tmp_path) -> list[str]:
+    """Words of the command line: ranges, one photograph, and gates that hold at once."""
     calibrations.save(ranges, tmp_path / "r.json")
-    loose = [word for name in GATE_NAMES for word in ("--gate", f"{name}={9 if name == 'findings' else 0}")]
-    loose[loose.index("score_error_max=0")] = "score_error_max=1"
-    words = ["--onnx", folder / "fp32.onnx", "--output", tmp_path / "q.onnx", "--calibration", tmp_path / "r.json"]
-    words += ["--calibration-images", folder / "photos" / "camera.png", "--json", tmp_path / "s.json", "--auto", *loose]
-    assert run(cli, ["quantize", *map(str, words)]) == 0
+    limits = {**dict.fromkeys(GATE_NAMES, 0), "findings": 9, "score_error_max": 1}
+    gates = [word for name, limit in limits.items() for word in ("--gate", f"{name}={limit}")]
+    photo = folder / "photos" / "camera.png"
+    return ["--calibration", str(tmp_path / "r.json"), "--calibration-images", str(photo), "--auto", *gates]
+
+
+def test_auto_on_the_command_line(folder, loose, tmp_path, capsys):
+    """Nothing more is kept, the table and the figures are there, the model is proven."""
+    words = ["--onnx", folder / "fp32.onnx", "--output", tmp_path / "q.onnx", "--json", tmp_path / "s.json"]
+    assert run(cli, ["quantize", *map(str, words), *loose]) == 0
     told = capsys.readouterr().out
     assert "only this layer in int8" in told and "kept in fp16  conv1a\n" in told and "PASSED" in told
     report = json.loads((tmp_path / "s.json").read_text())
     assert len(report["layers"]) == 12 and report["auto"]["kept"] == ["conv1a"] and report["auto"]["passed"]
     assert (tmp_path / "q.onnx").exists()
+
+
+def test_build_chooses_layers_too(folder, loose, tmp_path, capsys, monkeypatch):
+    """An engine for another machine: its .onnx is what is proven here."""
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(sensitivity, "rank", lambda *_: [LayerCost("conv4b", 0.9, 1.0), LayerCost("convPa", 1.0, 1.0)])
+    words = ["--onnx", folder / "fp32.onnx", "--engine", tmp_path / "a.engine", "--precision", "int8"]
+    words += ["--runtime", "rtx", "--target", "sm89", "--keep-fp16", "convPb"]
+    assert run(cli, ["build", *map(str, words), *loose]) == 0
+    told = capsys.readouterr().out
+    assert "kept in fp16  conv1a convPb\n" in told and "its .onnx is verified here" in told and "PASSED" in told
+    assert read_plan(tmp_path / "a.engine")[1].description.kept_layers == "conv1a convPb"
+
+
+def test_auto_that_fails_writes_nothing(folder, loose, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sensitivity, "rank", lambda *_: [LayerCost("convPb", 1.0, 1.0)])
+    words = ["--onnx", folder / "fp32.onnx", "--output", tmp_path / "q.onnx", *loose, "--gate", "findings=-1"]
+    assert run(cli, ["quantize", *map(str, words)]) == 1
+    assert "no choice of layers meets the gates" in capsys.readouterr().err
+    assert not (tmp_path / "q.onnx").exists()

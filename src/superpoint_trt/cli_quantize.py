@@ -156,6 +156,8 @@ def _images(onnx: str, flags: CalibrationFlags) -> tuple[Sequence[Given], Sequen
         size = (model.height_px or 480, model.width_px or 640)
         return calibrations.synthetic_images(min(flags.count, FEW_SYNTHETIC), size), []
     chosen = calibrations.split(flags.images, flags.count)
+    if not chosen.held_out and flags.file is None:
+        click.echo("warning: too few to hold any out: verified on the images of calibration", err=True)
     return chosen.calibration, chosen.held_out or chosen.calibration[: calibrations.MOST_HELD_OUT]
 
 
