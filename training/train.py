@@ -41,8 +41,9 @@ class Plan:
 
     stages: tuple[Stage, ...] = (
         Stage("shapes", 2500, 1e-3),
-        Stage("first", 3500, 1e-3, 48),
-        Stage("second", 9000, 1e-3, 96),
+        Stage("first", 2500, 1e-3, 48),
+        Stage("second", 3000, 1e-3, 64),
+        Stage("third", 9500, 1e-3, 96),
     )
     pairs: int = 32
     """Of views, a step."""
