@@ -176,6 +176,8 @@ GIB_TOO_SMALL = 0.01
     [
         ({}, {"min_shape_hw": (240, 320)}, "takes 480x640 .HxW. only.*--dynamic"),
         ({}, {"max_batch_size": 2}, "takes 1 only; export it with --max-batch-size 2"),
+        ({}, {"precision": Precision.INT8}, "int8 needs ranges measured on images: give --calibration-images FOLDER"),
+        ({}, {"keep_fp16": ("conv*",)}, "for int8 and fp8, but fp32 was asked for"),
         ({"dynamic": True}, {"min_shape_hw": (244, 320)}, "--min-shape is 244x320.*multiples of 8, 248x320 say"),
         ({"dynamic": True}, {"opt_shape_hw": (200, 320)}, "240x320 over 200x320 to 960x1280.*min <= opt <= max"),
         ({"dynamic": True}, {"workspace_gib": GIB_TOO_SMALL}, "TensorRT-RTX 1.7.*OutOfMemory.*--workspace"),
@@ -215,7 +217,6 @@ def test_a_model_that_is_no_superpoint_is_refused_before_the_build(tmp_path, mon
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"precision": Precision.INT8}, "int8; engines come in fp32, tf32, fp16, bf16"),
         ({"workspace_gib": 0.0}, "more than 0"),
         ({"workspace_gib": float("nan")}, "more than 0"),
         ({"optimization_level": 6}, "0 to 5"),
