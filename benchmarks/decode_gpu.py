@@ -1,0 +1,206 @@
+"""What the CUDA decode and the one-graph pipeline take, on the GPU at hand.
+
+    python benchmarks/decode_gpu.py --weights CONV_RELU.safetensors --v6 V6.safetensors --engines DIR [--quick]
+        [--torch-python PYTHON --json OUT.json]
+
+1. decode alone: events around replays of a graph of it, singly and 20 in a row, rows to the GPU and to the host
+2. one image, host uint8 -> host keypoints and float16 descriptors, N = 1024, and the parts of that way
+3. the same in PyTorch, by benchmarks/torch_decode.py in a process of its own
+4. images/s of `extract_many` from arrays in memory, by batch, size and N (--quick: a corner of the table)
+
+Medians and p95. Images are rotated, so that no run sees the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from superpoint_trt import SuperPoint, cuda
+from superpoint_trt import engine as engines
+from superpoint_trt.benchmark import synthetic_photograph
+from superpoint_trt.export import ExportOptions, export
+from superpoint_trt.spec import OutputType, Precision
+
+N = 1024
+IN_A_ROW = 20
+DIFFERENT = 8
+SIZES_HW = ((240, 320), (480, 640), (720, 1280), (1080, 1920))
+BATCHES = (1, 2, 4, 8, 16, 32)
+NUMBERS = (512, 1024, 2048, 4096)
+
+
+def figures(times_ms: list[float]) -> dict[str, float]:
+    """Median and p95."""
+    median, p95 = np.percentile(times_ms, [50, 95])
+    return {"median": round(float(median), 4), "p95": round(float(p95), 4)}
+
+
+def pictures(height: int, width: int) -> list[np.ndarray]:
+    """Different images of one size, uint8."""
+    picture = synthetic_photograph(height, width)
+    return [np.ascontiguousarray(np.roll(picture, 24 * index, axis=1)) for index in range(DIFFERENT)]
+
+
+class Builder:
+    """Engines by name, built once and kept with the timing cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def heads(self, weights: str, size_hw: tuple[int, int] = (480, 640), batch: int = 1) -> Path:
+        """A static fp16 heads engine of one size, for batches up to `batch`."""
+        path = self._folder / f"decode-{Path(weights).stem}-{size_hw[0]}x{size_hw[1]}-{batch}.engine"
+        if not path.exists():
+            model = export(
+                weights, path.with_suffix(".onnx"), ExportOptions(OutputType.HEADS, *size_hw, max_batch_size=batch)
+            )
+            options = engines.BuildOptions(
+                Precision.FP16, workspace_gib=8.0, max_batch_size=batch, timing_cache=self._folder / "timing.cache"
+            )
+            built = engines.build(model, path, options)
+            print(f"built {path.name} in {built.build['seconds']} s", flush=True)
+        return path
+
+
+class Timer:
+    """Events around work on one stream."""
+
+    def __init__(self, stream: cuda.Stream) -> None:
+        self._stream = stream
+        self._events = [cuda.call("cudaEventCreate") for _ in range(2)]
+
+    def ms(self, work: Callable[[], None]) -> float:
+        """Of the GPU."""
+        cuda.call("cudaEventRecord", self._events[0], self._stream.handle)
+        work()
+        cuda.call("cudaEventRecord", self._events[1], self._stream.handle)
+        self._stream.synchronise()
+        return float(cuda.call("cudaEventElapsedTime", *self._events))
+
+
+def captured(stream: cuda.Stream, work: Callable[[], None], times: int = 1) -> cuda.Graph:
+    """Some runs of the work as one graph."""
+    with stream.capture() as recorded:
+        for _ in range(times):
+            work()
+    return recorded()
+
+
+def decode_alone(superpoint: SuperPoint, images: list[np.ndarray], calls: int) -> dict[str, Any]:
+    """The decode of the last image's heads, and the other parts of the graph, by events."""
+    for image in images:
+        superpoint.extract(image)
+    (slot,) = superpoint._lanes.take(1)
+    lane = next(iter(slot._lanes.values()))
+    timer = Timer(slot.stream)
+    found: dict[str, Any] = {}
+    parts = {"receive": lane.queue_input, "network": lane.queue_network, "decode": lane.queue_decode}
+    lane.submit(lane._placed)  # the job names a block of the host
+    lane._stream.synchronise()
+    for name, work in parts.items():
+        for times in (1, IN_A_ROW):
+            graph = captured(slot.stream, work, times)
+            spans = [timer.ms(lambda graph=graph: graph.launch(slot.stream)) / times for _ in range(calls + 20)][20:]
+            found[name if times == 1 else f"{name}, {IN_A_ROW} in a row"] = figures(spans)
+            graph.close()
+    spans = [timer.ms(lambda: lane._graph.launch(slot.stream)) for _ in range(calls + 20)][20:]
+    found["whole graph"] = figures(spans)
+    lane.collect()
+    # Rows that stay on the GPU.
+    lane.on_device((images[0].shape[1], images[0].shape[0]))
+    for times in (1, IN_A_ROW):
+        graph = captured(slot.stream, lane.queue_decode, times)
+        spans = [timer.ms(lambda graph=graph: graph.launch(slot.stream)) / times for _ in range(calls + 20)][20:]
+        found["decode, rows on the GPU" + (f", {times} in a row" if times > 1 else "")] = figures(spans)
+        graph.close()
+    superpoint._lanes.give_back([slot])
+    return found
+
+
+def end_to_end(superpoint: SuperPoint, images: list[np.ndarray], calls: int) -> dict[str, float]:
+    """Wall time of `extract`."""
+    times = []
+    for index in range(calls + 50):
+        started = time.perf_counter()
+        superpoint.extract(images[index % len(images)])
+        times.append((time.perf_counter() - started) * 1e3)
+    return figures(times[50:])
+
+
+def throughput(superpoint: SuperPoint, images: list[np.ndarray], batch: int, in_flight: int, seconds: float) -> float:
+    """Images/s of `extract_many`, after a warm-up."""
+
+    def stream(until: Callable[[], bool]) -> Iterator[np.ndarray]:
+        while not until():
+            yield from images
+
+    warm = iter(range(batch * in_flight * 4 // len(images) + 2))
+    for _ in superpoint.extract_many(stream(lambda: next(warm, None) is None), batch, in_flight):
+        pass
+    started, count = time.perf_counter(), 0
+    for _ in superpoint.extract_many(stream(lambda: time.perf_counter() - started > seconds), batch, in_flight):
+        count += 1
+    return count / (time.perf_counter() - started)
+
+
+def in_torch(python: str, weights: str, calls: int) -> str:
+    """The PyTorch process's lines."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "PYTHONPATH", "LD_LIBRARY_PATH")}
+    command = [python, str(Path(__file__).with_name("torch_decode.py")), "--weights", weights, "--calls", str(calls)]
+    return subprocess.run(command, env=clean, capture_output=True, text=True).stdout
+
+
+@click.command()
+@click.option("--weights", required=True, help="Checkpoint without BatchNorm.")
+@click.option("--v6", help="Checkpoint of the v6 layout.")
+@click.option("--engines", "folder", required=True, help="Folder for engines and the timing cache; kept.")
+@click.option("--calls", default=500, show_default=True)
+@click.option("--seconds", default=1.0, show_default=True, help="Of each entry of the throughput table.")
+@click.option("--in-flight", default=3, show_default=True)
+@click.option("--quick", is_flag=True, help="640x480 only, batches 1 and 8, N 1024.")
+@click.option("--torch-python", help="A Python with torch, for the comparison.")
+@click.option("--json", "json_path")
+def main(weights, v6, folder, calls, seconds, in_flight, quick, torch_python, json_path) -> None:
+    """Builds what is not there yet, then times all of it."""
+    builder, report = Builder(Path(folder)), {}
+    images = pictures(480, 640)
+    for name, checkpoint in {"Conv+ReLU": weights, "v6": v6}.items():
+        if checkpoint is None:
+            continue
+        path = builder.heads(checkpoint)
+        with SuperPoint(path, max_keypoints=N, half_descriptors=True) as superpoint:
+            print(f"\n{name}: {superpoint.runtime}; 640x480, N {N}, {len(superpoint.extract(images[0]))} found")
+            report[name] = decode_alone(superpoint, images, calls)
+            report[name]["end to end"] = end_to_end(superpoint, images, calls)
+        for part, value in report[name].items():
+            print(f"  {part:<38} {value['median']:8.4f} ms  p95 {value['p95']:8.4f}", flush=True)
+    if torch_python:
+        report["torch"] = in_torch(torch_python, weights, calls)
+        print(report["torch"], flush=True)
+    report["throughput"] = {}
+    sizes, batches, numbers = (((480, 640),), (1, 8), (N,)) if quick else (SIZES_HW, BATCHES, NUMBERS)
+    for size in sizes:
+        path = builder.heads(weights, size, max(batches))
+        some = pictures(*size)
+        for number in numbers:
+            with SuperPoint(path, max_keypoints=number, half_descriptors=True) as superpoint:
+                for batch in batches:
+                    rate = throughput(superpoint, some, batch, in_flight, seconds)
+                    report["throughput"][f"{size[0]}x{size[1]}, N {number}, batch {batch}"] = round(rate, 1)
+                    print(f"  {size[1]}x{size[0]} N {number} batch {batch:>2}: {rate:8.1f} images/s", flush=True)
+    if json_path:
+        Path(json_path).write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
