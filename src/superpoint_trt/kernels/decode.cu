@@ -1,4 +1,4 @@
-// Raw heads -> keypoints. Two kernels where the NMS radius is small (TILED_RADIUS in decode.py):
+// Raw heads -> keypoints. Two kernels where the NMS radius is small (decode.is_tiled):
 //
 //   detect     one block a tile: softmax, threshold, both suppression rounds, border; survivors to a list
 //   describe   one warp a survivor: its rank among all (they are few), its descriptor, its row of the result

@@ -18,8 +18,8 @@ from superpoint_trt.cuda import BFLOAT16, DeviceArray, DeviceMemory
 from superpoint_trt.kernels import THREADS, Argument, address, blocks, function, launch
 from superpoint_trt.spec import DecodeOptions, Sampling, SuperPointError
 
-TILED_RADIUS_PX = 5
-"""Up to this NMS radius one block does all of a tile in shared memory; beyond, each step is a kernel of its own."""
+LARGEST_TILE_PX = 88
+"""A tile and all that decides on it, along one side: so much fits into the 48 KB that every GPU's block may have."""
 
 MOST_DIM = 1024
 LARGEST_STRIDE_PX = 32
@@ -115,7 +115,7 @@ class Decoder:
         self.batch, self.dim = logits.shape[0], descriptors.shape[1]
         self._logits, self._descriptors = logits, descriptors
         self._options, self._sampling = options, sampling
-        self._tiled = options.nms_radius_px <= TILED_RADIUS_PX
+        self._tiled = is_tiled(options.nms_radius_px, self.stride_px)
         pixels = self.batch * self.height_px * self.width_px
         self._keys = DeviceMemory(8 * pixels)
         self._counters = _zeros(8 * self.batch)
@@ -281,6 +281,12 @@ def decode_heads(
         cuda.call("cudaStreamSynchronize", handle)
     # Whatever the kernels still use lives as long as the results.
     return device_keypoints(rows, block.address, first.device, (block, job, decoder, first, second))
+
+
+def is_tiled(radius_px: int, stride_px: int) -> bool:
+    """Whether one block does all of a tile in shared memory (radius up to 5); if not, each step is its own kernel."""
+    whole_cells = -(-(_TILE_PX + 2 * 5 * radius_px) // stride_px)
+    return whole_cells * stride_px <= LARGEST_TILE_PX
 
 
 def device_keypoints(rows: Rows, start: int, device: int, owner: Any) -> DeviceKeypoints:
