@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ _MOST = {"max_side": 1 << 20, "threads": 1024}
 _MOST_IN_FLIGHT = 64
 
 Prepared = tuple[NDArray[Any], Placement]
-"""An image as it goes into a network input, not padded yet: (H, W) uint8, or float32 in [0, 1]; and its place there."""
+"""An image on its way to a network input, (H, W) uint8, or float32 in [0, 1]; and its place there."""
 
 _log = logging.getLogger(__name__)
 
@@ -236,20 +237,22 @@ class SuperPoint:
         (slot,) = self._lanes.take(1)
         try:
             lane = self._fill(slot, [prepared], 1)
-            return lane.on_device((prepared[1].placed_width_px, prepared[1].placed_height_px))
+            return lane.on_device(_placed(prepared[1]))
         finally:
             self._lanes.give_back([slot])
 
     def prepare(self, image: ImageLike) -> tuple[Float32, Placement]:
         """The first of the three steps of `extract`: the network's input (H, W), and where the image lies in it."""
-        pixels, placement = self._prepare(image)
-        gray = pixels if pixels.dtype == np.float32 else images.to_gray(pixels)
-        return images.pad(gray, placement), placement
+        gray = images.to_gray(images.as_array(image))
+        placement = images.place(gray.shape[:2], self.description, self._max_side_px)
+        return images.to_input(gray, placement), placement
 
     def _prepare(self, image: ImageLike) -> Prepared:
-        """The image, gray and shrunk if it must be. Where the GPU takes uint8, what is uint8 stays it."""
+        """As `prepare`; for a lane, which has memory of its own to pad in, and takes uint8 as it is, not yet padded."""
+        if self._lanes is None:
+            return self.prepare(image)
         array = images.as_array(image)
-        if self._lanes and array.dtype == np.uint8 and array.ndim == 2:
+        if array.dtype == np.uint8 and array.ndim == 2:
             images.check(array)
             placement = images.place(array.shape, self.description, self._max_side_px)
             if not placement.resized:
@@ -277,6 +280,31 @@ class SuperPoint:
             scores, descriptors = outputs["scores"], outputs["descriptors"]
         return [self._select(s, d, placement) for s, d, placement in zip(scores, descriptors, placements)]
 
+    def extract_timed(self, batch: Sequence[ImageLike]) -> dict[str, float]:
+        """Runs images that share a run step by step, each step waited for, and tells the seconds of each.
+
+        Returns:
+            preprocess, network, decode, and where there is such a thing host_to_device, device_to_host.
+        """
+        clock = time.perf_counter
+        started = clock()
+        prepared = [self._prepare(image) for image in batch]
+        if self._lanes is None:
+            inputs = np.stack([pixels for pixels, _ in prepared])[:, None]
+            spans = {"preprocess": clock() - started}
+            outputs, steps = self.infer_timed(inputs)
+            started = clock()
+            self.decode(outputs, [placement for _, placement in prepared])
+            return {**spans, **steps, "decode": clock() - started}
+        (slot,) = self._lanes.take(1)
+        try:
+            lane = self._fill(slot, prepared, len(prepared))
+            spans = {"preprocess": clock() - started}
+            spans.update(lane.timed([_placed(placement) for _, placement in prepared]))
+        finally:
+            self._lanes.give_back([slot])
+        return spans
+
     def _select(self, scores: Float32, descriptors: Float32, placement: Placement) -> Keypoints:
         # Padding is cut off before the suppression: what lies outside the image must not weigh on what is inside.
         inside = scores[: placement.placed_height_px, : placement.placed_width_px]
@@ -298,7 +326,7 @@ class SuperPoint:
     def _run(self, prepared: Sequence[Prepared]) -> list[Keypoints]:
         if self._lanes is None:
             placements = [placement for _, placement in prepared]
-            found = self.decode(self.infer(np.stack([images.pad(*one) for one in prepared])[:, None]), placements)
+            found = self.decode(self.infer(np.stack([pixels for pixels, _ in prepared])[:, None]), placements)
             return [
                 replace(one, descriptors=one.descriptors.astype(self._descriptor_dtype, copy=False)) for one in found
             ]
@@ -321,7 +349,7 @@ class SuperPoint:
 
     def _submit(self, lane: Any, prepared: Sequence[Prepared]) -> list[Placement]:
         placements = [placement for _, placement in prepared]
-        lane.submit([(placement.placed_width_px, placement.placed_height_px) for placement in placements])
+        lane.submit([_placed(placement) for placement in placements])
         return placements
 
     def _collect(self, lane: Any, placements: Sequence[Placement]) -> list[Keypoints]:
@@ -440,6 +468,10 @@ def _in_force(model: ModelDescription, chosen: DecodeOptions, asked: dict[str, A
         remove_borders_px=model.remove_borders_px if model.remove_borders_px is not None else 0,
         threshold=asked["threshold"] if asked["threshold"] is not None else baked_threshold,
     )
+
+
+def _placed(placement: Placement) -> tuple[int, int]:
+    return placement.placed_width_px, placement.placed_height_px
 
 
 def _size(placement: Placement) -> tuple[int, int]:

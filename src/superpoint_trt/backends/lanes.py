@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -197,6 +198,22 @@ class Lane:
             for image in range(len(self._placed))
         ]
 
+    def timed(self, placed_wh: Sequence[tuple[int, int]]) -> dict[str, float]:
+        """Runs what lies in `image` step by step, each waited for: seconds of each. The decode brings results home."""
+        self.submit(placed_wh)  # once as usual: all is ready then
+        self.collect()
+        self.submit(placed_wh)
+        self._stream.synchronise()
+        spans = {}
+        steps = {"host_to_device": self.queue_input, "network": self.queue_network, "decode": self.queue_decode}
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            self._stream.synchronise()
+            spans[name] = time.perf_counter() - started
+        self.collect()
+        return spans
+
     def on_device(self, placed_wh: tuple[int, int]) -> DeviceKeypoints:
         """Runs one image and waits; the results stay in this lane's own memory, valid until its next run."""
         while True:
@@ -251,7 +268,7 @@ class Lane:
     def _enqueue(self) -> None:
         self.queue_input()
         self.queue_network()
-        self._decoder.queue(self._job.address, self._rows, self._stream)
+        self.queue_decode()
 
     def queue_input(self) -> None:
         """Queues the first third of a run: job and pixels to the GPU."""
