@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # The tests compare with PyTorch, and .pth checkpoints need it. 2.13.0 has no build for Python 3.9.
 TORCH ?= $(shell $(PYTHON) -c "import sys; print('torch==2.13.0' if sys.version_info >= (3, 10) else 'torch>=2.6')")
-# A checkpoint for demo and bench. Empty: demo fetches the MIT one (5 MB).
+# Another checkpoint than the packaged one, for demo and bench.
 WEIGHTS ?=
 
 # The Python that has TensorRT and this package.
@@ -11,10 +11,12 @@ GPU_PYTHON ?= $(PYTHON)
 VENV := .venv
 DEMO_VENV := .venv-demo
 PIP := -m pip install -q --disable-pip-version-check
-SUPERPOINT := $(DEMO_VENV)/bin/superpoint
-FETCHED := demo/superpoint_v6_from_tf.pth
+# Where this Python has all that the package needs, the demo runs in it, offline too.
+NEEDS := click, cv2, numpy, onnx, onnxruntime, rich, safetensors
+DEMO_PYTHON = $(shell $(PYTHON) -c "import $(NEEDS)" 2>/dev/null && echo $(PYTHON) || echo $(DEMO_VENV)/bin/python)
+SUPERPOINT = PYTHONPATH=src $(DEMO_PYTHON) -m superpoint_trt
 
-.PHONY: test check bench test-gpu bench-gpu demo clean
+.PHONY: test check bench test-gpu bench-gpu demo train clean
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest
@@ -36,14 +38,17 @@ test-gpu:
 bench-gpu:
 	$(GPU_PYTHON) benchmarks/engines.py --engines engines $(if $(WEIGHTS),--weights $(WEIGHTS)) --batch 1 --batch 8
 
-demo: $(DEMO_VENV)/.ready
+# On a machine with an NVIDIA GPU and PyTorch: make train PHOTOS="folder folder" (training/README.md)
+train:
+	PYTHONPATH=src:. $(GPU_PYTHON) -m training $(foreach folder,$(PHOTOS),--photos $(folder)) --output runs/weights
+
+demo:
+	@$(if $(filter $(DEMO_VENV)/%,$(DEMO_PYTHON)),$(MAKE) -s $(DEMO_VENV)/.ready)
+	$(if $(filter %.pth %.pt,$(WEIGHTS)),@$(DEMO_PYTHON) -c "import torch" 2>/dev/null || $(DEMO_PYTHON) $(PIP) '$(TORCH)')
 	@mkdir -p demo
-	$(if $(WEIGHTS),,$(SUPERPOINT) weights fetch v6 --output $(FETCHED) || { echo "offline? make demo WEIGHTS=path/to/checkpoint.pth"; exit 2; })
-	$(if $(filter %.safetensors,$(WEIGHTS)),,$(DEMO_VENV)/bin/python -c "import torch" 2>/dev/null || $(DEMO_VENV)/bin/python $(PIP) '$(TORCH)')
-	@$(DEMO_VENV)/bin/python -c "from skimage import data, io; io.imsave('demo/astronaut.png', data.astronaut())"
-	$(SUPERPOINT) export --weights $(or $(WEIGHTS),$(FETCHED)) --output demo/superpoint.onnx --dynamic
-	$(SUPERPOINT) infer --model demo/superpoint.onnx --image demo/astronaut.png --output demo/keypoints.jpg --save demo/features.npz
-	@echo "look at demo/keypoints.jpg"
+	$(SUPERPOINT) export $(if $(WEIGHTS),--weights $(WEIGHTS)) --output demo/superpoint.onnx --dynamic
+	$(SUPERPOINT) demo --model demo/superpoint.onnx --output demo
+	$(SUPERPOINT) infer --model demo/superpoint.onnx --image src/superpoint_trt/packaged/astronaut.jpg --save demo/features.npz
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -53,7 +58,7 @@ $(VENV)/.ready: pyproject.toml
 
 $(DEMO_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(DEMO_VENV)
-	$(DEMO_VENV)/bin/python $(PIP) -e . scikit-image
+	$(DEMO_VENV)/bin/python $(PIP) -e .
 	@touch $@
 
 clean:

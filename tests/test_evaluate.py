@@ -132,7 +132,7 @@ def test_a_black_image_costs_nothing_but_its_pair_s_points(name, tmp_path):
     black, same = evaluation.pairs
     assert black.pair.second.name == "2.ppm"
     assert (black.mma[9], black.matching_score, black.nn_map) == (0.0, 0.0, 0.0)
-    assert black.homography_error_px == float("inf")
+    assert black.homography_errors_px == [float("inf")]
     assert (same.repeatability, same.mma[0], same.matching_score) == (1.0, 1.0, 1.0)
 
 
@@ -161,7 +161,7 @@ def test_odd_sizes(name, size, model, tmp_path):
     protocol = Protocol(detector_size_hw=size, descriptor_size_hw=size)
     (result,) = evaluate(model if name == "model" else name, tmp_path, protocol).pairs
     assert (result.repeatability, result.localisation_error_px, result.mma[0]) == (1.0, 0.0, 1.0)
-    assert result.homography_error_px == pytest.approx(0.0, abs=1e-3)
+    assert result.homography_errors_px == pytest.approx([0.0], abs=1e-3)
 
 
 def test_sizes_without_a_cell_are_refused(model, tmp_path):

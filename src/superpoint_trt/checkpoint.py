@@ -173,6 +173,24 @@ def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
     return write_atomically(path, to_bytes(arrays, metadata=metadata))
 
 
+def without_batchnorm(checkpoint: Checkpoint) -> Checkpoint:
+    """The same network with every BatchNorm folded into its convolution, in float64: exact up to rounding.
+
+    Raises:
+        SuperPointError: BatchNorm comes after the ReLU, where it cannot be folded away.
+    """
+    if checkpoint.norm is NormPlacement.AFTER_RELU:
+        raise SuperPointError("BatchNorm after ReLU cannot be folded away; expected BatchNorm before ReLU, or none.")
+    layers = {}
+    for name, layer in checkpoint.layers.items():
+        weight, bias = layer.weight.astype(np.float64), layer.bias.astype(np.float64)
+        if layer.norm:
+            scale, shift = layer.norm.scale_and_shift()
+            weight, bias = weight * scale[:, None, None, None], bias * scale + shift
+        layers[name] = Layer(weight.astype(np.float32), bias.astype(np.float32))
+    return replace(checkpoint, layers=layers, norm=NormPlacement.NONE)
+
+
 # ---------------------------------------------------------------------------------------------- layouts by their keys
 
 _PARAMETER = r"(weight|bias)"

@@ -12,7 +12,18 @@ from rich.table import Table
 from superpoint_trt import cli_engine, cli_proof
 from superpoint_trt._version import __version__
 from superpoint_trt.spec import TENSORRT_MAX_TOPK, DecodeOptions, OutputType, Sampling, SuperPointError
-from superpoint_trt.terminal import DEVICE, console, open_model, print_found, print_info, run, save_drawing, script
+from superpoint_trt.terminal import (
+    DEVICE,
+    MODEL,
+    WEIGHTS,
+    console,
+    open_model,
+    print_found,
+    print_info,
+    run,
+    save_drawing,
+    script,
+)
 
 __all__ = ["cli", "main", "run", "script"]
 
@@ -38,7 +49,7 @@ for command in (cli_engine.build, cli_engine.cast, cli_proof.verify, cli_proof.e
 
 
 @cli.command()
-@click.option("--weights", required=True, help="Checkpoint: .pth (needs torch) or .safetensors.")
+@WEIGHTS
 @click.option("--output", required=True, help="The .onnx to write.")
 @click.option("--type", "kind", type=click.Choice([t.value for t in OutputType]), default="dense", show_default=True)
 @click.option("--height", type=int, default=480, show_default=True, help="Input height in px, a multiple of 8.")
@@ -113,7 +124,7 @@ def info(file: str) -> None:
 
 
 @cli.command()
-@click.option("--model", required=True, help=".onnx, engine, or a checkpoint (runs in PyTorch).")
+@MODEL
 @click.option("--image", required=True, help="Any image OpenCV reads, of any size from 8x8 px.")
 @click.option("--output", help="Picture to write: the image with its keypoints.")
 @click.option("--save", help="Features to write: .npz with keypoints, scores, descriptors, image_size.")
@@ -123,7 +134,7 @@ def info(file: str) -> None:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--threads", type=int, help="CPU threads.")
 def infer(
-    model: str,
+    model: str | None,
     image: str,
     output: str | None,
     save: str | None,
@@ -163,7 +174,7 @@ def infer(
 
 
 @cli.command()
-@click.option("--model", required=True, help=".onnx, engine, or a checkpoint (runs in PyTorch).")
+@MODEL
 @click.argument("first")
 @click.argument("second")
 @click.option("--output", help="Picture to write: both images, inliers green, outliers red.")
@@ -177,7 +188,7 @@ def infer(
 @click.option("--max-side", type=int, help="Shrink larger images to this many px first.")
 @DEVICE
 def match(
-    model: str,
+    model: str | None,
     first: str,
     second: str,
     output: str | None,
@@ -228,6 +239,34 @@ def match(
         click.echo(f"{'saved':<14}{save_matches(save, found)}")
 
 
+# --------------------------------------------------------------------------------------------------------------- demo
+
+
+@cli.command()
+@MODEL
+@click.option("--output", default="demo", show_default=True, help="Folder for the two pictures.")
+@DEVICE
+def demo(model: str | None, output: str, device: str) -> None:
+    """Match a photograph with a warped copy of it; offline, nothing needed."""
+    from superpoint_trt.demo import CORRECT_PX
+    from superpoint_trt.demo import demo as run_demo
+    from superpoint_trt.files import make_folder
+
+    folder = make_folder(output)
+    with open_model(model, device=device) as superpoint:
+        shown = run_demo(superpoint, folder)
+    found = shown.found
+    inliers = int(found.geometry.inliers.sum())
+    click.echo(f"{'keypoints':<14}{len(found.first)} in the photograph, {len(found.second)} in its warped, darker copy")
+    click.echo(f"{'matches':<14}{len(found.matches)}, {inliers} inliers of one homography")
+    click.echo(
+        f"{'correct':<14}{shown.correct:.1%} of the matches within {CORRECT_PX:g} px of where the true warp puts them"
+    )
+    click.echo(f"{'homography':<14}its corners are off by {shown.corner_error_px:.2f} px")
+    for picture in shown.pictures:
+        click.echo(f"{'look at':<14}{picture}")
+
+
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
@@ -239,8 +278,20 @@ def weights() -> None:
 @weights.command("list")
 def weights_list() -> None:
     """The public checkpoints, their licences, and where they are."""
+    from superpoint_trt import packaged
+    from superpoint_trt.files import git_blob_id, read_bytes
     from superpoint_trt.weights import PUBLIC
 
+    own = {
+        "licence": "MIT",
+        "layout": "superpoint-trt (Conv + ReLU, half-pixel sampling, float16)",
+        "git blob": git_blob_id(read_bytes(packaged.WEIGHTS, "packaged checkpoint")),
+        "file": packaged.WEIGHTS,
+        "card": packaged.MODEL_CARD,
+    }
+    click.echo("packaged: this project's own, trained from nothing; the default of every command")
+    for label, value in own.items():
+        click.echo(f"  {label:<10}{value}")
     for entry in PUBLIC:
         click.echo(f"{entry.name}: {entry.about}")
         rows = {"licence": entry.licence, "layout": entry.family.value, "git blob": entry.git_blob, "url": entry.url}

@@ -8,15 +8,21 @@ from typing import Any
 import click
 from rich.table import Table
 
+from superpoint_trt import packaged
 from superpoint_trt.spec import SuperPointError
-from superpoint_trt.terminal import DEVICE, JSON, console, progress_bar, write_json
+from superpoint_trt.terminal import DEVICE, JSON, console, or_default, progress_bar, write_json
 
 GATE_FAILED = 1
 
 
 @click.command()
 @click.option("--model", required=True, help="The model to prove.")
-@click.option("--weights", required=True, help="Its checkpoint, or an fp32 dense or heads .onnx, as the reference.")
+@click.option(
+    "--weights",
+    default=str(packaged.WEIGHTS),
+    show_default="the packaged ones",
+    help="Its checkpoint, or an fp32 dense or heads .onnx, as the reference.",
+)
 @click.option("--images", required=True, help="Folder of real images.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first so many images.")
 @click.option("--gate", "gates", multiple=True, metavar="NAME=LIMIT", help="Another limit than the precision's own.")
@@ -90,7 +96,7 @@ def _print_verification(found: Any) -> None:
 
 
 @click.command()
-@click.option("--model", required=True, help="A model file, or sift or orb.")
+@click.option("--model", help="A model file, or sift or orb.  [default: the packaged weights]")
 @click.option("--dataset", required=True, help="Folder of HPatches or Oxford sequences.")
 @click.option("--baselines/--no-baselines", default=True, show_default=True, help="SIFT and ORB beside it, for scale.")
 @click.option("--resize", type=click.Choice(["crop", "fit", "none"]), default="crop", show_default=True)
@@ -106,10 +112,17 @@ def _print_verification(found: Any) -> None:
 )
 @click.option("--estimator", type=click.Choice(["ransac", "magsac"]), default="ransac", show_default=True)
 @click.option("--inlier-px", type=float, default=3.0, show_default=True, help="Of the estimator.")
+@click.option(
+    "--ransac-orders",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Average homography correctness over so many orders of the matches.",
+)
 @JSON
 @DEVICE
 def evaluate(
-    model: str,
+    model: str | None,
     dataset: str,
     baselines: bool,
     resize: str,
@@ -123,6 +136,7 @@ def evaluate(
     matching_px: float,
     estimator: str,
     inlier_px: float,
+    ransac_orders: int,
     json_path: str | None,
     device: str,
 ) -> None:
@@ -133,6 +147,7 @@ def evaluate(
     from superpoint_trt.image import parse_size
     from superpoint_trt.matching import Estimator
 
+    model = or_default(model)
     if json_path:
         check_distinct(check_writable(json_path), model, *input_files(dataset))
     protocol = Protocol(
@@ -148,6 +163,7 @@ def evaluate(
         threshold=threshold,
         estimator=Estimator(estimator),
         ransac_px=inlier_px,
+        ransac_orders=ransac_orders,
     )
     names = [model, *(name for name in BASELINES if baselines and name != model)]
     reports = []
@@ -181,7 +197,12 @@ def _figures(row: dict[str, Any]) -> list[float | None]:
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, required=True, help="May be repeated: models are taken in turn.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="May be repeated: models are taken in turn.  [default: the packaged weights]",
+)
 @click.option("--batch", type=int, default=1, show_default=True, help="Images per call.")
 @click.option("--size", help="HxW of the image.  [default: what the model was exported for]")
 @click.option("--iterations", type=int, default=100, show_default=True)
@@ -206,6 +227,7 @@ def bench(
     from superpoint_trt.files import check_distinct, check_writable
     from superpoint_trt.image import load_image, parse_size
 
+    models = models or (or_default(None),)
     for path, other in ((plot_path, json_path), (json_path, None)):
         if path:
             check_distinct(check_writable(path), *models, image, other)

@@ -36,6 +36,7 @@ class Resize(str, enum.Enum):
 
 
 LARGEST_SIDE_PX = 8192
+MOST_ORDERS = 1000
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Protocol:
     mma_px: tuple[int, ...] = tuple(range(1, 11))
     estimator: Estimator = Estimator.RANSAC
     ransac_px: float = 3.0
+    ransac_orders: int = 1
+    """Homographies are estimated from so many orders of the matches, and their correctness averaged: less luck."""
 
     def __post_init__(self) -> None:
         for side in (*self.detector_size_hw, *self.descriptor_size_hw):
@@ -72,6 +75,10 @@ class Protocol:
                     f"a size to evaluate at has a side of {side} px; "
                     f"expected {images.SMALLEST_SIDE_PX} to {LARGEST_SIDE_PX}."
                 )
+        if not 1 <= self.ransac_orders <= MOST_ORDERS:
+            raise SuperPointError(
+                f"{self.ransac_orders} orders of the matches were asked for; expected 1 to {MOST_ORDERS}."
+            )
         for name, value in (("matching distance", self.matching_px), ("inlier distance", self.ransac_px)):
             if not 0 < value < np.inf:
                 raise SuperPointError(f"{name} is {value} px; expected more than 0.")
@@ -94,7 +101,8 @@ class PairResult:
     repeatability: float | None
     localisation_error_px: float | None
     mma: list[float]
-    homography_error_px: float
+    homography_errors_px: list[float]
+    """One for each order of the matches."""
     matching_score: float
     nn_map: float
 
@@ -131,7 +139,7 @@ class Evaluation:
         return {name: self._summary(group) for name, group in sorted(groups.items())}
 
     def _summary(self, results: list[PairResult]) -> dict[str, Any]:
-        errors = np.array([result.homography_error_px for result in results])
+        errors = np.array([result.homography_errors_px for result in results])
         accuracy = np.array([result.mma for result in results])
         return {
             "pairs": len(results),
@@ -336,7 +344,10 @@ def _score(pair: Pair, detected: _Views, described: _Views, protocol: Protocol) 
         repeatability=again.share,
         localisation_error_px=again.localisation_error_px,
         mma=metrics.matching_accuracy(*described, protocol.mma_px, count),
-        homography_error_px=metrics.homography_error_px(*described, count, protocol.estimator, protocol.ransac_px),
+        homography_errors_px=[
+            metrics.homography_error_px(*described, count, protocol.estimator, protocol.ransac_px, order)
+            for order in range(protocol.ransac_orders)
+        ],
         matching_score=metrics.matching_score(*described, count, protocol.matching_px),
         nn_map=metrics.nn_average_precision(*described, count, protocol.matching_px),
     )

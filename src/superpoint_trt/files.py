@@ -47,6 +47,30 @@ def read_bytes(path: PathLike, what: str) -> bytes:
     return data
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: $SUPERPOINT_CACHE, or the user's usual cache.
+
+    Raises:
+        SuperPointError: it cannot be made.
+    """
+    usual = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return make_folder(os.environ.get("SUPERPOINT_CACHE") or Path(usual) / "superpoint-trt")
+
+
+def make_folder(path: PathLike) -> Path:
+    """A folder to write to, made if it is missing.
+
+    Raises:
+        SuperPointError: it cannot be made, or is a file.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SuperPointError(f"the folder {path} cannot be made: {error.strerror}; name another.") from error
+    return path
+
+
 def check_writable(path: PathLike) -> Path:
     """Refuses an output path before the work that would fill it, rather than after.
 

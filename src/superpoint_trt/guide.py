@@ -16,7 +16,7 @@ from superpoint_trt.backends import open_backend
 from superpoint_trt.cli_engine import build_engine, parse_targets
 from superpoint_trt.files import PathLike, check_distinct, check_writable, read_bytes
 from superpoint_trt.spec import DecodeOptions, Keypoints, OutputType, Precision, SuperPointError
-from superpoint_trt.terminal import print_found, print_info, save_drawing
+from superpoint_trt.terminal import WEIGHTS, print_found, print_info, save_drawing
 from superpoint_trt.trt import Flavour
 
 GUIDE_OPSET = 11
@@ -117,7 +117,7 @@ class SuperPointTRT:
 
 
 @click.command()
-@click.option("--weights", default="weights/superpoint_v6_from_tf.pth", show_default=True, help="Checkpoint.")
+@WEIGHTS
 @click.option("--output", default="superpoint.onnx", show_default=True, help="The .onnx to write.")
 @click.option("--height", type=int, default=480, show_default=True, help="Usual input height in px.")
 @click.option("--width", type=int, default=640, show_default=True, help="Usual input width in px.")

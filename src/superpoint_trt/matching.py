@@ -162,6 +162,7 @@ def estimate(
     model: Model = Model.HOMOGRAPHY,
     estimator: Estimator = Estimator.MAGSAC,
     threshold_px: float = 3.0,
+    order: int = 0,
 ) -> Geometry:
     """Fits a geometry to matched points with OpenCV; the same matches in any order give the same answer.
 
@@ -171,6 +172,7 @@ def estimate(
         model: homography or fundamental matrix.
         estimator: OpenCV's method.
         threshold_px: how far from the model an inlier may lie.
+        order: another number shuffles the matches in another way, so that random sampling meets other luck.
     """
     import cv2
 
@@ -180,8 +182,10 @@ def estimate(
     if len(first_xy) < _FEWEST[model]:
         return none
     # Random sampling depends on the order; the answer should not, so the matches are put into one of their own.
-    order = np.lexsort((*second_xy.T, *first_xy.T))
-    first_xy, second_xy = first_xy[order], second_xy[order]
+    rows = np.lexsort((*second_xy.T, *first_xy.T))
+    if order:
+        rows = np.random.default_rng(order).permutation(rows)
+    first_xy, second_xy = first_xy[rows], second_xy[rows]
     cv2.setRNGSeed(SEED)
     method = cv2.USAC_MAGSAC if estimator is Estimator.MAGSAC else cv2.RANSAC
     if model is Model.FUNDAMENTAL:
@@ -194,8 +198,8 @@ def estimate(
         )
     if matrix is None or mask is None or matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         return none
-    inliers = np.zeros(len(order), dtype=bool)
-    inliers[order] = mask.ravel().astype(bool)
+    inliers = np.zeros(len(rows), dtype=bool)
+    inliers[rows] = mask.ravel().astype(bool)
     return Geometry(model, matrix, inliers)
 
 

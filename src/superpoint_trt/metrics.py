@@ -66,17 +66,18 @@ def homography_error_px(
     count: int = 1000,
     estimator: Estimator = Estimator.RANSAC,
     ransac_px: float = 3.0,
+    order: int = 0,
 ) -> float:
     """Mean distance of the first image's corners under the estimated and the true homography; inf if none is found.
 
     DeTone et al. 2018, appendix on metrics ("Homography Estimation") and rpautrat/SuperPoint's
     descriptor_evaluation.py: shared points, the best `count`, mutual nearest neighbours, RANSAC; a pair is correct at
-    e px if this is at most e.
+    e px if this is at most e. `order` numbers an order of the matches (matching.estimate).
     """
     a = shared(first, homography, second.image_size, count)
     b = shared(second, np.linalg.inv(homography), first.image_size, count)
     rows = match(a.descriptors, b.descriptors).rows
-    found = estimate(a.xy[rows[:, 0]], b.xy[rows[:, 1]], Model.HOMOGRAPHY, estimator, ransac_px).matrix
+    found = estimate(a.xy[rows[:, 0]], b.xy[rows[:, 1]], Model.HOMOGRAPHY, estimator, ransac_px, order).matrix
     if found is None:
         return float("inf")
     right, bottom = first.image_size[0] - 1, first.image_size[1] - 1

@@ -10,6 +10,7 @@ from typing import Any, Callable
 import click
 from rich.console import Console
 
+from superpoint_trt import packaged
 from superpoint_trt.spec import SuperPointError
 
 BAD_INPUT = 2
@@ -17,6 +18,15 @@ INTERRUPTED = 130
 _WIDE = 160
 """Columns when the output is no terminal and so has no width."""
 
+WEIGHTS = click.option(
+    "--weights",
+    default=str(packaged.WEIGHTS),
+    show_default="the packaged ones",
+    help="Checkpoint: .pth (needs torch) or .safetensors.",
+)
+MODEL = click.option(
+    "--model", help=".onnx, engine, or a checkpoint (runs in PyTorch).  [default: the packaged weights]"
+)
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 JSON = click.option("--json", "json_path", help="File to write the figures to.")
 
@@ -47,12 +57,22 @@ def save_drawing(pixels: Any, keypoints: Any, output: str) -> None:
     click.echo(f"{'picture':<14}{picture}")
 
 
-def open_model(model: str, **options: Any) -> Any:
+def or_default(model: str | None) -> str:
+    """A model that was named, or the packaged weights as one."""
+    if model is not None:
+        return model
+    from superpoint_trt.ready import default_model
+
+    return str(default_model())
+
+
+def open_model(model: str | None, **options: Any) -> Any:
     """Opens a model and says what it runs on."""
     from superpoint_trt.extractor import SuperPoint
 
-    superpoint = SuperPoint(model, **options)
-    click.echo(f"{'model':<14}{model} ({superpoint.description.type.value})")
+    superpoint = SuperPoint(or_default(model), **options)
+    named = "the packaged weights" if model is None else model
+    click.echo(f"{'model':<14}{named} ({superpoint.description.type.value})")
     click.echo(f"{'ran on':<14}{superpoint.runtime}")
     return superpoint
 

@@ -1,0 +1,65 @@
+"""`python -m training --photos FOLDER --output RUN`: from nothing to a checkpoint, or on from where RUN was cut off."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import torch
+
+from training import photos
+from training.train import SMOKE, Plan, Run
+
+
+@click.command()
+@click.option("--photos", "folders", multiple=True, required=True, help="Folder of photographs; may be given again.")
+@click.option("--output", required=True, help="Folder of the run: log, states to go on from, checkpoints.")
+@click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, cpu.")
+@click.option("--seed", default=Plan.seed, show_default=True)
+@click.option("--smoke", is_flag=True, help="A tiny network, a few steps: does every stage run?")
+@click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="torch.compile on a GPU.")
+@click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="Another value of one of train.Plan's.")
+@click.option("--steps-scale", default=1.0, show_default=True, help="All stages' steps times this.")
+def main(
+    folders: tuple[str, ...],
+    output: str,
+    device: str,
+    seed: int,
+    smoke: bool,
+    compiled: bool,
+    changes: tuple[str, ...],
+    steps_scale: float,
+) -> None:
+    """Trains a SuperPoint from nothing."""
+    where = torch.device(device)
+    if where.type == "cuda":
+        if not torch.cuda.is_available():
+            raise click.UsageError("PyTorch sees no GPU here; --device cpu --smoke tries every stage in seconds.")
+        where = torch.device("cuda", where.index or 0)
+        torch.cuda.set_device(where)
+    plan = replace(SMOKE if smoke else Plan(), seed=seed)
+    stages = tuple(replace(stage, steps=max(1, round(stage.steps * steps_scale))) for stage in plan.stages)
+    plan = replace(plan, stages=stages)
+    plan = replace(plan, **dict(_change(plan, text) for text in changes))
+    train, held_out = photos.find([Path(folder) for folder in folders])
+    banks = [photos.load(paths, where, plan.canvas_px) for paths in (train, held_out or train[:1])]
+    run = Run(plan, Path(output), *banks, where, compiled and where.type == "cuda")
+    print(f"trained: {run.run()}")
+
+
+def _change(plan: Plan, text: str) -> tuple[str, float]:
+    """`NAME=NUMBER` as a field of the plan and its value."""
+    name, _, value = text.partition("=")
+    now = getattr(plan, name, None)
+    if not isinstance(now, (int, float)):
+        numbers = [key for key, other in vars(plan).items() if isinstance(other, (int, float))]
+        raise click.UsageError(f"--set {text}: expected one of {', '.join(numbers)}, then = and a number.")
+    try:
+        return name, type(now)(value)
+    except ValueError:
+        raise click.UsageError(f"--set {text}: {value!r} is no {type(now).__name__}.") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Homographic adaptation (DeTone et al. 2018, section 5): a detector's own answer, made repeatable.
+
+The detector looks at many views of each image, in changing light too; what it finds is carried back and averaged.
+Places that many views agree on become the interest points to learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from superpoint_trt.network import SuperPointNet
+from superpoint_trt.spec import CELL_PX
+from training.bank import Bank
+from training.geometry import Motion, inverse, pixel_grid, random_motions, translation, uniform, warp
+from training.views import disturb, look
+
+MOTION = Motion(0.7, 20.0, 0.15, 0.2, 0.25, 0.0)
+VIEW_HW = (480, 640)
+AREA_PER_POINT_PX2 = 200.0
+"""As many points at most as one in this area."""
+NMS_PX = 4
+LEAST = 0.004
+"""Share of views that must agree to within about a pixel."""
+WORST_WORTH = 0.3
+"""Of an image's last point; its best is worth 1, those between by rank, so scores come to follow repeatability."""
+
+
+@torch.no_grad()
+def adapt(
+    net: SuperPointNet,
+    bank: Bank,
+    views: int,
+    batch: int,
+    view_hw: tuple[int, int] = VIEW_HW,
+    worst_worth: float = WORST_WORTH,
+    compiled: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Bank:
+    """The bank with the interest points that the detector finds repeatably.
+
+    Args:
+        net: in eval mode, on the bank's device.
+        bank: images to label.
+        views: how many of each image.
+        batch: views at a time.
+        view_hw: size of the views.
+        worst_worth: probability to learn for an image's last point.
+        compiled: torch.compile what is done with a batch.
+        progress: called with (images done, images in all).
+    """
+    most = int((bank.sizes.prod(dim=1).amax() / AREA_PER_POINT_PX2).item())
+    observe = torch.compile(_observe, dynamic=False) if compiled else _observe
+    found = []
+    for index in range(len(bank)):
+        canvas = bank.images[index].float().mean(dim=0)[None, None] / 255
+        heard = [observe(net, canvas, bank.sizes[index], batch, view_hw) for _ in range(-(-views // batch))]
+        fired, seen = (torch.stack(part).sum(dim=0) for part in zip(*heard))
+        agreement = _blur(fired / seen.clamp(min=1))
+        found.append(_points(agreement, bank.sizes[index], most, worst_worth))
+        if progress:
+            progress(index + 1, len(bank))
+    xy, worth = (torch.stack(part) for part in zip(*found))
+    return bank.with_points(xy, worth)
+
+
+def _observe(
+    net: SuperPointNet, canvas: Tensor, size_hw: Tensor, count: int, view_hw: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """What the detector says in `count` views anywhere in an image, and how often each place was seen; (1, 1, S, S)."""
+    place = uniform((count, 2), 0.2, 0.8, canvas.device) * (size_hw.flip(0) - 1)
+    to_canvas = translation(place) @ random_motions(count, view_hw, MOTION, canvas.device)
+    image, inside = look(canvas.expand(count, -1, -1, -1), size_hw.expand(count, 2), to_canvas, view_hw)
+    heat = _heat(net, disturb(image))
+    side = canvas.shape[-1]
+    xy = warp(pixel_grid(side, side, canvas.device)[None], inverse(to_canvas))
+    unit = (2 * xy + 1) / xy.new_tensor([view_hw[1], view_hw[0]]) - 1
+    both = torch.cat([heat * inside, inside], dim=1)
+    back = F.grid_sample(both, unit.view(count, side, side, 2), align_corners=False).sum(dim=0, keepdim=True)
+    return back[:, :1], back[:, 1:]
+
+
+def _heat(net: SuperPointNet, image: Tensor) -> Tensor:
+    """(B, 1, H, W): the detector's probabilities, without the dustbin."""
+    with torch.autocast(image.device.type, dtype=torch.bfloat16):
+        logits = net.detector(net.backbone(image.contiguous(memory_format=torch.channels_last)))
+    return F.pixel_shuffle(logits.float().softmax(dim=1)[:, :-1], CELL_PX)
+
+
+def _points(agreement: Tensor, size_hw: Tensor, most: int, worst_worth: float) -> tuple[Tensor, Tensor]:
+    """The places with the most agreement: xy (most, 2) to a fraction of a pixel, and worth (most,)."""
+    height, width = agreement.shape[2:]
+    peak = (agreement == F.max_pool2d(agreement, 2 * NMS_PX + 1, 1, NMS_PX)) & (agreement > LEAST)
+    allowed = min(most, int(size_hw.prod().item() / AREA_PER_POINT_PX2), height * width)
+    values, flat = (agreement * peak).flatten().topk(allowed)
+    xy = torch.stack([flat % width, flat // width], dim=1).float() + _refine(agreement, flat)
+    rank = torch.arange(allowed, device=values.device) / allowed
+    worth = (1 + (worst_worth - 1) * rank) * (values > 0)
+    pad = most - allowed
+    return F.pad(xy, (0, 0, 0, pad)), F.pad(worth, (0, pad))
+
+
+def _refine(agreement: Tensor, flat: Tensor) -> Tensor:
+    """(N, 2): from a peak's pixel to the top of the parabola through it and its neighbours, along each axis."""
+    around = F.unfold(agreement, 3, padding=1)[0].T[flat]
+    here = around[:, 4]
+
+    def top(before: Tensor, after: Tensor) -> Tensor:
+        return ((after - before) / (2 * (2 * here - before - after)).clamp(min=1e-9)).clamp(-0.5, 0.5)
+
+    return torch.stack([top(around[:, 3], around[:, 5]), top(around[:, 1], around[:, 7])], dim=1)
+
+
+def _blur(heat: Tensor) -> Tensor:
+    """(1, 1, S, S): about how often the detector fired within a pixel of each pixel, nearer ones counting more."""
+    bell = torch.exp(-0.5 * torch.arange(-2, 3, device=heat.device).float() ** 2)
+    return F.conv2d(F.conv2d(heat, bell.view(1, 1, 1, 5), padding=(0, 2)), bell.view(1, 1, 5, 1), padding=(2, 0))

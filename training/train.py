@@ -1,0 +1,319 @@
+"""The stages, and the loop that all of them share."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from superpoint_trt import checkpoint as checkpoints
+from superpoint_trt.checkpoint import NormPlacement
+from superpoint_trt.network import SuperPointNet
+from training import leaves, losses, photos, shapes
+from training.adapt import VIEW_HW, WORST_WORTH, adapt
+from training.bank import Bank, join
+from training.fold import fold
+from training.geometry import inverse, warp
+from training.validate import validate
+from training.views import disturb, pair
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of the network, from where the stage before left it."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    adapted_views: int = 0
+    """Views of each image for homographic adaptation by the network so far; 0: synthetic shapes, corners known."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run depends on, besides the photographs."""
+
+    stages: tuple[Stage, ...] = (
+        Stage("shapes", 2500, 1e-3),
+        Stage("first", 3500, 1e-3, 48),
+        Stage("second", 9000, 1e-3, 96),
+    )
+    pairs: int = 32
+    """Of views, a step."""
+    group: int = 4
+    """Pairs that share their negatives."""
+    points: int = 256
+    """Correspondences of each pair."""
+    view_hw: tuple[int, int] = (240, 320)
+    channels: tuple[int, ...] = (64, 64, 128, 128, 256)
+    descriptor_dim: int = 256
+    shapes: int = 12000
+    collages: int = 240
+    collage_share: float = 0.25
+    adapt_batch: int = 16
+    adapt_hw: tuple[int, int] = VIEW_HW
+    worst_worth: float = WORST_WORTH
+    descriptor_weight: float = 1.0
+    seed: int = 1
+    validation_pairs: int = 16
+    canvas_px: int = photos.CANVAS_PX
+    validate_every: int = 2500
+    save_every_s: float = 120.0
+
+
+SMOKE = Plan(
+    stages=(Stage("shapes", 2, 1e-3), Stage("first", 2, 1e-3, 2)),
+    pairs=2,
+    group=2,
+    points=16,
+    view_hw=(64, 80),
+    channels=(8, 8, 16, 16, 24),
+    descriptor_dim=32,
+    shapes=4,
+    collages=1,
+    adapt_batch=2,
+    adapt_hw=(64, 80),
+    validation_pairs=1,
+    validate_every=2,
+    save_every_s=0.0,
+    canvas_px=128,
+)
+"""Seconds on a CPU: every stage once, to see that it runs."""
+
+LOG_EVERY = 50
+WARM_UP = 0.03
+WEIGHT_DECAY = 0.01
+MOST_GRADIENT = 10.0
+DETECTOR_SCALE = 2.0
+EMPTY_CELL = 8.0
+"""Logit of the dustbin to begin with: about one cell in a hundred holds a point."""
+DETECTOR_PACE = 10.0
+
+
+class Batch(NamedTuple):
+    """B pairs of views: the first views of all, then the second ones."""
+
+    image: Tensor
+    """(2 B, 1, H, W) in [0, 1], disturbed."""
+    target: Tensor
+    """(2 B, 65, H/8, W/8): losses.detector_targets."""
+    counts: Tensor
+    """(2 B, H/8, W/8)."""
+    first_xy: Tensor
+    """(B, N, 2): losses.correspondences, with the next two."""
+    second_xy: Tensor
+    real: Tensor
+
+
+@dataclass
+class Run:
+    """One training, in a folder that a later call goes on from.
+
+    Folder: `log.jsonl`, `state.pt` (to go on from), `labels-STAGE.pt`, `STAGE.safetensors` after each stage.
+    """
+
+    plan: Plan
+    folder: Path
+    train: Bank
+    held_out: Bank
+    device: torch.device
+    compiled: bool = False
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.plan.seed)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        self.net = SuperPointNet(self.plan.channels, self.plan.descriptor_dim, NormPlacement.BEFORE_RELU)
+        _ready_detector(self.net)
+        self.net.to(self.device, memory_format=torch.channels_last)
+        if self.compiled:
+            self._prepare = torch.compile(self._prepare, dynamic=False)  # type: ignore[method-assign]
+            self._objective = torch.compile(self._objective, dynamic=False)  # type: ignore[method-assign]
+
+    def run(self) -> Path:
+        """Every stage not yet done; the last one's checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = self._restore()
+        collages: Bank | None = None
+        for number, stage in enumerate(self.plan.stages):
+            if number < state.get("stage", 0):
+                continue
+            torch.manual_seed(self.plan.seed * 1000 + number)
+            if stage.adapted_views and collages is None:
+                collages = self._collages()
+            bank = self._bank(stage, collages)
+            resumed = state if number == state.get("stage") and "optimizer" in state else {}
+            self._stage(number, stage, bank, resumed)
+            state = {}
+        return self.folder / f"{self.plan.stages[-1].name}.safetensors"
+
+    def _collages(self) -> Bank:
+        """By a seed of their own: a resumed run draws the same ones, to which the labels on disk belong."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.plan.seed)
+            return self._timed("collages", lambda: leaves.draw(self.plan.collages, self.train, self.device))
+
+    def _bank(self, stage: Stage, collages: Bank | None) -> Bank:
+        plan = self.plan
+        if collages is None or not stage.adapted_views:
+            return self._timed("shapes", lambda: shapes.draw(plan.shapes, self.device))
+        bank = join([self.train, collages], [1 - plan.collage_share, plan.collage_share])
+        labels = self.folder / f"labels-{stage.name}.pt"
+        if labels.exists():
+            saved = torch.load(labels, weights_only=True, map_location=self.device)
+            return bank.with_points(saved["xy"], saved["worth"])
+        self.net.eval()
+        views = stage.adapted_views, plan.adapt_batch, plan.adapt_hw, plan.worst_worth
+        adapted = self._timed("adaptation", lambda: adapt(self.net, bank, *views, compiled=self.compiled))
+        _save(labels, {"xy": adapted.xy, "worth": adapted.worth})
+        return adapted
+
+    def _timed(self, what: str, make: Any) -> Any:
+        started = time.perf_counter()
+        made = make()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._log(what=what, took_s=round(time.perf_counter() - started, 1))
+        return made
+
+    def _stage(self, number: int, stage: Stage, bank: Bank, resumed: dict[str, Any]) -> None:
+        optimizer = _optimizer(self.net, self.device)
+        first = 0
+        if resumed:
+            first = resumed["step"]
+            optimizer.load_state_dict(resumed["optimizer"])
+            _set_random_state(resumed["random"].cpu(), self.device)
+        sums, saved, since = torch.zeros(3, device=self.device), time.perf_counter(), time.perf_counter()
+        for step in range(first, stage.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = stage.learning_rate * group["pace"] * _schedule(step / stage.steps)
+            self.net.train()
+            sums += self._step(bank, optimizer, bool(stage.adapted_views))
+            done = step + 1
+            if done % LOG_EVERY == 0 or done == stage.steps:
+                window = (done - first - 1) % LOG_EVERY + 1
+                detector, descriptor, known = (sums / window).tolist()
+                rate = window * 2 * self.plan.pairs / (time.perf_counter() - since)
+                losses_now = {"detector": detector, "descriptor": descriptor, "known": known}
+                rounded = {name: round(value, 4) for name, value in losses_now.items()}
+                self._log(stage=stage.name, step=done, **rounded, images_per_s=round(rate))
+                sums.zero_()
+                since = time.perf_counter()
+            if done % self.plan.validate_every == 0 or done == stage.steps:
+                self.net.eval()
+                self._log(stage=stage.name, step=done, **validate(self.net, self.held_out, self.plan.validation_pairs))
+                since = time.perf_counter()
+            if done < stage.steps and time.perf_counter() - saved > self.plan.save_every_s:
+                self._save_state(number, done, optimizer)
+                saved = time.perf_counter()
+        self.net.eval()
+        checkpoints.save(fold(self.net), self.folder / f"{stage.name}.safetensors", half=True)
+        self._save_state(number + 1, 0, None)
+
+    def _step(self, bank: Bank, optimizer: torch.optim.Optimizer, descriptors: bool) -> Tensor:
+        """One update; the detector's loss, the descriptor's, and the share of partners known, on the device."""
+        index = bank.sample(self.plan.pairs)
+        batch = self._prepare(bank.images[index], bank.sizes[index], *bank.points(index))
+        loss, figures = self._objective(batch, descriptors)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), MOST_GRADIENT)
+        optimizer.step()
+        return figures.detach()
+
+    @torch.no_grad()
+    def _prepare(self, colour: Tensor, sizes: Tensor, xy: Tensor, worth: Tensor) -> Batch:
+        """Fresh pairs of views of some images, and what is true of them."""
+        first, second, homography = pair(colour, sizes, self.plan.view_hw)
+        seen = [warp(xy, inverse(view.to_canvas)) for view in (first, second)]
+        inside = torch.cat([first.inside, second.inside])
+        target, counts = losses.detector_targets(torch.cat(seen), worth.repeat(2, 1), inside)
+        both = (first.inside, second.inside)
+        points = losses.correspondences(seen[0], worth, homography, both, self.plan.points)
+        return Batch(disturb(torch.cat([first.image, second.image])), target, counts, *points)
+
+    def _objective(self, batch: Batch, descriptors: bool) -> tuple[Tensor, Tensor]:
+        """The loss to descend, and its parts for the log."""
+        image = batch.image.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            logits, coarse = self.net(image)
+        detector = losses.detector_loss(logits, batch.target, batch.counts)
+        if not descriptors:
+            return detector, torch.stack([detector, torch.zeros_like(detector), torch.zeros_like(detector)])
+        points = (batch.first_xy, batch.second_xy, batch.real)
+        descriptor, known = losses.descriptor_loss(*coarse.chunk(2), points, self.plan.group)
+        loss = detector + self.plan.descriptor_weight * descriptor
+        return loss, torch.stack([detector, descriptor, known])
+
+    def _restore(self) -> dict[str, Any]:
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return {}
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location=self.device)
+        self.net.load_state_dict(state["net"])
+        self._log(resumed=True, stage=state["stage"], step=state["step"])
+        return state
+
+    def _save_state(self, stage: int, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        state = {"stage": stage, "step": step, "net": self.net.state_dict(), "random": _random_state(self.device)}
+        if optimizer:
+            state["optimizer"] = optimizer.state_dict()
+        _save(self.folder / "state.pt", state)
+
+    def _log(self, **entry: Any) -> None:
+        entry = {"s": round(time.perf_counter() - self.started, 1), **entry}
+        line = json.dumps(entry)
+        print(line, flush=True)
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(line + "\n")
+
+
+def _ready_detector(net: SuperPointNet) -> None:
+    """Logits that begin with room to be sure, and nearly every cell empty.
+
+    BatchNorm makes logits of unit variance, and Adam moves its scale by no more than the learning rate a step: left so,
+    thousands of steps pass before any score can come near 1 (measured: 0.14 at best after 2500).
+    """
+    norm = net.detector[1].bn
+    torch.nn.init.constant_(norm.weight, DETECTOR_SCALE)
+    with torch.no_grad():
+        norm.bias[-1] = EMPTY_CELL
+
+
+def _optimizer(net: SuperPointNet, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW; the detector's last scale and shift at a pace of their own."""
+    quick = list(net.detector[1].bn.parameters())
+    known = {id(parameter) for parameter in quick}
+    others = [parameter for parameter in net.parameters() if id(parameter) not in known]
+    groups = [{"params": others, "pace": 1.0}, {"params": quick, "pace": DETECTOR_PACE, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
+
+
+def _schedule(done: float) -> float:
+    """Warm-up, then half a cosine down to nothing."""
+    return min(done / WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * done)) + 1e-4
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(state: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    """Written beside, then renamed: a run that is cut off leaves the last whole state."""
+    beside = path.with_suffix(".part")
+    torch.save(state, beside)
+    beside.replace(path)
