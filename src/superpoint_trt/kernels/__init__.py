@@ -13,7 +13,7 @@ from superpoint_trt.kernels.compiler import cubin
 from superpoint_trt.spec import SuperPointError
 
 THREADS = 256
-"""Of a block, in every kernel here."""
+"""Of a block, where nothing else is said."""
 
 Argument = Union[int, float, "ctypes._SimpleCData[Any]"]
 """A ctypes value as it is; an int as a 32-bit int, a float as float32."""
@@ -45,14 +45,21 @@ def address(place: int) -> ctypes.c_void_p:
     return ctypes.c_void_p(place)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], stream: cuda.Stream | int, arguments: Sequence[Argument]) -> None:
-    """Queues one kernel on blocks of `THREADS` threads.
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    stream: cuda.Stream | int,
+    arguments: Sequence[Argument],
+    threads: int = THREADS,
+) -> None:
+    """Queues one kernel.
 
     Args:
         kernel: as `function` gives it.
         grid: blocks along x, y, z; what is missing is 1.
         stream: a Stream, or another library's handle.
         arguments: in the kernel's order.
+        threads: of a block.
 
     Raises:
         SuperPointError: the launch failed.
@@ -64,7 +71,7 @@ def launch(kernel: Any, grid: tuple[int, ...], stream: cuda.Stream | int, argume
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     handle = stream.address if isinstance(stream, cuda.Stream) else stream
     sides = (*grid, 1, 1)[:3]
-    result = driver.cuLaunchKernel(kernel, *sides, THREADS, 1, 1, 0, handle, ctypes.addressof(pointers), 0)
+    result = driver.cuLaunchKernel(kernel, *sides, threads, 1, 1, 0, handle, ctypes.addressof(pointers), 0)
     _check(result, "cuLaunchKernel")
 
 

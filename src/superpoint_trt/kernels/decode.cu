@@ -79,20 +79,30 @@ const int SIDE = CELLS * STRIDE;
 const int INNER = SIDE - 2 * RADIUS;  // pixels whose window lies within
 const int WORDS = (SIDE + 31) / 32;
 const int THREADS = 256;
+const int DETECT_THREADS = 384;  // of `detect`: a row of a cell each, twice, at radius 4; three blocks a multiprocessor
+
+// Whether nothing next to a pixel is higher: few candidates get past this, and those few are looked at closely.
+__device__ bool beats_neighbours(const float* at)
+{
+    float most = fmaxf(at[-1], at[1]);
+#pragma unroll
+    for (int dx = -1; dx <= 1; dx++) most = fmaxf(most, fmaxf(at[dx - SIDE], at[dx + SIDE]));
+    return !(most > *at);
+}
 
 // Whether nothing in the window around a pixel is higher. Taken away pixels are negative.
-__device__ bool is_peak(const float* at)
+// `step` lanes share the rows; each says it of its own, from `first` on.
+__device__ bool is_peak(const float* at, int first, int step)
 {
-    float own = *at;
-    for (int k = 0; k <= 2 * RADIUS; k++) {  // from the middle row outwards: most lose to a neighbour
-        const float* row = at + SIDE * ((k & 1) ? (k + 1) / 2 : -(k / 2));
-        float most = row[-RADIUS];
+    float most = 0.0f;
+    for (int row = first; row <= 2 * RADIUS; row += step) {
 #pragma unroll
-        for (int dx = 1 - RADIUS; dx <= RADIUS; dx++) most = fmaxf(most, row[dx]);
-        if (most > own) return false;
+        for (int dx = -RADIUS; dx <= RADIUS; dx++) most = fmaxf(most, at[SIDE * (row - RADIUS) + dx]);
     }
-    return true;
+    return !(most > *at);
 }
+
+__device__ void keep(unsigned* kept, int at) { atomicOr(&kept[at / SIDE * WORDS + at % SIDE / 32], 1u << at % SIDE % 32); }
 
 // Bits of one word of a row, each set if a bit within RADIUS of it is.
 __device__ unsigned spread(const unsigned* row, int word)
@@ -105,7 +115,7 @@ __device__ unsigned spread(const unsigned* row, int word)
 }
 
 // Grid: tiles across, tiles down (SHIFT included), images. `counts` starts at 0; `keys` holds a whole image each.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(DETECT_THREADS, 3)
 detect(const Head* logits, const int2* placed, Key* keys, unsigned* counts, int rows, int columns, int cell_pitch,
        int channel_pitch, int border, float threshold)
 {
@@ -113,18 +123,18 @@ detect(const Head* logits, const int2* placed, Key* keys, unsigned* counts, int 
     __shared__ unsigned short listed[INNER * INNER];
     __shared__ unsigned kept[SIDE * WORDS], near_kept[SIDE * WORDS];
     __shared__ unsigned short mine[TILE * TILE];
-    __shared__ unsigned candidates, survivors, start;
+    __shared__ unsigned candidates, close, survivors, start;
 
     int image = blockIdx.z;
     int width_px = placed[image].x, height_px = placed[image].y;  // padding takes no part
     int left = blockIdx.x * TILE - SHIFT - REACH, top = blockIdx.y * TILE - SHIFT - REACH;
     logits += (long long)image * rows * columns * (channel_pitch == 1 ? cell_pitch : STRIDE * STRIDE + 1);
-    for (int i = threadIdx.x; i < SIDE * WORDS; i += THREADS) kept[i] = 0;
-    if (threadIdx.x == 0) candidates = survivors = 0;
+    for (int i = threadIdx.x; i < SIDE * WORDS; i += DETECT_THREADS) kept[i] = 0;
+    if (threadIdx.x == 0) candidates = close = survivors = 0;
     __syncthreads();
 
     const int UNITS = CELLS * CELLS * STRIDE;
-    for (int unit = threadIdx.x; unit < (UNITS + 31) / 32 * 32; unit += THREADS) {  // whole warps, for the shuffles
+    for (int unit = threadIdx.x; unit < (UNITS + 31) / 32 * 32; unit += DETECT_THREADS) {  // whole warps, for the shuffles
         int cell = unit / STRIDE, row = unit % STRIDE;
         int x = cell % CELLS * STRIDE, y = cell / CELLS * STRIDE + row;
         int column = (left + x) / STRIDE, line = (top + y - row) / STRIDE;
@@ -148,16 +158,27 @@ detect(const Head* logits, const int2* placed, Key* keys, unsigned* counts, int 
     __syncthreads();
 
     for (int round = 0;; round++) {
-        for (int i = threadIdx.x; i < candidates; i += THREADS) {
+        for (int i = threadIdx.x; i < candidates; i += DETECT_THREADS) {
             int at = listed[i];
-            if (scores[at] > 0.0f && is_peak(scores + at))
-                atomicOr(&kept[at / SIDE * WORDS + at % SIDE / 32], 1u << at % SIDE % 32);
+            if (!(scores[at] > 0.0f && (RADIUS == 0 || beats_neighbours(scores + at)))) continue;
+            unsigned slot = atomicAdd(&close, 1u);
+            if (slot < (unsigned)(TILE * TILE)) mine[slot] = at;  // not in use yet
+            else if (is_peak(scores + at, 0, 1)) keep(kept, at);
+        }
+        __syncthreads();
+        int lane = threadIdx.x % 32, shortlisted = (int)min(close, (unsigned)(TILE * TILE));
+        for (int first = threadIdx.x / 32 * 4; first < shortlisted; first += DETECT_THREADS / 8) {  // 8 lanes for each
+            int i = first + lane / 8, at = i < shortlisted ? mine[i] : 0;
+            bool peak = i < shortlisted && is_peak(scores + at, lane % 8, 8);
+            unsigned said = __ballot_sync(ALL, peak);
+            if (lane % 8 == 0 && (said >> lane & 255) == 255) keep(kept, at);
         }
         __syncthreads();
         if (round == 2) break;
-        for (int i = threadIdx.x; i < SIDE * WORDS; i += THREADS) near_kept[i] = spread(kept + i / WORDS * WORDS, i % WORDS);
+        if (threadIdx.x == 0) close = 0;
+        for (int i = threadIdx.x; i < SIDE * WORDS; i += DETECT_THREADS) near_kept[i] = spread(kept + i / WORDS * WORDS, i % WORDS);
         __syncthreads();
-        for (int i = threadIdx.x; i < candidates; i += THREADS) {
+        for (int i = threadIdx.x; i < candidates; i += DETECT_THREADS) {
             int at = listed[i], word = at % SIDE / 32;
             unsigned near = 0;
 #pragma unroll
@@ -167,7 +188,7 @@ detect(const Head* logits, const int2* placed, Key* keys, unsigned* counts, int 
         __syncthreads();
     }
 
-    for (int i = threadIdx.x; i < candidates; i += THREADS) {
+    for (int i = threadIdx.x; i < candidates; i += DETECT_THREADS) {
         int at = listed[i], x = at % SIDE, y = at / SIDE;
         bool own = x >= REACH && x < REACH + TILE && y >= REACH && y < REACH + TILE;
         bool inside = left + x >= border && left + x < width_px - border && top + y >= border && top + y < height_px - border;
@@ -177,7 +198,7 @@ detect(const Head* logits, const int2* placed, Key* keys, unsigned* counts, int 
     if (threadIdx.x == 0 && survivors) start = atomicAdd(&counts[image], survivors);
     __syncthreads();
     keys += (long long)image * rows * columns * (STRIDE * STRIDE);
-    for (int i = threadIdx.x; i < survivors; i += THREADS) {
+    for (int i = threadIdx.x; i < survivors; i += DETECT_THREADS) {
         unsigned x = left + mine[i] % SIDE, y = top + mine[i] / SIDE;
         keys[start + i] = key_of(fabsf(scores[mine[i]]), y * (columns * STRIDE) + x);
     }
@@ -355,7 +376,7 @@ const int WARPS = THREADS / 32;
 
 // Ranks each survivor by counting those ahead of it: exact, in any order of the list, and the best go straight to
 // their rows. Grid: any number of blocks, images. `capacity`: rows an image has in the target.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, CHUNKS == 1 ? 4 : 1)
 describe(const Head* descriptors, const Key* keys, unsigned* counts, unsigned* tickets, const Target* target, int rows,
          int columns, int cell_pitch, int channel_pitch, unsigned wanted, unsigned capacity, int legacy, int half)
 {
@@ -366,15 +387,16 @@ describe(const Head* descriptors, const Key* keys, unsigned* counts, unsigned* t
     keys += image * cells * (STRIDE * STRIDE);
     descriptors += image * cells * (channel_pitch == 1 ? cell_pitch : DIM);
 
-    for (unsigned first = blockIdx.x * WARPS; first < count; first += gridDim.x * WARPS) {
+    // Survivors of one tile lie together, and so do those that win: a block takes its own from all over the list.
+    for (unsigned first = blockIdx.x; first < count; first += gridDim.x * WARPS) {
         Key own[WARPS];
         unsigned higher[WARPS];
 #pragma unroll
         for (int c = 0; c < WARPS; c++) {
-            own[c] = first + c < count ? keys[first + c] : 0;
+            own[c] = first + c * gridDim.x < count ? keys[first + c * gridDim.x] : 0;
             higher[c] = 0;
         }
-#pragma unroll 4
+#pragma unroll 8
         for (unsigned i = threadIdx.x; i < count; i += THREADS) {
             Key other = keys[i];
 #pragma unroll
@@ -390,8 +412,9 @@ describe(const Head* descriptors, const Key* keys, unsigned* counts, unsigned* t
         unsigned rank = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) rank += ahead[w][warp];
-        if (first + warp < count && rank < wanted && rank < capacity) {
-            Key key = keys[first + warp];
+        unsigned its = first + warp * gridDim.x;
+        if (its < count && rank < wanted && rank < capacity) {
+            Key key = keys[its];
             unsigned pixel = ALL - (unsigned)key;
             int x = pixel % (columns * STRIDE), y = pixel / (columns * STRIDE);
             long long row = (long long)image * capacity + rank;

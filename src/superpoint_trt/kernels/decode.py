@@ -29,8 +29,8 @@ USUAL_ROWS = 4096
 
 _TILE_PX = 32  # decode.cu: TILE
 _ALL = 0xFFFFFFFF
-_SURVIVORS_A_BLOCK = THREADS // 32
-_BLOCKS_A_PROCESSOR = 2  # of `describe`: one wave, and 2000 survivors have a warp each on 132 multiprocessors
+_BLOCKS_A_PROCESSOR = 4  # of `describe`: one wave, and 4000 survivors have a warp each on 132 multiprocessors
+_DETECT_THREADS = 384  # decode.cu: DETECT_THREADS
 _TARGET_BYTES = 32  # decode.cu: Target
 _HEAD_CODES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, BFLOAT16: 2}
 
@@ -194,7 +194,7 @@ class Decoder:
             options.remove_borders_px,
             float(options.threshold),
         )
-        launch(self._kernels["detect"], (across, down, self.batch), stream, (*places, *numbers))
+        launch(self._kernels["detect"], (across, down, self.batch), stream, (*places, *numbers), _DETECT_THREADS)
 
     def _suppress(self, placed: int, stream: cuda.Stream | int) -> None:
         scores, kept, rest, half, largest = (memory.address for memory in self._maps)
