@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from superpoint_trt import kernels
+from superpoint_trt.files import cache_folder
 from superpoint_trt.kernels import compiler
-from superpoint_trt.kernels.compiler import CACHE_VARIABLE, cache_folder, cubin
+from superpoint_trt.kernels.compiler import cubin
 from superpoint_trt.kernels.decode import is_tiled
 from superpoint_trt.spec import SuperPointError
 
@@ -26,8 +27,8 @@ def nvrtc():
 
 
 @pytest.mark.parametrize("capability", ["sm75", "sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm120"])
-def test_decode_compiles_everywhere(nvrtc, monkeypatch, capability):
-    monkeypatch.setenv(CACHE_VARIABLE, "")
+def test_decode_compiles_everywhere(nvrtc, monkeypatch, tmp_path, capability):
+    monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path))
     defines = ("STRIDE=8", "DIM=256", "RADIUS=4", "HEAD=1")
     assert cubin((FOLDER / "decode.cu").read_bytes(), "decode.cu", capability, defines)[:4] == b"\x7fELF"
 
@@ -37,10 +38,10 @@ SHAPES += [(8, 100, 2, 5), (1, 1, 0, 5), (4, 64, 1, 5), (16, 512, 1, 4), (32, 10
 
 
 @pytest.mark.parametrize(("stride", "dim", "head", "radius"), SHAPES)
-def test_decode_compiles_for_every_shape(nvrtc, monkeypatch, stride, dim, head, radius):
+def test_decode_compiles_for_every_shape(nvrtc, monkeypatch, tmp_path, stride, dim, head, radius):
     """Shared memory that a block may not have shows here."""
     assert is_tiled(radius, stride)
-    monkeypatch.setenv(CACHE_VARIABLE, "")
+    monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path))
     defines = (f"STRIDE={stride}", f"DIM={dim}", f"RADIUS={radius}", f"HEAD={head}")
     assert cubin((FOLDER / "decode.cu").read_bytes(), "decode.cu", "sm75", defines)
 
@@ -50,13 +51,13 @@ def test_what_does_not_fit_is_not_tiled():
     assert not is_tiled(5, 16) and not is_tiled(4, 32)
 
 
-def test_preprocess_compiles(nvrtc, monkeypatch):
-    monkeypatch.setenv(CACHE_VARIABLE, "")
+def test_preprocess_compiles(nvrtc, monkeypatch, tmp_path):
+    monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path))
     assert cubin((FOLDER / "preprocess.cu").read_bytes(), "preprocess.cu", "sm75")
 
 
-def test_a_source_that_does_not_compile_says_why(nvrtc, monkeypatch):
-    monkeypatch.setenv(CACHE_VARIABLE, "")
+def test_a_source_that_does_not_compile_says_why(nvrtc, monkeypatch, tmp_path):
+    monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path))
     with pytest.raises(SuperPointError, match=r"NVRTC does not compile bad\.cu .*sm_90.*undefined"):
         cubin(b"__global__ void f() { nothing(); }", "bad.cu", "sm90")
 
@@ -82,7 +83,7 @@ def fake(monkeypatch, tmp_path):
     found = Compiler()
     monkeypatch.setattr(compiler, "_nvrtc", lambda: found)
     monkeypatch.setattr(compiler, "_compile", found.compile)
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "not" / "there yet"))
+    monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path / "not" / "there yet"))
     return found
 
 
@@ -141,21 +142,7 @@ def test_what_the_driver_refuses_is_compiled_fresh(fake):
 
 def test_without_a_place_to_write_it_still_compiles(fake, monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "below"))
+    monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path / "file" / "below"))
     with caplog.at_level(logging.INFO):
         assert cubin(b"a", "a.cu", "sm90") == cubin(b"a", "a.cu", "sm90")
     assert len(fake.compiled) == 2 and "not kept" in caplog.text
-
-
-def test_no_cache_if_none_is_wanted(fake, monkeypatch):
-    monkeypatch.setenv(CACHE_VARIABLE, "")
-    assert cache_folder() is None
-    cubin(b"a", "a.cu", "sm90")
-    cubin(b"a", "a.cu", "sm90")
-    assert len(fake.compiled) == 2
-
-
-def test_where_the_cache_is(monkeypatch, tmp_path):
-    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "superpoint_trt"

@@ -55,13 +55,16 @@ def call(function: str, *arguments: Any) -> Any:
     Raises:
         SuperPointError: it failed; the text is CUDA's own, with what to do where we know.
     """
-    module = runtime()
-    error, *values = getattr(module, function)(*arguments)
+    error, *values = getattr(runtime(), function)(*arguments)
     if int(error):
-        name = module.cudaGetErrorName(error)[1].decode()
-        text = module.cudaGetErrorString(error)[1].decode()
-        raise SuperPointError(f"{function} failed: {text} ({name}){_ADVICE.get(name, '')}.")
+        raise _failed(function, error)
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def _failed(function: str, error: Any) -> SuperPointError:
+    name = runtime().cudaGetErrorName(error)[1].decode()
+    text = runtime().cudaGetErrorString(error)[1].decode()
+    return SuperPointError(f"{function} failed: {text} ({name}){_ADVICE.get(name, '')}.")
 
 
 _ADVICE = {
@@ -118,7 +121,9 @@ class Stream:
 
     def synchronise(self) -> None:
         """Waits until everything queued here is done; errors of that work come up here."""
-        call("cudaStreamSynchronize", self.handle)
+        (error,) = runtime().cudaStreamSynchronize(self.handle)
+        if error:
+            raise _failed("cudaStreamSynchronize", error)
 
     def close(self) -> None:
         """Frees stream and event."""
@@ -154,7 +159,9 @@ class Graph:
 
     def launch(self, stream: Stream) -> None:
         """Queues the work."""
-        call("cudaGraphLaunch", self._executable, stream.handle)
+        (error,) = runtime().cudaGraphLaunch(self._executable, stream.handle)
+        if error:
+            raise _failed("cudaGraphLaunch", error)
 
     def close(self) -> None:
         """Frees the graph."""

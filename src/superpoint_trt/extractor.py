@@ -24,6 +24,7 @@ from superpoint_trt.spec import DecodeOptions, Float32, Keypoints, ModelDescript
 
 _MOST = {"max_side": 1 << 20, "threads": 1024}
 _MOST_IN_FLIGHT = 64
+_MOST_PLACEMENTS = 1024
 
 Prepared = tuple[NDArray[Any], Placement]
 """An image on its way to a network input, (H, W) uint8, or float32 in [0, 1]; and its place there."""
@@ -88,6 +89,7 @@ class SuperPoint:
         self.options = _in_force(self.description, chosen, asked)
         self._descriptor_dtype = np.dtype(np.float16 if half_descriptors else np.float32)
         self._lanes = self._open_lanes(half_descriptors)
+        self._placements: dict[tuple[int, ...], Placement] = {}
 
     def _open_lanes(self, half: bool) -> Any:
         """The way through the GPU that raw heads have; without one, which is said, they are decoded here."""
@@ -115,7 +117,7 @@ class SuperPoint:
         Raises:
             SuperPointError: not an image, or the runtime failed.
         """
-        return self.extract_batch([image])[0]
+        return self._run([self._prepare(image)])[0]
 
     def extract_batch(self, batch: Iterable[ImageLike]) -> list[Keypoints]:
         """The keypoints of several images, of one size or many, in their order.
@@ -252,14 +254,16 @@ class SuperPoint:
         if self._lanes is None:
             return self.prepare(image)
         array = images.as_array(image)
-        if array.dtype == np.uint8 and array.ndim == 2:
+        placement = self._placements.get(array.shape)
+        if placement is None:
             images.check(array)
-            placement = images.place(array.shape, self.description, self._max_side_px)
-            if not placement.resized:
-                return array, placement
-        gray = images.to_gray(array)
-        placement = images.place(gray.shape[:2], self.description, self._max_side_px)
-        return images.shrink(gray, placement), placement
+            placement = images.place(array.shape[:2], self.description, self._max_side_px)
+            if len(self._placements) >= _MOST_PLACEMENTS:
+                self._placements.clear()
+            self._placements[array.shape] = placement
+        if array.ndim == 2 and array.dtype == np.uint8 and not placement.resized:
+            return array, placement
+        return images.shrink(images.to_gray(array), placement), placement
 
     def infer(self, inputs: Float32) -> Outputs:
         """The second: (B, 1, H, W) float32 in [0, 1] -> the model's outputs by name (spec.OUTPUT_NAMES)."""
@@ -340,9 +344,7 @@ class SuperPoint:
     def _fill(self, slot: Any, prepared: Sequence[Prepared], batch: int) -> Any:
         """A lane with the images in its buffer."""
         pixels, placement = prepared[0]
-        shape = (batch, 1, placement.input_height_px, placement.input_width_px)
-        self._backend.check(shape)
-        lane = slot.lane(shape, pixels.dtype)
+        lane = slot.lane((batch, 1, placement.input_height_px, placement.input_width_px), pixels.dtype)
         for place, (image, its) in zip(lane.image, prepared):
             images.pad_into(place, image, its)
         return lane

@@ -207,6 +207,9 @@ def pad(placed: NDArray[Any], placement: Placement) -> NDArray[Any]:
 
 def pad_into(network_input: NDArray[Any], placed: NDArray[Any], placement: Placement) -> None:
     """As `pad`, into memory that is there already (input height, input width)."""
+    if placed.shape == network_input.shape:
+        np.copyto(network_input, placed)
+        return
     height, width = placement.placed_height_px, placement.placed_width_px
     network_input[:height, :width] = placed
     network_input[:height, width:] = placed[:, -1:]

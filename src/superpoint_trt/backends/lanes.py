@@ -13,15 +13,14 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt import cuda, kernels
 from superpoint_trt.cuda import BFLOAT16, DeviceArray, DeviceMemory, PinnedMemory, PinnedPool
-from superpoint_trt.kernels.decode import Decoder, DeviceKeypoints, Head, Rows, device_keypoints
+from superpoint_trt.kernels.decode import TARGET_NBYTES, Decoder, DeviceKeypoints, Head, Rows, device_keypoints
 from superpoint_trt.spec import INPUT_NAME, DecodeOptions, Float32, SuperPointError
 from superpoint_trt.trt import Flavour
 
@@ -37,8 +36,7 @@ MOST_LOANS = 4
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """One image's keypoints, as the GPU gave them."""
 
     xy: Float32
@@ -95,17 +93,23 @@ class _Slot:
         self._lanes: OrderedDict[tuple[Any, ...], Lane] = OrderedDict()
 
     def lane(self, shape: tuple[int, int, int, int], dtype: np.dtype[Any]) -> Lane:
-        """The lane for inputs (B, 1, H, W) of uint8 or float32."""
+        """The lane for inputs (B, 1, H, W) of uint8 or float32.
+
+        Raises:
+            SuperPointError: the engine does not take that shape.
+        """
         key = (shape, dtype)
-        if key not in self._lanes:
+        found = self._lanes.get(key)
+        if found is None:
+            self._backend.check(shape)
             while len(self._lanes) >= MOST_LANES:
                 self._lanes.popitem(last=False)[1].close()
             context, tensors = self._backend.new_context(shape, self.stream, self._scratch)
-            self._lanes[key] = Lane(
-                self._backend, context, tensors, self.stream, shape, dtype, self._options, self._half
-            )
-        self._lanes.move_to_end(key)
-        return self._lanes[key]
+            found = Lane(self._backend, context, tensors, self.stream, shape, dtype, self._options, self._half)
+            self._lanes[key] = found
+        elif len(self._lanes) > 1:
+            self._lanes.move_to_end(key)
+        return found
 
     def close(self) -> None:
         self.stream.synchronise()
@@ -115,8 +119,28 @@ class _Slot:
         self.stream.close()
 
 
+class _Sheet:
+    """Page-locked memory that one run writes its results to, and the arrays on it."""
+
+    def __init__(self, rows: Rows, address: int, block: NDArray[np.uint8]) -> None:
+        self.block = block
+        self.target = rows.target(address)
+        self.xy, self.scores, self.descriptors, self.counts = parts_of(
+            rows, block, ("keypoints", "scores", "descriptors", "num_keypoints")
+        )
+
+
+def parts_of(rows: Rows, block: NDArray[np.uint8], names: Sequence[str]) -> list[NDArray[Any]]:
+    """The parts of a block, as `Rows` lays them out."""
+    places = rows.places
+    return [np.ndarray(places[name][1], places[name][2], block, places[name][0]) for name in names]
+
+
 class Lane:
     """The way of one input shape through the GPU.
+
+    What a run needs of the host is done while the run before is under way: between the image's arrival and the
+    launch lie its copy and a few words.
 
     Attributes:
         image: (B, H, W) uint8, or float32 in [0, 1], page-locked: fill it, `submit`, `collect`; then fill it again.
@@ -150,11 +174,12 @@ class Lane:
         start = cuda.aligned(self._job_nbytes)
         self._staging = PinnedMemory(start + self._count * dtype.itemsize)
         staged = _as_bytes(self._staging)
-        self._staged_job = staged[: self._job_nbytes]
+        self._staged_target = staged[:TARGET_NBYTES].view(np.uint64)
+        self._staged_sizes = staged[TARGET_NBYTES : self._job_nbytes].view(np.int32).reshape(-1, 2)
         self.image: NDArray[Any] = staged[start:].view(dtype).reshape(shape[0], *shape[2:])
         self._pixels = self._staging.address + start
-        self._placed: Sequence[tuple[int, int]] = ()
-        self._loan: Any = None
+        self._placed: list[tuple[int, int]] = []
+        self._flying: _Sheet | None = None
         self._runs = 0
         self._graph: cuda.Graph | None = None
         # TensorRT-RTX compiles kernels while it runs, and captures graphs itself.
@@ -168,7 +193,9 @@ class Lane:
     def _set_rows(self, rows: Rows) -> None:
         self._rows = rows
         self._loans = PinnedPool(rows.nbytes, MOST_LOANS)
-        self._spare: Any = None
+        self._next: _Sheet | None = None
+        self._spare_memory: PinnedMemory | None = None
+        self._spare: _Sheet | None = None
         self._device_rows: DeviceMemory | None = None
 
     def submit(self, placed_wh: Sequence[tuple[int, int]]) -> None:
@@ -178,24 +205,39 @@ class Lane:
             placed_wh: (width, height) of each image in the input, top left; for fewer than B images the rest of the
                 batch is passed over.
         """
-        self._loan = self._loans.lend()
-        if self._loan is None and self._spare is None:
-            self._spare = PinnedMemory(self._rows.nbytes)
-        self._run((self._loan or self._spare).address, placed_wh)
+        sheet = self._next or self._lend() or self._spare_sheet()
+        self._next = None
+        self._run(sheet.target, placed_wh)
+        self._flying = sheet
+        self._next = self._lend()
+
+    def _lend(self) -> _Sheet | None:
+        """Memory for one run's results, which its user keeps; None while all is in use."""
+        loan = self._loans.lend()
+        return None if loan is None else _Sheet(self._rows, loan.address, np.asarray(loan))
+
+    def _spare_sheet(self) -> _Sheet:
+        """Memory whose results are copied away."""
+        if self._spare is None:
+            self._spare_memory = PinnedMemory(self._rows.nbytes)
+            self._spare = _Sheet(self._rows, self._spare_memory.address, _as_bytes(self._spare_memory))
+        return self._spare
 
     def collect(self) -> list[Found]:
         """Waits, and hands out the results of each image submitted."""
         self._stream.synchronise()
-        block = _as_bytes(self._spare).copy() if self._loan is None else np.asarray(self._loan)
-        self._loan = None
-        parts = self._parts(block)
-        counts = parts["num_keypoints"]
-        if counts.max() > self._rows.capacity:
-            self._grow(int(counts.max()))
+        sheet, self._flying = self._flying, None
+        assert sheet is not None, "collect without submit"
+        counts = sheet.counts.tolist()
+        if max(counts) > self._rows.capacity:
+            self._grow(max(counts))
             return self.collect()
+        if sheet is self._spare:
+            sheet = _Sheet(self._rows, 0, sheet.block.copy())
+        xy, scores, descriptors = sheet.xy, sheet.scores, sheet.descriptors
         return [
-            Found(*(parts[name][image, : counts[image]] for name in ("keypoints", "scores", "descriptors")))
-            for image in range(len(self._placed))
+            Found(xy[image, :count], scores[image, :count], descriptors[image, :count])
+            for image, count in enumerate(counts[: len(self._placed)])
         ]
 
     def timed(self, placed_wh: Sequence[tuple[int, int]]) -> dict[str, float]:
@@ -220,7 +262,7 @@ class Lane:
             if self._device_rows is None:
                 self._device_rows = DeviceMemory(self._rows.nbytes)
             block = self._device_rows
-            self._run(block.address, [placed_wh])
+            self._run(self._rows.target(block.address), [placed_wh])
             counts = np.empty(len(self.image), np.int32)
             place = counts.__array_interface__["data"][0]
             cuda.copy(
@@ -248,15 +290,11 @@ class Lane:
             self._graph.close()
         self._graph, self._runs = None, 0
 
-    def _parts(self, block: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        return {
-            name: np.ndarray(shape, dtype, block, offset) for name, (offset, shape, dtype) in self._rows.places.items()
-        }
-
-    def _run(self, address: int, placed_wh: Sequence[tuple[int, int]]) -> None:
-        self._placed = placed_wh
-        whole = [*placed_wh, *[(0, 0)] * (len(self.image) - len(placed_wh))]
-        self._staged_job[:] = np.frombuffer(self._rows.job(address, whole), np.uint8)
+    def _run(self, target: NDArray[np.uint64], placed_wh: Sequence[tuple[int, int]]) -> None:
+        self._staged_target[:] = target
+        if placed_wh != self._placed:
+            self._placed = list(placed_wh)
+            self._staged_sizes[:] = [*placed_wh, *[(0, 0)] * (len(self.image) - len(placed_wh))]
         self._runs += 1
         if self._graph is None and self._may_capture and self._runs == 2:
             self._capture()

@@ -1,22 +1,15 @@
-"""CUDA C++ -> machine code by NVRTC, kept on disk: a kernel is compiled once for a source, a GPU and its versions.
-
-SUPERPOINT_CACHE   folder to keep it in, empty for none; default: superpoint_trt in the user's cache folder
-"""
+"""CUDA C++ -> machine code by NVRTC, compiled once for a source, a GPU and its versions, and kept on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from superpoint_trt.files import write_atomically
+from superpoint_trt.files import cache_folder, write_atomically
 from superpoint_trt.spec import SuperPointError
-
-CACHE_VARIABLE = "SUPERPOINT_CACHE"
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _log = logging.getLogger(__name__)
@@ -50,23 +43,12 @@ def cubin(
     return found
 
 
-def cache_folder() -> Path | None:
-    """Where machine code is kept; None: nowhere."""
-    given = os.environ.get(CACHE_VARIABLE)
-    if given is not None:
-        return Path(given) if given else None
-    try:
-        base = Path.home() / ".cache"
-    except RuntimeError:  # no home
-        return None
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", base))
-    return Path(os.environ.get("XDG_CACHE_HOME") or base) / "superpoint_trt"
-
-
 def _entry(key: bytes) -> Path | None:
-    folder = cache_folder()
-    return folder / f"{hashlib.sha256(key).hexdigest()}.cubin" if folder else None
+    try:
+        return cache_folder() / f"{hashlib.sha256(key).hexdigest()}.cubin"
+    except (SuperPointError, RuntimeError) as error:  # not writable, or no home
+        _log.info("compiled kernels are not kept: %s", error)
+        return None
 
 
 def _read(entry: Path) -> bytes | None:
@@ -82,7 +64,6 @@ def _read(entry: Path) -> bytes | None:
 def _keep(entry: Path, code: bytes) -> None:
     """Without a place to write to every process compiles anew, which costs time and nothing else."""
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(entry, hashlib.sha256(code).digest() + code)
     except (OSError, SuperPointError) as error:
         _log.info("compiled kernels are not kept: %s", error)

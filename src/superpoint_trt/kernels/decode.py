@@ -6,16 +6,18 @@ The semantics are decode.py's, the numpy reference, which the tests hold these k
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from superpoint_trt import cuda
 from superpoint_trt.cuda import BFLOAT16, DeviceArray, DeviceMemory
-from superpoint_trt.kernels import THREADS, Argument, address, blocks, function, launch
+from superpoint_trt.kernels import Argument, address, blocks, function, launch
 from superpoint_trt.spec import DecodeOptions, Sampling, SuperPointError
 
 LARGEST_TILE_PX = 88
@@ -31,7 +33,9 @@ _TILE_PX = 32  # decode.cu: TILE
 _ALL = 0xFFFFFFFF
 _BLOCKS_A_PROCESSOR = 4  # of `describe`: one wave, and 4000 survivors have a warp each on 132 multiprocessors
 _DETECT_THREADS = 384  # decode.cu: DETECT_THREADS
-_TARGET_BYTES = 32  # decode.cu: Target
+TARGET_NBYTES = 32
+"""decode.cu: Target."""
+
 _HEAD_CODES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, BFLOAT16: 2}
 
 
@@ -63,7 +67,7 @@ class Rows:
     half: bool
     """Descriptors are float16, not float32."""
 
-    @property
+    @functools.cached_property
     def places(self) -> dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]]:
         """Name -> bytes from the start, shape, type."""
         rows, descriptors = (self.batch, self.capacity), np.dtype(np.float16 if self.half else np.float32)
@@ -87,14 +91,17 @@ class Rows:
 
     def job(self, start: int, placed_wh: Sequence[tuple[int, int]]) -> bytes:
         """What a run reads first: where the block at `start` has its parts, and how much of each input is image."""
+        return self.target(start).tobytes() + np.asarray(placed_wh, np.int32).tobytes()
+
+    def target(self, start: int) -> NDArray[np.uint64]:
+        """The first part of it: decode.cu's Target."""
         names = ("keypoints", "scores", "descriptors", "num_keypoints")
-        target = np.array([start + self.places[name][0] for name in names], np.uint64)
-        return target.tobytes() + np.asarray(placed_wh, np.int32).tobytes()
+        return np.array([start + self.places[name][0] for name in names], np.uint64)
 
     @property
     def job_nbytes(self) -> int:
         """Of `job`."""
-        return _TARGET_BYTES + 8 * self.batch
+        return TARGET_NBYTES + 8 * self.batch
 
 
 class Decoder:
@@ -156,7 +163,7 @@ class Decoder:
             rows: the room that it names.
             stream: where.
         """
-        placed = job + _TARGET_BYTES
+        placed = job + TARGET_NBYTES
         if self._tiled:
             self._detect(placed, stream)
         else:
