@@ -105,7 +105,8 @@ def check(
     """Decodes on the GPU and in numpy; asserts what must be equal, and tells the rest.
 
     Softmax rounds a little differently in numpy, on every CPU anew, so equality has three parts: the maps agree to
-    1e-6 of each score; numpy's suppression and selection of the GPU's own map gives exactly the GPU's points, scores
+    1e-6 of each score (cells of 8 px; numpy adds S*S + 1 terms one after the other in float32, whose error grows with
+    their number, bounded by 6e-8 each); numpy's suppression and selection of the GPU's own map gives exactly the GPU's points, scores
     and order; and of numpy's own map `points_off` differ, which is 0 unless two scores lie within that rounding.
     """
     batch, rows, columns = grid
@@ -118,7 +119,7 @@ def check(
     ours = score_map(on_gpu, coarse_gpu)
     theirs = decode.scores_from_logits(logits)
     error = float((np.abs(ours - theirs) / theirs).max())
-    assert error < 1e-6, error
+    assert error < 1e-6 * max((stride * stride + 1) / 65, 1), error
     number = options.max_keypoints or rows * columns * stride * stride
     wanted = DecodeOptions(options.nms_radius_px, options.remove_borders_px, options.threshold, number)
     result = decode_heads(on_gpu, coarse_gpu, wanted, sampling=sampling, placed_wh=placed, half=half)

@@ -113,18 +113,25 @@ def test_every_row_is_written():
         )
 
 
-def test_not_a_number_finds_nothing():
+@pytest.mark.parametrize("radius", [4, 9])
+def test_not_a_number_finds_nothing(radius):
+    """One makes its whole cell NaN, as in numpy; that cell has no keypoints, and its neighbours are as beside zeros."""
     logits = logits_of("noise", 1, (1, 65, 10, 10))
     logits[0, 3, 4, 5] = np.nan
     logits[0, 9, 2, 2] = np.inf
+    logits[0, 64, 7, 7] = np.nan  # the dustbin
+    logits[0, :, 8, 1] = -np.inf
+    logits[0, 5, 3, 8] = -np.inf  # a score of 0, and nothing else
     coarse = upload(np.ones((1, 256, 10, 10), np.float32))
     ours = score_map(upload(logits), coarse)
     with np.errstate(invalid="ignore"):
         theirs = decode.scores_from_logits(logits)
     np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs))
-    xy, _, _ = found_of(decode_heads(upload(logits), coarse), 0)
-    expected, _ = decode.select(ours[0], DecodeOptions())
+    assert np.isnan(theirs).sum() == 4 * 64
+    xy, scores, _ = found_of(decode_heads(upload(logits), coarse, DecodeOptions(radius)), 0)
+    expected, _ = decode.select(ours[0], DecodeOptions(radius))
     np.testing.assert_array_equal(xy, expected)
+    assert len(xy) and np.isfinite(scores).all()
 
 
 def test_zero_descriptors_stay_zero():

@@ -206,7 +206,9 @@ detect(const Head* logits, const int2* placed, Key* keys, unsigned* counts, int 
 
 // ------------------------------------------------------------- suppression for any radius, one step of it at a time
 
-// Score map of the placed images, 0 up to the threshold and beside them. A thread a row of a cell; grid: ..., images.
+// Score map of the placed images, 0 up to the threshold and beside them. A cell with a logit that is no finite number
+// is all NaN, as in numpy; no comparison holds for one, so here and in `detect` it counts as 0 and is never a keypoint.
+// A thread a row of a cell; grid: ..., images.
 extern "C" __global__ void __launch_bounds__(THREADS)
 score_map(const Head* logits, const int2* placed, float* scores, int rows, int columns, int cell_pitch,
           int channel_pitch, float threshold)
@@ -221,7 +223,7 @@ score_map(const Head* logits, const int2* placed, float* scores, int rows, int c
     int x = cell % columns * STRIDE, y = cell / columns * STRIDE + row;
     scores += ((long long)image * rows * STRIDE + y) * columns * STRIDE + x;
     for (int i = 0; i < STRIDE; i++) {
-        bool wanted = x + i < placed[image].x && y < placed[image].y && score[i] > threshold;
+        bool wanted = x + i < placed[image].x && y < placed[image].y && !(score[i] <= threshold);
         scores[i] = wanted ? score[i] : 0.0f;
     }
 }
