@@ -1,12 +1,12 @@
 """What the CUDA decode and the one-graph pipeline take, on the GPU at hand.
 
-    python benchmarks/decode_gpu.py --weights CONV_RELU.safetensors --v6 V6.safetensors --engines DIR [--quick]
-        [--torch-python PYTHON --json OUT.json]
+    python benchmarks/decode_gpu.py --weights CONV_RELU.safetensors --v6 V6.safetensors --engines DIR
+        [--only build|latency|throughput] [--budget SECONDS] [--torch-python PYTHON] [--json OUT.json]
 
 1. decode alone: events around replays of a graph of it, singly and 20 in a row, rows to the GPU and to the host
 2. one image, host uint8 -> host keypoints and float16 descriptors, N = 1024, and the parts of that way
 3. the same in PyTorch, by benchmarks/torch_decode.py in a process of its own
-4. images/s of `extract_many` from arrays in memory, by batch, size and N (--quick: a corner of the table)
+4. images/s of `extract_many` from arrays in memory, by batch, size and N, as far as --budget goes
 
 Medians and p95. Images are rotated, so that no run sees the one before.
 """
@@ -33,8 +33,6 @@ from superpoint_trt.spec import OutputType, Precision
 N = 1024
 IN_A_ROW = 20
 DIFFERENT = 8
-SIZES_HW = ((240, 320), (480, 640), (720, 1280), (1080, 1920))
-BATCHES = (1, 2, 4, 8, 16, 32)
 NUMBERS = (512, 1024, 2048, 4096)
 
 
@@ -57,9 +55,13 @@ class Builder:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
+    def path(self, weights: str, size_hw: tuple[int, int], batch: int) -> Path:
+        """Where an engine is, or will be."""
+        return self._folder / f"decode-{Path(weights).stem}-{size_hw[0]}x{size_hw[1]}-{batch}.engine"
+
     def heads(self, weights: str, size_hw: tuple[int, int] = (480, 640), batch: int = 1) -> Path:
         """A static fp16 heads engine of one size, for batches up to `batch`."""
-        path = self._folder / f"decode-{Path(weights).stem}-{size_hw[0]}x{size_hw[1]}-{batch}.engine"
+        path = self.path(weights, size_hw, batch)
         if not path.exists():
             model = export(
                 weights, path.with_suffix(".onnx"), ExportOptions(OutputType.HEADS, *size_hw, max_batch_size=batch)
@@ -160,46 +162,106 @@ def in_torch(python: str, weights: str, calls: int) -> str:
     return subprocess.run(command, env=clean, capture_output=True, text=True).stdout
 
 
+class Report:
+    """What was measured, printed and written as it comes: an early end loses nothing, and a next run goes on."""
+
+    def __init__(self, path: str | None, seconds: float | None) -> None:
+        self._path = Path(path) if path else None
+        self._end = time.monotonic() + seconds if seconds else float("inf")
+        self.values: dict[str, Any] = json.loads(self._path.read_text()) if self._path and self._path.exists() else {}
+
+    def add(self, group: str, name: str, value: Any) -> None:
+        """One figure."""
+        self.values.setdefault(group, {})[name] = value
+        shown = f"{value['median']:9.4f} ms  p95 {value['p95']:9.4f}" if isinstance(value, dict) else value
+        print(f"  {group}: {name:<44} {shown}", flush=True)
+        if self._path:
+            self._path.write_text(json.dumps(self.values, indent=1))
+
+    def has(self, seconds: float) -> bool:
+        """Whether so much time is left."""
+        return time.monotonic() + seconds < self._end
+
+
+def latency(report: Report, builder: Builder, name: str, checkpoint: str, calls: int) -> None:
+    """One image of 640x480."""
+    path, images = builder.heads(checkpoint), pictures(480, 640)
+    with SuperPoint(path, max_keypoints=N, half_descriptors=True) as superpoint:
+        print(f"{name}: {superpoint.runtime}; 640x480, N {N}, {len(superpoint.extract(images[0]))} found")
+        report.add(name, "end to end", end_to_end(superpoint, images, calls))
+        for part, value in decode_alone(superpoint, images, calls).items():
+            report.add(name, part, value)
+        report.add(name, "end to end, again", end_to_end(superpoint, images, calls))
+    with SuperPoint(path, max_keypoints=N) as superpoint:
+        report.add(name, "end to end, float32 descriptors", end_to_end(superpoint, images, calls))
+    with SuperPoint(path, half_descriptors=True) as superpoint:
+        report.add(name, "end to end, all keypoints", end_to_end(superpoint, images, calls // 2))
+        report.add(name, "all keypoints", len(superpoint.extract(images[0])))
+
+
+def images_per_second(
+    report: Report, path: Path, size_hw: tuple[int, int], batches: Any, numbers: Any, lanes: Any, seconds: float
+) -> None:
+    """A corner of the throughput table."""
+    images = pictures(*size_hw)
+    for number in numbers:
+        with SuperPoint(path, max_keypoints=number, half_descriptors=True) as superpoint:
+            for batch in batches:
+                for in_flight in lanes:
+                    name = f"{size_hw[1]}x{size_hw[0]}, N {number}, batch {batch}, {in_flight} in flight, engine up to "
+                    name += path.stem.rsplit("-", 1)[1]
+                    if name in report.values.get("images/s", {}):
+                        continue
+                    if not report.has(2 * seconds):
+                        return
+                    report.add("images/s", name, round(throughput(superpoint, images, batch, in_flight, seconds), 1))
+
+
 @click.command()
 @click.option("--weights", required=True, help="Checkpoint without BatchNorm.")
 @click.option("--v6", help="Checkpoint of the v6 layout.")
 @click.option("--engines", "folder", required=True, help="Folder for engines and the timing cache; kept.")
 @click.option("--calls", default=500, show_default=True)
 @click.option("--seconds", default=1.0, show_default=True, help="Of each entry of the throughput table.")
-@click.option("--in-flight", default=3, show_default=True)
-@click.option("--quick", is_flag=True, help="640x480 only, batches 1 and 8, N 1024.")
+@click.option("--only", type=click.Choice(["build", "latency", "throughput"]), help="A part.")
+@click.option("--budget", type=float, help="Seconds in all; what would not fit is left out.")
 @click.option("--torch-python", help="A Python with torch, for the comparison.")
 @click.option("--json", "json_path")
-def main(weights, v6, folder, calls, seconds, in_flight, quick, torch_python, json_path) -> None:
-    """Builds what is not there yet, then times all of it."""
-    builder, report = Builder(Path(folder)), {}
-    images = pictures(480, 640)
-    for name, checkpoint in {"Conv+ReLU": weights, "v6": v6}.items():
-        if checkpoint is None:
-            continue
-        path = builder.heads(checkpoint)
-        with SuperPoint(path, max_keypoints=N, half_descriptors=True) as superpoint:
-            print(f"\n{name}: {superpoint.runtime}; 640x480, N {N}, {len(superpoint.extract(images[0]))} found")
-            report[name] = decode_alone(superpoint, images, calls)
-            report[name]["end to end"] = end_to_end(superpoint, images, calls)
-        for part, value in report[name].items():
-            print(f"  {part:<38} {value['median']:8.4f} ms  p95 {value['p95']:8.4f}", flush=True)
-    if torch_python:
-        report["torch"] = in_torch(torch_python, weights, calls)
-        print(report["torch"], flush=True)
-    report["throughput"] = {}
-    sizes, batches, numbers = (((480, 640),), (1, 8), (N,)) if quick else (SIZES_HW, BATCHES, NUMBERS)
-    for size in sizes:
-        path = builder.heads(weights, size, max(batches))
-        some = pictures(*size)
-        for number in numbers:
-            with SuperPoint(path, max_keypoints=number, half_descriptors=True) as superpoint:
-                for batch in batches:
-                    rate = throughput(superpoint, some, batch, in_flight, seconds)
-                    report["throughput"][f"{size[0]}x{size[1]}, N {number}, batch {batch}"] = round(rate, 1)
-                    print(f"  {size[1]}x{size[0]} N {number} batch {batch:>2}: {rate:8.1f} images/s", flush=True)
-    if json_path:
-        Path(json_path).write_text(json.dumps(report, indent=1))
+def main(weights, v6, folder, calls, seconds, only, budget, torch_python, json_path) -> None:
+    """Builds what is not there yet, then times it, what matters most first."""
+    builder, report = Builder(Path(folder)), Report(json_path, budget)
+    if only == "build":
+        builder.heads(weights, batch=8)
+        for checkpoint in filter(None, (weights, v6)):
+            builder.heads(checkpoint)
+        return
+    if only != "throughput":
+        for name, checkpoint in {"Conv+ReLU": weights, "v6": v6}.items():
+            if checkpoint is not None:
+                latency(report, builder, name, checkpoint, calls)
+        if torch_python:
+            report.add("torch", "lines", in_torch(torch_python, weights, calls))
+    if only == "latency":
+        return
+    vga = (480, 640)
+    images_per_second(report, builder.heads(weights), vga, (1,), (N,), (1, 2, 3, 4), seconds)
+    # (size, largest batch of the engine, batches, N, runs in flight, seconds to build it)
+    table: list[tuple[tuple[int, int], int, Any, Any, Any, float]] = [
+        (vga, 8, (8,), (N,), (2, 3), 45),
+        (vga, 8, (1, 2, 4), (N,), (3,), 0),
+        (vga, 8, (8,), (512, 2048, 4096), (3,), 0),
+        ((1080, 1920), 1, (1,), (N, 4096), (3,), 35),
+        ((240, 320), 8, (1, 8), (512, N), (3,), 35),
+        (vga, 32, (16, 32), (N,), (2,), 80),
+        ((720, 1280), 1, (1,), (N, 4096), (3,), 35),
+        (vga, 1, (1,), (512, 2048, 4096), (3,), 0),
+        ((240, 320), 32, (16, 32), (512, N, 2048, 4096), (3,), 60),
+        ((720, 1280), 8, (1, 2, 4, 8), NUMBERS, (3,), 90),
+        ((1080, 1920), 4, (1, 2, 4), NUMBERS, (3,), 90),
+    ]
+    for size, most, batches, numbers, lanes, build in table:
+        if report.has(build if not builder.path(weights, size, most).exists() else 0):
+            images_per_second(report, builder.heads(weights, size, most), size, batches, numbers, lanes, seconds)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The best PyTorch way from a host image to host keypoints, for the table beside ours.
 
-    python benchmarks/torch_decode.py --weights CHECKPOINT
+    python benchmarks/torch_decode.py --weights CHECKPOINT [--ready FILE --go FILE]
+
+With --ready everything is compiled first, then FILE is written; with --go timing waits for FILE: compilation takes
+minutes, which another process may use.
 
 eager reference: network.py's SuperPoint in float32, as its users run it. compiled: fp16 channels-last network and a
 decode of fixed shape under torch.compile, with both copies in one CUDA graph. That decode keeps the four best of each
@@ -9,12 +12,12 @@ decode of fixed shape under torch.compile, with both copies in one CUDA graph. T
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -71,10 +74,7 @@ def median_p95(step: Callable[[int], object], calls: int) -> str:
     return f"{median:.3f} ms, p95 {p95:.3f}"
 
 
-@click.command()
-@click.option("--weights", required=True)
-@click.option("--calls", default=300, show_default=True)
-def main(weights, calls) -> None:
+def main(weights: str, calls: int, ready: Path | None, go: Path | None) -> None:
     """Prints one line a way."""
     checkpoint = checkpoints.load(weights)
     picture = synthetic_photograph(*SIZE_HW)
@@ -91,7 +91,7 @@ def main(weights, calls) -> None:
             return {name: [part.cpu() for part in value] for name, value in reference({"image": image}).items()}
 
     torch.backends.cudnn.allow_tf32 = False
-    print(f"  eager reference, fp32: {median_p95(eager, calls // 2)}", flush=True)
+    ways: dict[str, Callable[[int], object]] = {"eager reference, fp32": eager}
 
     net = SuperPointNet.from_checkpoint(checkpoint).cuda().eval().half().to(memory_format=torch.channels_last)
     for mode in ("default", "max-autotune-no-cudagraphs"):
@@ -123,8 +123,21 @@ def main(weights, calls) -> None:
             torch.cuda.synchronize()
             return [host.clone() for host in hosts]  # the caller's own, as ours are
 
-        print(f"  torch.compile ({mode}) + CUDA graph, fp16: {median_p95(replay, calls)}", flush=True)
+        replay(0)
+        ways[f"torch.compile ({mode}) + CUDA graph, fp16"] = replay
+        print(f"compiled: {mode}", flush=True)
+    if ready:
+        ready.write_text("")
+    while go and not go.exists():
+        time.sleep(0.05)
+    for name, way in ways.items():
+        print(f"  {name}: {median_p95(way, calls)}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--calls", type=int, default=300)
+    parser.add_argument("--ready", type=Path)
+    parser.add_argument("--go", type=Path)
+    main(**vars(parser.parse_args()))

@@ -94,6 +94,9 @@ def test_stays_on_the_gpu(engine, images):
             np.testing.assert_array_equal(download(found.keypoints), expected.xy)
             np.testing.assert_array_equal(download(found.scores), expected.scores)
             np.testing.assert_array_equal(download(found.descriptors), expected.descriptors)
+
+
+def test_nothing_else_stays_there(engine, images):
     with SuperPoint(engine("dense", "fp16")) as superpoint, pytest.raises(SuperPointError, match="heads engine only"):
         superpoint.extract_device(images[0])
 
