@@ -33,6 +33,7 @@ from superpoint_trt.spec import OutputType, Precision
 N = 1024
 IN_A_ROW = 20
 DIFFERENT = 8
+SHIFTS = (("conv1a",), ("conv1a", "conv1b", "conv2a", "conv2b", "conv3a", "conv3b", "conv4a", "conv4b"))
 NUMBERS = (512, 1024, 2048, 4096)
 
 
@@ -55,16 +56,21 @@ class Builder:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, weights: str, size_hw: tuple[int, int], batch: int) -> Path:
+    def path(self, weights: str, size_hw: tuple[int, int], batch: int, shifts: tuple[str, ...] = ()) -> Path:
         """Where an engine is, or will be."""
-        return self._folder / f"decode-{Path(weights).stem}-{size_hw[0]}x{size_hw[1]}-{batch}.engine"
+        stem = Path(weights).stem + "".join(f"+{name}" for name in shifts)
+        return self._folder / f"decode-{stem}-{size_hw[0]}x{size_hw[1]}-{batch}.engine"
 
-    def heads(self, weights: str, size_hw: tuple[int, int] = (480, 640), batch: int = 1) -> Path:
+    def heads(
+        self, weights: str, size_hw: tuple[int, int] = (480, 640), batch: int = 1, shifts: tuple[str, ...] = ()
+    ) -> Path:
         """A static fp16 heads engine of one size, for batches up to `batch`."""
-        path = self.path(weights, size_hw, batch)
+        path = self.path(weights, size_hw, batch, shifts)
         if not path.exists():
             model = export(
-                weights, path.with_suffix(".onnx"), ExportOptions(OutputType.HEADS, *size_hw, max_batch_size=batch)
+                weights,
+                path.with_suffix(".onnx"),
+                ExportOptions(OutputType.HEADS, *size_hw, max_batch_size=batch, shift_channels=shifts),
             )
             options = engines.BuildOptions(
                 Precision.FP16, workspace_gib=8.0, max_batch_size=batch, timing_cache=self._folder / "timing.cache"
@@ -199,6 +205,16 @@ def latency(report: Report, builder: Builder, name: str, checkpoint: str, calls:
         report.add(name, "all keypoints", len(superpoint.extract(images[0])))
 
 
+def shift_channels(report: Report, builder: Builder, v6: str, shifts: tuple[str, ...], calls: int) -> None:
+    """The network with BatchNorm in the next convolutions (ExportOptions.shift_channels)."""
+    images = pictures(480, 640)
+    with SuperPoint(builder.heads(v6, shifts=shifts), max_keypoints=N, half_descriptors=True) as superpoint:
+        took = decode_alone(superpoint, images, calls)
+        name = f"shift channels of {' '.join(shifts)}"
+        report.add("v6", f"network, {name}", took["network"])
+        report.add("v6", f"end to end, {name}", end_to_end(superpoint, images, calls))
+
+
 def images_per_second(
     report: Report, path: Path, size_hw: tuple[int, int], batches: Any, numbers: Any, lanes: Any, seconds: float
 ) -> None:
@@ -234,11 +250,16 @@ def main(weights, v6, folder, calls, seconds, only, budget, torch_python, json_p
         builder.heads(weights, batch=8)
         for checkpoint in filter(None, (weights, v6)):
             builder.heads(checkpoint)
+        for shifts in SHIFTS if v6 else ():
+            builder.heads(v6, shifts=shifts)
         return
     if only != "throughput":
         for name, checkpoint in {"Conv+ReLU": weights, "v6": v6}.items():
             if checkpoint is not None:
                 latency(report, builder, name, checkpoint, calls)
+        for shifts in SHIFTS if v6 else ():
+            if report.has(35) or builder.path(v6, (480, 640), 1, shifts).exists():
+                shift_channels(report, builder, v6, shifts, calls // 2)
         if torch_python:
             report.add("torch", "lines", in_torch(torch_python, weights, calls))
     if only == "latency":

@@ -106,8 +106,9 @@ def check(
 
     Softmax rounds a little differently in numpy, on every CPU anew, so equality has three parts: the maps agree to
     1e-6 of each score (cells of 8 px; numpy adds S*S + 1 terms one after the other in float32, whose error grows with
-    their number, bounded by 6e-8 each); numpy's suppression and selection of the GPU's own map gives exactly the GPU's points, scores
-    and order; and of numpy's own map `points_off` differ, which is 0 unless two scores lie within that rounding.
+    their number, bounded by 6e-8 each); numpy's suppression and selection of the GPU's own map gives exactly the
+    GPU's points, scores and order; and of numpy's own map `points_off` differ, which is 0 unless two scores lie
+    within that rounding.
     """
     batch, rows, columns = grid
     rng = np.random.default_rng(seed + 1)
