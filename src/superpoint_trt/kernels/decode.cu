@@ -299,26 +299,29 @@ __device__ float cell_position(int pixel, int cells, bool legacy)
     return fminf(fmaxf(position, 0.0f), (float)(cells - 1));
 }
 
-// The lane's channels of one cell, 0 beyond the last.
-__device__ void load_channels(const Head* cell, int channel_pitch, float (&values)[CHUNKS * PER_LANE])
+// The channels of one cell that a pair of lanes shares, 0 beyond the last.
+__device__ void load_channels(const Head* cell, int channel_pitch, float (&values)[2 * CHUNKS * PER_LANE])
 {
-    int lane = threadIdx.x % 32;
+    int pair = threadIdx.x % 32 / 2;
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        int channel = (chunk * 32 + lane) * PER_LANE;
+        int channel = (chunk * 16 + pair) * 2 * PER_LANE;
 #pragma unroll
-        for (int i = 0; i < PER_LANE; i++)
-            values[chunk * PER_LANE + i] =
+        for (int i = 0; i < 2 * PER_LANE; i++)
+            values[chunk * 2 * PER_LANE + i] =
                 channel + i < DIM ? widen(cell[(long long)(channel + i) * channel_pitch]) : 0.0f;
     }
 }
 
-__device__ float one_over_length(const float (&values)[CHUNKS * PER_LANE])
+// Of the cell that every second lane has a part of.
+__device__ float one_over_length(const float (&values)[2 * CHUNKS * PER_LANE])
 {
     float squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < CHUNKS * PER_LANE; i++) squares += values[i] * values[i];
-    return 1.0f / fmaxf(sqrtf(warp_sum(squares)), NORM_EPS);
+    for (int i = 0; i < 2 * CHUNKS * PER_LANE; i++) squares += values[i] * values[i];
+#pragma unroll
+    for (int step = 16; step > 1; step /= 2) squares += __shfl_xor_sync(ALL, squares, step);
+    return 1.0f / fmaxf(sqrtf(squares), NORM_EPS);
 }
 
 // Writes the lane's channels, each times `scale`; 16 bytes at a time where rows allow it.
@@ -352,26 +355,34 @@ __device__ void store_channels(void* row, const float (&values)[CHUNKS * PER_LAN
     }
 }
 
-// One descriptor by one warp: the four cells around, each of unit length, mixed, and of unit length again.
+// One descriptor by one warp: the four cells around, each of unit length, mixed, and of unit length again. Even lanes read
+// the left cells, odd ones the right: neighbours in memory, where channels are far apart.
 __device__ void sample(const Head* cells, int rows, int columns, int cell_pitch, int channel_pitch, int x, int y,
                        bool legacy, void* row, bool half)
 {
     float px = cell_position(x, columns, legacy), py = cell_position(y, rows, legacy);
-    int x0 = min((int)px, max(columns - 2, 0)), y0 = min((int)py, max(rows - 2, 0));
-    int x1 = min(x0 + 1, columns - 1), y1 = min(y0 + 1, rows - 1);
+    int x0 = min((int)px, max(columns - 2, 0)), y0 = min((int)py, max(rows - 2, 0)), y1 = min(y0 + 1, rows - 1);
     float fx = px - x0, fy = py - y0;
-    float corner[4][CHUNKS * PER_LANE];
-    load_channels(cells + ((long long)y0 * columns + x0) * cell_pitch, channel_pitch, corner[0]);
-    load_channels(cells + ((long long)y0 * columns + x1) * cell_pitch, channel_pitch, corner[1]);
-    load_channels(cells + ((long long)y1 * columns + x0) * cell_pitch, channel_pitch, corner[2]);
-    load_channels(cells + ((long long)y1 * columns + x1) * cell_pitch, channel_pitch, corner[3]);
-    float weight[4] = {(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy};
+    bool odd = threadIdx.x % 2;
+    int column = odd ? min(x0 + 1, columns - 1) : x0;
+    float upper[2 * CHUNKS * PER_LANE], lower[2 * CHUNKS * PER_LANE], mixed[CHUNKS * PER_LANE];
+    load_channels(cells + ((long long)y0 * columns + column) * cell_pitch, channel_pitch, upper);
+    load_channels(cells + ((long long)y1 * columns + column) * cell_pitch, channel_pitch, lower);
+    float across = odd ? fx : 1 - fx;
+    float above = across * (1 - fy) * one_over_length(upper), below = across * fy * one_over_length(lower);
+    float squares = 0.0f;
 #pragma unroll
-    for (int c = 0; c < 4; c++) weight[c] *= one_over_length(corner[c]);
+    for (int chunk = 0; chunk < CHUNKS; chunk++)
 #pragma unroll
-    for (int i = 0; i < CHUNKS * PER_LANE; i++)
-        corner[0][i] = weight[0] * corner[0][i] + weight[1] * corner[1][i] + weight[2] * corner[2][i] + weight[3] * corner[3][i];
-    store_channels(row, corner[0], one_over_length(corner[0]), half);
+        for (int i = 0; i < PER_LANE; i++) {  // of the pair's channels the even lane goes on with the first half
+            int first = chunk * 2 * PER_LANE + i, second = first + PER_LANE;
+            float low = above * upper[first] + below * lower[first];
+            float high = above * upper[second] + below * lower[second];
+            float other = __shfl_xor_sync(ALL, odd ? low : high, 1), sum = (odd ? high : low) + other;
+            mixed[chunk * PER_LANE + i] = sum;
+            squares += sum * sum;
+        }
+    store_channels(row, mixed, 1.0f / fmaxf(sqrtf(warp_sum(squares)), NORM_EPS), half);
 }
 
 const int WARPS = THREADS / 32;
