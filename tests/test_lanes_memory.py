@@ -1,4 +1,4 @@
-"""How results lie in the memory that the GPU writes: places, what a run is told of them, and the arrays on them. No GPU."""
+"""How results lie in the memory that the GPU writes, and what a run is told of it. Needs no GPU."""
 
 from __future__ import annotations
 
