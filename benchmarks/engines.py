@@ -20,8 +20,8 @@ import numpy as np
 from superpoint_trt import cuda
 from superpoint_trt import engine as engines
 from superpoint_trt.backends.tensorrt import TensorRTBackend
-from superpoint_trt.benchmark import synthetic_photograph
 from superpoint_trt.export import ExportOptions, export
+from superpoint_trt.image import synthetic_photograph
 from superpoint_trt.spec import OutputType, Precision
 
 SIZE_HW = (480, 640)

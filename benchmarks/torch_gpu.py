@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from superpoint_trt import checkpoint as checkpoints
-from superpoint_trt.benchmark import synthetic_photograph
+from superpoint_trt.image import synthetic_photograph
 from superpoint_trt.network import SuperPointNet, dense
 
 SIZE_HW = (480, 640)

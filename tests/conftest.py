@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from superpoint_trt import checkpoint as checkpoints
+from superpoint_trt import packaged
 from superpoint_trt.checkpoint import Checkpoint
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -110,11 +111,13 @@ def photo() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def checkpoint_file(tmp_path_factory) -> Callable[[str], Path]:
-    """Layout name -> a random checkpoint of it, or the real one of shared/ ("real-v6", "real-amd")."""
+    """Layout name -> a random checkpoint of it, the "packaged" one, or one of shared/ ("real-v6", "real-amd")."""
     folder = tmp_path_factory.mktemp("checkpoints")
     made: dict[str, Path] = {}
 
     def get(layout: str) -> Path:
+        if layout == "packaged":
+            return packaged.WEIGHTS
         if layout.startswith("real-"):
             path = REAL[layout[len("real-") :]]
             if not path.exists():

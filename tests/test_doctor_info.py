@@ -199,7 +199,9 @@ def test_info_of_a_checkpoint(info, checkpoint_file, layout):
     assert "published as" not in rows
 
 
-@pytest.mark.parametrize(("name", "layout"), [("real-v6", "v6"), ("real-amd", "magicleap")])
+@pytest.mark.parametrize(
+    ("name", "layout"), [("packaged", "superpoint-trt"), ("real-v6", "v6"), ("real-amd", "magicleap")]
+)
 def test_info_of_a_published_network(info, checkpoint_file, name, layout):
     rows = info(checkpoint_file(name))
     assert rows["layout"] == layout

@@ -65,7 +65,7 @@ def test_everything_builds(model_file, tmp_path, kind, precision, dynamic, opset
 
 
 @pytest.mark.parametrize("kind", ["dense", "keypoints", "heads"])
-@pytest.mark.parametrize("layout", ["real-v6", "real-amd"])
+@pytest.mark.parametrize("layout", ["packaged", "real-v6"])
 def test_the_network_has_the_types_of_the_graph(model_file, layout, kind):
     """What TensorRT's own parser makes of the typed graph: fp16 convolutions, three casts, nothing else fp16."""
     tensorrt = trt.load(Flavour.RTX)
@@ -143,7 +143,7 @@ def test_progress_comes_from_the_builder(model_file, tmp_path):
 @pytest.mark.parametrize("radius", [1, 4, 8, 9])
 def test_the_form_for_tensorrt_8_finds_the_same(model_file, radius):
     """Run in onnxruntime; on the GPU tests/gpu hold it against PyTorch."""
-    source = onnx.load(model_file("keypoints", "real-v6", decode=DecodeOptions(nms_radius_px=radius)))
+    source = onnx.load(model_file("keypoints", "packaged", decode=DecodeOptions(nms_radius_px=radius)))
     shifted = engines.shift_windows(source)
     pools = [node for node in shifted.graph.node if node.op_type == "MaxPool" and "pool_" in node.name]
     assert len(pools) == (10 if radius == 9 else 0)
@@ -176,6 +176,8 @@ GIB_TOO_SMALL = 0.01
     [
         ({}, {"min_shape_hw": (240, 320)}, "takes 480x640 .HxW. only.*--dynamic"),
         ({}, {"max_batch_size": 2}, "takes 1 only; export it with --max-batch-size 2"),
+        ({}, {"precision": Precision.INT8}, "int8 needs ranges measured on images: give --calibration-images FOLDER"),
+        ({}, {"keep_fp16": ("conv*",)}, "for int8 and fp8, but fp32 was asked for"),
         ({"dynamic": True}, {"min_shape_hw": (244, 320)}, "--min-shape is 244x320.*multiples of 8, 248x320 say"),
         ({"dynamic": True}, {"opt_shape_hw": (200, 320)}, "240x320 over 200x320 to 960x1280.*min <= opt <= max"),
         ({"dynamic": True}, {"workspace_gib": GIB_TOO_SMALL}, "TensorRT-RTX 1.7.*OutOfMemory.*--workspace"),
@@ -215,7 +217,6 @@ def test_a_model_that_is_no_superpoint_is_refused_before_the_build(tmp_path, mon
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"precision": Precision.INT8}, "int8; engines come in fp32, tf32, fp16, bf16"),
         ({"workspace_gib": 0.0}, "more than 0"),
         ({"workspace_gib": float("nan")}, "more than 0"),
         ({"optimization_level": 6}, "0 to 5"),

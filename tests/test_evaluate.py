@@ -110,7 +110,7 @@ def test_broken_parts_are_one_line_each_and_the_rest_is_evaluated(model, tmp_pat
 
 
 def test_blank_images_have_no_matches_and_no_crash(checkpoint_file, tmp_path):
-    model = export(checkpoint_file("real-v6"), tmp_path / "m.onnx", ExportOptions(dynamic=True))
+    model = export(checkpoint_file("packaged"), tmp_path / "m.onnx", ExportOptions(dynamic=True))
     folder = tmp_path / "data" / "i_blank"
     folder.mkdir(parents=True)
     for index in (1, 2):
@@ -260,7 +260,7 @@ def test_resizing_keeps_points_on_what_they_mark(rule, size):
 @pytest.mark.skipif(not (SHARED / "data/homography").is_dir(), reason="the homography dataset is not here")
 def test_pytorch_and_onnx_agree_to_the_third_decimal(checkpoint_file, tmp_path):
     """On a part of the real dataset; the whole table is in docs/evaluation.md."""
-    weights = checkpoint_file("real-v6")
+    weights = checkpoint_file("packaged")
     model = export(weights, tmp_path / "m.onnx", ExportOptions(dynamic=True))
     dataset = SHARED / "data/homography/oxford_graf"
     totals = [evaluate(source, dataset).to_json()["total"] for source in (model, weights)]

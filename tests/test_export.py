@@ -19,7 +19,7 @@ from superpoint_trt.export import NEWEST_OPSET, ExportOptions, export, to_onnx
 from superpoint_trt.spec import DecodeOptions, ModelDescription, OutputType, Sampling, SuperPointError
 
 OPSETS = sorted({11, 12, 13, 16, 17, 18, 20, NEWEST_OPSET})
-REAL = ("real-v6", "real-amd")
+REAL = ("packaged", "real-v6", "real-amd")
 
 
 def session(model: onnx.ModelProto | bytes) -> ort.InferenceSession:

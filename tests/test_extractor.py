@@ -477,7 +477,7 @@ def test_a_keypoints_model_of_another_tool(model, tmp_path, photo, change):
 
 @pytest.fixture(scope="module", params=KINDS)
 def real(request, model):
-    return model(request.param, "real-v6", dynamic=True)
+    return model(request.param, "packaged", dynamic=True)
 
 
 def test_the_corners_of_a_square_are_found(real):
@@ -533,8 +533,8 @@ def test_a_photograph_and_its_mirror_image(real):
 def test_half_the_size_finds_the_same_places(model):
     """A static 320x240 model on a 640x480 photograph: a good part of the full-size points, in full-size pixels."""
     image = photograph(480, 640)
-    full = extract(model("dense", "real-v6", dynamic=True), image, max_keypoints=300)
-    half = extract(model("dense", "real-v6"), image)
+    full = extract(model("dense", "packaged", dynamic=True), image, max_keypoints=300)
+    half = extract(model("dense", "packaged"), image)
     nearest = np.linalg.norm(full.xy[:, None] - half.xy[None], axis=2).min(axis=1)
     assert half.image_size == (640, 480)
     assert (nearest <= 3).mean() > 0.4

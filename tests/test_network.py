@@ -143,7 +143,7 @@ def test_saved_in_half_precision_stays_close(checkpoint, tmp_path):
 
 def test_real_checkpoint_finds_structure(checkpoint_file):
     """The trained weights, not random ones: points sit on structure, none on a blank wall."""
-    model = network.SuperPoint.from_file(checkpoint_file("real-v6"))
+    model = network.SuperPoint.from_file(checkpoint_file("packaged"))
     image = torch.from_numpy(photograph(480, 640)).float()[None, None] / 255
     with torch.no_grad():
         found = model({"image": image})["keypoint_scores"][0]

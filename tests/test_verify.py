@@ -48,7 +48,7 @@ class Bench:
         return verify(self.path, self.weights, find_images(self.folder), limits)
 
 
-@pytest.fixture(params=["v6", "real-v6"])
+@pytest.fixture(params=["v6", "packaged"])
 def bench(request, checkpoint_file, folder, tmp_path):
     return Bench(checkpoint_file(request.param), folder, tmp_path)
 
@@ -300,7 +300,7 @@ def test_blank_and_broken_images_do_not_stop_the_rest(checkpoint_file, folder, t
     (tmp_path / "broken.png").write_bytes(b"not an image")
     cv2.imwrite(str(tmp_path / "gray.png"), np.full((HEIGHT, WIDTH), 127, np.uint8))
     cv2.imwrite(str(tmp_path / "photo.png"), photograph(HEIGHT, WIDTH))
-    bench = Bench(checkpoint_file("real-v6"), tmp_path, tmp_path)
+    bench = Bench(checkpoint_file("packaged"), tmp_path, tmp_path)
     result = bench.verify()
     assert result.passed
     assert [image.name for image in result.images] == ["gray.png", "photo.png"]
@@ -315,7 +315,7 @@ def blank(folder, count):
         cv2.imwrite(str(folder / f"blank{index}.png"), np.full((HEIGHT, WIDTH), 12 * index, np.uint8))
 
 
-@pytest.mark.parametrize("layout", ["v6", "real-v6"])
+@pytest.mark.parametrize("layout", ["v6", "packaged", "real-v6"])
 def test_blank_images_alone_prove_nothing(layout, checkpoint_file, tmp_path):
     """Networks find a few points on black: the padding's doing, and the same in every image."""
     blank(tmp_path, 20)
@@ -328,7 +328,7 @@ def test_a_fault_is_named_among_more_blank_images_than_photographs(name, checkpo
     blank(tmp_path, 5)
     for photo in ("astronaut", "chelsea"):
         cv2.imwrite(str(tmp_path / f"{photo}.png"), photograph(HEIGHT, WIDTH, photo))
-    result = Bench(checkpoint_file("real-v6"), tmp_path, tmp_path).verify(fault=FAULTS[name][0])
+    result = Bench(checkpoint_file("packaged"), tmp_path, tmp_path).verify(fault=FAULTS[name][0])
     assert [finding.name for finding in result.findings] == [name]
     assert not result.passed
     assert len(result.images) == 7

@@ -15,7 +15,7 @@ from torch import Tensor
 from superpoint_trt.network import SuperPointNet
 from superpoint_trt.spec import CELL_PX
 from training.bank import Bank
-from training.geometry import Motion, inverse, pixel_grid, random_motions, translation, uniform, warp
+from training.geometry import Motion, inverse, pixel_grid, random_motions, scaling, translation, uniform, warp
 from training.views import disturb, look
 
 MOTION = Motion(0.7, 20.0, 0.15, 0.2, 0.25, 0.0)
@@ -25,8 +25,10 @@ AREA_PER_POINT_PX2 = 200.0
 NMS_PX = 4
 LEAST = 0.004
 """Share of views that must agree to within about a pixel."""
-WORST_WORTH = 0.3
-"""Of an image's last point; its best is worth 1, those between by rank, so scores come to follow repeatability."""
+WORTH_HALVES = 0.2
+"""A point's worth falls by half with each such share of the ranks: scores come to follow repeatability."""
+ZOOM_OUT_OCTAVES = 0.3
+"""Photographs are seen from farther away more often than from nearer: points that last then are the better ones."""
 
 
 @torch.no_grad()
@@ -36,7 +38,7 @@ def adapt(
     views: int,
     batch: int,
     view_hw: tuple[int, int] = VIEW_HW,
-    worst_worth: float = WORST_WORTH,
+    worth_halves: float = WORTH_HALVES,
     compiled: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bank:
@@ -48,7 +50,7 @@ def adapt(
         views: how many of each image.
         batch: views at a time.
         view_hw: size of the views.
-        worst_worth: probability to learn for an image's last point.
+        worth_halves: share of the ranks over which the probability to learn falls by half; the best point's is 1.
         compiled: torch.compile what is done with a batch.
         progress: called with (images done, images in all).
     """
@@ -60,7 +62,7 @@ def adapt(
         heard = [observe(net, canvas, bank.sizes[index], batch, view_hw) for _ in range(-(-views // batch))]
         fired, seen = (torch.stack(part).sum(dim=0) for part in zip(*heard))
         agreement = _blur(fired / seen.clamp(min=1))
-        found.append(_points(agreement, bank.sizes[index], most, worst_worth))
+        found.append(_points(agreement, bank.sizes[index], most, worth_halves))
         if progress:
             progress(index + 1, len(bank))
     xy, worth = (torch.stack(part) for part in zip(*found))
@@ -72,7 +74,8 @@ def _observe(
 ) -> tuple[Tensor, Tensor]:
     """What the detector says in `count` views anywhere in an image, and how often each place was seen; (1, 1, S, S)."""
     place = uniform((count, 2), 0.2, 0.8, canvas.device) * (size_hw.flip(0) - 1)
-    to_canvas = translation(place) @ random_motions(count, view_hw, MOTION, canvas.device)
+    farther = scaling(torch.full_like(place, 2**ZOOM_OUT_OCTAVES))
+    to_canvas = translation(place) @ farther @ random_motions(count, view_hw, MOTION, canvas.device)
     image, inside = look(canvas.expand(count, -1, -1, -1), size_hw.expand(count, 2), to_canvas, view_hw)
     heat = _heat(net, disturb(image))
     side = canvas.shape[-1]
@@ -90,7 +93,7 @@ def _heat(net: SuperPointNet, image: Tensor) -> Tensor:
     return F.pixel_shuffle(logits.float().softmax(dim=1)[:, :-1], CELL_PX)
 
 
-def _points(agreement: Tensor, size_hw: Tensor, most: int, worst_worth: float) -> tuple[Tensor, Tensor]:
+def _points(agreement: Tensor, size_hw: Tensor, most: int, worth_halves: float) -> tuple[Tensor, Tensor]:
     """The places with the most agreement: xy (most, 2) to a fraction of a pixel, and worth (most,)."""
     height, width = agreement.shape[2:]
     peak = (agreement == F.max_pool2d(agreement, 2 * NMS_PX + 1, 1, NMS_PX)) & (agreement > LEAST)
@@ -98,7 +101,7 @@ def _points(agreement: Tensor, size_hw: Tensor, most: int, worst_worth: float) -
     values, flat = (agreement * peak).flatten().topk(allowed)
     xy = torch.stack([flat % width, flat // width], dim=1).float() + _refine(agreement, flat)
     rank = torch.arange(allowed, device=values.device) / allowed
-    worth = (1 + (worst_worth - 1) * rank) * (values > 0)
+    worth = 0.5 ** (rank / worth_halves) * (values > 0)
     pad = most - allowed
     return F.pad(xy, (0, 0, 0, pad)), F.pad(worth, (0, pad))
 

@@ -11,8 +11,10 @@ from training.geometry import uniform, warp
 
 # ------------------------------------------------------------------------------------------------------------ detector
 
-LABEL_NMS_PX = 3
-"""A view that shrinks its image brings points closer than a detector may report; the most worthy stay."""
+LABEL_NMS_PX = 4
+"""A view that shrinks its image brings points closer than a detector reports; the most worthy stay."""
+AREA_PER_LABEL_PX2 = 256
+"""Likewise a view has no more points than this: a detector that fires in every cell ranks nothing."""
 
 
 def detector_targets(xy: Tensor, worth: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,8 +34,9 @@ def detector_targets(xy: Tensor, worth: Tensor, inside: Tensor) -> tuple[Tensor,
     flat = torch.where(seen, nearest[..., 1] * width + nearest[..., 0], 0)
     points = torch.zeros(len(xy), height * width, device=xy.device)
     points = points.scatter_reduce(1, flat, worth * seen, "amax").view(-1, 1, height, width)
-    strongest = F.max_pool2d(points, 2 * LABEL_NMS_PX + 1, stride=1, padding=LABEL_NMS_PX)
-    cells = F.pixel_unshuffle(points * (points == strongest), CELL_PX)
+    points = points * (points == F.max_pool2d(points, 2 * LABEL_NMS_PX + 1, stride=1, padding=LABEL_NMS_PX))
+    last = points.flatten(1).topk(max(1, height * width // AREA_PER_LABEL_PX2), dim=1).values[:, -1]
+    cells = F.pixel_unshuffle(points * (points >= last[:, None, None, None]), CELL_PX)
     total = cells.sum(dim=1, keepdim=True)
     cells = cells / total.clamp(min=1)
     whole = F.avg_pool2d(inside, CELL_PX)[:, 0] > 0.999

@@ -16,7 +16,7 @@ from superpoint_trt import checkpoint as checkpoints
 from superpoint_trt.checkpoint import NormPlacement
 from superpoint_trt.network import SuperPointNet
 from training import leaves, losses, photos, shapes
-from training.adapt import VIEW_HW, WORST_WORTH, adapt
+from training.adapt import VIEW_HW, WORTH_HALVES, adapt
 from training.bank import Bank, join
 from training.fold import fold
 from training.geometry import inverse, warp
@@ -41,8 +41,10 @@ class Plan:
 
     stages: tuple[Stage, ...] = (
         Stage("shapes", 2500, 1e-3),
-        Stage("first", 3500, 1e-3, 48),
-        Stage("second", 9000, 1e-3, 96),
+        Stage("first", 2500, 1e-3, 48),
+        Stage("second", 3000, 1e-3, 64),
+        Stage("third", 9500, 1e-3, 96),
+        Stage("fourth", 11000, 1e-3, 48),
     )
     pairs: int = 32
     """Of views, a step."""
@@ -54,11 +56,11 @@ class Plan:
     channels: tuple[int, ...] = (64, 64, 128, 128, 256)
     descriptor_dim: int = 256
     shapes: int = 12000
-    collages: int = 240
-    collage_share: float = 0.25
+    collages: int = 500
+    collage_share: float = 0.5
     adapt_batch: int = 16
     adapt_hw: tuple[int, int] = VIEW_HW
-    worst_worth: float = WORST_WORTH
+    worth_halves: float = WORTH_HALVES
     descriptor_weight: float = 1.0
     seed: int = 1
     validation_pairs: int = 16
@@ -141,36 +143,30 @@ class Run:
         """Every stage not yet done; the last one's checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self._restore()
-        collages: Bank | None = None
         for number, stage in enumerate(self.plan.stages):
             if number < state.get("stage", 0):
                 continue
-            torch.manual_seed(self.plan.seed * 1000 + number)
-            if stage.adapted_views and collages is None:
-                collages = self._collages()
-            bank = self._bank(stage, collages)
+            bank = self._bank(number, stage)
             resumed = state if number == state.get("stage") and "optimizer" in state else {}
             self._stage(number, stage, bank, resumed)
             state = {}
         return self.folder / f"{self.plan.stages[-1].name}.safetensors"
 
-    def _collages(self) -> Bank:
-        """By a seed of their own: a resumed run draws the same ones, to which the labels on disk belong."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.plan.seed)
-            return self._timed("collages", lambda: leaves.draw(self.plan.collages, self.train, self.device))
-
-    def _bank(self, stage: Stage, collages: Bank | None) -> Bank:
+    def _bank(self, number: int, stage: Stage) -> Bank:
+        """What a stage learns from, by a seed of its own: a resumed run draws what its labels on disk belong to."""
         plan = self.plan
-        if collages is None or not stage.adapted_views:
+        torch.manual_seed(plan.seed * 1000 + number)
+        if not stage.adapted_views:
             return self._timed("shapes", lambda: shapes.draw(plan.shapes, self.device))
+        # New ones each time: on images it has learnt by heart, a detector repeats what it was told.
+        collages = self._timed("collages", lambda: leaves.draw(plan.collages, self.train, self.device))
         bank = join([self.train, collages], [1 - plan.collage_share, plan.collage_share])
         labels = self.folder / f"labels-{stage.name}.pt"
         if labels.exists():
             saved = torch.load(labels, weights_only=True, map_location=self.device)
             return bank.with_points(saved["xy"], saved["worth"])
         self.net.eval()
-        views = stage.adapted_views, plan.adapt_batch, plan.adapt_hw, plan.worst_worth
+        views = stage.adapted_views, plan.adapt_batch, plan.adapt_hw, plan.worth_halves
         adapted = self._timed("adaptation", lambda: adapt(self.net, bank, *views, compiled=self.compiled))
         _save(labels, {"xy": adapted.xy, "worth": adapted.worth})
         return adapted

@@ -25,9 +25,15 @@ def validate(net: SuperPointNet, bank: Bank, pairs: int) -> dict[str, float]:
     """
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        rows = [_pair(net, bank, index % len(bank)) for index in range(pairs)]
+        rows = np.array([_pair(net, bank, index % len(bank)) for index in range(pairs)])
     names = ("repeatability", "localisation_px", "mma3", "homography3")
-    return {name: round(float(value), 4) for name, value in zip(names, np.nanmean(rows, axis=0))}
+    return {name: round(value, 4) for name, value in zip(names, map(_mean, rows.T))}
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of the pairs for which a figure is defined; 0 of none."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else 0.0
 
 
 def _pair(net: SuperPointNet, bank: Bank, index: int) -> tuple[float, float, float, float]:

@@ -33,7 +33,7 @@ FIRST = Motion(0.0, 12.0, 0.1, 0.12, 0.2, 0.0)
 """The first view of a pair, on top of a zoom that suits the image."""
 SECOND = Motion(0.9, 22.0, 0.2, 0.3, 0.45, 0.35)
 """The second view, relative to the first."""
-ZOOM_OCTAVES = (-0.7, 1.2)
+ZOOM_OCTAVES = (-0.5, 1.3)
 """log2 of canvas pixels along one pixel of the first view."""
 
 
@@ -56,7 +56,7 @@ def pair(colour: Tensor, sizes: Tensor, view_hw: tuple[int, int]) -> tuple[Views
 
 
 def _first(sizes: Tensor, view_hw: tuple[int, int]) -> Tensor:
-    """Zoom and place: anything between a detail and the whole image, mostly inside it."""
+    """Zoom and place: anything between a detail and the whole image, mostly inside it; half of them mirrored."""
     device, sizes = sizes.device, sizes.flip(1)  # width, height
     view = sizes.new_tensor([view_hw[1], view_hw[0]])
     low, high = ZOOM_OCTAVES
@@ -64,7 +64,9 @@ def _first(sizes: Tensor, view_hw: tuple[int, int]) -> Tensor:
     zoom = 2 ** (low + (widest - low) * uniform((len(sizes),), 0, 1, device))[:, None]
     room = (sizes - view * zoom).clamp(min=0)
     centre = (sizes - 1) / 2 + room * uniform((len(sizes), 2), -0.5, 0.5, device)
-    return translation(centre) @ scaling(zoom.expand(-1, 2)) @ random_motions(len(sizes), view_hw, FIRST, device)
+    mirrored = torch.where(uniform((len(sizes), 1), 0, 1, device) < 0.5, -zoom, zoom)
+    factors = torch.cat([mirrored, zoom], dim=1)
+    return translation(centre) @ scaling(factors) @ random_motions(len(sizes), view_hw, FIRST, device)
 
 
 def look(

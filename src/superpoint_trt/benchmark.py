@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from superpoint_trt._version import __version__
 from superpoint_trt.extractor import SuperPoint
 from superpoint_trt.files import PathLike, write_atomically
+from superpoint_trt.image import synthetic_photograph
 from superpoint_trt.spec import SuperPointError
 
 STAGES = ("preprocess", "host_to_device", "network", "decode", "device_to_host", "wall")
@@ -192,27 +193,6 @@ def _open(model: PathLike, device: str, threads: int | None) -> SuperPoint:
         return SuperPoint(model, device=device, threads=threads)
     except SuperPointError as error:
         raise SuperPointError(f"{model}: {error}") from error
-
-
-def synthetic_photograph(height: int, width: int) -> NDArray[np.uint8]:
-    """A dead-leaves picture (Lee et al. 2001): overlapping discs and boxes of all sizes, softened; always the same.
-
-    Returns:
-        (height, width) uint8, full of corners, so that decoding has its usual work.
-    """
-    import cv2
-
-    rng = np.random.default_rng(0)
-    picture = np.full((height, width), 127, np.uint8)
-    for radius in np.sort(rng.pareto(1.5, 600) * 6 + 4)[::-1]:
-        x, y = int(rng.integers(width)), int(rng.integers(height))
-        r, tone = int(min(radius, max(height, width) / 3)), int(rng.integers(256))
-        if rng.random() < 0.5:
-            cv2.circle(picture, (x, y), r, tone, -1)
-        else:
-            box = cv2.boxPoints(((x, y), (2 * r, r), float(rng.uniform(0, 180)))).astype(np.int32)
-            cv2.fillConvexPoly(picture, box, tone)
-    return np.asarray(cv2.GaussianBlur(picture, (0, 0), 0.8), dtype=np.uint8)
 
 
 PLOT_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".pdf")

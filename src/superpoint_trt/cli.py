@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from superpoint_trt import cli_engine, cli_proof
+from superpoint_trt import cli_engine, cli_proof, cli_quantize
 from superpoint_trt._version import __version__
 from superpoint_trt.spec import TENSORRT_MAX_TOPK, DecodeOptions, OutputType, Sampling, SuperPointError
 from superpoint_trt.terminal import (
@@ -41,7 +41,9 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (cli_engine.build, cli_engine.cast, cli_proof.verify, cli_proof.evaluate, cli_proof.bench):
+for command in (cli_engine.build, cli_engine.cast, cli_quantize.quantize):
+    cli.add_command(command)
+for command in (cli_proof.verify, cli_proof.evaluate, cli_proof.bench):
     cli.add_command(command)
 
 

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from superpoint_trt.cli_proof import gate_limits
+from superpoint_trt.cli_quantize import (
+    CalibrationFlags,
+    calibrated,
+    calibration_options,
+    check_flags,
+    layers_to_keep,
+    prove,
+)
 from superpoint_trt.spec import ENGINE_SUFFIXES, Precision, SuperPointError
 from superpoint_trt.terminal import builder_progress, open_model, print_info
 from superpoint_trt.trt import Flavour
 
-_PRECISIONS = [p.value for p in (Precision.FP32, Precision.TF32, Precision.FP16, Precision.BF16)]
+_QUANTISED = (Precision.INT8.value, Precision.FP8.value)
 
 
 @click.command()
 @click.option("--onnx", required=True, help="The .onnx: from superpoint export, or another tool's SuperPoint in fp32.")
 @click.option("--engine", required=True, help="The engine to write; its description goes beside it, in ENGINE.json.")
-@click.option("--precision", type=click.Choice(_PRECISIONS), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice([p.value for p in Precision]), default="fp32", show_default=True)
 @click.option("--workspace", type=float, help="Most scratch memory in GiB.  [default: what the GPU has]")
 @click.option("--min-shape", help="HxW, smallest; dynamic models.  [default: 240x320]")
 @click.option("--opt-shape", help="HxW, the one to be fastest at.  [default: what the model was exported for]")
@@ -29,10 +40,12 @@ _PRECISIONS = [p.value for p in (Precision.FP32, Precision.TF32, Precision.FP16,
 @click.option("--runtime", type=click.Choice(["auto", *(f.value for f in Flavour)]), default="auto", show_default=True)
 @click.option("--target", help="GPUs to build for, sm86,sm89 say; rtx only, needs no GPU.  [default: the GPU here]")
 @click.option("--test", is_flag=True, help="Run the engine once it is built.")
+@calibration_options
 def build(
     onnx: str,
     engine: str,
     precision: str,
+    calibration: CalibrationFlags,
     workspace: float | None,
     min_shape: str | None,
     opt_shape: str | None,
@@ -60,7 +73,7 @@ def build(
         runtime=None if runtime == "auto" else Flavour(runtime),
         targets=parse_targets(target),
     )
-    build_engine(onnx, engine, options, test)
+    build_engine(onnx, engine, options, test, calibration)
 
 
 def parse_targets(text: str | None) -> tuple[str, ...]:
@@ -68,12 +81,52 @@ def parse_targets(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip().lower() for part in text.split(",")) if text else ()
 
 
-def build_engine(onnx: str, engine: str, options: Any, test: bool) -> None:
-    """Builds, says what came out, and runs it if asked."""
-    from superpoint_trt import engine as engines
-
+def build_engine(onnx: str, engine: str, options: Any, test: bool, flags: CalibrationFlags) -> None:
+    """Builds, says what came out, runs it if asked, and proves an int8 or fp8 engine."""
     if Path(engine).suffix.lower() not in ENGINE_SUFFIXES:
         raise SuperPointError(f"{engine}: an engine's name ends in one of {', '.join(ENGINE_SUFFIXES)}.")
+    if options.precision.value in _QUANTISED:
+        _build_quantised(onnx, engine, options, test, flags)
+        return
+    if flags.given:
+        raise SuperPointError(
+            f"calibration, --keep-fp16, --auto, --gate are for int8 and fp8; {options.precision.value} was asked for."
+        )
+    _build(onnx, engine, options, test)
+
+
+def _build_quantised(onnx: str, engine: str, options: Any, test: bool, flags: CalibrationFlags) -> None:
+    """Calibrates, builds, verifies on held-out images; an .onnx that is quantised already is taken as it is."""
+    from superpoint_trt import engine as engines
+    from superpoint_trt.precision import load_onnx, quantised_type
+    from superpoint_trt.quantize import quantize_file
+
+    if quantised_type(load_onnx(onnx)):
+        if flags.auto:
+            raise SuperPointError(f"{onnx} is quantised already, so --auto comes too late; use the fp32 .onnx.")
+        _build(onnx, engine, replace(options, calibration=flags.file, keep_fp16=flags.keep_fp16), test)
+        return
+    check_flags(onnx, flags, options.precision.value)
+    engines.check(onnx, engine, options)  # minutes of calibration should not end in "no GPU"
+    ranges = calibrated(onnx, flags, options.precision.value)
+    keep = layers_to_keep(onnx, flags, ranges, options.precision.value)
+    options = replace(options, calibration=ranges.path, keep_fp16=keep)
+    _build(onnx, engine, options, test)
+    if not flags.verify:
+        return
+    if not options.targets:
+        prove(Path(engine), onnx, ranges.proof, gate_limits(flags.gates))
+        return
+    click.echo(f"{engine} is for another machine: its .onnx is verified here; verify the engine where it runs")
+    with tempfile.TemporaryDirectory() as folder:
+        quantised = Path(folder) / f"{Path(engine).stem}.onnx"
+        quantize_file(onnx, quantised, ranges.path, options.precision, keep)
+        prove(quantised, onnx, ranges.proof, gate_limits(flags.gates))
+
+
+def _build(onnx: str, engine: str, options: Any, test: bool) -> None:
+    from superpoint_trt import engine as engines
+
     with builder_progress() as progress:
         metadata = engines.build(onnx, engine, options, progress)
     click.echo(f"{'built in':<14}{metadata.build['seconds']} s")
@@ -84,7 +137,7 @@ def build_engine(onnx: str, engine: str, options: Any, test: bool) -> None:
 
 def _try_engine(engine: str) -> None:
     """One picture through a fresh engine; the second call is timed."""
-    from superpoint_trt.benchmark import synthetic_photograph
+    from superpoint_trt.image import synthetic_photograph
 
     with open_model(engine) as superpoint:
         model = superpoint.description

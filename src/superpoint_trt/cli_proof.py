@@ -41,7 +41,8 @@ def verify(
 ) -> None:
     """Prove that a converted model finds the points of its fp32 reference; exit code 1 if a gate fails."""
     from superpoint_trt.files import check_distinct, check_writable
-    from superpoint_trt.verify import find_images, verify
+    from superpoint_trt.image import find_images
+    from superpoint_trt.verify import verify
 
     for path, other in ((report_path, json_path), (json_path, None)):
         if path:
@@ -51,8 +52,8 @@ def verify(
 
         check_report()
     with progress_bar("verifying") as progress:
-        found = verify(model, weights, images, _limits(gates), device, progress, limit)
-    _print_verification(found)
+        found = verify(model, weights, images, gate_limits(gates), device, progress, limit)
+    print_verification(found)
     if json_path:
         write_json(json_path, found.to_json())
     if report_path:
@@ -63,8 +64,13 @@ def verify(
         raise click.exceptions.Exit(GATE_FAILED)
 
 
-def _limits(gates: Sequence[str]) -> dict[str, float]:
-    from superpoint_trt.verify import GATE_NAMES
+def gate_limits(gates: Sequence[str]) -> dict[str, float]:
+    """Splits NAME=NUMBER of each --gate.
+
+    Raises:
+        SuperPointError: not of that form, or no gate is called so.
+    """
+    from superpoint_trt.verify import GATE_NAMES, check_limits
 
     limits = {}
     for text in gates:
@@ -74,10 +80,12 @@ def _limits(gates: Sequence[str]) -> dict[str, float]:
         except ValueError:
             names = ", ".join(GATE_NAMES)
             raise SuperPointError(f"--gate {text}: expected NAME=NUMBER; gates are: {names}.") from None
+    check_limits(limits)
     return limits
 
 
-def _print_verification(found: Any) -> None:
+def print_verification(found: Any) -> None:
+    """Prints the gates, what else was noticed, and the verdict."""
     click.echo(f"{'model':<14}{found.model}\n{'ran on':<14}{found.model_runtime}\n{'reference':<14}{found.reference}")
     click.echo(f"{'images':<14}{len(found.images)}")
     table = Table(f"gate ({found.precision.value})", "measured", "limit", "")

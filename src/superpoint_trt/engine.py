@@ -13,11 +13,20 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from superpoint_trt import calibration as calibrations
 from superpoint_trt import cuda
 from superpoint_trt.files import PathLike, check_distinct, check_writable, read_bytes, sha256, write_atomically
 from superpoint_trt.plan import EngineMetadata, sidecar, with_profile
-from superpoint_trt.precision import convolution_type, load_onnx, to_precision
-from superpoint_trt.recognise import describe
+from superpoint_trt.precision import (
+    QUANTISED_TYPES,
+    convolution_type,
+    described,
+    has_low_type,
+    load_onnx,
+    quantised_chain,
+    to_precision,
+)
+from superpoint_trt.quantize import quantize
 from superpoint_trt.spec import (
     CELL_PX,
     INPUT_NAME,
@@ -30,8 +39,7 @@ from superpoint_trt.spec import (
 )
 from superpoint_trt.trt import RTX_TARGETS, Flavour, TensorRT, load
 
-PRECISIONS = (Precision.FP32, Precision.TF32, Precision.FP16, Precision.BF16)
-"""What can be built from the .onnx alone."""
+PRECISIONS = tuple(Precision)
 
 MIN_SHAPE_HW, MAX_SHAPE_HW = (240, 320), (960, 1280)
 """The guide's range, for dynamic models when nothing else is said."""
@@ -61,12 +69,12 @@ class BuildOptions:
     runtime: Flavour | None = None
     targets: tuple[str, ...] = ()
     """Compute capabilities to build for, "sm89" say; RTX only."""
+    calibration: PathLike | None = None
+    """Of int8 and fp8: the ranges that `calibration.save` wrote; not needed where the .onnx is quantised already."""
+    keep_fp16: tuple[str, ...] = ()
+    """Name patterns of convolutions that int8 and fp8 leave alone, besides the first."""
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise SuperPointError(
-                f"precision is {self.precision.value}; engines come in {', '.join(p.value for p in PRECISIONS)} so far."
-            )
         if self.workspace_gib is not None and not 0 < self.workspace_gib <= MOST_WORKSPACE_GIB:
             raise SuperPointError(f"workspace is {self.workspace_gib} GiB; expected more than 0, 4 say.")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= HIGHEST_LEVEL:
@@ -88,10 +96,13 @@ class BuildOptions:
             "max-batch-size": self.max_batch_size,
             "optimization-level": self.optimization_level,
             "target": ",".join(self.targets) or None,
+            "calibration": self.calibration,
         }
         for name, value in options.items():
             if value is not None:
                 words += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+        for pattern in self.keep_fp16:
+            words += ["--keep-fp16", pattern]
         return shlex.join(words)
 
 
@@ -114,16 +125,11 @@ def build(
             carries TensorRT's own log lines. Nothing is written then.
     """
     options = options or BuildOptions()
-    engine = check_writable(engine)
-    check_distinct(engine, model, options.timing_cache)
-    check_distinct(check_writable(sidecar(engine)), model, options.timing_cache)
-    source = load_onnx(model)
-    tensorrt = load(options.runtime)
-    typed = _typed(source, options.precision, model)
+    source, tensorrt, (targets, gpu_name) = check(model, engine, options)
+    engine = Path(engine)
+    typed = _typed(source, options, model)
     profile = _profile(typed, options)
-    description = with_profile(_description(typed) or _foreign(typed, options.precision, model), profile)
-    _check_fits(typed, options, tensorrt, model)
-    targets, gpu_name = _targets(options, tensorrt)
+    description = with_profile(replace(described(typed, model), precision=options.precision), profile)
     started = time.monotonic()
     with tensorrt.explaining(f"building {engine} of {model} failed") as log:
         plan = _Build(tensorrt, options, log).plan(typed, profile, targets, progress)
@@ -150,6 +156,28 @@ def build(
     return metadata
 
 
+def check(
+    model: PathLike, engine: PathLike, options: BuildOptions
+) -> tuple[onnx.ModelProto, TensorRT, tuple[tuple[str, ...], str | None]]:
+    """Refuses what `build` would refuse, short of ranges, before minutes are spent on measuring those.
+
+    Returns:
+        The model, the TensorRT, and the compute capabilities to build for with the name of the GPU here.
+
+    Raises:
+        SuperPointError: as `build`.
+    """
+    engine = check_writable(engine)
+    for output in (engine, check_writable(sidecar(engine))):
+        check_distinct(output, model, options.timing_cache, options.calibration)
+    source = load_onnx(model)
+    tensorrt = load(options.runtime)
+    _profile(source, options)
+    described(source, model)
+    _check_fits(source, options, tensorrt, model)
+    return source, tensorrt, _targets(options, tensorrt)
+
+
 class _Build:
     """One run of the builder."""
 
@@ -163,8 +191,11 @@ class _Build:
     def plan(
         self, model: onnx.ModelProto, profile: ShapeRange, targets: tuple[str, ...], progress: Progress | None
     ) -> bytes:
+        quantised = convolution_type(model) in QUANTISED_TYPES
         if not self._tensorrt.strongly_typed:
             model = shift_windows(model)
+        elif quantised and not has_low_type(model):
+            model = to_precision(model, Precision.FP16)
         network, parser = self._parse(model)
         network.name = _plan_name(model)
         if not self._tensorrt.strongly_typed:
@@ -199,7 +230,10 @@ class _Build:
             config.builder_optimization_level = options.optimization_level
         self._tensorrt.set_builder_defaults(config)
         self._tensorrt.set_precision_flags(
-            config, tf32=options.precision is Precision.TF32, fp16=options.precision is Precision.FP16
+            config,
+            tf32=options.precision is Precision.TF32,
+            fp16=options.precision in (Precision.FP16, Precision.INT8),
+            int8=options.precision is Precision.INT8,
         )
         if self._tensorrt.flavour is Flavour.RTX:
             self._tensorrt.set_targets(config, targets)
@@ -229,17 +263,34 @@ class _Build:
 # -------------------------------------------------------------------------------------------------------- what to build
 
 
-def _typed(source: onnx.ModelProto, precision: Precision, path: PathLike) -> onnx.ModelProto:
+def _typed(source: onnx.ModelProto, options: BuildOptions, path: PathLike) -> onnx.ModelProto:
     """The graph in the precision asked for; one that already has it is taken as it is."""
-    found = convolution_type(source)
+    precision, found = options.precision, convolution_type(source)
     if found is precision and found is not Precision.FP32:
+        if options.calibration is not None or options.keep_fp16:
+            raise SuperPointError(
+                f"{path} is quantised already, so calibration and --keep-fp16 come too late; use the fp32 .onnx."
+            )
         return source
     if found is not None and found is not Precision.FP32:
         raise SuperPointError(
             f"{path} is already {found.value}, but {precision.value} was asked for; use --precision {found.value}, or "
             "the fp32 .onnx."
         )
-    return to_precision(source, precision)
+    if precision not in QUANTISED_TYPES:
+        if options.calibration is not None or options.keep_fp16:
+            raise SuperPointError(
+                f"calibration and --keep-fp16 are for int8 and fp8, but {precision.value} was asked for."
+            )
+        return to_precision(source, precision)
+    if options.calibration is None:
+        raise SuperPointError(
+            f"precision {precision.value} needs ranges measured on images: give --calibration-images FOLDER (100 or "
+            "more photographs like those to come), or --calibration FILE of an earlier run."
+        )
+    ranges = calibrations.load(options.calibration)
+    calibrations.check_same_network(ranges, _description(source), path)
+    return quantize(source, ranges, precision, options.keep_fp16)
 
 
 def _profile(model: onnx.ModelProto, options: BuildOptions) -> ShapeRange:
@@ -329,8 +380,11 @@ def _check_fits(model: onnx.ModelProto, options: BuildOptions, tensorrt: TensorR
         raise SuperPointError(
             f"{path} has opset {opset}; {tensorrt} takes {newest} at most: superpoint export --opset {newest}."
         )
-    if options.precision is Precision.BF16 and not tensorrt.strongly_typed:
-        raise SuperPointError(f"bf16 needs TensorRT 10 or newer; here is {tensorrt}: use --precision fp16.")
+    if options.precision in (Precision.BF16, Precision.FP8) and not tensorrt.strongly_typed:
+        instead = "int8" if options.precision is Precision.FP8 else "fp16"
+        raise SuperPointError(
+            f"{options.precision.value} needs TensorRT 10 or newer; here is {tensorrt}: use --precision {instead}."
+        )
     if tensorrt.flavour is not Flavour.RTX and options.targets:
         raise SuperPointError(
             f"--target is TensorRT-RTX's: {tensorrt} builds for the GPU it runs on only. Use --runtime rtx, or leave "
@@ -371,17 +425,6 @@ def _targets(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...]
     return (device.capability,), device.name
 
 
-def _foreign(model: onnx.ModelProto, precision: Precision, path: PathLike) -> ModelDescription:
-    """Another tool's model: what its names and shapes say."""
-    takes, gives = (
-        {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
-        for values in (model.graph.input, model.graph.output)
-    )
-    return replace(
-        describe(Path(path), None, takes, gives, remedy="make one with superpoint export"), precision=precision
-    )
-
-
 def _plan_name(model: onnx.ModelProto) -> str:
     """The description inside the plan itself, as the network's name: it survives the loss of the .json."""
     described = _description(model)
@@ -394,25 +437,45 @@ def _plan_name(model: onnx.ModelProto) -> str:
 def _constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
     """Says in layers what 10 and newer read off the graph: which compute in fp16, and that the others do not.
 
-    Without, TensorRT 8.6 is free to run softmax, norms and coordinates in fp16 as well.
+    Without, TensorRT 8.6 is free to run softmax, norms and coordinates in fp16 as well. A quantised graph stays fp32
+    for it, since a cast between convolution and Q/DQ pair would keep them from becoming one kernel; what its pairs
+    touch is left to them.
     """
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    values = [*graph.value_info, *graph.output]
-    low = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
-    free = (trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.CAST)
+    quantised = convolution_type(model) in QUANTISED_TYPES
+    free = quantised_chain(model.graph) if quantised else set()
+    low = _fp16_tensors(to_precision(model, Precision.FP16) if quantised else model)
+    kinds = trt.LayerType
+    untouched = (kinds.CONSTANT, kinds.SHAPE, kinds.CAST, kinds.QUANTIZE, kinds.DEQUANTIZE)
     floats = (trt.float32, trt.float16)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
         inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
         # A comparison has no float output, and must not be made in fp16 either.
-        if layer.type in free or not any(tensor and tensor.dtype in floats for tensor in (*inputs, *outputs)):
+        if layer.type in untouched or not any(tensor and tensor.dtype in floats for tensor in (*inputs, *outputs)):
             continue
-        dtype = trt.float16 if any(output.name in low for output in outputs) else trt.float32
+        in_fp16 = any(output.name in low for output in outputs)
+        # ReLU and pool in front of a Q may become part of its kernel, whatever type that has.
+        if any(output.name in free for output in outputs) or (
+            quantised and in_fp16 and layer.type != kinds.CONVOLUTION
+        ):
+            continue
+        dtype = trt.float16 if in_fp16 else trt.float32
         layer.precision = dtype
         for i, output in enumerate(outputs):
             if output.dtype in floats:
                 layer.set_output_type(i, dtype)
+    if quantised:
+        for index in range(network.num_outputs):
+            output = network.get_output(index)
+            if output.name in low:
+                output.dtype = trt.float16
+
+
+def _fp16_tensors(model: onnx.ModelProto) -> set[str]:
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    values = [*graph.value_info, *graph.output]
+    return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
 
 
 _MOST_SHIFT_PX = 8

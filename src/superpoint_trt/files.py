@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Union
 
@@ -135,6 +136,14 @@ def write_atomically(path: PathLike, data: bytes) -> Path:
 def named(error: BaseException, path: PathLike) -> str:
     """A message that names the file it is about."""
     return str(error) if str(path) in str(error) else f"{path}: {error}"
+
+
+def names_below(paths: Sequence[PathLike]) -> list[str]:
+    """Each file's path below the folder that all share, with slashes: a name without a machine in it."""
+    if not paths:
+        return []
+    above = os.path.commonpath([Path(os.path.abspath(path)).parent for path in paths])
+    return [Path(os.path.relpath(path, above)).as_posix() for path in paths]
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

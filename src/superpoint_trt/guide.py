@@ -14,6 +14,7 @@ from superpoint_trt import decode
 from superpoint_trt import image as images
 from superpoint_trt.backends import open_backend
 from superpoint_trt.cli_engine import build_engine, parse_targets
+from superpoint_trt.cli_quantize import CalibrationFlags
 from superpoint_trt.files import PathLike, check_distinct, check_writable, read_bytes
 from superpoint_trt.spec import DecodeOptions, Keypoints, OutputType, Precision, SuperPointError
 from superpoint_trt.terminal import WEIGHTS, print_found, print_info, save_drawing
@@ -140,7 +141,8 @@ def convert_to_onnx(
 @click.option("--onnx", required=True, help="The .onnx to convert.")
 @click.option("--engine", default="superpoint.trt", show_default=True, help="The engine to write.")
 @click.option("--fp16", is_flag=True, help="FP16 precision.")
-@click.option("--int8", is_flag=True, help="INT8 precision (needs calibration).")
+@click.option("--int8", is_flag=True, help="INT8 precision (needs --calib-images).")
+@click.option("--calib-images", help="With --int8: folder of photographs like those to come.")
 @click.option("--max-batch-size", type=int, default=1, show_default=True)
 @click.option("--workspace", type=float, default=1.0, show_default=True, help="Builder's workspace in GiB.")
 @click.option("--dynamic-shapes", is_flag=True, help="Sizes from min to max, tuned for opt.")
@@ -157,6 +159,7 @@ def convert_to_tensorrt(
     engine: str,
     fp16: bool,
     int8: bool,
+    calib_images: str | None,
     max_batch_size: int,
     workspace: float,
     dynamic_shapes: bool,
@@ -169,14 +172,19 @@ def convert_to_tensorrt(
 
     read_bytes(onnx, "model")
     check_writable(engine)
-    if int8:
-        raise SuperPointError("--int8 is not here yet: it needs calibration, which this release does not do.")
+    if int8 and not calib_images:
+        raise SuperPointError(
+            "--int8 needs calibration: --calib-images FOLDER, 100 or more photographs like those to come (or, only to "
+            "try it out, --calib-images synthetic)."
+        )
+    if calib_images and not int8:
+        raise SuperPointError("--calib-images is for --int8.")
     least, usual, most = ((sides[f"{name}_height"], sides[f"{name}_width"]) for name in ("min", "opt", "max"))
     # Without --dynamic-shapes the guide's engine takes one size: the one that a dynamic .onnx is tuned for.
     shapes = (least, usual, most) if dynamic_shapes else _one_size(onnx, usual)
     low, opt, high = shapes
     options = BuildOptions(
-        Precision.FP16 if fp16 else Precision.FP32,
+        Precision.INT8 if int8 else Precision.FP16 if fp16 else Precision.FP32,  # int8 with fp16 beside it
         workspace,
         low,
         opt,
@@ -185,7 +193,7 @@ def convert_to_tensorrt(
         runtime=Flavour.RTX if target else None,
         targets=parse_targets(target),
     )
-    build_engine(onnx, engine, options, test)
+    build_engine(onnx, engine, options, test, CalibrationFlags(images=calib_images))
 
 
 def _one_size(onnx: str, usual: tuple[int, int]) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
@@ -28,7 +29,26 @@ SMALLEST_SIDE_PX = CELL_PX
 RGB_TO_GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """Luma of ITU-R BT.601, as in the reference and in OpenCV."""
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+
 _FULL_SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0, np.dtype(bool): 1.0}
+
+
+def find_images(folder: PathLike, limit: int | None = None) -> list[Path]:
+    """The image files below a folder, sorted by path; a single file is itself.
+
+    Raises:
+        SuperPointError: no such path, or no image below it.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise SuperPointError(f"images {folder} do not exist; expected a folder of images or one image.")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise SuperPointError(f"{folder} holds no image; names should end in {', '.join(IMAGE_SUFFIXES)}.")
+    return found[:limit]
 
 
 def load_image(path: PathLike) -> NDArray[Any]:
@@ -235,6 +255,27 @@ def as_array(image: Any) -> NDArray[Any]:
     if getattr(image, "mode", None) in ("P", "CMYK", "PA", "YCbCr", "LAB", "HSV", "1"):
         image = image.convert("RGB")  # PIL: these are not gray, RGB or RGBA as they lie in memory
     return np.asarray(image)
+
+
+def synthetic_photograph(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    """A dead-leaves picture (Lee et al. 2001): overlapping discs and boxes of all sizes, softened; fixed by its seed.
+
+    Returns:
+        (height, width) uint8, full of corners, so that decoding has its usual work.
+    """
+    import cv2
+
+    rng = np.random.default_rng(seed)
+    picture = np.full((height, width), 127, np.uint8)
+    for radius in np.sort(rng.pareto(1.5, 600) * 6 + 4)[::-1]:
+        x, y = int(rng.integers(width)), int(rng.integers(height))
+        r, tone = int(min(radius, max(height, width) / 3)), int(rng.integers(256))
+        if rng.random() < 0.5:
+            cv2.circle(picture, (x, y), r, tone, -1)
+        else:
+            box = cv2.boxPoints(((x, y), (2 * r, r), float(rng.uniform(0, 180)))).astype(np.int32)
+            cv2.fillConvexPoly(picture, box, tone)
+    return np.asarray(cv2.GaussianBlur(picture, (0, 0), 0.8), dtype=np.uint8)
 
 
 def _shrink(side: int, scale: float) -> int:

@@ -134,6 +134,10 @@ class ModelDescription:
     remove_borders_px: int | None = None
     threshold: float | None = None
     max_keypoints: int | None = None
+    calibration: str | None = None
+    """Of a quantised model: how its ranges were found, "percentile 99.99, 144 images"."""
+    kept_layers: str | None = None
+    """With it: the convolutions that are not quantised, by name, separated by spaces."""
     superpoint_trt_version: str = __version__
 
     METADATA_PREFIX = "superpoint_trt."
@@ -176,7 +180,7 @@ _ENUM_FIELDS: Mapping[str, type[enum.Enum]] = {
     "family": Family,
 }
 _COUNTS = ("height_px", "width_px", "max_batch_size", "stride_px", "descriptor_dim", "opset", "max_keypoints")
-_TEXT_FIELDS = ("checkpoint_sha256", "superpoint_trt_version")
+_TEXT_FIELDS = ("checkpoint_sha256", "superpoint_trt_version", "calibration", "kept_layers")
 
 
 def _parse(key: str, value: str) -> Any:

@@ -155,13 +155,15 @@ class TensorRT:
         flag = flags.STRONGLY_TYPED if self.strongly_typed else flags.EXPLICIT_BATCH
         return builder.create_network(1 << int(flag))  # bit 1 in 10.x, bit 0 in 11 and RTX
 
-    def set_precision_flags(self, config: Any, tf32: bool, fp16: bool) -> None:
+    def set_precision_flags(self, config: Any, tf32: bool, fp16: bool, int8: bool = False) -> None:
         """What of a precision the graph cannot say."""
         flags = self.module.BuilderFlag
         (config.set_flag if tf32 else config.clear_flag)(flags.TF32)
         if fp16 and not self.strongly_typed:
             config.set_flag(flags.FP16)
             config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
+        if int8 and not self.strongly_typed:
+            config.set_flag(flags.INT8)
 
     def set_builder_defaults(self, config: Any) -> None:
         """What every build of ours wants and only some versions have to be told."""

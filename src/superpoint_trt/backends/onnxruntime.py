@@ -14,6 +14,10 @@ from superpoint_trt.recognise import REQUIRED_RANKS, describe
 from superpoint_trt.spec import INPUT_NAME, ModelDescription, Precision, SuperPointError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_UNFAITHFUL = ["ReluQuantRewrite", "WeightBiasQuantization"]
+"""Rewrites of onnxruntime (1.32) that are not what a Q/DQ graph says: one drops the ReLU in front of an fp8 Q, the
+other rounds biases. Without them its results equal a simulation in numpy to float32's last digits, and cost no more."""
+
 _FATAL_ONLY = 4
 """onnxruntime's log: its errors also come as exceptions, and are said once, by us."""
 
@@ -40,7 +44,7 @@ class OnnxRuntimeBackend(Backend):
         providers = _providers(device)
         self._session: Any = None
         try:
-            self._session = ort.InferenceSession(data, options, providers=providers)
+            self._session = ort.InferenceSession(data, options, providers=providers, disabled_optimizers=_UNFAITHFUL)
         except Exception as error:  # onnxruntime's exceptions share no public base
             hint = " (bf16 models are for TensorRT)" if "bfloat16" in str(error) else ""
             raise SuperPointError(f"{path} is not a model onnxruntime can load: {one_line(error)}{hint}.") from error

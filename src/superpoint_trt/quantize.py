@@ -1,0 +1,264 @@
+"""Explicit quantisation: Q/DQ pairs written into an fp32 graph, for every runtime that reads them.
+
+What comes out is float32 everywhere else, so onnxruntime runs it as it is. The builder types the rest (`precision.cast`
+does it for other builders). Placement, and why:
+
+- A pair in front of every quantised convolution, on its input (one scale) and on its weights (one scale for each output
+  channel); none on outputs and biases. So convolution, ReLU and the next convolution's Q become one kernel.
+- Behind a max-pool rather than in front: rounding is monotonic, so TensorRT moves the Q ahead and pools in int8.
+- Behind a BatchNorm that could not be folded: there one rounding is needed, in front it would be two.
+- Readers of one tensor (both heads) share one pair.
+- Symmetric, zero points 0: zero padding stays exact, and TensorRT takes nothing else.
+- The first convolution reads one channel, so there is little to gain, and 8 bits of image need more than int8's 7.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from superpoint_trt.calibration import Calibration, check_quantisable, check_same_network, load
+from superpoint_trt.equalise import equalise
+from superpoint_trt.files import PathLike, one_line, write_atomically
+from superpoint_trt.precision import (
+    QUANTISED_TYPES,
+    constants,
+    convolutions,
+    described,
+    load_onnx,
+    name_of,
+    note_metadata,
+)
+from superpoint_trt.spec import Precision, SuperPointError
+
+
+def quantize_file(
+    model: PathLike, output: PathLike, ranges: PathLike, precision: Precision = Precision.INT8, keep: Sequence[str] = ()
+) -> Path:
+    """As `quantize`, from file to file.
+
+    Args:
+        model: fp32 SuperPoint .onnx.
+        output: the .onnx; written beside and renamed.
+        ranges: what `calibration.save` wrote.
+        precision: INT8 or FP8.
+        keep: name patterns of convolutions to leave alone, besides the first.
+
+    Raises:
+        SuperPointError: as `quantize`, or the ranges are of another network; nothing is written then.
+    """
+    source = load_onnx(model)
+    found = load(ranges)
+    check_same_network(found, described(source, model), model)
+    return write_atomically(output, quantize(source, found, precision, keep).SerializeToString())
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a quantised type needs."""
+
+    largest: float
+    """The largest number it represents."""
+    opset: int
+    """First opset whose Q/DQ has the type, and scales for each channel."""
+
+
+KINDS: Mapping[Precision, _Kind] = {
+    Precision.INT8: _Kind(127.0, 13),
+    Precision.FP8: _Kind(448.0, 19),
+}
+
+
+def quantize(
+    model: onnx.ModelProto,
+    calibration: Calibration,
+    precision: Precision = Precision.INT8,
+    keep: Sequence[str] = (),
+    keep_first: bool = True,
+) -> onnx.ModelProto:
+    """Writes Q/DQ pairs around convolutions.
+
+    Args:
+        model: fp32 graph; left as it is.
+        calibration: a range for the input of each convolution that is to be quantised.
+        precision: INT8 or FP8 (E4M3, opset 19 or newer).
+        keep: name patterns (`conv4*`) of convolutions to leave alone, besides the first.
+        keep_first: False quantises the first as well; see `split_image`.
+
+    Returns:
+        A new fp32 graph with Q/DQ pairs; inputs and outputs as before. The metadata name precision, calibration and
+        what was left alone. An older opset is raised to the first that has what is needed.
+
+    Raises:
+        SuperPointError: not fp32, a pattern without a match, nothing left to quantise, or a range is missing.
+    """
+    check_quantisable(model)
+    if precision not in KINDS:
+        raise SuperPointError(f"precision {precision.value} is not quantised; expected int8 or fp8.")
+    kept = kept_layers(model, keep, keep_first)
+    chosen = [name for name in convolutions(model) if name not in kept]
+    if not chosen:
+        raise SuperPointError(f"nothing is left to quantise: all convolutions are kept ({', '.join(kept)}).")
+    quantised = with_opset(equalise(model, calibration.channels), KINDS[precision].opset)
+    _Insertion(quantised, calibration, precision).run(set(chosen))
+    note_metadata(quantised, precision=precision.value, calibration=calibration.summary(), kept_layers=" ".join(kept))
+    return onnx.shape_inference.infer_shapes(quantised)
+
+
+def first_convolutions(model: onnx.ModelProto) -> list[str]:
+    """Those that read the image: no other convolution comes before them."""
+    behind: set[str] = set()
+    first = []
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.input[0] not in behind:
+            first.append(name_of(node))
+        if node.op_type == "Conv" or any(name in behind for name in node.input):
+            behind.update(node.output)
+    return first
+
+
+def kept_layers(model: onnx.ModelProto, patterns: Sequence[str], keep_first: bool = True) -> list[str]:
+    """Names of the convolutions left alone: the first, and those that a pattern names.
+
+    Raises:
+        SuperPointError: a pattern that names none.
+    """
+    names = list(convolutions(model))
+    kept = set(first_convolutions(model) if keep_first else ())
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise SuperPointError(f"no convolution is called {pattern!r}; there are: {', '.join(names)}.")
+        kept.update(found)
+    return [name for name in names if name in kept]
+
+
+def with_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
+    """A copy of at least that opset, raised by ONNX's own converter if it is older.
+
+    Raises:
+        SuperPointError: the converter cannot.
+    """
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
+    if opset >= least:
+        return copy.deepcopy(model)
+    from onnx import version_converter
+
+    try:
+        raised = version_converter.convert_version(model, least)
+    except Exception as error:  # the converter's exceptions share no base
+        raise SuperPointError(
+            f"the .onnx has opset {opset} and cannot be raised to {least} ({one_line(error)}); export it with --opset "
+            f"{max(least, 17)}."
+        ) from error
+    raised.ir_version = max(raised.ir_version, helper.find_min_ir_version_for(list(raised.opset_import)))
+    note_metadata(raised, opset=str(least))
+    return raised
+
+
+HALVES = "image.halves"
+"""The tensor that `split_image` makes."""
+
+
+def split_image(model: onnx.ModelProto, calibration: Calibration) -> tuple[onnx.ModelProto, Calibration]:
+    """The same network, its first convolution reading the image as the sum of two halves, each fit for int8.
+
+    int8 has 127 steps from 0 to 1, an image 255. Of a pixel X / 255 the halves are X / 2 rounded up and rounded down,
+    each exact in 127 steps of 1 / 255 (only white, 255, loses one step); convolved with the same weights their sum is
+    the pixel.
+
+    Args:
+        model: fp32 graph whose first convolution reads the image itself; left as it is.
+        calibration: of that model.
+
+    Returns:
+        The rewritten graph, and the calibration with the range of the halves.
+
+    Raises:
+        SuperPointError: something lies between the image and the first convolution.
+    """
+    split = copy.deepcopy(model)
+    graph = split.graph
+    first = next(node for node in graph.node if node.op_type == "Conv")
+    image = graph.input[0].name
+    if first.input[0] != image:
+        raise SuperPointError(f"{name_of(first)} reads {first.input[0]}, not {image}: its input cannot be split.")
+    weight = numpy_helper.to_array(constants(graph)[first.input[1]])
+    quarter_step = np.float32(0.25 / 255)
+    new = {
+        f"{HALVES}.half": np.array(0.5, np.float32),
+        f"{HALVES}.steps": np.array([quarter_step, -quarter_step], np.float32).reshape(1, 2, 1, 1),
+        f"{first.input[1]}.twice": np.concatenate([weight, weight], axis=1),
+    }
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in new.items())
+    steps = [
+        helper.make_node("Mul", [image, f"{HALVES}.half"], [f"{HALVES}.scaled"], name=f"{HALVES}.scaled"),
+        helper.make_node("Add", [f"{HALVES}.scaled", f"{HALVES}.steps"], [HALVES], name=HALVES),
+    ]
+    first.input[0], first.input[1] = HALVES, f"{first.input[1]}.twice"
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*steps, *graph.node)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.value_info[:]
+    ranges = {HALVES: 127.0 / 255.0, **calibration.ranges}
+    return onnx.shape_inference.infer_shapes(split), replace(calibration, ranges=ranges)
+
+
+class _Insertion:
+    """One graph being rewritten in place."""
+
+    def __init__(self, model: onnx.ModelProto, calibration: Calibration, precision: Precision) -> None:
+        self._graph = model.graph
+        self._ranges = calibration.ranges
+        self._element = QUANTISED_TYPES[precision]
+        self._largest = np.float32(KINDS[precision].largest)
+        self._constants = constants(model.graph)
+        self._nodes: list[onnx.NodeProto] = []
+        self._pairs: dict[str, str] = {}
+
+    def run(self, chosen: set[str]) -> None:
+        for node in list(self._graph.node):
+            if node.op_type == "Conv" and name_of(node) in chosen:
+                node = copy.deepcopy(node)
+                node.input[0] = self._pair(node.input[0], np.float32(self._range(node)))
+                node.input[1] = self._pair(node.input[1], self._channel_ranges(node.input[1]))
+            self._nodes.append(node)
+        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self._nodes]
+        del self._graph.node[:]
+        self._graph.node.extend(nodes)
+
+    def _range(self, node: onnx.NodeProto) -> float:
+        if node.input[0] not in self._ranges:
+            raise SuperPointError(
+                f"the calibration has no range for {node.input[0]}, the input of {name_of(node)}; it knows "
+                f"{', '.join(self._ranges)}: calibrate this model with --calibration-images FOLDER."
+            )
+        return self._ranges[node.input[0]]
+
+    def _channel_ranges(self, name: str) -> NDArray[np.float32]:
+        weight = numpy_helper.to_array(self._constants[name])
+        largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
+        return np.where(largest > 0, largest, 1).astype(np.float32)  # a channel of zeros takes any scale
+
+    def _pair(self, name: str, largest: NDArray[np.float32] | np.float32) -> str:
+        """Adds Q and DQ behind a tensor, once; returns the name of what DQ gives."""
+        if name not in self._pairs:
+            scale = np.asarray(largest / self._largest, np.float32)
+            zeros = helper.make_tensor(f"{name}.q.zero", self._element, scale.shape, bytes(scale.size), raw=True)
+            self._graph.initializer.extend([numpy_helper.from_array(scale, f"{name}.q.scale"), zeros])
+            axis: dict[str, Any] = {"axis": 0} if scale.ndim else {}
+            steps = ((name, f"{name}.q", "QuantizeLinear"), (f"{name}.q", f"{name}.dq", "DequantizeLinear"))
+            for source, target, op in steps:
+                inputs = [source, f"{name}.q.scale", f"{name}.q.zero"]
+                self._nodes.append(helper.make_node(op, inputs, [target], name=target, **axis))
+            self._pairs[name] = f"{name}.dq"
+        return self._pairs[name]

@@ -1,0 +1,115 @@
+"""int8 engines against the fp32 network: the gates of `superpoint verify`, the kernels, batches and sizes.
+
+SUPERPOINT_TEST_CALIBRATION   ranges of SUPERPOINT_TEST_WEIGHTS (.calibration.json); default: measured on four photos
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from superpoint_trt import calibration as calibrations
+from superpoint_trt import engine as engines
+from superpoint_trt import image as images
+from superpoint_trt.calibration import calibrate
+from superpoint_trt.export import ExportOptions, export
+from superpoint_trt.extractor import SuperPoint
+from superpoint_trt.quantize import quantize_file
+from superpoint_trt.spec import OutputType, Precision
+from superpoint_trt.verify import verify, within
+
+SIZE_HW = (480, 640)
+PROOF = 4
+
+
+@pytest.fixture(scope="module")
+def reference_model(weights, tmp_path_factory) -> Path:
+    """The fp32 heads .onnx, which onnxruntime runs on the CPU."""
+    return export(weights, tmp_path_factory.mktemp("fp32") / "heads.onnx", ExportOptions(OutputType.HEADS, *SIZE_HW))
+
+
+@pytest.fixture(scope="module")
+def ranges(reference_model, photos) -> Path:
+    """Of photographs that the proof does not see."""
+    given = os.environ.get("SUPERPOINT_TEST_CALIBRATION")
+    if given:
+        return Path(given)
+    found = calibrate(reference_model, photos[PROOF:])
+    return calibrations.save(found, calibrations.beside(reference_model))
+
+
+@pytest.fixture(scope="module")
+def int8_engine(tensorrt, weights, ranges, tmp_path_factory) -> Callable[..., Path]:
+    """(type, dynamic, batch) -> a built int8 engine; the same arguments give the same file."""
+    folder = Path(os.environ.get("SUPERPOINT_ENGINES") or tmp_path_factory.mktemp("int8"))
+    folder.mkdir(exist_ok=True)
+
+    def make(kind: str, dynamic: bool = False, batch: int = 1) -> Path:
+        built = folder / f"int8-{kind}-{'dynamic' if dynamic else 'static'}-{batch}.engine"
+        if not built.exists():
+            options = ExportOptions(OutputType(kind), *SIZE_HW, dynamic=dynamic, max_batch_size=batch)
+            model = export(weights, built.with_suffix(".onnx"), options)
+            build = engines.BuildOptions(
+                Precision.INT8,
+                workspace_gib=4.0,
+                max_batch_size=batch,
+                timing_cache=folder / "timing.cache",
+                calibration=ranges,
+            )
+            print(f"built {built.name} in {engines.build(model, built, build).build['seconds']} s")
+        return built
+
+    return make
+
+
+def gray(path: Path) -> np.ndarray:
+    return images.to_gray(images.load_image(path))
+
+
+@pytest.mark.parametrize("kind", ["dense", "keypoints", "heads"])
+def test_int8_keeps_its_points(int8_engine, reference_model, photos, kind):
+    found = verify(int8_engine(kind), reference_model, photos[:PROOF])
+    print(kind, {gate.name: gate.value for gate in found.gates})
+    assert found.precision is Precision.INT8
+    assert found.passed, [gate for gate in found.gates if not gate.passed]
+
+
+def test_tensorrt_rounds_as_onnxruntime_does(int8_engine, reference_model, ranges, photos, tmp_path):
+    """The same Q/DQ graph on the CPU in float32: nearer to it than the fp32 network is."""
+    quantised = quantize_file(reference_model, tmp_path / "int8.onnx", ranges)
+    shares: dict[str, list[float]] = {"int8": [], "fp32": []}
+    with SuperPoint(int8_engine("heads")) as engine:
+        found = [engine.extract(gray(photo)) for photo in photos[:PROOF]]
+    for name, model in (("int8", quantised), ("fp32", reference_model)):
+        with SuperPoint(model, device="cpu") as onnxruntime:
+            for photo, ours in zip(photos, found):
+                shares[name].append(float(within(onnxruntime.extract(gray(photo)).xy, ours.xy).mean()))
+    means = {name: float(np.mean(values)) for name, values in shares.items()}
+    print("points of onnxruntime that the int8 engine finds:", means)
+    assert means["int8"] > means["fp32"]
+
+
+def test_the_kernels_are_int8(int8_engine):
+    with SuperPoint(int8_engine("heads")) as superpoint:
+        backend = superpoint._backend
+        inspector = backend._shared.engine.create_engine_inspector()
+        text = inspector.get_engine_information(backend._tensorrt.module.LayerInformationFormat.JSON)
+    layers = [layer for layer in json.loads(text, strict=False)["Layers"] if isinstance(layer, dict)]
+    if not layers:
+        pytest.skip("this plan was built without the details that the inspector needs")
+    reads = [str(layer.get("Inputs")) for layer in layers if "onv" in layer["LayerType"]]
+    assert sum("Int8" in text for text in reads) >= 10, reads
+
+
+def test_batches_and_dynamic_agree_with_static(int8_engine, photos):
+    grays = [gray(photo) for photo in photos[:3]]
+    with SuperPoint(int8_engine("heads")) as static, SuperPoint(int8_engine("heads", True, 8)) as dynamic:
+        alone = [static.extract(one) for one in grays]
+        for one, other in zip(alone, dynamic.extract_batch(grays)):
+            assert within(one.xy, other.xy).mean() >= 0.95
+        assert len(dynamic.extract(np.ascontiguousarray(grays[0][:240, :320]))) > 0

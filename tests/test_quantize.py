@@ -1,0 +1,262 @@
+"""fp32 graph + ranges -> Q/DQ graph: where the pairs lie, what they hold, what builders make of them."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from conftest import photograph
+from numpy.lib.stride_tricks import sliding_window_view
+from onnx import numpy_helper
+from test_precision import graph_of
+
+from superpoint_trt import engine as engines
+from superpoint_trt import trt
+from superpoint_trt.backends import open_backend
+from superpoint_trt.calibration import Calibration, Method, calibrate
+from superpoint_trt.engine import BuildOptions, build
+from superpoint_trt.equalise import equalise
+from superpoint_trt.export import ExportOptions, export
+from superpoint_trt.precision import convolutions, load_onnx, to_precision
+from superpoint_trt.quantize import quantize
+from superpoint_trt.spec import OutputType, Precision
+from superpoint_trt.trt import Flavour
+
+KINDS = ["dense", "keypoints", "heads"]
+
+
+def ranges_of(model: onnx.ModelProto, value: float = 4.0) -> Calibration:
+    """The same range for every tensor that a convolution reads."""
+    inputs = dict.fromkeys(node.input[0] for node in convolutions(model).values())
+    return Calibration(Method.MAX, None, "480x640", None, {"a.png": "0" * 64}, {name: value for name in inputs})
+
+
+def run_in_onnxruntime(model: onnx.ModelProto, image: np.ndarray, folder: Path) -> list[np.ndarray]:
+    """(H, W) in [0, 1] -> outputs, by this package's own backend."""
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    with open_backend(folder / "m.onnx", "cpu") as backend:
+        outputs = backend.infer(image[None, None])
+    return [outputs[value.name][0] for value in model.graph.output]
+
+
+# ------------------------------------------------------------------------------------ int8 and fp8, worked out in numpy
+
+
+def convolve(image: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """(C, H, W) -> (O, H, W), zero padding, in float64."""
+    side = weight.shape[2]
+    padded = np.pad(image, ((0, 0), (side // 2,) * 2, (side // 2,) * 2))
+    windows = sliding_window_view(padded, (side, side), axis=(1, 2))
+    return np.einsum("chwyx,ocyx->ohw", windows, weight) + bias[:, None, None]
+
+
+def to_int8(values: np.ndarray, largest) -> np.ndarray:
+    """What is left of values in steps of 1/127 of the range."""
+    scale = np.asarray(largest, np.float64) / 127
+    return np.clip(np.rint(values / scale), -128, 127) * scale
+
+
+def to_fp8(values: np.ndarray, largest) -> np.ndarray:
+    """What is left of values in E4M3, whose largest number is 448."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    scale = np.asarray(largest, np.float64) / 448
+    scaled = np.clip(values / scale, -448, 448).astype(np.float32)
+    return scaled.astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
+
+
+def simulate(model: onnx.ModelProto, image: np.ndarray, ranges: dict[str, float], kept, rounded) -> list[np.ndarray]:
+    """Runs an fp32 graph node by node, convolutions reading rounded inputs and weights unless they are kept."""
+    values = {w.name: numpy_helper.to_array(w).astype(np.float64) for w in model.graph.initializer}
+    values["image"] = image.astype(np.float64)
+    for node in model.graph.node:
+        x, *constants = (values[name] for name in node.input)
+        if node.op_type == "Conv":
+            weight, bias = constants
+            if node.name not in kept:
+                x = rounded(x, ranges[node.input[0]])
+                weight = rounded(weight, np.abs(weight).max(axis=(1, 2, 3), keepdims=True))
+            y = convolve(x, weight, bias)
+        elif node.op_type == "BatchNormalization":
+            scale, shift, mean, variance = (c[:, None, None] for c in constants)
+            epsilon = next(a.f for a in node.attribute if a.name == "epsilon")
+            y = (x - mean) / np.sqrt(variance + epsilon) * scale + shift
+        elif node.op_type == "MaxPool":
+            y = x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2).max(axis=(2, 4))
+        else:
+            assert node.op_type == "Relu", node.op_type
+            y = np.maximum(x, 0)
+        values[node.output[0]] = y
+    return [values[output.name] for output in model.graph.output]
+
+
+@pytest.mark.parametrize("layout", ["v6", "magicleap"])
+@pytest.mark.parametrize(("precision", "rounded"), [("int8", to_int8), ("fp8", to_fp8)])
+def test_onnxruntime_computes_what_the_quantisation_says(checkpoint, tmp_path, layout, precision, rounded):
+    """Three ways: fp32, onnxruntime on the Q/DQ graph, and numpy on the fp32 graph with every rounding written out."""
+    model = graph_of(checkpoint, "heads", layout, height_px=48, width_px=64)
+    ranges = ranges_of(model)
+    quantised = quantize(model, ranges, Precision(precision), keep=["conv3b"])
+    image = photograph(48, 64).astype(np.float32) / 255
+    expected = simulate(model, image[None], ranges.ranges, {"conv1a", "conv3b"}, rounded)
+    full = run_in_onnxruntime(model, image, tmp_path)
+    for ours, truth, plain in zip(run_in_onnxruntime(quantised, image, tmp_path), expected, full):
+        assert np.abs(truth - plain).mean() > 0.003 * truth.std(), "not so fine that nothing is tested"
+        np.testing.assert_allclose(ours, truth, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["v6", "magicleap"])
+def test_equalising_changes_no_result(checkpoint, tmp_path, layout):
+    model = graph_of(checkpoint, "heads", layout, height_px=48, width_px=64)
+    image = photograph(48, 64).astype(np.float32) / 255
+    (tmp_path / "fp32.onnx").write_bytes(model.SerializeToString())
+    factors = calibrate(tmp_path / "fp32.onnx", [("photo", photograph(48, 64))]).channels
+    assert any(min(values) < 0.5 for values in factors.values()), "and there is something to bring together"
+    equal = run_in_onnxruntime(equalise(model, factors), image, tmp_path)
+    for ours, plain in zip(equal, run_in_onnxruntime(model, image, tmp_path)):
+        np.testing.assert_allclose(ours, plain, atol=1e-4)
+
+
+def test_every_pair_is_where_and_as_it_should_be(checkpoint):
+    model = quantize(graph_of(checkpoint, "heads", "v6"), ranges_of(graph_of(checkpoint, "heads", "v6"), 2.54))
+    constants = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
+    made = {node.output[0]: node for node in model.graph.node}
+    for name, node in convolutions(model).items():
+        pairs = [made.get(tensor) for tensor in node.input]
+        if name == "conv1a":
+            assert not any(pair and pair.op_type == "DequantizeLinear" for pair in pairs)
+            continue
+        data, weight, bias = pairs
+        assert bias is None, "no pair on the bias"
+        assert constants[data.input[1]] == pytest.approx(0.02) and constants[data.input[1]].shape == ()
+        plain = constants[made[weight.input[0]].input[0]]
+        np.testing.assert_allclose(constants[weight.input[1]] * 127, np.abs(plain).max(axis=(1, 2, 3)), rtol=1e-6)
+        assert not constants[data.input[2]].any() and not constants[weight.input[2]].any(), "zero points are 0"
+    outputs = {name for node in convolutions(model).values() for name in node.output}
+    assert not any(node.op_type == "QuantizeLinear" and node.input[0] in outputs for node in model.graph.node)
+    heads = [convolutions(model)[name].input[0] for name in ("convPa", "convDa")]
+    assert heads[0] == heads[1], "both heads read one pair"
+
+
+# ------------------------------------------------------------------------------------------------- what TensorRT builds
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("layout", ["v6", "magicleap"])
+def test_tensorrt_rtx_builds_every_type(checkpoint_file, tmp_path, layout, precision, kind, dynamic):
+    """For SM89, no GPU needed; the parser refuses Q/DQ that it cannot take, and then nothing is built."""
+    pytest.importorskip("tensorrt_rtx")
+    options = ExportOptions(OutputType(kind), dynamic=dynamic, height_px=96, width_px=128)
+    model = export(checkpoint_file(layout), tmp_path / "a.onnx", options)
+    (tmp_path / "ranges.json").write_bytes(ranges_of(load_onnx(model)).to_json())
+    shapes = {"min_shape_hw": (64, 64), "max_shape_hw": (128, 128)} if dynamic else {}
+    built = build(
+        model,
+        tmp_path / "a.engine",
+        BuildOptions(
+            Precision(precision),
+            runtime=Flavour.RTX,
+            targets=("sm89",),
+            calibration=tmp_path / "ranges.json",
+            keep_fp16=("convPb",),
+            **shapes,
+        ),
+    )
+    assert built.description.precision is Precision(precision)
+    assert built.description.kept_layers == "conv1a convPb"
+
+
+def test_the_built_network_reads_int8(checkpoint_file, tmp_path):
+    """TensorRT's parser on the graph that is built: eleven convolutions behind int8 pairs, everything else fp16."""
+    pytest.importorskip("tensorrt_rtx")
+    tensorrt = trt.load(Flavour.RTX)
+    module = tensorrt.module
+    builder = module.Builder(tensorrt.logger)
+    network = tensorrt.create_network(builder)
+    parser = module.OnnxParser(network, tensorrt.logger)
+    model = load_onnx(export(checkpoint_file("magicleap"), tmp_path / "a.onnx", ExportOptions(OutputType.HEADS)))
+    typed = to_precision(quantize(model, ranges_of(model)), Precision.FP16)
+    assert parser.parse(typed.SerializeToString())
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    into = {layer.get_output(0).name: layer for layer in layers}
+    dequantised = 0
+    for layer in layers:
+        if layer.type == module.LayerType.CONVOLUTION:
+            source = into.get(layer.get_input(0).name)
+            if source is not None and source.type == module.LayerType.DEQUANTIZE:
+                assert source.get_input(0).dtype == module.int8
+                dequantised += 1
+    assert dequantised == 11
+
+
+# ----------------------------------------------------------------------------------------------------- what 8.6 is told
+
+
+class Layer(enum.Enum):
+    CONSTANT, SHAPE, CAST, QUANTIZE, DEQUANTIZE, CONVOLUTION, OTHER = range(7)
+
+
+class FakeLayer:
+    """As much of TensorRT 8.6's ILayer as the constraints touch."""
+
+    def __init__(self, node: onnx.NodeProto, types: dict[str, str]) -> None:
+        self.name = node.output[0]
+        kinds = {"Conv": "CONVOLUTION", "QuantizeLinear": "QUANTIZE", "DequantizeLinear": "DEQUANTIZE"}
+        self.type = Layer[
+            kinds.get(node.op_type, node.op_type.upper() if node.op_type in ("Cast", "Shape") else "OTHER")
+        ]
+        self.inputs = [SimpleNamespace(name=n, dtype=types.get(n, "float32")) for n in node.input]
+        self.outputs = [SimpleNamespace(name=n, dtype=types.get(n, "float32")) for n in node.output]
+        self.num_inputs, self.num_outputs = len(self.inputs), len(self.outputs)
+        self.precision = None
+        self.output_type = None
+
+    def get_input(self, index):
+        return self.inputs[index]
+
+    def get_output(self, index):
+        return self.outputs[index]
+
+    def set_output_type(self, index, dtype):
+        self.output_type = dtype
+
+
+def constrained(model: onnx.ModelProto) -> tuple[dict[str, FakeLayer], dict[str, str]]:
+    """Layers by name, and the types of the outputs, as `_constrain_types` leaves them."""
+    layers = [FakeLayer(node, {}) for node in model.graph.node]
+    outputs = [SimpleNamespace(name=value.name, dtype="float32") for value in model.graph.output]
+    network = SimpleNamespace(
+        num_layers=len(layers),
+        get_layer=layers.__getitem__,
+        num_outputs=len(outputs),
+        get_output=outputs.__getitem__,
+    )
+    trt = SimpleNamespace(LayerType=Layer, float32="float32", float16="float16")
+    engines._constrain_types(trt, network, model)
+    return {layer.name: layer for layer in layers}, {output.name: output.dtype for output in outputs}
+
+
+def test_tensorrt_8_is_told_nothing_about_quantised_convolutions(checkpoint):
+    model = graph_of(checkpoint, "dense", "magicleap")
+    layers, outputs = constrained(quantize(model, ranges_of(model), keep=["conv3b"]))
+    assert {name for name, layer in layers.items() if layer.precision == "float16"} == {"conv1a", "conv3b"}
+    free = [name for name, layer in layers.items() if layer.precision is None]
+    assert set(convolutions(model)) - {"conv1a", "conv3b"} <= set(free)
+    assert layers["cell_probabilities"].precision == "float32", "softmax stays fp32"
+    assert outputs == {"scores": "float32", "descriptors": "float32"}
+
+
+def test_tensorrt_8_gives_raw_heads_in_fp16(checkpoint):
+    model = graph_of(checkpoint, "heads", "magicleap")
+    _, outputs = constrained(quantize(model, ranges_of(model)))
+    assert outputs == {"logits": "float16", "coarse_descriptors": "float16"}
+
+
+def test_tensorrt_8_gets_fp16_as_before(checkpoint):
+    layers, _ = constrained(to_precision(graph_of(checkpoint, "heads", "v6"), Precision.FP16))
+    assert {layer.precision for layer in layers.values() if layer.type is not Layer.CAST} == {"float16"}

@@ -1,0 +1,57 @@
+"""`python -m training.plot log.jsonl curve.png`: losses and held-out figures over the steps of all stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+PANELS = {
+    "detector": "detector loss",
+    "descriptor": "descriptor loss",
+    "repeatability": "repeatability, held out",
+    "localisation_px": "localisation error, px, held out",
+    "mma3": "MMA@3, held out",
+    "homography3": "homography@3, held out",
+}
+
+
+@click.command()
+@click.argument("log")
+@click.argument("picture")
+def main(log: str, picture: str) -> None:
+    """Draws the log of a run."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    entries = _with_running_step([json.loads(line) for line in Path(log).read_text().splitlines()])
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    for axis, (key, title) in zip(axes.flat, PANELS.items()):
+        for stage in dict.fromkeys(entry["stage"] for entry in entries):
+            rows = [entry for entry in entries if entry["stage"] == stage and entry.get(key)]
+            axis.plot([e["at"] for e in rows], [e[key] for e in rows], ".-" if len(rows) < 20 else "-", label=stage)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+    axes.flat[0].legend()
+    figure.savefig(picture, dpi=110)
+
+
+def _with_running_step(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries that belong to a step, each with `at`: its number counted over all stages."""
+    found, before, stage, last = [], 0, None, 0
+    for entry in entries:
+        if "step" not in entry or "resumed" in entry:
+            continue
+        if entry["stage"] != stage:
+            stage, before = entry["stage"], before + last
+        last = entry["step"]
+        found.append({**entry, "at": before + last})
+    return found
+
+
+if __name__ == "__main__":
+    main()
