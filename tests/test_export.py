@@ -238,6 +238,48 @@ def test_batch_norm_before_the_relu_folds_away(checkpoint):
     np.testing.assert_allclose(outputs["descriptors"], descriptors.numpy(), atol=1e-5)
 
 
+BACKBONE = tuple(f"conv{stage}{half}" for stage in range(1, 5) for half in "ab")
+
+
+@pytest.mark.parametrize("layout", ["v6", "real-v6"])
+@pytest.mark.parametrize("names", [("conv1a",), ("conv4b", "conv2a"), BACKBONE], ids=len)
+def test_shifts_through_a_channel_are_exact_up_to_the_border(layout, names, checkpoint):
+    """Large shifts and scales of both signs; what a bias would get wrong shows in the outermost cells."""
+    from dataclasses import replace
+
+    found = checkpoint(layout)
+    rng = np.random.default_rng(0)
+    layers = dict(found.layers)
+    if layout == "v6":
+        for name in BACKBONE:
+            norm, size = layers[name].norm, len(layers[name].bias)
+            signs = np.where(rng.random(size) < 0.3, -1, 1) if name != "conv2b" else np.ones(size)
+            beta = rng.normal(0, 1, size).astype(np.float32)
+            gamma = (np.abs(norm.weight) * signs).astype(np.float32)
+            layers[name] = replace(layers[name], norm=replace(norm, weight=gamma, bias=beta))
+    found = replace(found, layers=layers)
+    model = to_onnx(found, ExportOptions(OutputType.HEADS, 64, 96, shift_channels=names))
+    rising = {name for name in BACKBONE if (found.layers[name].norm.scale_and_shift()[0] > 0).all()}
+    gone = {name for name in names if name in rising or name == "conv4b" or name.endswith("a")}
+    kept = {node.name[: -len(".bn")] for node in model.graph.node if node.op_type == "BatchNormalization"}
+    assert kept == set(BACKBONE) - gone
+    if layout == "v6" and names == BACKBONE:
+        assert kept == {"conv1b", "conv3b"}
+    image = photographs(1, 64, 96)
+    logits, coarse, *_ = (part.numpy() for part in reference(found, image))
+    outputs = run(model, image)
+    for name, expected in (("logits", logits), ("coarse_descriptors", coarse)):
+        off = np.abs(outputs[name] - expected)
+        assert off.max() < 2e-5 * np.abs(expected).max(), (name, off.max())
+        border = np.concatenate([off[..., [0, -1], :].ravel(), off[..., [0, -1]].ravel()])
+        assert border.max() < 2e-5 * np.abs(expected).max()
+
+
+def test_shifts_of_unknown_layers_are_refused(checkpoint):
+    with pytest.raises(SuperPointError, match=r"shift_channels names 'conv9a'; expected some of conv1a, conv1b"):
+        to_onnx(checkpoint("v6"), ExportOptions(shift_channels=("conv9a",)))
+
+
 def test_export_needs_no_torch(checkpoint_file, tmp_path):
     """From safetensors, in an interpreter where importing torch fails."""
     import subprocess

@@ -182,14 +182,7 @@ class _Run:
         started = clock()
         self._superpoint.extract_batch(self._images)
         whole = clock() - started
-        started = clock()
-        inputs, placements = zip(*(self._superpoint.prepare(image) for image in self._images))
-        batch = np.stack(inputs)[:, None]
-        spans = {"wall": whole, "preprocess": clock() - started}
-        outputs, steps = self._superpoint.infer_timed(batch)
-        started = clock()
-        self._superpoint.decode(outputs, placements)
-        spans.update(steps, decode=clock() - started)
+        spans = {"wall": whole, **self._superpoint.extract_timed(self._images)}
         if measured:
             for stage, span in spans.items():
                 self.times.times_ms[stage].append(span * 1e3)

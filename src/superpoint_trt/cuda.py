@@ -25,6 +25,9 @@ LEGACY_STREAM = 1
 TO_DEVICE, TO_HOST = 1, 2
 """cudaMemcpyKind."""
 
+BFLOAT16 = np.dtype("V2")
+"""numpy has no bfloat16; this is what torch's CUDA interface calls it."""
+
 _ALIGNMENT = 256
 """Bytes; what cudaMalloc guarantees and TensorRT asks for."""
 
@@ -52,13 +55,16 @@ def call(function: str, *arguments: Any) -> Any:
     Raises:
         SuperPointError: it failed; the text is CUDA's own, with what to do where we know.
     """
-    module = runtime()
-    error, *values = getattr(module, function)(*arguments)
+    error, *values = getattr(runtime(), function)(*arguments)
     if int(error):
-        name = module.cudaGetErrorName(error)[1].decode()
-        text = module.cudaGetErrorString(error)[1].decode()
-        raise SuperPointError(f"{function} failed: {text} ({name}){_ADVICE.get(name, '')}.")
+        raise _failed(function, error)
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def _failed(function: str, error: Any) -> SuperPointError:
+    name = runtime().cudaGetErrorName(error)[1].decode()
+    text = runtime().cudaGetErrorString(error)[1].decode()
+    return SuperPointError(f"{function} failed: {text} ({name}){_ADVICE.get(name, '')}.")
 
 
 _ADVICE = {
@@ -79,6 +85,8 @@ class Device:
     name: str
     capability: str
     """"sm90", "sm87", ..."""
+    processors: int = 1
+    """Multiprocessors."""
 
 
 def current_device() -> Device:
@@ -89,7 +97,8 @@ def current_device() -> Device:
     """
     index = call("cudaGetDevice")
     properties = call("cudaGetDeviceProperties", index)
-    return Device(index, properties.name.decode(), f"sm{properties.major}{properties.minor}")
+    capability = f"sm{properties.major}{properties.minor}"
+    return Device(index, properties.name.decode(), capability, int(properties.multiProcessorCount))
 
 
 class Stream:
@@ -112,7 +121,9 @@ class Stream:
 
     def synchronise(self) -> None:
         """Waits until everything queued here is done; errors of that work come up here."""
-        call("cudaStreamSynchronize", self.handle)
+        (error,) = runtime().cudaStreamSynchronize(self.handle)
+        if error:
+            raise _failed("cudaStreamSynchronize", error)
 
     def close(self) -> None:
         """Frees stream and event."""
@@ -148,7 +159,9 @@ class Graph:
 
     def launch(self, stream: Stream) -> None:
         """Queues the work."""
-        call("cudaGraphLaunch", self._executable, stream.handle)
+        (error,) = runtime().cudaGraphLaunch(self._executable, stream.handle)
+        if error:
+            raise _failed("cudaGraphLaunch", error)
 
     def close(self) -> None:
         """Frees the graph."""
@@ -293,7 +306,10 @@ def view(source: Any) -> DeviceArray:
     Raises:
         SuperPointError: not in GPU memory, or with gaps between its values.
     """
-    interface = getattr(source, "__cuda_array_interface__", None)
+    try:
+        interface = getattr(source, "__cuda_array_interface__", None)
+    except (TypeError, KeyError):  # torch: a type the interface has no name for, bfloat16 before 2.5
+        interface = None
     if interface is None:
         return _from_dlpack(source)
     dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
@@ -329,6 +345,7 @@ def _contiguous(strides: Any, shape: tuple[int, ...], itemsize: int) -> bool:
 _DLPACK_CUDA = 2
 _DLPACK_NAME = b"dltensor"
 _DLPACK_KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}
+_DLPACK_BFLOAT = 4
 
 
 class _DLTensor(ctypes.Structure):
@@ -388,9 +405,10 @@ def _from_dlpack(source: Any) -> DeviceArray:
     address = _capsule_pointer(capsule, _DLPACK_NAME)
     tensor = ctypes.cast(address, ctypes.POINTER(_DLManagedTensor)).contents.tensor
     kinds = {code: kind for kind, code in _DLPACK_KINDS.items()}
-    if tensor.code not in kinds or tensor.lanes != 1:
-        raise SuperPointError("the CUDA array's type is unknown here; expected float32 or uint8.")
-    dtype = np.dtype(f"{kinds[tensor.code]}{tensor.bits // 8}")
+    is_bfloat16 = (tensor.code, tensor.bits) == (_DLPACK_BFLOAT, 16)
+    if (tensor.code not in kinds and not is_bfloat16) or tensor.lanes != 1:
+        raise SuperPointError("the CUDA array's type is unknown here; expected a float type or uint8.")
+    dtype = BFLOAT16 if is_bfloat16 else np.dtype(f"{kinds[tensor.code]}{tensor.bits // 8}")
     shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
     strides = [tensor.strides[axis] * dtype.itemsize for axis in range(tensor.ndim)] if tensor.strides else None
     if not _contiguous(strides, shape, dtype.itemsize):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ class ExportOptions:
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     """NMS radius, border and threshold of a `keypoints` model."""
     opset: int = DEFAULT_OPSET
+    shift_channels: tuple[str, ...] = ()
+    """Layers ("conv1a", ...) whose BatchNorm after the ReLU goes into the next convolution, its shift through one more
+    channel: exact, see `_fold_shift`. Worth it where that channel costs less than the normalisation."""
 
     def validate(self, stride_px: int) -> None:
         """Refuses what no graph can be written for.
@@ -127,7 +130,7 @@ def to_onnx(checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
     """The checked, shape-inferred graph of a checkpoint, with this package's metadata."""
     options.validate(checkpoint.stride_px)
     graph = _Graph(options.opset)
-    logits, coarse = _network(graph, checkpoint)
+    logits, coarse = _network(graph, checkpoint, options.shift_channels)
     if options.type is OutputType.HEADS:
         graph.rename(logits, "logits")
         graph.rename(coarse, "coarse_descriptors")
@@ -145,9 +148,17 @@ def to_onnx(checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
 # ------------------------------------------------------------------------------------------------------- the network
 
 
-def _network(graph: _Graph, checkpoint: Checkpoint) -> tuple[str, str]:
+def _network(graph: _Graph, checkpoint: Checkpoint, shift_channels: Sequence[str] = ()) -> tuple[str, str]:
     """Backbone and both heads (DeTone et al. 2018, section 3) -> names of the raw head tensors."""
     layers = _fold(checkpoint)
+    for name in shift_channels:
+        if name not in _backbone(checkpoint):
+            raise SuperPointError(
+                f"shift_channels names {name!r}; expected some of {', '.join(_backbone(checkpoint))}."
+            )
+    for name in _backbone(checkpoint):  # from front to back: each sees the channels that it was given
+        if name in shift_channels:
+            _fold_shift(layers, name, checkpoint)
     x = INPUT_NAME
     for stage in range(1, checkpoint.stages + 1):
         pool = stage < checkpoint.stages
@@ -188,6 +199,31 @@ def _fold(checkpoint: Checkpoint) -> dict[str, _FoldedLayer]:
             bias = out.bias + np.einsum("oikl,i->o", out.weight, hidden.shift)
             folded[f"{head}b"] = _FoldedLayer(out.weight * hidden.scale[None, :, None, None], bias)
     return folded
+
+
+def _backbone(checkpoint: Checkpoint) -> list[str]:
+    return [f"conv{stage}{half}" for stage in range(1, checkpoint.stages + 1) for half in "ab"]
+
+
+def _fold_shift(layers: dict[str, _FoldedLayer], name: str, checkpoint: Checkpoint) -> None:
+    """Moves a layer's BatchNorm into the 3x3 convolutions that follow, exactly, padding included.
+
+    The scale goes into their weights. The shift would meet zeros at the border, where a bias does not: it enters by
+    one more channel, 1 wherever there is an image (no weights, bias 1) and 0 in the padding, as the shift itself.
+    In front of a max-pool only a rising map commutes: there a layer with a scale up to 0 keeps its BatchNorm.
+    """
+    layer, order = layers[name], _backbone(checkpoint)
+    pooled = name.endswith("b") and name != order[-1]
+    if layer.scale is None or layer.shift is None or (pooled and not (layer.scale > 0).all()):
+        return
+    silent = np.zeros_like(layer.weight[:1])
+    layers[name] = _FoldedLayer(np.concatenate([layer.weight, silent]), np.append(layer.bias, 1.0))
+    following = ["convPa", "convDa"] if name == order[-1] else [order[order.index(name) + 1]]
+    for other in following:
+        its = layers[other]
+        constant = np.einsum("oikl,i->okl", its.weight, layer.shift)[:, None]
+        weight = np.concatenate([its.weight * layer.scale[None, :, None, None], constant], axis=1)
+        layers[other] = replace(its, weight=weight)
 
 
 def _fold_before(layer: Layer, keep: bool) -> _FoldedLayer:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -19,6 +23,13 @@ from superpoint_trt.image import ImageLike, Placement
 from superpoint_trt.spec import DecodeOptions, Float32, Keypoints, ModelDescription, OutputType, SuperPointError
 
 _MOST = {"max_side": 1 << 20, "threads": 1024}
+_MOST_IN_FLIGHT = 64
+_MOST_PLACEMENTS = 1024
+
+Prepared = tuple[NDArray[Any], Placement]
+"""An image on its way to a network input, (H, W) uint8, or float32 in [0, 1]; and its place there."""
+
+_log = logging.getLogger(__name__)
 
 
 class SuperPoint:
@@ -37,6 +48,7 @@ class SuperPoint:
         max_side_px: shrink larger images first; default no.
         device: "auto", "cpu" or "cuda".
         threads: CPU threads; default the runtime's own choice.
+        half_descriptors: descriptors as float16, half the memory and half the way from a GPU.
 
     Attributes:
         description: what the model is.
@@ -58,6 +70,7 @@ class SuperPoint:
         max_side_px: int | None = None,
         device: str = "auto",
         threads: int | None = None,
+        half_descriptors: bool = False,
     ) -> None:
         for name, value in (("max_side", max_side_px), ("threads", threads)):
             if value is not None and not 1 <= value <= _MOST[name]:
@@ -74,6 +87,22 @@ class SuperPoint:
         self.description: ModelDescription = self._backend.description
         self.runtime: RuntimeInfo = self._backend.runtime
         self.options = _in_force(self.description, chosen, asked)
+        self._descriptor_dtype = np.dtype(np.float16 if half_descriptors else np.float32)
+        self._lanes = self._open_lanes(half_descriptors)
+        self._placements: dict[tuple[int, ...], Placement] = {}
+
+    def _open_lanes(self, half: bool) -> Any:
+        """The way through the GPU that raw heads have; without one, which is said, they are decoded here."""
+        if self.description.type is not OutputType.HEADS:
+            return None
+        where, lanes = "decode on the CPU (numpy)", None
+        try:
+            lanes = self._backend.lanes(self.options, half)
+        except SuperPointError as error:
+            _log.warning("heads are decoded on the CPU: %s", error)
+            where += f": {error}"
+        self.runtime = replace(self.runtime, decode="decode on the GPU (CUDA)" if lanes else where)
+        return lanes
 
     def extract(self, image: ImageLike) -> Keypoints:
         """The keypoints of one image.
@@ -88,7 +117,7 @@ class SuperPoint:
         Raises:
             SuperPointError: not an image, or the runtime failed.
         """
-        return self.extract_batch([image])[0]
+        return self._run([self._prepare(image)])[0]
 
     def extract_batch(self, batch: Iterable[ImageLike]) -> list[Keypoints]:
         """The keypoints of several images, of one size or many, in their order.
@@ -101,21 +130,140 @@ class SuperPoint:
         if isinstance(batch, (str, os.PathLike)) or getattr(batch, "ndim", 3) == 2:
             raise SuperPointError("extract_batch takes several images: a list of paths or arrays; extract takes one.")
         found: list[Keypoints] = []
-        pending: list[tuple[Float32, Placement]] = []
+        pending: list[Prepared] = []
         for image in batch:
-            prepared, placement = self.prepare(image)
+            prepared = self._prepare(image)
             full = len(pending) == self.description.max_batch_size
-            if pending and (full or pending[0][0].shape != prepared.shape):
+            if pending and (full or _kind(pending[0]) != _kind(prepared)):
                 found += self._run(pending)
                 pending = []
-            pending.append((prepared, placement))
+            pending.append(prepared)
         return found + (self._run(pending) if pending else [])
+
+    def extract_many(
+        self, images: Iterable[ImageLike], batch_size: int | None = None, in_flight: int = 2, loaders: int | None = None
+    ) -> Iterator[Keypoints | SuperPointError]:
+        """The keypoints of a stream of images, in its order, as fast as the machine goes.
+
+        Files are read and decoded by threads ahead of the runs; on a GPU with a `heads` engine several batches are
+        under way at once, each on a stream of its own. No more than `(in_flight + 1) * batch_size` images are held:
+        the stream is read on only as results are taken.
+
+        Args:
+            images: as `extract` takes them, of one size or many; neighbours of one size share a run.
+            batch_size: images in a run; default the model's largest batch.
+            in_flight: runs under way at once.
+            loaders: threads that read files; default one for each CPU.
+
+        Yields:
+            For each image its Keypoints; or, where that one could not be read or run, the SuperPointError that says
+            why. The others are not affected.
+
+        Raises:
+            SuperPointError: at the call, batch_size, in_flight or loaders is out of range.
+        """
+        most = self.description.max_batch_size
+        limits = {
+            "batch_size": (batch_size, most),
+            "in_flight": (in_flight, _MOST_IN_FLIGHT),
+            "loaders": (loaders, 1024),
+        }
+        for name, (value, highest) in limits.items():
+            if value is not None and not 1 <= value <= highest:
+                raise SuperPointError(f"{name} is {value}; expected 1 to {highest}.")
+        return self._stream(images, batch_size or most, in_flight, loaders or os.cpu_count() or 1)
+
+    def _stream(
+        self, images: Iterable[ImageLike], batch_size: int, in_flight: int, loaders: int
+    ) -> Iterator[Keypoints | SuperPointError]:
+        slots = self._lanes.take(in_flight) if self._lanes else [None] * in_flight
+        flying: deque[_Flight] = deque()
+        pool = ThreadPoolExecutor(loaders, thread_name_prefix="superpoint-loader")
+        try:
+            for turn, group in enumerate(_groups(self._prepared(images, pool, batch_size), batch_size)):
+                if len(flying) == in_flight:
+                    yield from flying.popleft().results()
+                flying.append(_Flight(self, group, slots[turn % in_flight], batch_size))
+            while flying:
+                yield from flying.popleft().results()
+        finally:  # also when the caller stops early
+            pool.shutdown(wait=True, cancel_futures=True)
+            for flight in flying:
+                flight.abandon()
+            if self._lanes:
+                self._lanes.give_back(slots)
+
+    def _prepared(
+        self, images: Iterable[ImageLike], pool: ThreadPoolExecutor, ahead: int
+    ) -> Iterator[Prepared | SuperPointError]:
+        """Each image prepared, or why it cannot be; files are up to `ahead` images early."""
+        waiting: deque[Future[Prepared | SuperPointError] | ImageLike] = deque()
+        for image in images:
+            # What is in memory already gains nothing from another thread.
+            is_file = isinstance(image, (str, os.PathLike))
+            waiting.append(pool.submit(self._try_prepare, image) if is_file else image)
+            if len(waiting) > ahead:
+                yield self._ready(waiting.popleft())
+        while waiting:
+            yield self._ready(waiting.popleft())
+
+    def _ready(self, item: Any) -> Prepared | SuperPointError:
+        return item.result() if isinstance(item, Future) else self._try_prepare(item)
+
+    def _try_prepare(self, image: ImageLike) -> Prepared | SuperPointError:
+        try:
+            return self._prepare(image)
+        except SuperPointError as error:
+            return error
+
+    def extract_device(self, image: ImageLike) -> Any:
+        """The keypoints of one image, left on the GPU for what follows there (a matcher). `heads` engines only.
+
+        Args:
+            image: as `extract` takes it.
+
+        Returns:
+            kernels.decode.DeviceKeypoints: keypoints (N, 2), scores (N,), descriptors (N, D), for torch, CuPy and the
+            like (DLPack, CUDA array interface); the work is done. Coordinates are pixels of the network's input: the
+            image's own, unless it was shrunk. Valid until the next call.
+
+        Raises:
+            SuperPointError: as `extract`; or the model is no `heads` engine.
+        """
+        if self._lanes is None:
+            raise SuperPointError(
+                f"results stay on the GPU with a heads engine only; this is {self.description.type.value} on "
+                f"{self.runtime}: superpoint export --type heads, then superpoint build."
+            )
+        prepared = self._prepare(image)
+        (slot,) = self._lanes.take(1)
+        try:
+            lane = self._fill(slot, [prepared], 1)
+            return lane.on_device(_placed(prepared[1]))
+        finally:
+            self._lanes.give_back([slot])
 
     def prepare(self, image: ImageLike) -> tuple[Float32, Placement]:
         """The first of the three steps of `extract`: the network's input (H, W), and where the image lies in it."""
         gray = images.to_gray(images.as_array(image))
         placement = images.place(gray.shape[:2], self.description, self._max_side_px)
         return images.to_input(gray, placement), placement
+
+    def _prepare(self, image: ImageLike) -> Prepared:
+        """As `prepare`; for a lane, which has memory of its own to pad in, and takes uint8 as it is, not yet padded."""
+        if self._lanes is None:
+            return self.prepare(image)
+        array = images.as_array(image)
+        placement = self._placements.get(array.shape)
+        if placement is None:
+            images.check(array)
+            placement = images.place(array.shape[:2], self.description, self._max_side_px)
+            if len(self._placements) >= _MOST_PLACEMENTS:
+                self._placements.clear()
+            self._placements[array.shape] = placement
+        if array.ndim == 2 and array.dtype == np.uint8 and not placement.resized:
+            return array, placement
+        return images.shrink(images.to_gray(array), placement), placement
 
     def infer(self, inputs: Float32) -> Outputs:
         """The second: (B, 1, H, W) float32 in [0, 1] -> the model's outputs by name (spec.OUTPUT_NAMES)."""
@@ -136,6 +284,31 @@ class SuperPoint:
             scores, descriptors = outputs["scores"], outputs["descriptors"]
         return [self._select(s, d, placement) for s, d, placement in zip(scores, descriptors, placements)]
 
+    def extract_timed(self, batch: Sequence[ImageLike]) -> dict[str, float]:
+        """Runs images that share a run step by step, each step waited for, and tells the seconds of each.
+
+        Returns:
+            preprocess, network, decode, and where there is such a thing host_to_device, device_to_host.
+        """
+        clock = time.perf_counter
+        started = clock()
+        prepared = [self._prepare(image) for image in batch]
+        if self._lanes is None:
+            inputs = np.stack([pixels for pixels, _ in prepared])[:, None]
+            spans = {"preprocess": clock() - started}
+            outputs, steps = self.infer_timed(inputs)
+            started = clock()
+            self.decode(outputs, [placement for _, placement in prepared])
+            return {**spans, **steps, "decode": clock() - started}
+        (slot,) = self._lanes.take(1)
+        try:
+            lane = self._fill(slot, prepared, len(prepared))
+            spans = {"preprocess": clock() - started}
+            spans.update(lane.timed([_placed(placement) for _, placement in prepared]))
+        finally:
+            self._lanes.give_back([slot])
+        return spans
+
     def _select(self, scores: Float32, descriptors: Float32, placement: Placement) -> Keypoints:
         # Padding is cut off before the suppression: what lies outside the image must not weigh on what is inside.
         inside = scores[: placement.placed_height_px, : placement.placed_width_px]
@@ -154,12 +327,43 @@ class SuperPoint:
         descriptors = outputs["descriptors"][index][rows]
         return Keypoints(placement.to_image(xy[rows]), scores[rows], descriptors, _size(placement))
 
-    def _run(self, prepared: Sequence[tuple[Float32, Placement]]) -> list[Keypoints]:
-        inputs, placements = zip(*prepared)
-        return self.decode(self.infer(np.stack(inputs)[:, None]), placements)
+    def _run(self, prepared: Sequence[Prepared]) -> list[Keypoints]:
+        if self._lanes is None:
+            placements = [placement for _, placement in prepared]
+            found = self.decode(self.infer(np.stack([pixels for pixels, _ in prepared])[:, None]), placements)
+            return [
+                replace(one, descriptors=one.descriptors.astype(self._descriptor_dtype, copy=False)) for one in found
+            ]
+        (slot,) = self._lanes.take(1)
+        try:
+            lane = self._fill(slot, prepared, len(prepared))
+            return self._collect(lane, self._submit(lane, prepared))
+        finally:
+            self._lanes.give_back([slot])
+
+    def _fill(self, slot: Any, prepared: Sequence[Prepared], batch: int) -> Any:
+        """A lane with the images in its buffer."""
+        pixels, placement = prepared[0]
+        lane = slot.lane((batch, 1, placement.input_height_px, placement.input_width_px), pixels.dtype)
+        for place, (image, its) in zip(lane.image, prepared):
+            images.pad_into(place, image, its)
+        return lane
+
+    def _submit(self, lane: Any, prepared: Sequence[Prepared]) -> list[Placement]:
+        placements = [placement for _, placement in prepared]
+        lane.submit([_placed(placement) for placement in placements])
+        return placements
+
+    def _collect(self, lane: Any, placements: Sequence[Placement]) -> list[Keypoints]:
+        return [
+            Keypoints(placement.to_image(found.xy), found.scores, found.descriptors, _size(placement))
+            for found, placement in zip(lane.collect(), placements)
+        ]
 
     def close(self) -> None:
         """Frees the model; the extractor cannot be used afterwards."""
+        if self._lanes:
+            self._lanes.close()
         self._backend.close()
 
     def __enter__(self) -> SuperPoint:
@@ -169,6 +373,79 @@ class SuperPoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Flight:
+    """One group of images under way; its results come in their order, errors in their places."""
+
+    def __init__(
+        self, superpoint: SuperPoint, group: Sequence[Prepared | SuperPointError], slot: Any, batch_size: int
+    ) -> None:
+        self._superpoint, self._group = superpoint, group
+        self._prepared = [one for one in group if not isinstance(one, SuperPointError)]
+        self._lane: Any = None
+        self._failed = False
+        if slot is None or not self._prepared:
+            return
+        try:
+            # A last, smaller group takes the lane of the full ones, which is ready: making another takes longer.
+            self._lane = superpoint._fill(slot, self._prepared, batch_size)
+            self._placements = superpoint._submit(self._lane, self._prepared)
+        except SuperPointError:
+            self._failed = True
+
+    def results(self) -> Iterator[Keypoints | SuperPointError]:
+        found = iter(self._found())
+        for one in self._group:
+            yield one if isinstance(one, SuperPointError) else next(found)
+
+    def _found(self) -> Sequence[Keypoints | SuperPointError]:
+        try:
+            if self._lane and not self._failed:
+                return self._superpoint._collect(self._lane, self._placements)
+            if self._prepared and not self._failed:
+                return self._superpoint._run(self._prepared)
+        except SuperPointError:
+            self._failed = True
+        return [self._alone(one) for one in self._prepared]
+
+    def _alone(self, prepared: Prepared) -> Keypoints | SuperPointError:
+        """After the group failed: which of its images it was."""
+        try:
+            return self._superpoint._run([prepared])[0]
+        except SuperPointError as error:
+            return error
+
+    def abandon(self) -> None:
+        """Waits for what is under way and forgets it."""
+        if self._lane and not self._failed:
+            self._lane.collect()
+
+
+def _groups(
+    prepared: Iterable[Prepared | SuperPointError], batch_size: int
+) -> Iterator[list[Prepared | SuperPointError]]:
+    """Neighbours that may share a run; errors stay in their places and take no room in it."""
+    group: list[Prepared | SuperPointError] = []
+    kind, count = None, 0
+    for one in prepared:
+        if not isinstance(one, SuperPointError):
+            if count == batch_size or (count and _kind(one) != kind):
+                yield group
+                group, count = [], 0
+            kind, count = _kind(one), count + 1
+        group.append(one)
+        if len(group) >= 2 * batch_size:  # of errors: they are not to pile up
+            yield group
+            group, count = [], 0
+    if group:
+        yield group
+
+
+def _kind(prepared: Prepared) -> tuple[Any, ...]:
+    """What images of one run have in common."""
+    pixels, placement = prepared
+    return pixels.dtype, placement.input_height_px, placement.input_width_px
 
 
 def _in_force(model: ModelDescription, chosen: DecodeOptions, asked: dict[str, Any]) -> DecodeOptions:
@@ -193,6 +470,10 @@ def _in_force(model: ModelDescription, chosen: DecodeOptions, asked: dict[str, A
         remove_borders_px=model.remove_borders_px if model.remove_borders_px is not None else 0,
         threshold=asked["threshold"] if asked["threshold"] is not None else baked_threshold,
     )
+
+
+def _placed(placement: Placement) -> tuple[int, int]:
+    return placement.placed_width_px, placement.placed_height_px
 
 
 def _size(placement: Placement) -> tuple[int, int]:

@@ -78,7 +78,7 @@ def to_picture(image: NDArray[Any]) -> NDArray[np.uint8]:
     Raises:
         SuperPointError: shape, dtype, range or size is not an image's.
     """
-    full_scale = _check(np.asarray(image))
+    full_scale = check(np.asarray(image))
     colour = image[..., None] if image.ndim == 2 else image[..., :3]
     scaled = colour if image.dtype == np.uint8 else np.round(colour.astype(np.float32) * (255.0 / full_scale))
     picture: NDArray[np.uint8] = np.broadcast_to(scaled.astype(np.uint8), (*image.shape[:2], 3)).copy()
@@ -108,15 +108,19 @@ def to_gray(image: NDArray[Any]) -> Float32:
         SuperPointError: shape, dtype, range or size is not an image's.
     """
     image = np.asarray(image)
-    full_scale = _check(image)
+    full_scale = check(image)
     if image.ndim == 3:  # alpha, if any, is passed over: what is under a transparent pixel is still the image
         image = image[..., 0] if image.shape[2] == 1 else image[..., :3].astype(np.float32) @ RGB_TO_GRAY
     gray: Float32 = image.astype(np.float32)
     return gray if full_scale == 1.0 else gray / np.float32(full_scale)
 
 
-def _check(image: NDArray[Any]) -> float:
-    """Refuses what is no image; returns its full scale."""
+def check(image: NDArray[Any]) -> float:
+    """The full scale of an array that is an image: 255, 65535 or 1.
+
+    Raises:
+        SuperPointError: shape, dtype, range or size is not an image's.
+    """
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
         raise SuperPointError(f"image has shape {image.shape}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).")
     height, width = image.shape[:2]
@@ -196,19 +200,40 @@ def place(image_hw: tuple[int, int], model: ModelDescription, max_side_px: int |
     return Placement(width, height, placed_w, placed_h, input_w, input_h)
 
 
-def to_input(gray: Float32, placement: Placement) -> Float32:
+def to_input(gray: Float32, placement: Placement) -> NDArray[Any]:
     """The network's input (H, W): the image, shrunk if it must be, its last row and column repeated as padding."""
-    placed: NDArray[Any] = gray
-    if placement.resized:
-        import cv2
+    return pad(shrink(gray, placement), placement)
 
-        size = (placement.placed_width_px, placement.placed_height_px)
-        placed = cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
+
+def shrink(gray: Float32, placement: Placement) -> NDArray[Any]:
+    """The first half of `to_input`: (H, W) of the size that it has in the input."""
+    if not placement.resized:
+        return gray
+    import cv2
+
+    size = (placement.placed_width_px, placement.placed_height_px)
+    placed: NDArray[Any] = cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
+    return placed
+
+
+def pad(placed: NDArray[Any], placement: Placement) -> NDArray[Any]:
+    """The second: the input's size, last row and column repeated."""
     below = placement.input_height_px - placement.placed_height_px
     right = placement.input_width_px - placement.placed_width_px
     if not (below or right):
         return np.ascontiguousarray(placed)
     return np.pad(placed, ((0, below), (0, right)), mode="edge")
+
+
+def pad_into(network_input: NDArray[Any], placed: NDArray[Any], placement: Placement) -> None:
+    """As `pad`, into memory that is there already (input height, input width)."""
+    if placed.shape == network_input.shape:
+        np.copyto(network_input, placed)
+        return
+    height, width = placement.placed_height_px, placement.placed_width_px
+    network_input[:height, :width] = placed
+    network_input[:height, width:] = placed[:, -1:]
+    network_input[height:] = network_input[height - 1]
 
 
 def parse_size(text: str) -> tuple[int, int]:

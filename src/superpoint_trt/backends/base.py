@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.spec import INPUT_NAME, Float32, ModelDescription, SuperPointError
+from superpoint_trt.spec import INPUT_NAME, DecodeOptions, Float32, ModelDescription, SuperPointError
 
 Outputs = Mapping[str, NDArray[Any]]
 Image = NDArray[Any]
@@ -34,9 +34,11 @@ class RuntimeInfo:
     device: str
     """"cpu (CPUExecutionProvider, 2 threads)", "cuda (...)"."""
     precision: str
+    decode: str = ""
+    """Where heads are decoded, if it was not in the graph: "decode on the GPU (CUDA)", or why not."""
 
     def __str__(self) -> str:
-        return f"{self.backend}, {self.device}, {self.precision}"
+        return ", ".join(filter(None, (self.backend, self.device, self.precision, self.decode)))
 
 
 class Backend(abc.ABC):
@@ -64,7 +66,7 @@ class Backend(abc.ABC):
         """
         if image.dtype not in (np.float32, np.uint8):
             raise SuperPointError(f"{INPUT_NAME} is {image.dtype}; expected float32 in [0, 1], or uint8.")
-        self._check(image.shape)
+        self.check(image.shape)
         return self._infer(image)
 
     def infer_timed(self, image: Image) -> tuple[Outputs, dict[str, float]]:
@@ -73,7 +75,12 @@ class Backend(abc.ABC):
         outputs = self.infer(image)
         return outputs, {"network": time.perf_counter() - started}
 
-    def _check(self, shape: tuple[int, ...]) -> None:
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuses an input (B, 1, H, W) that does not fit the model.
+
+        Raises:
+            SuperPointError: saying what the model takes.
+        """
         stride = self.description.stride_px
         if len(shape) != 4 or shape[1] != 1 or shape[2] % stride or shape[3] % stride or 0 in shape:
             raise SuperPointError(f"{INPUT_NAME} has shape {shape}; expected (B, 1, H, W) in multiples of {stride}.")
@@ -95,6 +102,14 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def _infer(self, image: Image) -> Outputs: ...
+
+    def lanes(self, options: DecodeOptions, half: bool) -> Any:
+        """What takes images to keypoints on the device (lanes.Lanes); None where there is no such thing.
+
+        Raises:
+            SuperPointError: there is, but it does not work here.
+        """
+        return None
 
     def close(self) -> None:  # noqa: B027  (nothing to free is a fine default)
         """Frees what the backend holds; it cannot be used afterwards."""

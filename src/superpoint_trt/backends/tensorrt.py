@@ -21,11 +21,21 @@ from numpy.typing import NDArray
 
 from superpoint_trt import cuda, kernels
 from superpoint_trt.backends.base import Backend, Image, Outputs, RuntimeInfo, as_unit_range
+from superpoint_trt.backends.lanes import Lanes
 from superpoint_trt.cuda import DeviceArray, DeviceMemory, PinnedPool
 from superpoint_trt.files import PathLike, sha256
 from superpoint_trt.plan import EngineMetadata, check_runs_here, read_plan, with_profile
 from superpoint_trt.recognise import describe
-from superpoint_trt.spec import INPUT_NAME, OUTPUT_NAMES, ModelDescription, Precision, ShapeRange, SuperPointError
+from superpoint_trt.spec import (
+    INPUT_NAME,
+    OUTPUT_NAMES,
+    DecodeOptions,
+    ModelDescription,
+    OutputType,
+    Precision,
+    ShapeRange,
+    SuperPointError,
+)
 from superpoint_trt.trt import Flavour, TensorRT, flavour_of, load
 
 MOST_SHAPES = 8
@@ -91,7 +101,7 @@ class TensorRTBackend(Backend):
 
     def infer_timed(self, image: Image) -> tuple[Outputs, dict[str, float]]:
         """As `infer`, each step waited for, and the seconds of each."""
-        self._check(image.shape)
+        self.check(image.shape)
         marks = [time.perf_counter()]
 
         def mark() -> None:
@@ -121,7 +131,7 @@ class TensorRTBackend(Backend):
             SuperPointError: shape, type or memory is not what the engine takes, or the run failed.
         """
         source = cuda.view(image)
-        self._check(source.shape)
+        self.check(source.shape)
         if source.dtype != np.float32:
             raise SuperPointError(f"{INPUT_NAME} is {source.dtype} on the GPU; expected float32 in [0, 1].")
         targets = {name: cuda.view(array) for name, array in (out or {}).items()}
@@ -149,18 +159,62 @@ class TensorRTBackend(Backend):
         if key in self._shapes:
             self._shapes.move_to_end(key)
             return self._shapes[key]
-        profile = self._fitting_profile(shape)
         while len(self._shapes) >= MOST_SHAPES:
             self._shapes.popitem(last=False)[1].close()
-        with self._tensorrt.explaining(f"preparing the engine for {_size(shape)} failed") as log, self._shared.lock:
-            address, nbytes = self._activations.address, self._activations.nbytes
-            context = self._tensorrt.create_context(self._shared.engine, address, nbytes)
-            if context is None or not context.set_optimization_profile_async(profile, self._stream.address):
-                raise log.failed()
-            self._stream.synchronise()
+        with self._tensorrt.explaining(f"preparing the engine for {_size(shape)} failed") as log:
+            context = self._new_context(shape, self._stream, self._activations, log)
             made = _Shape(self._tensorrt, context, self._stream, log, shape, dtype, source, targets)
         self._shapes[key] = made
         return made
+
+    def _new_context(self, shape: tuple[int, ...], stream: cuda.Stream, scratch: DeviceMemory, log: Any) -> Any:
+        """An execution context set to one input shape."""
+        profile = self._fitting_profile(shape)
+        with self._shared.lock:
+            context = self._tensorrt.create_context(self._shared.engine, scratch.address, scratch.nbytes)
+            if context is None or not context.set_optimization_profile_async(profile, stream.address):
+                raise log.failed()
+            stream.synchronise()
+        if not context.set_input_shape(INPUT_NAME, shape):
+            raise log.failed()
+        return context
+
+    # ------------------------------------------------------------------------------------------------ what lanes need
+
+    def lanes(self, options: DecodeOptions, half: bool) -> Lanes | None:
+        """Image to keypoints in one CUDA graph, for `heads` engines; None for other types.
+
+        Raises:
+            SuperPointError: the kernels cannot be compiled here.
+        """
+        return Lanes(self, options, half) if self.description.type is OutputType.HEADS else None
+
+    @property
+    def flavour(self) -> Flavour:
+        """Which TensorRT."""
+        return self._tensorrt.flavour
+
+    def new_scratch(self) -> DeviceMemory:
+        """What contexts that run one after the other share."""
+        return DeviceMemory(self._tensorrt.activation_bytes(self._shared.engine))
+
+    def new_context(
+        self, shape: tuple[int, ...], stream: cuda.Stream, scratch: DeviceMemory
+    ) -> tuple[Any, list[_Tensor]]:
+        """An execution context set to one input shape, and its outputs one behind the other.
+
+        Raises:
+            SuperPointError: the shape is outside what the engine was built for, or TensorRT refuses.
+        """
+        with self._tensorrt.explaining(f"preparing the engine for {_size(shape)} failed") as log:
+            context = self._new_context(shape, stream, scratch, log)
+            return context, _layout(self._tensorrt.module, context, log)[0]
+
+    def execute(self, context: Any, stream: cuda.Stream) -> None:
+        """Queues the network of a context that is bound to memory."""
+        with self._tensorrt.explaining("running the engine failed") as log:
+            if not context.execute_async_v3(stream.address):
+                raise log.failed()
 
     def _fitting_profile(self, shape: tuple[int, ...]) -> int:
         batch, _, height, width = shape
@@ -232,8 +286,6 @@ class _Shape:
         self._context = context
         self._stream = stream
         self._image_shape = shape
-        if not context.set_input_shape(INPUT_NAME, shape):
-            raise log.failed()
         self._outputs, self._output_bytes = _layout(tensorrt.module, context, log)
         self._count = math.prod(shape)
         self._convert = dtype == np.uint8 and _can_convert()

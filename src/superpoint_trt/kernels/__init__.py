@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 from superpoint_trt import cuda
+from superpoint_trt.kernels.compiler import cubin
 from superpoint_trt.spec import SuperPointError
 
-_THREADS = 256
+THREADS = 256
+"""Of a block, where nothing else is said."""
+
+Argument = Union[int, float, "ctypes._SimpleCData[Any]"]
+"""A ctypes value as it is; an int as a 32-bit int, a float as float32."""
 
 
 def unit_range(pixels: int, unit: int, count: int, stream: cuda.Stream) -> None:
@@ -26,58 +32,84 @@ def unit_range(pixels: int, unit: int, count: int, stream: cuda.Stream) -> None:
         SuperPointError: NVRTC is missing, or the launch failed.
     """
     quads = count // 4
-    launch(function("preprocess.cu", "unit_range"), -(-quads // _THREADS), stream, (pixels, unit), (quads,))
+    launch(function("preprocess.cu", "unit_range"), (blocks(quads),), stream, (address(pixels), address(unit), quads))
 
 
-def launch(kernel: Any, blocks: int, stream: cuda.Stream, addresses: tuple[int, ...], numbers: tuple[int, ...]) -> None:
-    """Queues one kernel that takes addresses, then 32-bit integers."""
+def blocks(threads: int) -> int:
+    """Blocks that hold so many threads."""
+    return -(-threads // THREADS)
+
+
+def address(place: int) -> ctypes.c_void_p:
+    """A pointer argument."""
+    return ctypes.c_void_p(place)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    stream: cuda.Stream | int,
+    arguments: Sequence[Argument],
+    threads: int = THREADS,
+) -> None:
+    """Queues one kernel.
+
+    Args:
+        kernel: as `function` gives it.
+        grid: blocks along x, y, z; what is missing is 1.
+        stream: a Stream, or another library's handle.
+        arguments: in the kernel's order.
+        threads: of a block.
+
+    Raises:
+        SuperPointError: the launch failed.
+    """
     from cuda.bindings import driver
 
-    values = (*addresses, *numbers)
-    types = (*[ctypes.c_void_p] * len(addresses), *[ctypes.c_int] * len(numbers))
-    shape = (blocks, 1, 1, _THREADS, 1, 1)
-    _check(driver.cuLaunchKernel(kernel, *shape, 0, stream.address, (values, types), 0), "cuLaunchKernel")
+    values = [_as_ctypes(argument) for argument in arguments]
+    # The driver copies the values before it returns.
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    handle = stream.address if isinstance(stream, cuda.Stream) else stream
+    sides = (*grid, 1, 1)[:3]
+    result = driver.cuLaunchKernel(kernel, *sides, threads, 1, 1, 0, handle, ctypes.addressof(pointers), 0)
+    _check(result, "cuLaunchKernel")
 
 
-def function(file: str, name: str) -> Any:
-    """A kernel of one of this folder's files, for the current GPU; compiled once a process and GPU.
+def _as_ctypes(argument: Argument) -> ctypes._SimpleCData[Any]:
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    return ctypes.c_int(argument) if isinstance(argument, int) else argument
+
+
+def function(file: str, name: str, defines: tuple[str, ...] = ()) -> Any:
+    """A kernel of one of this folder's files, for the current GPU; compiled or loaded once a process and GPU.
+
+    Args:
+        file: in this folder.
+        name: of the kernel.
+        defines: "NAME=VALUE" each, what the file is compiled with.
 
     Raises:
         SuperPointError: NVRTC is missing, or the source does not compile.
     """
-    return _function(file, name, cuda.call("cudaGetDevice"))
-
-
-@functools.lru_cache(maxsize=64)
-def _function(file: str, name: str, device: int) -> Any:
+    module = _module(file, defines, cuda.call("cudaGetDevice"))
     from cuda.bindings import driver
 
-    image = _compile((Path(__file__).parent / file).read_bytes(), file, cuda.current_device().capability)
-    cuda.call("cudaFree", 0)  # makes the runtime's context this thread's, if nothing has yet
-    module = _check(driver.cuModuleLoadData(image), "cuModuleLoadData")
     return _check(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
 
 
-def _compile(source: bytes, file: str, capability: str) -> bytes:
-    try:
-        from cuda.bindings import nvrtc
+@functools.lru_cache(maxsize=64)
+def _module(file: str, defines: tuple[str, ...], device: int) -> Any:
+    from cuda.bindings import driver
 
-        program = _check(nvrtc.nvrtcCreateProgram(source, file.encode(), 0, [], []), "nvrtcCreateProgram")
-    except (ImportError, RuntimeError, OSError) as error:
-        raise SuperPointError(
-            f"compiling kernels needs NVRTC ({' '.join(str(error).split())}): pip install nvidia-cuda-nvrtc, of the "
-            "driver's CUDA version (superpoint doctor says which)."
-        ) from error
-    options = [f"--gpu-architecture=sm_{capability[len('sm') :]}".encode()]
-    (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if int(failed):
-        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise SuperPointError(f"NVRTC does not compile {file} for {capability}: {log.decode(errors='replace')}")
-    image = b" " * int(_check(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize"))
-    _check(nvrtc.nvrtcGetCUBIN(program, image), "nvrtcGetCUBIN")
-    nvrtc.nvrtcDestroyProgram(program)
-    return image
+    source, capability = (Path(__file__).parent / file).read_bytes(), cuda.current_device().capability
+    version = int(cuda.call("cudaDriverGetVersion"))
+    cuda.call("cudaFree", 0)  # makes the runtime's context this thread's, if nothing has yet
+    error, module = driver.cuModuleLoadData(cubin(source, file, capability, defines, version))
+    if int(error):  # what was kept is whole, but not for this driver: compiled anew it is
+        image = cubin(source, file, capability, defines, version, fresh=True)
+        module = _check(driver.cuModuleLoadData(image), "cuModuleLoadData")
+    return module
 
 
 def _check(result: Any, what: str) -> Any:
