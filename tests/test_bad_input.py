@@ -650,7 +650,7 @@ def test_export_option_of_keypoints_models(refuse, options, says):
         (f"{INFER} --threads {HUGE}", ("threads", HUGE)),
         (f"{INFER} --device tpu", ("--device", "tpu", "cuda")),
         (f"{GUIDE_INFER} --type heads", ("--type", "heads")),
-        ("superpoint infer --image good.png", ("--model",)),
+        ("superpoint infer", ("--image",)),
         ("superpoint infer --model dense.onnx", ("--image",)),
         ("superpoint export --weights good.pth", ("--output",)),
         ("superpoint info", ("FILE",)),

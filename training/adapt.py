@@ -25,7 +25,7 @@ AREA_PER_POINT_PX2 = 200.0
 NMS_PX = 4
 LEAST = 0.004
 """Share of views that must agree to within about a pixel."""
-WORTH_HALVES = 0.2
+WORTH_HALVES = 0.15
 """A point's worth falls by half with each such share of the ranks: scores come to follow repeatability."""
 ZOOM_OUT_OCTAVES = 0.3
 """Photographs are seen from farther away more often than from nearer: points that last then are the better ones."""
