@@ -268,7 +268,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr("training.validate.SIZE_HW", (96, 128))
 
 
-def run(folder: Path, out: Path, stages: int = 2) -> dict[str, torch.Tensor]:
+def run(folder: Path, out: Path, stages: int = 3) -> dict[str, torch.Tensor]:
     paths = sorted(folder.iterdir())
     banks = [photos.load(paths, CPU, SMOKE.canvas_px), photos.load(paths[:1], CPU, SMOKE.canvas_px)]
     plan = replace(SMOKE, stages=SMOKE.stages[:stages])
@@ -282,12 +282,18 @@ def test_every_stage_runs_repeats_itself_and_goes_on_from_where_it_was_cut_off(t
         "log.jsonl",
         "state.pt",
         "labels-first.pt",
+        "labels-last.pt",
         "shapes.safetensors",
         "first.safetensors",
+        "last.safetensors",
     }
     log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(entry["detector"]) for entry in log if "detector" in entry)
     assert {"repeatability", "localisation_px", "mma3", "homography3"} < set(log[-1])
+    before, after = (checkpoints.load(tmp_path / f"whole/{stage}.safetensors").layers for stage in ("first", "last"))
+    for name in before:
+        same = np.array_equal(before[name].weight, after[name].weight)
+        assert same is not name.startswith("convP"), "the last stage trains the detector's head, and only that"
     run(folder, tmp_path / "cut", stages=1)
     resumed = run(folder, tmp_path / "cut")
     for name, weight in whole.items():
@@ -300,7 +306,7 @@ def test_the_command(tiny, folder, tmp_path):
         ["--photos", str(folder), "--output", str(tmp_path / "r"), "--device", "cpu", "--smoke", "--set", "pairs=2"],
     )
     assert done.exit_code == 0 and "trained: " in done.output
-    assert checkpoints.load(tmp_path / "r/first.safetensors").norm is NormPlacement.NONE
+    assert checkpoints.load(tmp_path / "r/last.safetensors").norm is NormPlacement.NONE
 
 
 @pytest.mark.parametrize(

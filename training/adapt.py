@@ -88,7 +88,7 @@ def _observe(
 
 def _heat(net: SuperPointNet, image: Tensor) -> Tensor:
     """(B, 1, H, W): the detector's probabilities, without the dustbin."""
-    with torch.autocast(image.device.type, dtype=torch.bfloat16):
+    with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=image.device.type == "cuda"):
         logits = net.detector(net.backbone(image.contiguous(memory_format=torch.channels_last)))
     return F.pixel_shuffle(logits.float().softmax(dim=1)[:, :-1], CELL_PX)
 

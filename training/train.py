@@ -33,6 +33,8 @@ class Stage:
     learning_rate: float
     adapted_views: int = 0
     """Views of each image for homographic adaptation by the network so far; 0: synthetic shapes, corners known."""
+    detector_only: bool = False
+    """Only the detector's head learns; backbone, BatchNorm statistics and descriptor stay what they are."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Plan:
         Stage("first", 2500, 1e-3, 48),
         Stage("second", 3000, 1e-3, 64),
         Stage("third", 9500, 1e-3, 96),
-        Stage("fourth", 11000, 1e-3, 48),
+        Stage("fourth", 200, 1e-3, 48, detector_only=True),
     )
     pairs: int = 32
     """Of views, a step."""
@@ -70,7 +72,7 @@ class Plan:
 
 
 SMOKE = Plan(
-    stages=(Stage("shapes", 2, 1e-3), Stage("first", 2, 1e-3, 2)),
+    stages=(Stage("shapes", 2, 1e-3), Stage("first", 2, 1e-3, 2), Stage("last", 2, 1e-3, 2, detector_only=True)),
     pairs=2,
     group=2,
     points=16,
@@ -181,6 +183,9 @@ class Run:
 
     def _stage(self, number: int, stage: Stage, bank: Bank, resumed: dict[str, Any]) -> None:
         optimizer = _optimizer(self.net, self.device)
+        learning = self.net.detector if stage.detector_only else self.net
+        self.net.requires_grad_(False)
+        learning.requires_grad_(True)
         first = 0
         if resumed:
             first = resumed["step"]
@@ -190,8 +195,9 @@ class Run:
         for step in range(first, stage.steps):
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * group["pace"] * _schedule(step / stage.steps)
-            self.net.train()
-            sums += self._step(bank, optimizer, bool(stage.adapted_views))
+            self.net.eval()
+            learning.train()
+            sums += self._step(bank, optimizer, bool(stage.adapted_views) and not stage.detector_only)
             done = step + 1
             if done % LOG_EVERY == 0 or done == stage.steps:
                 window = (done - first - 1) % LOG_EVERY + 1
@@ -238,7 +244,7 @@ class Run:
     def _objective(self, batch: Batch, descriptors: bool) -> tuple[Tensor, Tensor]:
         """The loss to descend, and its parts for the log."""
         image = batch.image.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             logits, coarse = self.net(image)
         detector = losses.detector_loss(logits, batch.target, batch.counts)
         if not descriptors:

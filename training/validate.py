@@ -53,7 +53,7 @@ def _pair(net: SuperPointNet, bank: Bank, index: int) -> tuple[float, float, flo
 
 def _keypoints(net: SuperPointNet, image: Tensor, inside: Tensor, radius_px: int) -> Keypoints:
     """Of the part of a view that shows its image."""
-    with torch.autocast(image.device.type, dtype=torch.bfloat16):
+    with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=image.device.type == "cuda"):
         logits, coarse = net(image.contiguous(memory_format=torch.channels_last))
     scores, descriptors = dense(logits.float(), coarse.float())
     scores = scores * (inside[:, 0] > 0.999)
