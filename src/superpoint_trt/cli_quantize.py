@@ -49,9 +49,7 @@ class CalibrationFlags:
     @property
     def given(self) -> bool:
         """Whether any of it was asked for."""
-        return bool(
-            self.images or self.file or self.keep_fp16 or self.first_convolution or self.auto or self.gates
-        )
+        return bool(self.images or self.file or self.keep_fp16 or self.first_convolution or self.auto or self.gates)
 
     @property
     def first(self) -> FirstConvolution | None:
@@ -165,6 +163,8 @@ def calibrated(onnx: str, flags: CalibrationFlags, precision: str) -> Calibrated
         found = calibrations.calibrate(onnx, given, options, progress)
     for note in found.notes:
         click.echo(f"warning: {note}", err=True)
+    if proof and proof[0] in given:
+        click.echo("warning: too few to hold any out: verified on the images of calibration", err=True)
     path = calibrations.save(found, calibrations.beside(onnx))
     click.echo(f"{'calibration':<14}{path} ({found.summary()})")
     return Calibrated(path, proof)
@@ -183,8 +183,6 @@ def _images(onnx: str, flags: CalibrationFlags) -> tuple[Sequence[Given], Sequen
         size = (model.height_px or 480, model.width_px or 640)
         return calibrations.synthetic_images(min(flags.count, FEW_SYNTHETIC), size), []
     chosen = calibrations.split(flags.images, flags.count)
-    if not chosen.held_out and flags.file is None:
-        click.echo("warning: too few to hold any out: verified on the images of calibration", err=True)
     return chosen.calibration, chosen.held_out or chosen.calibration[: calibrations.MOST_HELD_OUT]
 
 
