@@ -68,10 +68,9 @@ def to_fp8(values: np.ndarray, largest) -> np.ndarray:
     return scaled.astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
 
 
-def from_halves(image: np.ndarray) -> np.ndarray:
-    """What is left of [0, 1] in two halves, each in steps of 1/255 up to 127; one rounds up, the other down."""
-    up, down = (np.clip(np.rint(image * 127.5 + off), -128, 127) for off in (0.25, -0.25))
-    return (up + down) / 255
+def halves(image: np.ndarray) -> list[np.ndarray]:
+    """[0, 1] as two halves, each in steps of 1/255 up to 127; one rounds up, the other down."""
+    return [np.clip(np.rint(image * 127.5 + off), -128, 127) / 255 for off in (0.25, -0.25)]
 
 
 def simulate(model: onnx.ModelProto, image: np.ndarray, ranges: dict[str, float], kept, rounded) -> list[np.ndarray]:
@@ -82,8 +81,12 @@ def simulate(model: onnx.ModelProto, image: np.ndarray, ranges: dict[str, float]
         x, *constants = (values[name] for name in node.input)
         if node.op_type == "Conv":
             weight, bias = constants
-            if node.name not in kept:
-                x = from_halves(x) if node.input[0] == "image" else rounded(x, ranges[node.input[0]])
+            if node.name not in kept and node.input[0] == "image":
+                steps = weight / np.abs(weight).max(axis=(1, 2, 3), keepdims=True) * 127
+                apart = [np.clip(np.rint(steps + off), -127, 127) / steps * weight for off in (0.25, -0.25)]
+                x, weight = np.concatenate(halves(x)), np.concatenate(apart, axis=1)
+            elif node.name not in kept:
+                x = rounded(x, ranges[node.input[0]])
                 weight = rounded(weight, np.abs(weight).max(axis=(1, 2, 3), keepdims=True))
             y = convolve(x, weight, bias)
         elif node.op_type == "BatchNormalization":
@@ -153,7 +156,7 @@ def test_every_pair_is_where_and_as_it_should_be(checkpoint):
 
 def test_halves_hold_every_8_bit_pixel_but_white():
     pixels = np.arange(256, dtype=np.float64)
-    lost = from_halves(pixels / 255) * 255 - pixels
+    lost = sum(halves(pixels / 255)) * 255 - pixels
     np.testing.assert_allclose(lost[:255], 0, atol=1e-9)
     assert lost[255] == pytest.approx(-1), "white loses one step of 255"
 
@@ -167,9 +170,9 @@ def test_int8_costs_an_8_bit_image_nothing_but_its_white(checkpoint, tmp_path):
     weight = numpy_helper.to_array(known["conv1a.weight"])
     known["conv1a.weight"].CopyFrom(numpy_helper.from_array(np.sign(weight), "conv1a.weight"))  # exact in int8
     exact = run_in_onnxruntime(model, image, tmp_path)
-    halves = run_in_onnxruntime(quantize(model, ranges_of(model), keep=kept), image, tmp_path)
+    split = run_in_onnxruntime(quantize(model, ranges_of(model), keep=kept), image, tmp_path)
     whole = quantize(model, ranges_of(model, 1.0), keep=kept, first=FirstConvolution.WHOLE)
-    for ours, truth, coarse in zip(halves, exact, run_in_onnxruntime(whole, image, tmp_path)):
+    for ours, truth, coarse in zip(split, exact, run_in_onnxruntime(whole, image, tmp_path)):
         np.testing.assert_allclose(ours, truth, atol=2e-4)
         assert np.abs(coarse - truth).max() > 0.01, "which one int8 image does lose"
 
@@ -237,9 +240,9 @@ def test_tensorrt_rtx_builds_every_type(checkpoint_file, tmp_path, layout, preci
         ),
     )
     assert built.description.precision is Precision(precision)
-    halves = precision == "int8"
-    assert built.description.kept_layers == ("convPb" if halves else "conv1a convPb")
-    assert built.description.first_convolution == ("halves" if halves else "fp16")
+    first = "halves" if precision == "int8" else "fp16"
+    assert built.description.kept_layers == ("convPb" if first == "halves" else "conv1a convPb")
+    assert built.description.first_convolution == first
 
 
 @pytest.mark.parametrize(("first", "behind_pairs"), [("halves", 12), ("fp16", 11)])
