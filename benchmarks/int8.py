@@ -24,7 +24,7 @@ from superpoint_trt import calibration as calibrations
 from superpoint_trt import engine as engines
 from superpoint_trt.export import ExportOptions, export
 from superpoint_trt.precision import load_onnx
-from superpoint_trt.quantize import quantize, split_image
+from superpoint_trt.quantize import FirstConvolution, quantize
 from superpoint_trt.spec import OutputType, Precision, SuperPointError
 
 CALLS_PER_TURN = 50
@@ -34,8 +34,7 @@ TARGETS = {1: 1.3, 8: 1.4}
 VARIANTS = {
     # name: what to do with the fp32 graph and its ranges
     "int8": lambda model, ranges: quantize(model, ranges),
-    "int8-halves": lambda model, ranges: quantize(*split_image(model, ranges), keep_first=False),
-    "int8-first": lambda model, ranges: quantize(model, ranges, keep_first=False),
+    "int8-fp16-first": lambda model, ranges: quantize(model, ranges, first=FirstConvolution.FP16),
     "int8-fp16-outputs": lambda model, ranges: quantize(model, ranges, keep=("conv[PD]b",)),
 }
 
@@ -206,7 +205,7 @@ def print_evaluation(name: str, model: Path, dataset: str) -> dict:
 @click.option("--engines", "folder", required=True)
 @click.option("--photos", help="Photographs for verify.")
 @click.option("--dataset", help="Pairs with known homographies for evaluate.")
-@click.option("--variant", "variants", multiple=True, default=["int8", "int8-halves", "int8-fp16-outputs"])
+@click.option("--variant", "variants", multiple=True, default=["int8", "int8-fp16-first", "int8-fp16-outputs"])
 @click.option("--batch", "batches", type=int, multiple=True, default=[1, 8])
 @click.option("--batch8-variant", "larger", multiple=True, help="Variants of batch 8.  [default: the fastest at 1]")
 @click.option("--calls", default=300, show_default=True)

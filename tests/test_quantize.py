@@ -22,8 +22,8 @@ from superpoint_trt.engine import BuildOptions, build
 from superpoint_trt.equalise import equalise
 from superpoint_trt.export import ExportOptions, export
 from superpoint_trt.precision import convolutions, load_onnx, to_precision
-from superpoint_trt.quantize import quantize
-from superpoint_trt.spec import OutputType, Precision
+from superpoint_trt.quantize import HALVES, FirstConvolution, kept_layers, quantize, split_image
+from superpoint_trt.spec import OutputType, Precision, SuperPointError
 from superpoint_trt.trt import Flavour
 
 KINDS = ["dense", "keypoints", "heads"]
@@ -68,6 +68,11 @@ def to_fp8(values: np.ndarray, largest) -> np.ndarray:
     return scaled.astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
 
 
+def halves(image: np.ndarray) -> list[np.ndarray]:
+    """[0, 1] as two halves, each in steps of 1/255 up to 127; one rounds up, the other down."""
+    return [np.clip(np.rint(image * 127.5 + off), -128, 127) / 255 for off in (0.25, -0.25)]
+
+
 def simulate(model: onnx.ModelProto, image: np.ndarray, ranges: dict[str, float], kept, rounded) -> list[np.ndarray]:
     """Runs an fp32 graph node by node, convolutions reading rounded inputs and weights unless they are kept."""
     values = {w.name: numpy_helper.to_array(w).astype(np.float64) for w in model.graph.initializer}
@@ -76,7 +81,11 @@ def simulate(model: onnx.ModelProto, image: np.ndarray, ranges: dict[str, float]
         x, *constants = (values[name] for name in node.input)
         if node.op_type == "Conv":
             weight, bias = constants
-            if node.name not in kept:
+            if node.name not in kept and node.input[0] == "image":
+                steps = weight / np.abs(weight).max(axis=(1, 2, 3), keepdims=True) * 127
+                apart = [np.clip(np.rint(steps + off), -127, 127) / steps * weight for off in (0.25, -0.25)]
+                x, weight = np.concatenate(halves(x)), np.concatenate(apart, axis=1)
+            elif node.name not in kept:
                 x = rounded(x, ranges[node.input[0]])
                 weight = rounded(weight, np.abs(weight).max(axis=(1, 2, 3), keepdims=True))
             y = convolve(x, weight, bias)
@@ -94,14 +103,18 @@ def simulate(model: onnx.ModelProto, image: np.ndarray, ranges: dict[str, float]
 
 
 @pytest.mark.parametrize("layout", ["v6", "magicleap"])
-@pytest.mark.parametrize(("precision", "rounded"), [("int8", to_int8), ("fp8", to_fp8)])
-def test_onnxruntime_computes_what_the_quantisation_says(checkpoint, tmp_path, layout, precision, rounded):
+@pytest.mark.parametrize(
+    ("precision", "first", "rounded"),
+    [("int8", "halves", to_int8), ("int8", "fp16", to_int8), ("fp8", "fp16", to_fp8)],
+)
+def test_onnxruntime_computes_what_the_quantisation_says(checkpoint, tmp_path, layout, precision, first, rounded):
     """Three ways: fp32, onnxruntime on the Q/DQ graph, and numpy on the fp32 graph with every rounding written out."""
     model = graph_of(checkpoint, "heads", layout, height_px=48, width_px=64)
     ranges = ranges_of(model)
-    quantised = quantize(model, ranges, Precision(precision), keep=["conv3b"])
+    quantised = quantize(model, ranges, Precision(precision), ["conv3b"], FirstConvolution(first))
     image = photograph(48, 64).astype(np.float32) / 255
-    expected = simulate(model, image[None], ranges.ranges, {"conv1a", "conv3b"}, rounded)
+    kept = {"conv3b"} if first == "halves" else {"conv1a", "conv3b"}
+    expected = simulate(model, image[None], ranges.ranges, kept, rounded)
     full = run_in_onnxruntime(model, image, tmp_path)
     for ours, truth, plain in zip(run_in_onnxruntime(quantised, image, tmp_path), expected, full):
         assert np.abs(truth - plain).mean() > 0.003 * truth.std(), "not so fine that nothing is tested"
@@ -125,13 +138,10 @@ def test_every_pair_is_where_and_as_it_should_be(checkpoint):
     constants = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
     made = {node.output[0]: node for node in model.graph.node}
     for name, node in convolutions(model).items():
-        pairs = [made.get(tensor) for tensor in node.input]
-        if name == "conv1a":
-            assert not any(pair and pair.op_type == "DequantizeLinear" for pair in pairs)
-            continue
-        data, weight, bias = pairs
+        data, weight, bias = (made.get(tensor) for tensor in node.input)
         assert bias is None, "no pair on the bias"
-        assert constants[data.input[1]] == pytest.approx(0.02) and constants[data.input[1]].shape == ()
+        step = 1 / 255 if name == "conv1a" else 0.02
+        assert constants[data.input[1]] == pytest.approx(step) and constants[data.input[1]].shape == ()
         plain = constants[made[weight.input[0]].input[0]]
         np.testing.assert_allclose(constants[weight.input[1]] * 127, np.abs(plain).max(axis=(1, 2, 3)), rtol=1e-6)
         assert not constants[data.input[2]].any() and not constants[weight.input[2]].any(), "zero points are 0"
@@ -139,6 +149,68 @@ def test_every_pair_is_where_and_as_it_should_be(checkpoint):
     assert not any(node.op_type == "QuantizeLinear" and node.input[0] in outputs for node in model.graph.node)
     heads = [convolutions(model)[name].input[0] for name in ("convPa", "convDa")]
     assert heads[0] == heads[1], "both heads read one pair"
+
+
+# ------------------------------------------------------------------------------------------------- the image in halves
+
+
+def test_halves_hold_every_8_bit_pixel_but_white():
+    pixels = np.arange(256, dtype=np.float64)
+    lost = sum(halves(pixels / 255)) * 255 - pixels
+    np.testing.assert_allclose(lost[:255], 0, atol=1e-9)
+    assert lost[255] == pytest.approx(-1), "white loses one step of 255"
+
+
+def test_int8_costs_an_8_bit_image_nothing_but_its_white(checkpoint, tmp_path):
+    """Onnxruntime's first convolution on halves against fp32: as far off as its weights alone are."""
+    model = graph_of(checkpoint, "heads", "magicleap", height_px=48, width_px=64)
+    image = np.random.default_rng(0).integers(0, 255, (48, 64)).astype(np.float32) / np.float32(255)
+    kept = [name for name in convolutions(model) if name != "conv1a"]
+    known = {w.name: w for w in model.graph.initializer}
+    weight = numpy_helper.to_array(known["conv1a.weight"])
+    known["conv1a.weight"].CopyFrom(numpy_helper.from_array(np.sign(weight), "conv1a.weight"))  # exact in int8
+    exact = run_in_onnxruntime(model, image, tmp_path)
+    split = run_in_onnxruntime(quantize(model, ranges_of(model), keep=kept), image, tmp_path)
+    whole = quantize(model, ranges_of(model, 1.0), keep=kept, first=FirstConvolution.WHOLE)
+    for ours, truth, coarse in zip(split, exact, run_in_onnxruntime(whole, image, tmp_path)):
+        np.testing.assert_allclose(ours, truth, atol=2e-4)
+        assert np.abs(coarse - truth).max() > 0.01, "which one int8 image does lose"
+
+
+def test_who_keeps_the_first_convolution_gets_it_in_fp16(checkpoint):
+    model = graph_of(checkpoint, "heads", "v6")
+    for chosen in ({"keep": ["conv1a"]}, {"keep": ["conv1*"]}, {"first": FirstConvolution.FP16}):
+        quantised = quantize(model, ranges_of(model), **chosen)
+        noted = {entry.key.rpartition(".")[2]: entry.value for entry in quantised.metadata_props}
+        assert noted["first_convolution"] == "fp16" and "conv1a" in noted["kept_layers"].split()
+        assert convolutions(quantised)["conv1a"].input[:2] == ["image", "conv1a.weight"]
+
+
+def test_the_metadata_say_halves(checkpoint):
+    model = graph_of(checkpoint, "heads", "v6")
+    noted = {e.key.rpartition(".")[2]: e.value for e in quantize(model, ranges_of(model)).metadata_props}
+    assert (noted["first_convolution"], noted["kept_layers"]) == ("halves", "")
+
+
+def test_fp8_leaves_the_first_convolution_alone(checkpoint):
+    model = graph_of(checkpoint, "heads", "v6")
+    assert kept_layers(model, [], Precision.FP8) == ["conv1a"]
+    with pytest.raises(SuperPointError, match=r"halves make an image fit for int8; fp8 .* --first-convolution fp16"):
+        quantize(model, ranges_of(model), Precision.FP8, first=FirstConvolution.HALVES)
+
+
+def test_an_image_that_something_else_reads_first_is_not_split(checkpoint):
+    """Another tool's network that scales its image: the default is fp16, and to ask for halves is refused."""
+    model = graph_of(checkpoint, "heads", "magicleap")
+    half = numpy_helper.from_array(np.float32(0.5), "half")
+    model.graph.initializer.append(half)
+    model.graph.node.insert(0, onnx.helper.make_node("Mul", ["image", "half"], ["scaled"], name="scaled"))
+    convolutions(model)["conv1a"].input[0] = "scaled"
+    assert kept_layers(model, []) == ["conv1a"]
+    with pytest.raises(SuperPointError, match=r"conv1a reads scaled, not image; int8 .* --first-convolution fp16"):
+        quantize(model, ranges_of(model), first=FirstConvolution.HALVES)
+    with pytest.raises(SuperPointError, match="conv1a reads scaled"):
+        split_image(model, ranges_of(model))
 
 
 # ------------------------------------------------------------------------------------------------- what TensorRT builds
@@ -168,11 +240,14 @@ def test_tensorrt_rtx_builds_every_type(checkpoint_file, tmp_path, layout, preci
         ),
     )
     assert built.description.precision is Precision(precision)
-    assert built.description.kept_layers == "conv1a convPb"
+    first = "halves" if precision == "int8" else "fp16"
+    assert built.description.kept_layers == ("convPb" if first == "halves" else "conv1a convPb")
+    assert built.description.first_convolution == first
 
 
-def test_the_built_network_reads_int8(checkpoint_file, tmp_path):
-    """TensorRT's parser on the graph that is built: eleven convolutions behind int8 pairs, everything else fp16."""
+@pytest.mark.parametrize(("first", "behind_pairs"), [("halves", 12), ("fp16", 11)])
+def test_the_built_network_reads_int8(checkpoint_file, tmp_path, first, behind_pairs):
+    """TensorRT's parser on the graph that is built: the convolutions behind int8 pairs, everything else fp16."""
     pytest.importorskip("tensorrt_rtx")
     tensorrt = trt.load(Flavour.RTX)
     module = tensorrt.module
@@ -180,7 +255,7 @@ def test_the_built_network_reads_int8(checkpoint_file, tmp_path):
     network = tensorrt.create_network(builder)
     parser = module.OnnxParser(network, tensorrt.logger)
     model = load_onnx(export(checkpoint_file("magicleap"), tmp_path / "a.onnx", ExportOptions(OutputType.HEADS)))
-    typed = to_precision(quantize(model, ranges_of(model)), Precision.FP16)
+    typed = to_precision(quantize(model, ranges_of(model), first=FirstConvolution(first)), Precision.FP16)
     assert parser.parse(typed.SerializeToString())
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     into = {layer.get_output(0).name: layer for layer in layers}
@@ -191,7 +266,7 @@ def test_the_built_network_reads_int8(checkpoint_file, tmp_path):
             if source is not None and source.type == module.LayerType.DEQUANTIZE:
                 assert source.get_input(0).dtype == module.int8
                 dequantised += 1
-    assert dequantised == 11
+    assert dequantised == behind_pairs
 
 
 # ----------------------------------------------------------------------------------------------------- what 8.6 is told
@@ -244,11 +319,18 @@ def constrained(model: onnx.ModelProto) -> tuple[dict[str, FakeLayer], dict[str,
 def test_tensorrt_8_is_told_nothing_about_quantised_convolutions(checkpoint):
     model = graph_of(checkpoint, "dense", "magicleap")
     layers, outputs = constrained(quantize(model, ranges_of(model), keep=["conv3b"]))
-    assert {name for name, layer in layers.items() if layer.precision == "float16"} == {"conv1a", "conv3b"}
+    assert {name for name, layer in layers.items() if layer.precision == "float16"} == {"conv3b"}
     free = [name for name, layer in layers.items() if layer.precision is None]
-    assert set(convolutions(model)) - {"conv1a", "conv3b"} <= set(free)
+    assert set(convolutions(model)) - {"conv3b"} <= set(free)
+    assert layers[HALVES].precision == "float32", "so are the halves: fp16 has too few digits for them"
     assert layers["cell_probabilities"].precision == "float32", "softmax stays fp32"
     assert outputs == {"scores": "float32", "descriptors": "float32"}
+
+
+def test_tensorrt_8_computes_a_kept_first_convolution_in_fp16(checkpoint):
+    model = graph_of(checkpoint, "dense", "magicleap")
+    layers, _ = constrained(quantize(model, ranges_of(model), keep=["conv1a"]))
+    assert {name for name, layer in layers.items() if layer.precision == "float16"} == {"conv1a"}
 
 
 def test_tensorrt_8_gives_raw_heads_in_fp16(checkpoint):

@@ -23,7 +23,7 @@ from superpoint_trt.export import ExportOptions, export
 from superpoint_trt.files import sha256
 from superpoint_trt.plan import read_plan
 from superpoint_trt.precision import convolutions, load_onnx
-from superpoint_trt.quantize import quantize
+from superpoint_trt.quantize import FirstConvolution, quantize
 from superpoint_trt.sensitivity import LayerCost, fewest_kept, rank
 from superpoint_trt.spec import OutputType, SuperPointError
 from superpoint_trt.verify import GATE_NAMES, Gate, Verification, verify
@@ -31,6 +31,7 @@ from superpoint_trt.verify import GATE_NAMES, Gate, Verification, verify
 SIZE = (240, 320)
 SEEN = ("coffee", "chelsea", "coins", "brick", "gravel", "rocket")
 PROOF = ("astronaut", "camera")
+FP16 = FirstConvolution.FP16
 
 
 @pytest.fixture(scope="module")
@@ -156,12 +157,12 @@ def test_the_fewest_layers_are_kept(folder, ranges):
     gates["keypoints_found_share"] = 0.6
     paths = sorted((folder / "photos").iterdir())[:1]
     choice = fewest_kept(folder / "fp32.onnx", spoiled, paths, costs, keep=["convPb"], limits=gates)
-    assert choice.passed and choice.kept == ["conv1a", "conv3a", "convPb"]
+    assert choice.passed and choice.kept == ["conv3a", "convPb"]
     assert [step.kept for step in choice.steps] == [
-        ["conv1a", "convPb"],
-        ["conv1a", "conv4b", "convPb"],
-        ["conv1a", "conv3a", "conv4b", "convPb"],
-        ["conv1a", "conv3a", "convPb"],
+        ["convPb"],
+        ["conv4b", "convPb"],
+        ["conv3a", "conv4b", "convPb"],
+        ["conv3a", "convPb"],
     ]
     assert [bool(step.failed) for step in choice.steps] == [True, True, False, False]
     assert "conv4b alone costs most of keypoints_found_share: 0.5000" in choice.steps[1].because
@@ -187,7 +188,16 @@ def test_the_gate_that_fails_says_which_rank_counts(folder, ranges, monkeypatch,
     costs = [LayerCost("convPa", 0.7, 1.0), LayerCost("conv2a", 0.75, 0.9), LayerCost("convDa", 1.0, 0.8)]
     monkeypatch.setattr(sensitivity, "verify", Played(gate, set(expected)))
     choice = fewest_kept(folder / "fp32.onnx", ranges, [], costs)
-    assert choice.passed and choice.kept == ["conv1a", *expected]
+    assert choice.passed and choice.kept == expected
+
+
+def test_the_first_convolution_is_a_layer_to_choose_too(folder, ranges, monkeypatch):
+    """Where its halves cost the points, it alone goes back to fp16; asked for in fp16, it is there from the start."""
+    monkeypatch.setattr(sensitivity, "verify", Played("keypoints_found_share", {"conv1a"}))
+    costs = [LayerCost("conv1a", 0.7, 1.0), LayerCost("conv2a", 0.8, 1.0)]
+    chosen = {first: fewest_kept(folder / "fp32.onnx", ranges, [], costs, first=first) for first in (None, FP16)}
+    assert [choice.kept for choice in chosen.values()] == [["conv1a"], ["conv1a"]]
+    assert [[step.kept for step in choice.steps] for choice in chosen.values()] == [[[], ["conv1a"]], [["conv1a"]]]
 
 
 def test_gates_that_nothing_meets_are_not_met(folder, ranges, monkeypatch):
@@ -218,9 +228,9 @@ def test_auto_on_the_command_line(folder, loose, tmp_path, capsys):
     words = ["--onnx", folder / "fp32.onnx", "--output", tmp_path / "q.onnx", "--json", tmp_path / "s.json"]
     assert run(cli, ["quantize", *map(str, words), *loose]) == 0
     told = capsys.readouterr().out
-    assert "only this layer in int8" in told and "kept in fp16  conv1a\n" in told and "PASSED" in told
+    assert "only this layer in int8" in told and "kept in fp16  nothing\n" in told and "PASSED" in told
     report = json.loads((tmp_path / "s.json").read_text())
-    assert len(report["layers"]) == 12 and report["auto"]["kept"] == ["conv1a"] and report["auto"]["passed"]
+    assert len(report["layers"]) == 12 and report["auto"]["kept"] == [] and report["auto"]["passed"]
     assert (tmp_path / "q.onnx").exists()
 
 
@@ -232,8 +242,29 @@ def test_build_chooses_layers_too(folder, loose, tmp_path, capsys, monkeypatch):
     words += ["--runtime", "rtx", "--target", "sm89", "--keep-fp16", "convPb"]
     assert run(cli, ["build", *map(str, words), *loose]) == 0
     told = capsys.readouterr().out
-    assert "kept in fp16  conv1a convPb\n" in told and "its .onnx is verified here" in told and "PASSED" in told
-    assert read_plan(tmp_path / "a.engine")[1].description.kept_layers == "conv1a convPb"
+    assert "kept in fp16  convPb\n" in told and "its .onnx is verified here" in told and "PASSED" in told
+    built = read_plan(tmp_path / "a.engine")[1].description
+    assert (built.kept_layers, built.first_convolution) == ("convPb", "halves")
+
+
+def test_first_convolution_in_fp16_on_the_command_line(folder, loose, tmp_path, capsys):
+    """For an .onnx and an engine, in what is written, what is printed, and the command that makes it again."""
+    pytest.importorskip("tensorrt_rtx")
+    words = ["--onnx", folder / "fp32.onnx", "--calibration", loose[1], "--first-convolution", "fp16"]
+    assert run(cli, ["quantize", "--output", str(tmp_path / "q.onnx"), *map(str, words)]) == 0
+    assert "not quantised conv1a\n" in capsys.readouterr().out
+    words += ["--engine", tmp_path / "a.engine", "--precision", "int8", "--runtime", "rtx", "--target", "sm89"]
+    assert run(cli, ["build", *map(str, words)]) == 0
+    built = read_plan(tmp_path / "a.engine")[1]
+    assert built.description.first_convolution == "fp16" and "--first-convolution fp16" in built.rebuild
+
+
+def test_halves_say_so(folder, loose, tmp_path, capsys):
+    words = ["--onnx", folder / "fp32.onnx", "--output", tmp_path / "q.onnx", "--calibration", loose[1]]
+    assert run(cli, ["quantize", *map(str, words)]) == 0
+    assert "two halves of 7 bits: exact for 8-bit images but for white" in capsys.readouterr().out
+    assert run(cli, ["quantize", *map(str, words), "--precision", "fp8", "--first-convolution", "halves"]) == 2
+    assert "halves make an image fit for int8" in capsys.readouterr().err
 
 
 def test_auto_that_fails_writes_nothing(folder, loose, tmp_path, capsys, monkeypatch):

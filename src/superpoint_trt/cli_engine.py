@@ -90,7 +90,8 @@ def build_engine(onnx: str, engine: str, options: Any, test: bool, flags: Calibr
         return
     if flags.given:
         raise SuperPointError(
-            f"calibration, --keep-fp16, --auto, --gate are for int8 and fp8; {options.precision.value} was asked for."
+            "calibration, --keep-fp16, --first-convolution, --auto, --gate are for int8 and fp8; "
+            f"{options.precision.value} was asked for."
         )
     _build(onnx, engine, options, test)
 
@@ -104,13 +105,14 @@ def _build_quantised(onnx: str, engine: str, options: Any, test: bool, flags: Ca
     if quantised_type(load_onnx(onnx)):
         if flags.auto:
             raise SuperPointError(f"{onnx} is quantised already, so --auto comes too late; use the fp32 .onnx.")
-        _build(onnx, engine, replace(options, calibration=flags.file, keep_fp16=flags.keep_fp16), test)
+        given = replace(options, calibration=flags.file, keep_fp16=flags.keep_fp16, first_convolution=flags.first)
+        _build(onnx, engine, given, test)
         return
     check_flags(onnx, flags, options.precision.value)
     engines.check(onnx, engine, options)  # minutes of calibration should not end in "no GPU"
     ranges = calibrated(onnx, flags, options.precision.value)
     keep = layers_to_keep(onnx, flags, ranges, options.precision.value)
-    options = replace(options, calibration=ranges.path, keep_fp16=keep)
+    options = replace(options, calibration=ranges.path, keep_fp16=keep, first_convolution=flags.first)
     _build(onnx, engine, options, test)
     if not flags.verify:
         return
@@ -120,7 +122,7 @@ def _build_quantised(onnx: str, engine: str, options: Any, test: bool, flags: Ca
     click.echo(f"{engine} is for another machine: its .onnx is verified here; verify the engine where it runs")
     with tempfile.TemporaryDirectory() as folder:
         quantised = Path(folder) / f"{Path(engine).stem}.onnx"
-        quantize_file(onnx, quantised, ranges.path, options.precision, keep)
+        quantize_file(onnx, quantised, ranges.path, options.precision, keep, flags.first)
         prove(quantised, onnx, ranges.proof, gate_limits(flags.gates))
 
 

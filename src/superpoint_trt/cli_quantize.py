@@ -19,6 +19,7 @@ from superpoint_trt.terminal import JSON, console, print_info, progress_bar, wri
 
 if TYPE_CHECKING:
     from superpoint_trt.calibration import Given
+    from superpoint_trt.quantize import FirstConvolution
     from superpoint_trt.sensitivity import Choice, LayerCost
 
 METHODS = ["entropy", "max", "percentile"]
@@ -37,6 +38,8 @@ class CalibrationFlags:
     file: str | None = None
     """Ranges of an earlier run."""
     keep_fp16: tuple[str, ...] = ()
+    first_convolution: str | None = None
+    """None: by precision and model."""
     auto: bool = False
     """Find out which layers to keep."""
     gates: tuple[str, ...] = ()
@@ -46,7 +49,14 @@ class CalibrationFlags:
     @property
     def given(self) -> bool:
         """Whether any of it was asked for."""
-        return bool(self.images or self.file or self.keep_fp16 or self.auto or self.gates)
+        return bool(self.images or self.file or self.keep_fp16 or self.first_convolution or self.auto or self.gates)
+
+    @property
+    def first(self) -> FirstConvolution | None:
+        """How the convolution that reads the image is to run."""
+        from superpoint_trt.quantize import FirstConvolution
+
+        return FirstConvolution(self.first_convolution) if self.first_convolution else None
 
 
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,13 +69,22 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         calibration_count: int,
         calibration: str | None,
         keep_fp16: tuple[str, ...],
+        first_convolution: str | None,
         auto: bool,
         gates: tuple[str, ...],
         verify: bool,
         **others: Any,
     ) -> Any:
         flags = CalibrationFlags(
-            calibration_images, calibration_method, calibration_count, calibration, keep_fp16, auto, gates, verify
+            calibration_images,
+            calibration_method,
+            calibration_count,
+            calibration,
+            keep_fp16,
+            first_convolution,
+            auto,
+            gates,
+            verify,
         )
         return command(calibration=flags, **others)
 
@@ -76,6 +95,12 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--calibration-count", type=int, default=DEFAULT_COUNT, show_default=True, help="Most images."),
         click.option("--calibration", help="Ranges of an earlier run (.calibration.json) instead of measuring them."),
         click.option("--keep-fp16", multiple=True, metavar="PATTERN", help="Convolutions to leave alone: conv4*, say."),
+        click.option(
+            "--first-convolution",
+            type=click.Choice(["fp16", "halves"]),
+            show_default="halves; fp8: fp16",
+            help="halves: int8, the image as two halves of 7 bits, exact for 8-bit images but for white.",
+        ),
         click.option("--auto", is_flag=True, help="int8, fp8: keep the fewest layers in fp16 that meet the gates."),
         click.option("--gate", "gates", multiple=True, metavar="NAME=LIMIT", help="Another limit than the table's."),
         click.option("--verify/--no-verify", default=True, show_default=True, help="int8, fp8: prove it afterwards."),
@@ -119,7 +144,7 @@ def check_flags(onnx: str, flags: CalibrationFlags, precision: str, ranking: boo
         )
     model = load_onnx(onnx)
     check_quantisable(model)
-    kept_layers(model, flags.keep_fp16)
+    kept_layers(model, flags.keep_fp16, Precision(precision), flags.first)
 
 
 def calibrated(onnx: str, flags: CalibrationFlags, precision: str) -> Calibrated:
@@ -138,6 +163,8 @@ def calibrated(onnx: str, flags: CalibrationFlags, precision: str) -> Calibrated
         found = calibrations.calibrate(onnx, given, options, progress)
     for note in found.notes:
         click.echo(f"warning: {note}", err=True)
+    if proof and proof[0] in given:
+        click.echo("warning: too few to hold any out: verified on the images of calibration", err=True)
     path = calibrations.save(found, calibrations.beside(onnx))
     click.echo(f"{'calibration':<14}{path} ({found.summary()})")
     return Calibrated(path, proof)
@@ -156,8 +183,6 @@ def _images(onnx: str, flags: CalibrationFlags) -> tuple[Sequence[Given], Sequen
         size = (model.height_px or 480, model.width_px or 640)
         return calibrations.synthetic_images(min(flags.count, FEW_SYNTHETIC), size), []
     chosen = calibrations.split(flags.images, flags.count)
-    if not chosen.held_out and flags.file is None:
-        click.echo("warning: too few to hold any out: verified on the images of calibration", err=True)
     return chosen.calibration, chosen.held_out or chosen.calibration[: calibrations.MOST_HELD_OUT]
 
 
@@ -175,9 +200,10 @@ def ranked(onnx: str, ranges: Calibrated, precision: str) -> list[LayerCost]:
     with progress_bar("quantising one layer at a time") as progress:
         costs = rank(onnx, calibrations.load(ranges.path), few, Precision(precision), progress)
     first = first_convolutions(load_onnx(onnx))
+    how = "its image as two halves; fp16 with --first-convolution fp16" if precision == "int8" else "stays fp16"
     table = Table(f"only this layer in {precision}", "points within 1 px", "descriptor cosine", "")
     for cost in costs:
-        note = "stays fp16 unless told" if cost.layer in first else ""
+        note = how if cost.layer in first else ""
         table.add_row(cost.layer, f"{cost.keypoints_found_share:.4f}", f"{cost.descriptor_cosine_median:.4f}", note)
     console().print(table)
     return costs
@@ -202,11 +228,12 @@ def chosen(onnx: str, flags: CalibrationFlags, ranges: Calibrated, precision: st
             flags.keep_fp16,
             gate_limits(flags.gates),
             progress,
+            flags.first,
         )
     for step in found.steps:
         failed = ", ".join(f"{g.name} {g.value:.4g} (limit {g.limit:g})" for g in step.failed if g.value is not None)
         verdict = f"fails {failed}" if failed else "meets every gate"
-        click.echo(f"{'tried':<14}{' '.join(step.kept)} in fp16 ({step.because}): {verdict}")
+        click.echo(f"{'tried':<14}{' '.join(step.kept) or 'nothing'} in fp16 ({step.because}): {verdict}")
     if not found.passed:
         click.echo(
             f"no choice of layers meets the gates: whatever is left in {precision} costs nothing alone; use "
@@ -214,7 +241,7 @@ def chosen(onnx: str, flags: CalibrationFlags, ranges: Calibrated, precision: st
             err=True,
         )
         raise click.exceptions.Exit(GATE_FAILED)
-    click.echo(f"{'kept in fp16':<14}{' '.join(found.kept)}")
+    click.echo(f"{'kept in fp16':<14}{' '.join(found.kept) or 'nothing'}")
     return found
 
 
@@ -287,7 +314,7 @@ def quantize(
             write_json(json_path, report)
     if output is None:
         return
-    written = quantizing.quantize_file(onnx, output, ranges.path, Precision(precision), keep)
+    written = quantizing.quantize_file(onnx, output, ranges.path, Precision(precision), keep, calibration.first)
     print_info(written)
     if calibration.verify:
         prove(written, onnx, ranges.proof, gate_limits(calibration.gates))

@@ -26,7 +26,7 @@ from superpoint_trt.precision import (
     quantised_chain,
     to_precision,
 )
-from superpoint_trt.quantize import quantize
+from superpoint_trt.quantize import FirstConvolution, quantize
 from superpoint_trt.spec import (
     CELL_PX,
     INPUT_NAME,
@@ -72,7 +72,9 @@ class BuildOptions:
     calibration: PathLike | None = None
     """Of int8 and fp8: the ranges that `calibration.save` wrote; not needed where the .onnx is quantised already."""
     keep_fp16: tuple[str, ...] = ()
-    """Name patterns of convolutions that int8 and fp8 leave alone, besides the first."""
+    """Name patterns of convolutions that int8 and fp8 leave alone."""
+    first_convolution: FirstConvolution | None = None
+    """Of int8 and fp8: how the convolution that reads the image runs; None: as `quantize` chooses."""
 
     def __post_init__(self) -> None:
         if self.workspace_gib is not None and not 0 < self.workspace_gib <= MOST_WORKSPACE_GIB:
@@ -97,6 +99,7 @@ class BuildOptions:
             "optimization-level": self.optimization_level,
             "target": ",".join(self.targets) or None,
             "calibration": self.calibration,
+            "first-convolution": self.first_convolution.value if self.first_convolution else None,
         }
         for name, value in options.items():
             if value is not None:
@@ -267,9 +270,10 @@ def _typed(source: onnx.ModelProto, options: BuildOptions, path: PathLike) -> on
     """The graph in the precision asked for; one that already has it is taken as it is."""
     precision, found = options.precision, convolution_type(source)
     if found is precision and found is not Precision.FP32:
-        if options.calibration is not None or options.keep_fp16:
+        if options.calibration is not None or options.keep_fp16 or options.first_convolution:
             raise SuperPointError(
-                f"{path} is quantised already, so calibration and --keep-fp16 come too late; use the fp32 .onnx."
+                f"{path} is quantised already, so calibration, --keep-fp16 and --first-convolution come too late; use "
+                "the fp32 .onnx."
             )
         return source
     if found is not None and found is not Precision.FP32:
@@ -278,9 +282,10 @@ def _typed(source: onnx.ModelProto, options: BuildOptions, path: PathLike) -> on
             "the fp32 .onnx."
         )
     if precision not in QUANTISED_TYPES:
-        if options.calibration is not None or options.keep_fp16:
+        if options.calibration is not None or options.keep_fp16 or options.first_convolution:
             raise SuperPointError(
-                f"calibration and --keep-fp16 are for int8 and fp8, but {precision.value} was asked for."
+                "calibration, --keep-fp16 and --first-convolution are for int8 and fp8, but "
+                f"{precision.value} was asked for."
             )
         return to_precision(source, precision)
     if options.calibration is None:
@@ -290,7 +295,7 @@ def _typed(source: onnx.ModelProto, options: BuildOptions, path: PathLike) -> on
         )
     ranges = calibrations.load(options.calibration)
     calibrations.check_same_network(ranges, _description(source), path)
-    return quantize(source, ranges, precision, options.keep_fp16)
+    return quantize(source, ranges, precision, options.keep_fp16, options.first_convolution)
 
 
 def _profile(model: onnx.ModelProto, options: BuildOptions) -> ShapeRange:

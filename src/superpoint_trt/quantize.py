@@ -9,12 +9,13 @@ does it for other builders). Placement, and why:
 - Behind a BatchNorm that could not be folded: there one rounding is needed, in front it would be two.
 - Readers of one tensor (both heads) share one pair.
 - Symmetric, zero points 0: zero padding stays exact, and TensorRT takes nothing else.
-- The first convolution reads one channel, so there is little to gain, and 8 bits of image need more than int8's 7.
+- The first convolution reads the image, whose 8 bits need more than int8's 7: as two halves (`split_image`), or fp16.
 """
 
 from __future__ import annotations
 
 import copy
+import enum
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,8 +42,24 @@ from superpoint_trt.precision import (
 from superpoint_trt.spec import Precision, SuperPointError
 
 
+class FirstConvolution(str, enum.Enum):
+    """What becomes of the convolution that reads the image."""
+
+    FP16 = "fp16"
+    """Left alone."""
+    HALVES = "halves"
+    """int8, its image as the sum of two halves (`split_image`)."""
+    WHOLE = "whole"
+    """As the others: an image's 255 steps in 127, or in fp8. To be measured, not to be used."""
+
+
 def quantize_file(
-    model: PathLike, output: PathLike, ranges: PathLike, precision: Precision = Precision.INT8, keep: Sequence[str] = ()
+    model: PathLike,
+    output: PathLike,
+    ranges: PathLike,
+    precision: Precision = Precision.INT8,
+    keep: Sequence[str] = (),
+    first: FirstConvolution | None = None,
 ) -> Path:
     """As `quantize`, from file to file.
 
@@ -51,7 +68,8 @@ def quantize_file(
         output: the .onnx; written beside and renamed.
         ranges: what `calibration.save` wrote.
         precision: INT8 or FP8.
-        keep: name patterns of convolutions to leave alone, besides the first.
+        keep: name patterns of convolutions to leave alone.
+        first: as `quantize`.
 
     Raises:
         SuperPointError: as `quantize`, or the ranges are of another network; nothing is written then.
@@ -59,7 +77,7 @@ def quantize_file(
     source = load_onnx(model)
     found = load(ranges)
     check_same_network(found, described(source, model), model)
-    return write_atomically(output, quantize(source, found, precision, keep).SerializeToString())
+    return write_atomically(output, quantize(source, found, precision, keep, first).SerializeToString())
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,7 @@ def quantize(
     calibration: Calibration,
     precision: Precision = Precision.INT8,
     keep: Sequence[str] = (),
-    keep_first: bool = True,
+    first: FirstConvolution | None = None,
 ) -> onnx.ModelProto:
     """Writes Q/DQ pairs around convolutions.
 
@@ -91,26 +109,38 @@ def quantize(
         model: fp32 graph; left as it is.
         calibration: a range for the input of each convolution that is to be quantised.
         precision: INT8 or FP8 (E4M3, opset 19 or newer).
-        keep: name patterns (`conv4*`) of convolutions to leave alone, besides the first.
-        keep_first: False quantises the first as well; see `split_image`.
+        keep: name patterns (`conv4*`) of convolutions to leave alone.
+        first: what becomes of the convolution that reads the image, if `keep` does not name it. None: HALVES of int8
+            where the graph allows it, else FP16.
 
     Returns:
         A new fp32 graph with Q/DQ pairs; inputs and outputs as before. The metadata name precision, calibration and
         what was left alone. An older opset is raised to the first that has what is needed.
 
     Raises:
-        SuperPointError: not fp32, a pattern without a match, nothing left to quantise, or a range is missing.
+        SuperPointError: not fp32, a pattern without a match, nothing left to quantise, a range is missing, or the image
+            cannot be split.
     """
     check_quantisable(model)
     if precision not in KINDS:
         raise SuperPointError(f"precision {precision.value} is not quantised; expected int8 or fp8.")
-    kept = kept_layers(model, keep, keep_first)
+    kept = kept_layers(model, keep, precision, first)
     chosen = [name for name in convolutions(model) if name not in kept]
     if not chosen:
         raise SuperPointError(f"nothing is left to quantise: all convolutions are kept ({', '.join(kept)}).")
+    front = set(first_convolutions(model)) - set(kept)
+    done = _resolved(model, precision, first) if front else FirstConvolution.FP16
+    if done is FirstConvolution.HALVES:
+        model, calibration = split_image(model, calibration)
     quantised = with_opset(equalise(model, calibration.channels), KINDS[precision].opset)
     _Insertion(quantised, calibration, precision).run(set(chosen))
-    note_metadata(quantised, precision=precision.value, calibration=calibration.summary(), kept_layers=" ".join(kept))
+    note_metadata(
+        quantised,
+        precision=precision.value,
+        calibration=calibration.summary(),
+        kept_layers=" ".join(kept),
+        first_convolution=done.value,
+    )
     return onnx.shape_inference.infer_shapes(quantised)
 
 
@@ -126,14 +156,49 @@ def first_convolutions(model: onnx.ModelProto) -> list[str]:
     return first
 
 
-def kept_layers(model: onnx.ModelProto, patterns: Sequence[str], keep_first: bool = True) -> list[str]:
-    """Names of the convolutions left alone: the first, and those that a pattern names.
+def _resolved(model: onnx.ModelProto, precision: Precision, first: FirstConvolution | None) -> FirstConvolution:
+    """What becomes of the first convolution, as asked or by default.
 
     Raises:
-        SuperPointError: a pattern that names none.
+        SuperPointError: halves were asked for, but the precision is not int8, or the image cannot be split.
+    """
+    if first is None:
+        able = precision is Precision.INT8 and not _unsplittable(model)
+        return FirstConvolution.HALVES if able else FirstConvolution.FP16
+    if first is FirstConvolution.HALVES:
+        why = "halves make an image fit for int8" if precision is not Precision.INT8 else _unsplittable(model)
+        if why:
+            raise SuperPointError(f"{why}; {precision.value} of this model needs --first-convolution fp16.")
+    return first
+
+
+def _unsplittable(model: onnx.ModelProto) -> str | None:
+    """Why `split_image` cannot be, if so."""
+    first = first_convolutions(model)
+    node = convolutions(model)[first[0]] if first else None
+    image = model.graph.input[0].name
+    if node is None or len(first) != 1 or node.input[0] != image:
+        read = node.input[0] if node is not None else "nothing"
+        return f"the image cannot be split: {', '.join(first)} reads {read}, not {image}"
+    weight = constants(model.graph).get(node.input[1])
+    if weight is None or len(weight.dims) != 4 or weight.dims[1] != 1:
+        return f"the image cannot be split: {first[0]} does not read one channel"
+    return None
+
+
+def kept_layers(
+    model: onnx.ModelProto,
+    patterns: Sequence[str],
+    precision: Precision = Precision.INT8,
+    first: FirstConvolution | None = None,
+) -> list[str]:
+    """Names of the convolutions left alone: those that a pattern names, and the first if it stays fp16.
+
+    Raises:
+        SuperPointError: a pattern that names none, or `first` cannot be.
     """
     names = list(convolutions(model))
-    kept = set(first_convolutions(model) if keep_first else ())
+    kept = set(first_convolutions(model) if _resolved(model, precision, first) is FirstConvolution.FP16 else ())
     for pattern in patterns:
         found = fnmatch.filter(names, pattern)
         if not found:
@@ -174,7 +239,8 @@ def split_image(model: onnx.ModelProto, calibration: Calibration) -> tuple[onnx.
 
     int8 has 127 steps from 0 to 1, an image 255. Of a pixel X / 255 the halves are X / 2 rounded up and rounded down,
     each exact in 127 steps of 1 / 255 (only white, 255, loses one step); convolved with the same weights their sum is
-    the pixel.
+    the pixel. A float image is rounded to 1 / 255 on the way. The weights are rounded up for one half and down for the
+    other, so that on average they have twice int8's steps; as the halves differ by no more than 1 / 255, that holds.
 
     Args:
         model: fp32 graph whose first convolution reads the image itself; left as it is.
@@ -186,31 +252,43 @@ def split_image(model: onnx.ModelProto, calibration: Calibration) -> tuple[onnx.
     Raises:
         SuperPointError: something lies between the image and the first convolution.
     """
+    why = _unsplittable(model)
+    if why:
+        raise SuperPointError(f"{why}.")
     split = copy.deepcopy(model)
     graph = split.graph
     first = next(node for node in graph.node if node.op_type == "Conv")
-    image = graph.input[0].name
-    if first.input[0] != image:
-        raise SuperPointError(f"{name_of(first)} reads {first.input[0]}, not {image}: its input cannot be split.")
+    image, single = graph.input[0].name, first.input[1]
     weight = numpy_helper.to_array(constants(graph)[first.input[1]])
     quarter_step = np.float32(0.25 / 255)
     new = {
         f"{HALVES}.half": np.array(0.5, np.float32),
         f"{HALVES}.steps": np.array([quarter_step, -quarter_step], np.float32).reshape(1, 2, 1, 1),
-        f"{first.input[1]}.twice": np.concatenate([weight, weight], axis=1),
+        f"{single}.twice": np.concatenate(_rounded_apart(weight), axis=1),
     }
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in new.items())
     steps = [
         helper.make_node("Mul", [image, f"{HALVES}.half"], [f"{HALVES}.scaled"], name=f"{HALVES}.scaled"),
         helper.make_node("Add", [f"{HALVES}.scaled", f"{HALVES}.steps"], [HALVES], name=HALVES),
     ]
-    first.input[0], first.input[1] = HALVES, f"{first.input[1]}.twice"
+    first.input[0], first.input[1] = HALVES, f"{single}.twice"
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*steps, *graph.node)]
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]
+    for index, constant in enumerate(graph.initializer):
+        if constant.name == single and not any(single in node.input for node in graph.node):
+            del graph.initializer[index]
+            break
     ranges = {HALVES: 127.0 / 255.0, **calibration.ranges}
     return onnx.shape_inference.infer_shapes(split), replace(calibration, ranges=ranges)
+
+
+def _rounded_apart(weight: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """Weights a quarter of a step of int8 larger, and smaller; no channel's largest magnitude grows."""
+    largest = np.abs(weight).max(axis=(1, 2, 3), keepdims=True)
+    quarter = largest / np.float32(4 * KINDS[Precision.INT8].largest)
+    return [np.minimum(weight + quarter, largest), np.maximum(weight - quarter, -largest)]
 
 
 class _Insertion:

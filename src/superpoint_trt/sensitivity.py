@@ -16,7 +16,7 @@ from superpoint_trt.calibration import Calibration, check_quantisable, check_sam
 from superpoint_trt.extractor import SuperPoint
 from superpoint_trt.files import PathLike
 from superpoint_trt.precision import convolutions, described, load_onnx, raw_heads
-from superpoint_trt.quantize import kept_layers, quantize
+from superpoint_trt.quantize import FirstConvolution, kept_layers, quantize
 from superpoint_trt.spec import Keypoints, Precision, SuperPointError
 from superpoint_trt.verify import FOUND_WITHIN_PX, Gate, Verification, cosines, mutual_within, verify, within
 
@@ -64,7 +64,7 @@ class Choice:
     """What `fewest_kept` found, and how it came there."""
 
     kept: list[str]
-    """Layers in fp16, the first and those asked for included."""
+    """Layers in fp16, those asked for included."""
     passed: bool
     steps: list[Step] = field(default_factory=list)
 
@@ -115,6 +115,7 @@ def fewest_kept(
     keep: Sequence[str] = (),
     limits: Mapping[str, float] | None = None,
     progress: Progress | None = None,
+    first: FirstConvolution | None = None,
 ) -> Choice:
     """Keeps layers in fp16, one by one, until the gates of `verify` hold; then gives back what is not needed.
 
@@ -127,14 +128,15 @@ def fewest_kept(
         images: to verify on.
         costs: of `rank`.
         precision: INT8 or FP8.
-        keep: name patterns of layers to keep in any case, besides the first.
+        keep: name patterns of layers to keep in any case.
         limits: gate name -> limit, over the precision's own.
         progress: called with (images done, in all), for each choice anew.
+        first: as `quantize` takes it.
 
     Raises:
         SuperPointError: as `rank` and `verify`.
     """
-    network = _Network(model, calibration, precision)
+    network = _Network(model, calibration, precision, first)
     with tempfile.TemporaryDirectory() as folder:
         trial = _Trial(network, folder, images, keep, limits, progress)
         added: list[str] = []
@@ -164,27 +166,36 @@ def _costliest(costs: Sequence[LayerCost], step: Step) -> LayerCost | None:
 class _Network:
     """The raw heads of a model: what is quantised, whatever its type."""
 
-    def __init__(self, model: PathLike, calibration: Calibration, precision: Precision) -> None:
+    def __init__(
+        self,
+        model: PathLike,
+        calibration: Calibration,
+        precision: Precision,
+        first: FirstConvolution | None = None,
+    ) -> None:
         source = load_onnx(model)
         check_quantisable(source)
         check_same_network(calibration, described(source, model), model)
         self.fp32 = raw_heads(source, model)
-        self._calibration, self._precision = calibration, precision
+        self._calibration, self._precision, self._first = calibration, precision, first
 
     def kept(self, keep: Sequence[str], added: Iterable[str] = ()) -> list[str]:
-        return kept_layers(self.fp32, [*keep, *map(glob.escape, added)])
+        return kept_layers(self.fp32, [*keep, *map(glob.escape, added)], self._precision, self._first)
 
     def write_fp32(self, folder: str) -> Path:
         return _write(self.fp32, folder, "fp32")
 
     def write_only(self, layer: str, folder: str) -> Path:
-        """One layer quantised, be it the first."""
+        """One layer quantised, be it the first: as halves where it can be."""
         others = [glob.escape(name) for name in convolutions(self.fp32) if name != layer]
-        quantised = quantize(self.fp32, self._calibration, self._precision, others, keep_first=False)
+        alone = kept_layers(self.fp32, [], self._precision)
+        first = FirstConvolution.WHOLE if layer in alone else None
+        quantised = quantize(self.fp32, self._calibration, self._precision, others, first)
         return _write(quantised, folder, "quantised")
 
     def write_without(self, kept: Sequence[str], folder: str) -> Path:
-        quantised = quantize(self.fp32, self._calibration, self._precision, [glob.escape(name) for name in kept])
+        patterns = [glob.escape(name) for name in kept]
+        quantised = quantize(self.fp32, self._calibration, self._precision, patterns, self._first)
         return _write(quantised, folder, "quantised")
 
 

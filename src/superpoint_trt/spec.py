@@ -138,6 +138,8 @@ class ModelDescription:
     """Of a quantised model: how its ranges were found, "percentile 99.99, 144 images"."""
     kept_layers: str | None = None
     """With it: the convolutions that are not quantised, by name, separated by spaces."""
+    first_convolution: str | None = None
+    """With it: how the convolution that reads the image runs, "fp16" or "halves"."""
     superpoint_trt_version: str = __version__
 
     METADATA_PREFIX = "superpoint_trt."
@@ -180,7 +182,7 @@ _ENUM_FIELDS: Mapping[str, type[enum.Enum]] = {
     "family": Family,
 }
 _COUNTS = ("height_px", "width_px", "max_batch_size", "stride_px", "descriptor_dim", "opset", "max_keypoints")
-_TEXT_FIELDS = ("checkpoint_sha256", "superpoint_trt_version", "calibration", "kept_layers")
+_TEXT_FIELDS = ("checkpoint_sha256", "superpoint_trt_version", "calibration", "kept_layers", "first_convolution")
 
 
 def _parse(key: str, value: str) -> Any:
