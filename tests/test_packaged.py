@@ -1,0 +1,111 @@
+"""The weights in the package: what they are, that commands fall back on them, and that they find what is there."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import photograph
+
+from superpoint_trt import SuperPoint, packaged, ready
+from superpoint_trt import checkpoint as checkpoints
+from superpoint_trt.checkpoint import NormPlacement
+from superpoint_trt.cli import cli, run
+from superpoint_trt.demo import demo
+from superpoint_trt.files import sha256
+from superpoint_trt.matching import match_images
+from superpoint_trt.spec import Family, Sampling, SuperPointError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_file_is_small_plain_and_half(tmp_path):
+    loaded = checkpoints.load(packaged.WEIGHTS)
+    assert (loaded.family, loaded.norm, loaded.sampling) == (
+        Family.SUPERPOINT_TRT,
+        NormPlacement.NONE,
+        Sampling.HALF_PIXEL,
+    )
+    assert loaded.channels == (64, 64, 128, 128, 256) and loaded.descriptor_dim == 256
+    assert packaged.WEIGHTS.stat().st_size < 2.7e6
+    for layer in loaded.layers.values():
+        np.testing.assert_array_equal(layer.weight, layer.weight.astype(np.float16))
+
+
+def test_card_and_log_belong_to_the_file():
+    assert sha256(packaged.WEIGHTS.read_bytes()) in packaged.MODEL_CARD.read_text()
+    log = [json.loads(line) for line in packaged.TRAINING_LOG.read_text().splitlines()]
+    stages = list(dict.fromkeys(entry["stage"] for entry in log if "stage" in entry and "resumed" not in entry))
+    assert stages == ["shapes", "first", "second", "third", "fourth"]
+
+
+def test_the_default_model_is_made_once(cache):
+    first = ready.default_model()
+    assert first.parent == cache and list(cache.iterdir()) == [first]
+    made = first.stat().st_mtime_ns
+    assert ready.default_model() == first and first.stat().st_mtime_ns == made
+
+
+def test_a_cache_that_cannot_be_made_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"x")
+    monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(SuperPointError, match="cannot be made"):
+        ready.default_model()
+
+
+def test_the_demo_finds_the_warp_that_is_known(tmp_path):
+    with SuperPoint(ready.default_model()) as superpoint:
+        shown = demo(superpoint, tmp_path)
+    assert len(shown.found.matches) > 300
+    assert shown.correct > 0.75
+    assert shown.corner_error_px < 3
+    assert all(path.stat().st_size > 10_000 for path in shown.pictures)
+
+
+@pytest.mark.parametrize("name", ["astronaut", "camera"])
+def test_a_turned_and_dimmed_photograph_is_matched(name):
+    """Photographs that were never trained on, turned by 20 degrees about the centre."""
+    import cv2
+
+    image = photograph(480, 640, name)
+    turn = cv2.getRotationMatrix2D((319.5, 239.5), 20, 0.9)
+    copy = np.round(cv2.warpAffine(image, turn, (640, 480), borderMode=cv2.BORDER_REFLECT) * 0.6).astype(np.uint8)
+    with SuperPoint(ready.default_model(), max_keypoints=1000) as superpoint:
+        found = match_images(superpoint.extract(image), superpoint.extract(copy))
+    assert found.geometry.matrix is not None
+    np.testing.assert_allclose(found.geometry.matrix[:2], turn, atol=0.02 * np.abs(turn).max())
+    assert found.geometry.inliers.sum() > 200
+
+
+def test_commands_take_them_by_default(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photo = str(packaged.PHOTO)
+    assert run(cli, ["export", "--output", "m.onnx", "--height", "240", "--width", "320"]) == 0
+    assert sha256(packaged.WEIGHTS.read_bytes()) in capsys.readouterr().out
+    for arguments in (
+        ["infer", "--image", photo, "--save", "f.npz"],
+        ["match", photo, photo],
+        ["bench", "--iterations", "1", "--size", "64x64"],
+        ["demo", "--output", "pictures/of/it"],
+    ):
+        assert run(cli, arguments) == 0, arguments
+    assert "the packaged weights" in capsys.readouterr().out
+    assert (tmp_path / "pictures/of/it/matches.jpg").is_file()
+
+
+def test_the_list_shows_them_first(capsys):
+    assert run(cli, ["weights", "list"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("packaged: ") and out.index("packaged: ") < out.index("v6: ")
+    assert str(packaged.WEIGHTS) in out and "MIT" in out
+
+
+def test_a_demo_without_a_place_for_pictures_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_bytes(b"x")
+    assert run(cli, ["demo", "--output", str(tmp_path / "file")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
