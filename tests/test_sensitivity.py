@@ -20,7 +20,6 @@ from superpoint_trt import packaged, sensitivity
 from superpoint_trt.calibration import Calibration, calibrate
 from superpoint_trt.cli import cli, run
 from superpoint_trt.export import ExportOptions, export
-from superpoint_trt.files import sha256
 from superpoint_trt.plan import read_plan
 from superpoint_trt.precision import convolutions, load_onnx
 from superpoint_trt.quantize import FirstConvolution, quantize
@@ -72,13 +71,6 @@ def values(found: Verification) -> dict[str, float | None]:
     return {gate.name: gate.value for gate in found.gates}
 
 
-STAND_IN = "68c2049f4e64b31ca1df44960fd67ae7a15a566c483361df80c0165779e882a2"
-"""Of a first training run: half of its 3,000 points a photograph score below 0.02, and such points do not last."""
-
-
-@pytest.mark.xfail(
-    sha256(packaged.WEIGHTS.read_bytes()) == STAND_IN, reason="weak points of the stand-in weights", strict=True
-)
 def test_the_packaged_weights_keep_their_points_in_int8(proven, sound):
     found = proven(sound)
     assert found.passed, values(found)
