@@ -315,14 +315,29 @@ def test_the_command(tiny, folder, tmp_path):
         (["--set", "pairs=many"], "'many' is no int"),
         (["--set", "nothing=1"], "expected one of pairs"),
         (["--photos", "empty"], "no photographs in"),
+        (["--photos", "broken"], "is not a readable image"),
+        (["--device", "tpus"], "expected cuda, cuda:1 or cpu"),
     ],
 )
 def test_bad_arguments_end_in_one_line(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/cut.png").write_bytes(b"not an image")
     folder = [] if "--photos" in arguments else ["--photos", "empty"]
-    done = CliRunner().invoke(main, [*folder, *arguments, "--output", "r", "--device", "cpu", "--smoke"])
-    assert done.exit_code != 0 and words in done.output + str(done.exception)
+    done = CliRunner().invoke(
+        main,
+        [
+            *folder,
+            *arguments,
+            "--output",
+            "r",
+            "--smoke",
+            *(["--device", "cpu"] if "--device" not in arguments else []),
+        ],
+    )
+    assert done.exit_code == 2 and words in " ".join(done.output.split())
+    assert not (tmp_path / "r").exists()
 
 
 def test_what_is_held_out_is_not_trained_on(tmp_path):

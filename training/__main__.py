@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import torch
 
+from superpoint_trt.spec import SuperPointError
 from training import photos
 from training.train import SMOKE, Plan, Run
 
@@ -32,7 +33,10 @@ def main(
     steps_scale: float,
 ) -> None:
     """Trains a SuperPoint from nothing."""
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise click.UsageError(f"--device {device}: expected cuda, cuda:1 or cpu.") from None
     if where.type == "cuda":
         if not torch.cuda.is_available():
             raise click.UsageError("PyTorch sees no GPU here; --device cpu --smoke tries every stage in seconds.")
@@ -42,8 +46,11 @@ def main(
     stages = tuple(replace(stage, steps=max(1, round(stage.steps * steps_scale))) for stage in plan.stages)
     plan = replace(plan, stages=stages)
     plan = replace(plan, **dict(_change(plan, text) for text in changes))
-    train, held_out = photos.find([Path(folder) for folder in folders])
-    banks = [photos.load(paths, where, plan.canvas_px) for paths in (train, held_out or train[:1])]
+    try:
+        train, held_out = photos.find([Path(folder) for folder in folders])
+        banks = [photos.load(paths, where, plan.canvas_px) for paths in (train, held_out or train[:1])]
+    except SuperPointError as error:
+        raise click.UsageError(str(error)) from None
     run = Run(plan, Path(output), *banks, where, compiled and where.type == "cuda")
     print(f"trained: {run.run()}")
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from superpoint_trt.spec import SuperPointError
 from training.bank import Bank
 
 CANVAS_PX = 768
@@ -48,12 +49,17 @@ def find(folders: list[Path]) -> tuple[list[Path], list[Path]]:
 
     Args:
         folders: searched for .png, .jpg and .ppm at any depth; the scikit-image wheel's photographs are added.
+
+    Raises:
+        SuperPointError: no photograph in any of them.
     """
     import skimage
 
     found = sorted(p for folder in folders for p in folder.rglob("*") if p.suffix in (".png", ".jpg", ".ppm"))
     if not found:
-        raise SystemExit(f"no photographs in {', '.join(map(str, folders))}: name folders that hold some (--photos).")
+        raise SuperPointError(
+            f"no photographs in {', '.join(map(str, folders))}: name folders that hold some (--photos)."
+        )
     own = Path(skimage.__file__).parent / "data"
     train = [path for path in found if path.name not in HELD_OUT]
     train += [own / name for name in SKIMAGE if (own / name).is_file()]
@@ -64,7 +70,10 @@ def load(paths: list[Path], device: torch.device, canvas_px: int = CANVAS_PX) ->
     """Photographs on canvases; what is larger is shrunk to fit."""
     canvases, sizes = [], []
     for path in paths:
-        pixels = _fit(cv2.imread(str(path), cv2.IMREAD_COLOR), canvas_px)
+        read = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        if read is None:
+            raise SuperPointError(f"{path} is not a readable image: mend it, or take it out of the folder.")
+        pixels = _fit(read, canvas_px)
         height, width = pixels.shape[:2]
         canvas = np.zeros((canvas_px, canvas_px, 3), np.uint8)
         canvas[:height, :width] = pixels[..., ::-1]
