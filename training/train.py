@@ -44,9 +44,8 @@ class Plan:
     stages: tuple[Stage, ...] = (
         Stage("shapes", 2500, 1e-3),
         Stage("first", 2500, 1e-3, 48),
-        Stage("second", 3000, 1e-3, 64),
-        Stage("third", 9500, 1e-3, 96),
-        Stage("fourth", 200, 1e-3, 48, detector_only=True),
+        Stage("second", 3500, 1e-3, 64),
+        Stage("third", 9000, 1e-3, 80),
     )
     pairs: int = 32
     """Of views, a step."""
@@ -58,7 +57,7 @@ class Plan:
     channels: tuple[int, ...] = (64, 64, 128, 128, 256)
     descriptor_dim: int = 256
     shapes: int = 12000
-    collages: int = 500
+    collages: int = 300
     collage_share: float = 0.5
     adapt_batch: int = 16
     adapt_hw: tuple[int, int] = VIEW_HW
