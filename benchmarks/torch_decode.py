@@ -76,6 +76,7 @@ def median_p95(step: Callable[[int], object], calls: int) -> str:
 
 def main(weights: str, calls: int, ready: Path | None, go: Path | None) -> None:
     """Prints one line a way."""
+    torch.set_num_threads(1)  # on a machine of many cores its pool costs milliseconds for the smallest copy
     checkpoint = checkpoints.load(weights)
     picture = synthetic_photograph(*SIZE_HW)
     images = [np.ascontiguousarray(np.roll(picture, 24 * index, axis=1)) for index in range(8)]
@@ -117,13 +118,24 @@ def main(weights: str, calls: int, ready: Path | None, go: Path | None) -> None:
                 host.copy_(part, non_blocking=True)
         view = staging.numpy()[0, 0]
 
-        def replay(index: int, view=view, graph=graph, hosts=hosts) -> object:
+        shown = [host.numpy() for host in hosts]
+
+        def replay(index: int, view=view, graph=graph, shown=shown) -> object:
             np.copyto(view, images[index % 8])
             graph.replay()
             torch.cuda.synchronize()
-            return [host.clone() for host in hosts]  # the caller's own, as ours are
+            return [part.copy() for part in shown]  # the caller's own, as ours are
 
         replay(0)
+        alone = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        spans = []
+        for _ in range(calls):
+            alone[0].record()
+            graph.replay()
+            alone[1].record()
+            torch.cuda.synchronize()
+            spans.append(alone[0].elapsed_time(alone[1]))
+        print(f"  graph alone ({mode}): median {np.median(spans):.3f} ms", flush=True)
         ways[f"torch.compile ({mode}) + CUDA graph, fp16"] = replay
         print(f"compiled: {mode}", flush=True)
     if ready:

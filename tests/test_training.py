@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import photograph
-from training import losses, photos, shapes, views
+from training import losses, photos, shapes, train, views
 from training.__main__ import main
 from training.adapt import adapt
 from training.bank import Bank, join
@@ -225,10 +225,27 @@ def test_adaptation_finds_what_the_detector_sees_in_every_view(monkeypatch):
             canvas[0, :, spots[:, 1] + dy, spots[:, 0] + dx] = 255
     image = Bank(canvas, torch.tensor([[112.0, 128.0]]), torch.ones(1))
     found = adapt(BrightSpots(), image, views=24, batch=8, view_hw=(96, 128), worth_halves=0.25)
-    best = found.xy[0, :3]
-    assert torch.cdist(best, spots.float()).amin(dim=1).max() < 0.6
-    assert torch.cdist(spots.float(), best).amin(dim=1).max() < 0.6
-    assert found.worth[0, 0] == 1 and (found.worth[0].diff() <= 0).all()
+    for level, farthest in enumerate((0.6, 1.2)):
+        best = found.xy[0, level, :3]
+        assert torch.cdist(best, spots.float()).amin(dim=1).max() < farthest
+        assert torch.cdist(spots.float(), best).amin(dim=1).max() < farthest
+        assert found.worth[0, level, 0] == 1 and (found.worth[0, level].diff() <= 0).all()
+
+
+def test_views_learn_the_points_of_the_distance_they_look_from():
+    xy = torch.stack([torch.full((1, 2), 40.0), torch.full((1, 2), 80.0)])[None].expand(3, -1, -1, -1)
+    worth = torch.tensor([[[1.0], [0.5]]]).expand(3, -1, -1)
+    image = torch.zeros(3, 1, 96, 128)
+    near, far = 0.8 * torch.eye(3), 2.1 * torch.eye(3)
+    far[2, 2] = near[2, 2] = 1
+    far[0] = -far[0]  # mirrored
+    tilted = torch.tensor([[2.0, 0, 0], [0, 2.0, 0], [0.004, 0, 1]])  # the middle of the view: 1.65 px to 1, about
+    view = views.Views(image, image, torch.stack([near, far, tilted]))
+    assert view.octaves().tolist() == pytest.approx([-0.322, 1.070, 0.511], abs=2e-3)
+    seen, known = train._seen(view, xy, worth)
+    assert known[:, 0].tolist() == [1.0, 0.5, 0.5]
+    np.testing.assert_allclose(seen[0, 0], [50, 50], rtol=1e-5)
+    np.testing.assert_allclose(seen[1, 0], [-80 / 2.1, 80 / 2.1], rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------- fold

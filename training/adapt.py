@@ -15,20 +15,20 @@ from torch import Tensor
 from superpoint_trt.network import SuperPointNet
 from superpoint_trt.spec import CELL_PX
 from training.bank import Bank
-from training.geometry import Motion, inverse, pixel_grid, random_motions, scaling, translation, uniform, warp
+from training.geometry import Motion, inverse, pixel_grid, random_motions, translation, uniform, warp
 from training.views import disturb, look
 
-MOTION = Motion(0.7, 20.0, 0.15, 0.2, 0.25, 0.0)
+MOTION = Motion(0.5, 20.0, 0.15, 0.2, 0.25, 0.0)
 VIEW_HW = (480, 640)
+LEVELS = 2
+"""From how far away images are looked at, in octaves from 0: a corner seen from there is a curve from here."""
 AREA_PER_POINT_PX2 = 200.0
-"""As many points at most as one in this area."""
+"""As many points at most as one in this area, at each level's own resolution."""
 NMS_PX = 4
 LEAST = 0.004
 """Share of views that must agree to within about a pixel."""
 WORTH_HALVES = 0.15
 """A point's worth falls by half with each such share of the ranks: scores come to follow repeatability."""
-ZOOM_OUT_OCTAVES = 0.3
-"""Photographs are seen from farther away more often than from nearer: points that last then are the better ones."""
 
 
 @torch.no_grad()
@@ -47,9 +47,9 @@ def adapt(
     Args:
         net: in eval mode, on the bank's device.
         bank: images to label.
-        views: how many of each image.
-        batch: views at a time.
-        view_hw: size of the views.
+        views: how many of each image at level 0; four times as many, of a quarter of the size, at the next.
+        batch: views at a time at level 0, likewise.
+        view_hw: size of the views at level 0.
         worth_halves: share of the ranks over which the probability to learn falls by half; the best point's is 1.
         compiled: torch.compile what is done with a batch.
         progress: called with (images done, images in all).
@@ -58,11 +58,17 @@ def adapt(
     observe = torch.compile(_observe, dynamic=False) if compiled else _observe
     found = []
     for index in range(len(bank)):
-        canvas = bank.images[index].float().mean(dim=0)[None, None] / 255
-        heard = [observe(net, canvas, bank.sizes[index], batch, view_hw) for _ in range(-(-views // batch))]
-        fired, seen = (torch.stack(part).sum(dim=0) for part in zip(*heard))
-        agreement = _blur(fired / seen.clamp(min=1))
-        found.append(_points(agreement, bank.sizes[index], most, worth_halves))
+        canvas, size = bank.images[index].float().mean(dim=0)[None, None] / 255, bank.sizes[index]
+        levels = []
+        for level in range(LEVELS):
+            factor = 2**level
+            smaller, size_hw = F.avg_pool2d(canvas, factor), (size / factor).floor()
+            fewer_px = view_hw[0] // factor, view_hw[1] // factor
+            heard = [observe(net, smaller, size_hw, batch * factor**2, fewer_px) for _ in range(-(-views // batch))]
+            fired, seen = (torch.stack(part).sum(dim=0) for part in zip(*heard))
+            xy, worth = _points(_blur(fired / seen.clamp(min=1)), size_hw, most, worth_halves)
+            levels.append(((xy + 0.5) * factor - 0.5, worth))
+        found.append([torch.stack(part) for part in zip(*levels)])
         if progress:
             progress(index + 1, len(bank))
     xy, worth = (torch.stack(part) for part in zip(*found))
@@ -74,8 +80,7 @@ def _observe(
 ) -> tuple[Tensor, Tensor]:
     """What the detector says in `count` views anywhere in an image, and how often each place was seen; (1, 1, S, S)."""
     place = uniform((count, 2), 0.2, 0.8, canvas.device) * (size_hw.flip(0) - 1)
-    farther = scaling(torch.full_like(place, 2**ZOOM_OUT_OCTAVES))
-    to_canvas = translation(place) @ farther @ random_motions(count, view_hw, MOTION, canvas.device)
+    to_canvas = translation(place) @ random_motions(count, view_hw, MOTION, canvas.device)
     image, inside = look(canvas.expand(count, -1, -1, -1), size_hw.expand(count, 2), to_canvas, view_hw)
     heat = _heat(net, disturb(image))
     side = canvas.shape[-1]

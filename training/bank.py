@@ -19,9 +19,12 @@ class Bank:
     draw: Tensor
     """(N,) float32: how often an image is drawn, relative to the others."""
     xy: Tensor | None = None
-    """(N, K, 2) float32: interest points, x then y in px of the canvas, pixel centres at integers."""
+    """(N, L, K, 2) float32: interest points, x then y in px of the canvas, pixel centres at integers.
+
+    Level l holds what is of interest to a view that looks from l octaves farther away than 1 px to 1 px.
+    """
     worth: Tensor | None = None
-    """(N, K) float32: the detection probability to learn at each point; 0 pads."""
+    """(N, L, K) float32: the detection probability to learn at each point; 0 pads."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -31,9 +34,9 @@ class Bank:
         return replace(self, xy=xy, worth=worth)
 
     def points(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Of some images: xy (B, K, 2) and worth (B, K); none where the bank has no points."""
+        """Of some images: xy (B, L, K, 2) and worth (B, L, K); none where the bank has no points."""
         if self.xy is None or self.worth is None:
-            return self.sizes.new_zeros(len(index), 0, 2), self.sizes.new_zeros(len(index), 0)
+            return self.sizes.new_zeros(len(index), 1, 0, 2), self.sizes.new_zeros(len(index), 1, 0)
         return self.xy[index], self.worth[index]
 
     def sample(self, count: int) -> Tensor:

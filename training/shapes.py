@@ -268,4 +268,4 @@ def draw(count: int, device: torch.device, batch: int = 32) -> Bank:
     height, width = SIZE_HW
     images = F.pad(gray, (0, 0, 0, width - height))[:, None].expand(-1, 3, -1, -1)
     sizes = gray.new_tensor(SIZE_HW, dtype=torch.float32).expand(count, 2)
-    return Bank(images, sizes, torch.ones(count, device=gray.device), xy, worth)
+    return Bank(images, sizes, torch.ones(count, device=gray.device), xy[:, None], worth[:, None])

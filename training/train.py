@@ -21,7 +21,7 @@ from training.bank import Bank, join
 from training.fold import fold
 from training.geometry import inverse, warp
 from training.validate import validate
-from training.views import disturb, pair
+from training.views import Views, disturb, pair
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,11 @@ class Run:
     def _prepare(self, colour: Tensor, sizes: Tensor, xy: Tensor, worth: Tensor) -> Batch:
         """Fresh pairs of views of some images, and what is true of them."""
         first, second, homography = pair(colour, sizes, self.plan.view_hw)
-        seen = [warp(xy, inverse(view.to_canvas)) for view in (first, second)]
+        seen, worths = zip(*(_seen(view, xy, worth) for view in (first, second)))
         inside = torch.cat([first.inside, second.inside])
-        target, counts = losses.detector_targets(torch.cat(seen), worth.repeat(2, 1), inside)
+        target, counts = losses.detector_targets(torch.cat(seen), torch.cat(worths), inside)
         both = (first.inside, second.inside)
-        points = losses.correspondences(seen[0], worth, homography, both, self.plan.points)
+        points = losses.correspondences(seen[0], worths[0], homography, both, self.plan.points)
         return Batch(disturb(torch.cat([first.image, second.image])), target, counts, *points)
 
     def _objective(self, batch: Batch, descriptors: bool) -> tuple[Tensor, Tensor]:
@@ -274,6 +274,13 @@ class Run:
         print(line, flush=True)
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(line + "\n")
+
+
+def _seen(view: Views, xy: Tensor, worth: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the bank's points those of the level that suits each view: (B, K, 2) px of the view, and (B, K)."""
+    level = view.octaves().round().clamp(0, xy.shape[1] - 1).long()
+    rows = torch.arange(len(xy), device=xy.device)
+    return warp(xy[rows, level], inverse(view.to_canvas)), worth[rows, level]
 
 
 def _ready_detector(net: SuperPointNet) -> None:

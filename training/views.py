@@ -28,6 +28,15 @@ class Views:
     to_canvas: Tensor
     """(B, 3, 3): pixels of the view -> pixels of the canvas."""
 
+    def octaves(self) -> Tensor:
+        """(B,) log2 of canvas pixels along one pixel in the middle of the view: from how far it looks."""
+        height, width = self.image.shape[2:]
+        middle = self.to_canvas.new_tensor([(width - 1) / 2, (height - 1) / 2, 1])
+        # The determinant of a homography's Jacobian at x is det(H) / (h3 x)^3.
+        a, b, c = self.to_canvas.unbind(dim=1)
+        area = (torch.linalg.cross(a, b) * c).sum(dim=1).abs() / (c @ middle).abs() ** 3
+        return area.log2() / 2
+
 
 FIRST = Motion(0.0, 12.0, 0.1, 0.12, 0.2, 0.0)
 """The first view of a pair, on top of a zoom that suits the image."""
