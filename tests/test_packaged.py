@@ -109,3 +109,9 @@ def test_a_demo_without_a_place_for_pictures_is_refused(tmp_path, monkeypatch, c
     (tmp_path / "file").write_bytes(b"x")
     assert run(cli, ["demo", "--output", str(tmp_path / "file")]) == 2
     assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_demo_of_a_bad_model_leaves_no_folder(tmp_path, capsys):
+    (tmp_path / "bad.onnx").write_bytes(b"x")
+    assert run(cli, ["demo", "--model", str(tmp_path / "bad.onnx"), "--output", str(tmp_path / "pictures")]) == 2
+    assert not (tmp_path / "pictures").exists()

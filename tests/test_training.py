@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from conftest import photograph
 from training import losses, photos, shapes, train, views
 from training.__main__ import main
-from training.adapt import adapt
+from training.adapt import adapt, grade
 from training.bank import Bank, join
 from training.fold import fold
 from training.geometry import inverse
@@ -224,12 +224,20 @@ def test_adaptation_finds_what_the_detector_sees_in_every_view(monkeypatch):
         for dx in range(-1, 2):
             canvas[0, :, spots[:, 1] + dy, spots[:, 0] + dx] = 255
     image = Bank(canvas, torch.tensor([[112.0, 128.0]]), torch.ones(1))
-    found = adapt(BrightSpots(), image, views=24, batch=8, view_hw=(96, 128), worth_halves=0.25)
+    found = adapt(BrightSpots(), image, views=24, batch=8, view_hw=(96, 128))
     for level, farthest in enumerate((0.6, 1.2)):
         best = found.xy[0, level, :3]
         assert torch.cdist(best, spots.float()).amin(dim=1).max() < farthest
         assert torch.cdist(spots.float(), best).amin(dim=1).max() < farthest
-        assert found.worth[0, level, 0] == 1 and (found.worth[0, level].diff() <= 0).all()
+        assert found.worth[0, level, 0] > 0.99 and (found.worth[0, level].diff() <= 0).all()
+
+
+def test_points_are_graded_among_those_of_all_images():
+    agreement = torch.tensor([[[0.9, 0.8, 0.0]], [[0.3, 0.0, 0.0]], [[0.6, 0.5, 0.0]]])
+    worth = grade(agreement, worth_share=0.5)
+    expected = 1 / (1 + np.exp(-(0.5 - np.array([0, 1, 2, 3, 4]) / 5) / 0.1))
+    np.testing.assert_allclose(worth[agreement > 0], expected[[0, 1, 4, 2, 3]], rtol=1e-5)
+    assert worth.shape == agreement.shape and (worth[agreement == 0] == 0).all()
 
 
 def test_views_learn_the_points_of_the_distance_they_look_from():

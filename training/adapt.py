@@ -27,8 +27,10 @@ AREA_PER_POINT_PX2 = 200.0
 NMS_PX = 4
 LEAST = 0.004
 """Share of views that must agree to within about a pixel."""
-WORTH_HALVES = 0.15
-"""A point's worth falls by half with each such share of the ranks: scores come to follow repeatability."""
+WORTH_SHARE = 0.5
+"""The best such share of all points is more worth learning than not."""
+WORTH_SOFTNESS = 0.1
+"""Over about twice this share of the ranks, to both sides, worth falls from nearly 1 to nearly 0."""
 
 
 @torch.no_grad()
@@ -38,7 +40,7 @@ def adapt(
     views: int,
     batch: int,
     view_hw: tuple[int, int] = VIEW_HW,
-    worth_halves: float = WORTH_HALVES,
+    worth_share: float = WORTH_SHARE,
     compiled: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bank:
@@ -50,7 +52,7 @@ def adapt(
         views: how many of each image at level 0; four times as many, of a quarter of the size, at the next.
         batch: views at a time at level 0, likewise.
         view_hw: size of the views at level 0.
-        worth_halves: share of the ranks over which the probability to learn falls by half; the best point's is 1.
+        worth_share: the best such share of all points is more worth learning than not.
         compiled: torch.compile what is done with a batch.
         progress: called with (images done, images in all).
     """
@@ -66,13 +68,26 @@ def adapt(
             fewer_px = view_hw[0] // factor, view_hw[1] // factor
             heard = [observe(net, smaller, size_hw, batch * factor**2, fewer_px) for _ in range(-(-views // batch))]
             fired, seen = (torch.stack(part).sum(dim=0) for part in zip(*heard))
-            xy, worth = _points(_blur(fired / seen.clamp(min=1)), size_hw, most, worth_halves)
-            levels.append(((xy + 0.5) * factor - 0.5, worth))
+            xy, agreement = _points(_blur(fired / seen.clamp(min=1)), size_hw, most)
+            levels.append(((xy + 0.5) * factor - 0.5, agreement))
         found.append([torch.stack(part) for part in zip(*levels)])
         if progress:
             progress(index + 1, len(bank))
-    xy, worth = (torch.stack(part) for part in zip(*found))
-    return bank.with_points(xy, worth)
+    xy, agreement = (torch.stack(part) for part in zip(*found))
+    return bank.with_points(xy, grade(agreement, worth_share))
+
+
+def grade(agreement: Tensor, worth_share: float = WORTH_SHARE) -> Tensor:
+    """What each point is worth, (N, L, K) as the agreement on it: by its rank among all points of a level.
+
+    Among those of all images: how a point compares with the others of its image is nothing that a detector could see.
+    """
+    flat = agreement.transpose(0, 1).flatten(1)
+    real = flat > 0
+    rank = flat.argsort(dim=1, descending=True).argsort(dim=1)
+    share = rank / real.sum(dim=1, keepdim=True).clamp(min=1)
+    worth = torch.sigmoid((worth_share - share) / WORTH_SOFTNESS) * real
+    return worth.view(agreement.shape[1], agreement.shape[0], -1).transpose(0, 1).contiguous()
 
 
 def _observe(
@@ -98,17 +113,15 @@ def _heat(net: SuperPointNet, image: Tensor) -> Tensor:
     return F.pixel_shuffle(logits.float().softmax(dim=1)[:, :-1], CELL_PX)
 
 
-def _points(agreement: Tensor, size_hw: Tensor, most: int, worth_halves: float) -> tuple[Tensor, Tensor]:
-    """The places with the most agreement: xy (most, 2) to a fraction of a pixel, and worth (most,)."""
+def _points(agreement: Tensor, size_hw: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The places with the most agreement: xy (most, 2) to a fraction of a pixel, and how much there is, (most,)."""
     height, width = agreement.shape[2:]
     peak = (agreement == F.max_pool2d(agreement, 2 * NMS_PX + 1, 1, NMS_PX)) & (agreement > LEAST)
     allowed = min(most, int(size_hw.prod().item() / AREA_PER_POINT_PX2), height * width)
     values, flat = (agreement * peak).flatten().topk(allowed)
     xy = torch.stack([flat % width, flat // width], dim=1).float() + _refine(agreement, flat)
-    rank = torch.arange(allowed, device=values.device) / allowed
-    worth = 0.5 ** (rank / worth_halves) * (values > 0)
     pad = most - allowed
-    return F.pad(xy, (0, 0, 0, pad)), F.pad(worth, (0, pad))
+    return F.pad(xy, (0, 0, 0, pad)), F.pad(values, (0, pad))
 
 
 def _refine(agreement: Tensor, flat: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from superpoint_trt import checkpoint as checkpoints
 from superpoint_trt.checkpoint import NormPlacement
 from superpoint_trt.network import SuperPointNet
 from training import leaves, losses, photos, shapes
-from training.adapt import VIEW_HW, WORTH_HALVES, adapt
+from training.adapt import VIEW_HW, WORTH_SHARE, adapt
 from training.bank import Bank, join
 from training.fold import fold
 from training.geometry import inverse, warp
@@ -43,9 +43,9 @@ class Plan:
 
     stages: tuple[Stage, ...] = (
         Stage("shapes", 2500, 1e-3),
-        Stage("first", 2500, 1e-3, 48),
-        Stage("second", 3500, 1e-3, 64),
-        Stage("third", 9000, 1e-3, 80),
+        Stage("first", 2500, 1e-3, 64),
+        Stage("second", 3000, 1e-3, 96),
+        Stage("third", 7500, 1e-3, 128),
     )
     pairs: int = 32
     """Of views, a step."""
@@ -61,7 +61,7 @@ class Plan:
     collage_share: float = 0.5
     adapt_batch: int = 16
     adapt_hw: tuple[int, int] = VIEW_HW
-    worth_halves: float = WORTH_HALVES
+    worth_share: float = WORTH_SHARE
     descriptor_weight: float = 1.0
     seed: int = 1
     validation_pairs: int = 16
@@ -167,7 +167,7 @@ class Run:
             saved = torch.load(labels, weights_only=True, map_location=self.device)
             return bank.with_points(saved["xy"], saved["worth"])
         self.net.eval()
-        views = stage.adapted_views, plan.adapt_batch, plan.adapt_hw, plan.worth_halves
+        views = stage.adapted_views, plan.adapt_batch, plan.adapt_hw, plan.worth_share
         adapted = self._timed("adaptation", lambda: adapt(self.net, bank, *views, compiled=self.compiled))
         _save(labels, {"xy": adapted.xy, "worth": adapted.worth})
         return adapted

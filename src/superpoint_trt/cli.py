@@ -254,9 +254,8 @@ def demo(model: str | None, output: str, device: str) -> None:
     from superpoint_trt.demo import demo as run_demo
     from superpoint_trt.files import make_folder
 
-    folder = make_folder(output)
     with open_model(model, device=device) as superpoint:
-        shown = run_demo(superpoint, folder)
+        shown = run_demo(superpoint, make_folder(output))
     found = shown.found
     inliers = int(found.geometry.inliers.sum())
     click.echo(f"{'keypoints':<14}{len(found.first)} in the photograph, {len(found.second)} in its warped, darker copy")
