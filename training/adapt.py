@@ -22,7 +22,7 @@ MOTION = Motion(0.5, 20.0, 0.15, 0.2, 0.25, 0.0)
 VIEW_HW = (480, 640)
 LEVELS = 2
 """From how far away images are looked at, in octaves from 0: a corner seen from there is a curve from here."""
-AREA_PER_POINT_PX2 = 200.0
+AREA_PER_POINT_PX2 = 130.0
 """As many points at most as one in this area, at each level's own resolution."""
 NMS_PX = 4
 LEAST = 0.004

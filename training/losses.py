@@ -13,7 +13,7 @@ from training.geometry import uniform, warp
 
 LABEL_NMS_PX = 4
 """A view that shrinks its image brings points closer than a detector reports; the most worthy stay."""
-AREA_PER_LABEL_PX2 = 320
+AREA_PER_LABEL_PX2 = 200
 """Likewise a view has no more points than this: a detector that fires in every cell ranks nothing."""
 
 
