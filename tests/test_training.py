@@ -338,7 +338,7 @@ def test_refining_changes_the_detector_alone(tiny, folder, tmp_path):
     start = tmp_path / "start.safetensors"
     net = SuperPointNet(SMOKE.channels, SMOKE.descriptor_dim, NormPlacement.BEFORE_RELU)
     checkpoints.save(fold(net), start, half=True)
-    few = ["--smoke", "--steps-scale", "0.02", "--device", "cpu"]
+    few = ["--smoke", "--steps-scale", "0.01", "--set", "adapt_batch=48", "--device", "cpu"]
     done = CliRunner().invoke(
         main, ["--photos", str(folder), "--output", str(tmp_path / "r"), "--start", str(start), *few]
     )

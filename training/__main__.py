@@ -47,7 +47,7 @@ def main(
         where = torch.device("cuda", where.index or 0)
         torch.cuda.set_device(where)
     plan = replace(SMOKE if smoke else Plan(), seed=seed)
-    plan = replace(plan, **REFINEMENT) if start else plan
+    plan = replace(plan, stages=REFINEMENT) if start else plan
     stages = tuple(replace(stage, steps=max(1, round(stage.steps * steps_scale))) for stage in plan.stages)
     plan = replace(plan, stages=stages)
     plan = replace(plan, **dict(_change(plan, text) for text in changes))

@@ -35,8 +35,6 @@ class Stage:
     """Views of each image for homographic adaptation by the network so far; 0: synthetic shapes, corners known."""
     detector_only: bool = False
     """Only the detector's head learns; backbone, BatchNorm statistics and descriptor stay what they are."""
-    disturbed: bool = True
-    """Views in bad light, with noise and blur."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,8 @@ class Plan:
     save_every_s: float = 120.0
 
 
-REFINEMENT = {
-    "stages": (Stage("refined", 120, 3e-4, 6, detector_only=True, disturbed=False),),
-    "pairs": 4,
-    "collages": 0,
-    "adapt_batch": 3,
-}
-"""Of the plan for a checkpoint that is there already: a quarter of an hour on two cores."""
+REFINEMENT = (Stage("refined", 200, 3e-4, 48, detector_only=True),)
+"""For a checkpoint that is there already: minutes on a CPU."""
 
 SMOKE = Plan(
     stages=(Stage("shapes", 2, 1e-3), Stage("first", 2, 1e-3, 2), Stage("last", 2, 1e-3, 2, detector_only=True)),
@@ -138,11 +131,7 @@ class Run:
     device: torch.device
     compiled: bool = False
     start: Checkpoint | None = None
-    """A network without BatchNorm to refine, instead of one that knows nothing. The result lies halfway.
-
-    Weights in the middle between before and after are better than either (Wortsman et al. 2022, "Robust fine-tuning
-    of zero-shot models").
-    """
+    """A network without BatchNorm to begin with, instead of one that knows nothing."""
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -217,7 +206,7 @@ class Run:
                 group["lr"] = stage.learning_rate * group["pace"] * _schedule(step / stage.steps)
             self.net.eval()
             learning.train()
-            sums += self._step(bank, optimizer, stage)
+            sums += self._step(bank, optimizer, bool(stage.adapted_views) and not stage.detector_only)
             done = step + 1
             if done % LOG_EVERY == 0 or done == stage.steps:
                 window = (done - first - 1) % LOG_EVERY + 1
@@ -236,22 +225,14 @@ class Run:
                 self._save_state(number, done, optimizer)
                 saved = time.perf_counter()
         self.net.eval()
-        if self.start:
-            self._go_halfway_back(self.start)
         checkpoints.save(fold(self.net), self.folder / f"{stage.name}.safetensors", half=True)
         self._save_state(number + 1, 0, None)
 
-    @torch.no_grad()
-    def _go_halfway_back(self, start: Checkpoint) -> None:
-        began = SuperPointNet.from_checkpoint(start).to(self.device)
-        for now, then in zip(self.net.parameters(), began.parameters()):
-            now.lerp_(then, 0.5)
-
-    def _step(self, bank: Bank, optimizer: torch.optim.Optimizer, stage: Stage) -> Tensor:
+    def _step(self, bank: Bank, optimizer: torch.optim.Optimizer, descriptors: bool) -> Tensor:
         """One update; the detector's loss, the descriptor's, and the share of partners known, on the device."""
         index = bank.sample(self.plan.pairs)
-        batch = self._prepare(bank.images[index], bank.sizes[index], *bank.points(index), stage.disturbed)
-        loss, figures = self._objective(batch, bool(stage.adapted_views) and not stage.detector_only)
+        batch = self._prepare(bank.images[index], bank.sizes[index], *bank.points(index))
+        loss, figures = self._objective(batch, descriptors)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), MOST_GRADIENT)
@@ -259,7 +240,7 @@ class Run:
         return figures.detach()
 
     @torch.no_grad()
-    def _prepare(self, colour: Tensor, sizes: Tensor, xy: Tensor, worth: Tensor, disturbed: bool) -> Batch:
+    def _prepare(self, colour: Tensor, sizes: Tensor, xy: Tensor, worth: Tensor) -> Batch:
         """Fresh pairs of views of some images, and what is true of them."""
         first, second, homography = pair(colour, sizes, self.plan.view_hw)
         seen, worths = zip(*(_seen(view, xy, worth) for view in (first, second)))
@@ -267,8 +248,7 @@ class Run:
         target, counts = losses.detector_targets(torch.cat(seen), torch.cat(worths), inside)
         both = (first.inside, second.inside)
         points = losses.correspondences(seen[0], worths[0], homography, both, self.plan.points)
-        image = torch.cat([first.image, second.image])
-        return Batch(disturb(image) if disturbed else image, target, counts, *points)
+        return Batch(disturb(torch.cat([first.image, second.image])), target, counts, *points)
 
     def _objective(self, batch: Batch, descriptors: bool) -> tuple[Tensor, Tensor]:
         """The loss to descend, and its parts for the log."""
