@@ -334,24 +334,9 @@ def test_the_command(tiny, folder, tmp_path):
     assert checkpoints.load(tmp_path / "r/last.safetensors").norm is NormPlacement.NONE
 
 
-def test_refining_changes_the_detector_alone(tiny, folder, tmp_path):
-    start = tmp_path / "start.safetensors"
-    net = SuperPointNet(SMOKE.channels, SMOKE.descriptor_dim, NormPlacement.BEFORE_RELU)
-    checkpoints.save(fold(net), start, half=True)
-    few = ["--smoke", "--steps-scale", "0.01", "--set", "adapt_batch=48", "--device", "cpu"]
-    done = CliRunner().invoke(
-        main, ["--photos", str(folder), "--output", str(tmp_path / "r"), "--start", str(start), *few]
-    )
-    assert done.exit_code == 0, done.output
-    before, after = (checkpoints.load(path).layers for path in (start, tmp_path / "r/refined.safetensors"))
-    changed = {name for name in before if not np.array_equal(before[name].weight, after[name].weight)}
-    assert changed and all(name.startswith("convP") for name in changed)
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--start", "none.safetensors"], "none.safetensors"),
         (["--set", "pairs=many"], "'many' is no int"),
         (["--set", "nothing=1"], "expected one of pairs"),
         (["--photos", "empty"], "no photographs in"),

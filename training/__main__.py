@@ -8,11 +8,9 @@ from pathlib import Path
 import click
 import torch
 
-from superpoint_trt import checkpoint as checkpoints
-from superpoint_trt.checkpoint import Checkpoint, NormPlacement
 from superpoint_trt.spec import SuperPointError
 from training import photos
-from training.train import REFINEMENT, SMOKE, Plan, Run
+from training.train import SMOKE, Plan, Run
 
 
 @click.command()
@@ -20,7 +18,6 @@ from training.train import REFINEMENT, SMOKE, Plan, Run
 @click.option("--output", required=True, help="Folder of the run: log, states to go on from, checkpoints.")
 @click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, cpu.")
 @click.option("--seed", default=Plan.seed, show_default=True)
-@click.option("--start", help="Refine this checkpoint's detector on the photographs, instead of training from nothing.")
 @click.option("--smoke", is_flag=True, help="A tiny network, a few steps: does every stage run?")
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="torch.compile on a GPU.")
 @click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="Another value of one of train.Plan's.")
@@ -30,13 +27,12 @@ def main(
     output: str,
     device: str,
     seed: int,
-    start: str | None,
     smoke: bool,
     compiled: bool,
     changes: tuple[str, ...],
     steps_scale: float,
 ) -> None:
-    """Trains a SuperPoint from nothing, or refines one."""
+    """Trains a SuperPoint from nothing."""
     try:
         where = torch.device(device)
     except RuntimeError:
@@ -47,26 +43,16 @@ def main(
         where = torch.device("cuda", where.index or 0)
         torch.cuda.set_device(where)
     plan = replace(SMOKE if smoke else Plan(), seed=seed)
-    plan = replace(plan, stages=REFINEMENT) if start else plan
     stages = tuple(replace(stage, steps=max(1, round(stage.steps * steps_scale))) for stage in plan.stages)
     plan = replace(plan, stages=stages)
     plan = replace(plan, **dict(_change(plan, text) for text in changes))
     try:
-        network = _without_batchnorm(start) if start else None
         train, held_out = photos.find([Path(folder) for folder in folders])
         banks = [photos.load(paths, where, plan.canvas_px) for paths in (train, held_out or train[:1])]
     except SuperPointError as error:
         raise click.UsageError(str(error)) from None
-    run = Run(plan, Path(output), *banks, where, compiled and where.type == "cuda", network)
+    run = Run(plan, Path(output), *banks, where, compiled and where.type == "cuda")
     print(f"trained: {run.run()}")
-
-
-def _without_batchnorm(path: str) -> Checkpoint:
-    """A checkpoint to begin with."""
-    checkpoint = checkpoints.load(path)
-    if checkpoint.norm is NormPlacement.AFTER_RELU:
-        raise SuperPointError(f"{path} has BatchNorm after its ReLUs; expected a checkpoint of this training.")
-    return checkpoints.without_batchnorm(checkpoint)
 
 
 def _change(plan: Plan, text: str) -> tuple[str, float]:

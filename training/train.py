@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from superpoint_trt import checkpoint as checkpoints
-from superpoint_trt.checkpoint import Checkpoint, NormPlacement
+from superpoint_trt.checkpoint import NormPlacement
 from superpoint_trt.network import SuperPointNet
 from training import leaves, losses, photos, shapes
 from training.adapt import VIEW_HW, WORTH_SHARE, adapt
@@ -69,9 +69,6 @@ class Plan:
     validate_every: int = 2500
     save_every_s: float = 120.0
 
-
-REFINEMENT = (Stage("refined", 200, 3e-4, 48, detector_only=True),)
-"""For a checkpoint that is there already: minutes on a CPU."""
 
 SMOKE = Plan(
     stages=(Stage("shapes", 2, 1e-3), Stage("first", 2, 1e-3, 2), Stage("last", 2, 1e-3, 2, detector_only=True)),
@@ -130,19 +127,14 @@ class Run:
     held_out: Bank
     device: torch.device
     compiled: bool = False
-    start: Checkpoint | None = None
-    """A network without BatchNorm to begin with, instead of one that knows nothing."""
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.plan.seed)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-        if self.start:
-            self.net = SuperPointNet.from_checkpoint(self.start)
-        else:
-            self.net = SuperPointNet(self.plan.channels, self.plan.descriptor_dim, NormPlacement.BEFORE_RELU)
-            _ready_detector(self.net)
+        self.net = SuperPointNet(self.plan.channels, self.plan.descriptor_dim, NormPlacement.BEFORE_RELU)
+        _ready_detector(self.net)
         self.net.to(self.device, memory_format=torch.channels_last)
         if self.compiled:
             self._prepare = torch.compile(self._prepare, dynamic=False)  # type: ignore[method-assign]
@@ -168,10 +160,8 @@ class Run:
         if not stage.adapted_views:
             return self._timed("shapes", lambda: shapes.draw(plan.shapes, self.device))
         # New ones each time: on images it has learnt by heart, a detector repeats what it was told.
-        bank = self.train
-        if plan.collages:
-            collages = self._timed("collages", lambda: leaves.draw(plan.collages, self.train, self.device))
-            bank = join([self.train, collages], [1 - plan.collage_share, plan.collage_share])
+        collages = self._timed("collages", lambda: leaves.draw(plan.collages, self.train, self.device))
+        bank = join([self.train, collages], [1 - plan.collage_share, plan.collage_share])
         labels = self.folder / f"labels-{stage.name}.pt"
         if labels.exists():
             saved = torch.load(labels, weights_only=True, map_location=self.device)
@@ -307,7 +297,7 @@ def _ready_detector(net: SuperPointNet) -> None:
 
 def _optimizer(net: SuperPointNet, device: torch.device) -> torch.optim.Optimizer:
     """AdamW; the detector's last scale and shift at a pace of their own."""
-    quick = [parameter for name, parameter in net.detector[1].named_parameters() if name.startswith("bn.")]
+    quick = list(net.detector[1].bn.parameters())
     known = {id(parameter) for parameter in quick}
     others = [parameter for parameter in net.parameters() if id(parameter) not in known]
     groups = [{"params": others, "pace": 1.0}, {"params": quick, "pace": DETECTOR_PACE, "weight_decay": 0.0}]
