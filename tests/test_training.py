@@ -315,10 +315,6 @@ def test_every_stage_runs_repeats_itself_and_goes_on_from_where_it_was_cut_off(t
     log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(entry["detector"]) for entry in log if "detector" in entry)
     assert {"repeatability", "localisation_px", "mma3", "homography3"} < set(log[-1])
-    before, after = (checkpoints.load(tmp_path / f"whole/{stage}.safetensors").layers for stage in ("first", "last"))
-    for name in before:
-        same = np.array_equal(before[name].weight, after[name].weight)
-        assert same is not name.startswith("convP"), "the last stage trains the detector's head, and only that"
     run(folder, tmp_path / "cut", stages=1)
     resumed = run(folder, tmp_path / "cut")
     for name, weight in whole.items():

@@ -33,8 +33,6 @@ class Stage:
     learning_rate: float
     adapted_views: int = 0
     """Views of each image for homographic adaptation by the network so far; 0: synthetic shapes, corners known."""
-    detector_only: bool = False
-    """Only the detector's head learns; backbone, BatchNorm statistics and descriptor stay what they are."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Plan:
 
 
 SMOKE = Plan(
-    stages=(Stage("shapes", 2, 1e-3), Stage("first", 2, 1e-3, 2), Stage("last", 2, 1e-3, 2, detector_only=True)),
+    stages=(Stage("shapes", 2, 1e-3), Stage("first", 2, 1e-3, 2), Stage("last", 2, 1e-3, 2)),
     pairs=2,
     group=2,
     points=16,
@@ -182,9 +180,6 @@ class Run:
 
     def _stage(self, number: int, stage: Stage, bank: Bank, resumed: dict[str, Any]) -> None:
         optimizer = _optimizer(self.net, self.device)
-        learning = self.net.detector if stage.detector_only else self.net
-        self.net.requires_grad_(False)
-        learning.requires_grad_(True)
         first = 0
         if resumed:
             first = resumed["step"]
@@ -194,9 +189,8 @@ class Run:
         for step in range(first, stage.steps):
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * group["pace"] * _schedule(step / stage.steps)
-            self.net.eval()
-            learning.train()
-            sums += self._step(bank, optimizer, bool(stage.adapted_views) and not stage.detector_only)
+            self.net.train()
+            sums += self._step(bank, optimizer, bool(stage.adapted_views))
             done = step + 1
             if done % LOG_EVERY == 0 or done == stage.steps:
                 window = (done - first - 1) % LOG_EVERY + 1
