@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, TypeVar, Union
+from typing import Any, TypeVar, Union
 
 import numpy as np
 import onnx
@@ -32,6 +32,7 @@ from superpoint_trt.files import (
     write_atomically,
 )
 from superpoint_trt.precision import convolution_type, convolutions, described, load_onnx, quantised_type
+from superpoint_trt.progress import Progress, Steps
 from superpoint_trt.spec import INPUT_NAME, Float32, ModelDescription, Precision, SuperPointError
 
 FORMAT = 1
@@ -220,7 +221,7 @@ def calibrate(
     model: PathLike,
     given: Iterable[Given],
     options: CalibrationOptions | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Calibration:
     """Measures the range of every convolution's input.
 
@@ -244,7 +245,7 @@ def calibrate(
     check_quantisable(source)
     description = described(source, model)
     compared = _evenly(given, CHANNEL_IMAGES) if options.equalise else []
-    steps = _Steps(len(compared) + len(given), progress)
+    steps = Steps(len(compared) + len(given), progress)
     channels = _channels(source, compared, description, model, steps) if compared else {}
     activations = _Activations(equalise(source, channels), model, _own(description))
     histograms = {name: Histogram() for name in activations.names}
@@ -276,18 +277,6 @@ def calibrate(
     )
 
 
-class _Steps:
-    """Counts what is done, for a progress bar."""
-
-    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
-
-    def advance(self) -> None:
-        self._done += 1
-        if self._progress:
-            self._progress(self._done, self._total)
-
-
 def _place(gray: Float32, description: ModelDescription) -> images.Placement:
     """As inference places an image; bounded where the network would take any size."""
     return images.place(gray.shape[:2], description, LONGEST_SIDE_PX if description.dynamic else None)
@@ -308,7 +297,7 @@ def _own(description: ModelDescription) -> bool:
 
 
 def _channels(
-    source: onnx.ModelProto, few: Sequence[Given], description: ModelDescription, path: PathLike, steps: _Steps
+    source: onnx.ModelProto, few: Sequence[Given], description: ModelDescription, path: PathLike, steps: Steps
 ) -> dict[str, list[float]]:
     """Factors that equalise channels, from their largest magnitudes on a few of the images."""
     wanted = sites(source)

@@ -21,6 +21,7 @@ from superpoint_trt.decode import normalise
 from superpoint_trt.extractor import SuperPoint
 from superpoint_trt.files import PathLike, named
 from superpoint_trt.matching import Estimator
+from superpoint_trt.progress import Progress, Steps
 from superpoint_trt.spec import Float32, Keypoints, Matrix, OutputType, SuperPointError
 
 
@@ -158,7 +159,7 @@ def evaluate(
     protocol: Protocol | None = None,
     device: str = "auto",
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Runs a model, or OpenCV's SIFT or ORB, over a dataset.
 
@@ -176,7 +177,7 @@ def evaluate(
     protocol = protocol or Protocol()
     found = load_pairs(dataset)
     paths = list(dict.fromkeys(path for pair in found.pairs for path in (pair.first, pair.second)))
-    steps = _Steps(2 * len(paths) + len(found.pairs), progress)
+    steps = Steps(2 * len(paths) + len(found.pairs), progress)
     with ExitStack() as stack:
         detector = _Run(protocol, protocol.detector_size_hw, protocol.detector_nms_radius_px)
         descriptor = _Run(protocol, protocol.descriptor_size_hw, protocol.descriptor_nms_radius_px)
@@ -229,7 +230,7 @@ class _Run:
         return f"{superpoint.runtime}; decoded in its graph: {own} instead of the protocol's"
 
     def extract(
-        self, paths: list[Path], evaluation: Evaluation, steps: _Steps, descriptors: bool = True
+        self, paths: list[Path], evaluation: Evaluation, steps: Steps, descriptors: bool = True
     ) -> dict[Path, _View]:
         """The views of all readable images, without descriptors where nothing reads them; the rest is noted once."""
         assert self._extractor is not None
@@ -253,18 +254,6 @@ class _Run:
 
 def _points_only(keypoints: Keypoints) -> Keypoints:
     return replace(keypoints, descriptors=np.zeros((len(keypoints), 0), np.float32))
-
-
-class _Steps:
-    """Counts what is done, for a progress bar."""
-
-    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
-
-    def advance(self) -> None:
-        self._done += 1
-        if self._progress:
-            self._progress(self._done, self._total)
 
 
 def _superpoint(model: Source, protocol: Protocol, nms_radius_px: int, device: str, threads: int | None) -> SuperPoint:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,14 +16,13 @@ from superpoint_trt.calibration import Calibration, check_quantisable, check_sam
 from superpoint_trt.extractor import SuperPoint
 from superpoint_trt.files import PathLike
 from superpoint_trt.precision import convolutions, described, load_onnx, raw_heads
+from superpoint_trt.progress import Progress, Steps
 from superpoint_trt.quantize import FirstConvolution, kept_layers, quantize
 from superpoint_trt.spec import Keypoints, Precision, SuperPointError
 from superpoint_trt.verify import FOUND_WITHIN_PX, Gate, Verification, cosines, mutual_within, verify, within
 
 FEW_IMAGES = 8
 """Rank on so many: the layers that matter stand out at once, and each costs a run of the whole network an image."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def rank(
     """
     network = _Network(model, calibration, precision)
     layers = list(convolutions(network.fp32))
-    steps = _Steps((len(layers) + 1) * len(images), progress)
+    steps = Steps((len(layers) + 1) * len(images), progress)
     with tempfile.TemporaryDirectory() as folder:
         expected = _keypoints(network.write_fp32(folder), images, steps)
         if not sum(len(keypoints) for keypoints in expected):
@@ -236,19 +235,7 @@ class _Trial:
         return self.steps[-1]
 
 
-class _Steps:
-    """Counts what is done, for a progress bar."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
-
-    def advance(self) -> None:
-        self._done += 1
-        if self._progress:
-            self._progress(self._done, self._total)
-
-
-def _keypoints(model: Path, images: Sequence[PathLike], steps: _Steps) -> list[Keypoints]:
+def _keypoints(model: Path, images: Sequence[PathLike], steps: Steps) -> list[Keypoints]:
     found = []
     with SuperPoint(model, device="cpu") as superpoint:
         for image in images:
@@ -258,7 +245,7 @@ def _keypoints(model: Path, images: Sequence[PathLike], steps: _Steps) -> list[K
 
 
 def _cost(
-    layer: str, expected: Sequence[Keypoints], model: Path, images: Sequence[PathLike], steps: _Steps
+    layer: str, expected: Sequence[Keypoints], model: Path, images: Sequence[PathLike], steps: Steps
 ) -> LayerCost:
     again = back = found_in_all = 0
     similar = []
