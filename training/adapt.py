@@ -60,15 +60,13 @@ def adapt(
     observe = torch.compile(_observe, dynamic=False) if compiled else _observe
     found = []
     for index in range(len(bank)):
-        canvas, size = bank.images[index].float().mean(dim=0)[None, None] / 255, bank.sizes[index]
+        canvas, size_hw = bank.images[index].float().mean(dim=0)[None, None] / 255, bank.sizes[index]
         levels = []
-        for level in range(LEVELS):
-            factor = 2**level
-            smaller, size_hw = F.avg_pool2d(canvas, factor), (size / factor).floor()
-            fewer_px = view_hw[0] // factor, view_hw[1] // factor
-            heard = [observe(net, smaller, size_hw, batch * factor**2, fewer_px) for _ in range(-(-views // batch))]
-            fired, seen = (torch.stack(part).sum(dim=0) for part in zip(*heard))
-            xy, agreement = _points(_blur(fired / seen.clamp(min=1)), size_hw, most)
+        for factor in (2**level for level in range(LEVELS)):
+            smaller = F.avg_pool2d(canvas, factor), (size_hw / factor).floor()
+            looks = batch * factor**2, (view_hw[0] // factor, view_hw[1] // factor)
+            heard = [observe(net, *smaller, *looks) for _ in range(-(-views // batch))]
+            xy, agreement = _points(_agreement(heard), smaller[1], most)
             levels.append(((xy + 0.5) * factor - 0.5, agreement))
         found.append([torch.stack(part) for part in zip(*levels)])
         if progress:
@@ -111,6 +109,12 @@ def _heat(net: SuperPointNet, image: Tensor) -> Tensor:
     with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=image.device.type == "cuda"):
         logits = net.detector(net.backbone(image.contiguous(memory_format=torch.channels_last)))
     return F.pixel_shuffle(logits.float().softmax(dim=1)[:, :-1], CELL_PX)
+
+
+def _agreement(heard: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """(1, 1, S, S): the share of all views that fired at each place, of those that saw it."""
+    fired, seen = (torch.stack(part).sum(dim=0) for part in zip(*heard))
+    return _blur(fired / seen.clamp(min=1))
 
 
 def _points(agreement: Tensor, size_hw: Tensor, most: int) -> tuple[Tensor, Tensor]:
