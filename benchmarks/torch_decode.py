@@ -76,7 +76,7 @@ def median_p95(step: Callable[[int], object], calls: int) -> str:
 
 def main(weights: str, calls: int, ready: Path | None, go: Path | None) -> None:
     """Prints one line a way."""
-    torch.set_num_threads(1)  # on a machine of many cores its pool costs milliseconds for the smallest copy
+    torch.set_num_threads(1)  # nothing here is worth a pool of threads, and waking one takes time
     checkpoint = checkpoints.load(weights)
     picture = synthetic_photograph(*SIZE_HW)
     images = [np.ascontiguousarray(np.roll(picture, 24 * index, axis=1)) for index in range(8)]
