@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -18,12 +19,17 @@ from training.adapt import adapt, grade
 from training.bank import Bank, join
 from training.fold import fold
 from training.geometry import inverse
+from training.rounding import _through, forward
 from training.train import SMOKE, Run
 
 from superpoint_trt import checkpoint as checkpoints
+from superpoint_trt.backends import open_backend
+from superpoint_trt.calibration import CalibrationOptions, Method, calibrate
 from superpoint_trt.checkpoint import NormPlacement
-from superpoint_trt.network import SuperPointNet, sample_descriptors
-from superpoint_trt.spec import Sampling, SuperPointError
+from superpoint_trt.export import ExportOptions, to_onnx
+from superpoint_trt.network import Block, SuperPointNet, sample_descriptors
+from superpoint_trt.quantize import quantize
+from superpoint_trt.spec import OutputType, Sampling, SuperPointError
 
 CPU = torch.device("cpu")
 
@@ -161,6 +167,18 @@ def test_detector_loss_is_the_entropy_at_best_and_counts_what_counts():
     assert loss == pytest.approx(np.log(2), abs=1e-4)
 
 
+def test_a_place_counts_by_what_its_point_is_worth_or_as_much_as_any_others():
+    target = torch.zeros(1, 65, 1, 1)
+    target[0, 5], target[0, 64] = 0.25, 0.75
+    logits = torch.zeros(1, 65, 1, 1)
+    logits[0, 64] = np.log(64 * 3)  # a point or none: 1 to 3; its place: 1 of 64
+    there, where = -0.25 * np.log(0.25) - 0.75 * np.log(0.75), np.log(64)
+    everywhere = torch.ones(1, 1, 1, dtype=torch.bool)
+    for placing, count in ((0.0, 0.25), (1.0, 1.0)):
+        loss = losses.detector_loss(logits, target, everywhere, placing)
+        assert loss == pytest.approx(there + count * where, rel=1e-5)
+
+
 def test_descriptors_are_sampled_as_at_inference():
     coarse = torch.randn(2, 16, 6, 8)
     xy = torch.rand(2, 20, 2) * torch.tensor([63.0, 47.0])
@@ -234,8 +252,8 @@ def test_adaptation_finds_what_the_detector_sees_in_every_view(monkeypatch):
 
 def test_points_are_graded_among_those_of_all_images():
     agreement = torch.tensor([[[0.9, 0.8, 0.0]], [[0.3, 0.0, 0.0]], [[0.6, 0.5, 0.0]]])
-    worth = grade(agreement, worth_share=0.5)
-    expected = 1 / (1 + np.exp(-(0.5 - np.array([0, 1, 2, 3, 4]) / 5) / 0.1))
+    worth = grade(agreement, torch.tensor([2.0]))
+    expected = 1 / (1 + np.exp(-(1 - np.array([0, 1, 2, 3, 4]) / 2) / 0.2))
     np.testing.assert_allclose(worth[agreement > 0], expected[[0, 1, 4, 2, 3]], rtol=1e-5)
     assert worth.shape == agreement.shape and (worth[agreement == 0] == 0).all()
 
@@ -280,6 +298,46 @@ def test_folding_changes_nothing():
 def test_batchnorm_after_relu_is_not_folded(checkpoint):
     with pytest.raises(SuperPointError, match="after ReLU"):
         checkpoints.without_batchnorm(checkpoint("v6"))
+
+
+# ------------------------------------------------------------------------------------------------------------- rounding
+
+
+def test_a_rounded_layer_computes_with_whole_numbers():
+    block = Block(6, 5, 3, NormPlacement.BEFORE_RELU).eval()
+    torch.nn.init.uniform_(block.bn.weight, 0.5, 2)
+    x = torch.rand(2, 6, 10, 12) * 3
+    step = x.max() / 127
+    steps = block.conv.weight.detach().abs().amax(dim=(1, 2, 3)) / 127
+    whole = (block.conv.weight / steps[:, None, None, None]).round().to(torch.int8).double()
+    summed = torch.nn.functional.conv2d((x / step).round().double(), whole, padding=1)
+    expected = block.relu(block.bn(summed.float() * step * steps[:, None, None] + block.conv.bias[:, None, None]))
+    both = torch.ones(2, 1, 1, 1, dtype=torch.bool), torch.tensor(True)
+    got = _through(torch.nn.Sequential(block), x, *both)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert (got - block(x)).abs().max() > 1e-3
+
+
+def test_rounding_costs_what_int8_costs(tmp_path):
+    """Of onnxruntime, running the Q/DQ graph of the folded network, calibrated on the very image."""
+    net = SuperPointNet((8, 8, 16, 16, 24), 32, NormPlacement.BEFORE_RELU).eval()
+    gray = photograph(96, 128, "camera")
+    onnx.save(to_onnx(fold(net), ExportOptions(OutputType.HEADS, height_px=96, width_px=128)), tmp_path / "net.onnx")
+    ranges = calibrate(tmp_path / "net.onnx", [("it", gray)], CalibrationOptions(Method.MAX, equalise=False))
+    quantised = quantize(onnx.load(tmp_path / "net.onnx"), ranges)
+    (tmp_path / "int8.onnx").write_bytes(quantised.SerializeToString())
+    image = gray[None, None] / np.float32(255)
+    with open_backend(tmp_path / "int8.onnx", "cpu") as backend:
+        theirs = backend.infer(image)["logits"]
+    with torch.no_grad():
+        exact, ours = (forward(net, torch.from_numpy(image), share)[0].numpy() for share in (0.0, 1.0))
+    assert np.abs(ours - exact).mean() == pytest.approx(np.abs(theirs - exact).mean(), rel=0.3)
+
+
+def test_gradients_pass_through_the_rounding():
+    net = SuperPointNet((8, 8, 16, 16, 24), 32, NormPlacement.BEFORE_RELU)
+    sum(part.square().sum() for part in forward(net, torch.rand(2, 1, 48, 64), 0.5)).backward()
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in net.named_parameters() if "conv.weight" in name)
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole

@@ -25,12 +25,13 @@ LEVELS = 2
 AREA_PER_POINT_PX2 = 130.0
 """As many points at most as one in this area, at each level's own resolution."""
 NMS_PX = 4
-LEAST = 0.004
+LEAST = 0.002
 """Share of views that must agree to within about a pixel."""
-WORTH_SHARE = 0.5
-"""The best such share of all points is more worth learning than not."""
-WORTH_SOFTNESS = 0.1
-"""Over about twice this share of the ranks, to both sides, worth falls from nearly 1 to nearly 0."""
+AREA_PER_WORTHY_PX2 = (450.0, 270.0)
+"""One point in this area, at each level's own resolution, is more worth learning than not: users ask for 300 points of
+240 x 320, and what ranks below those that a detector was taught is noise."""
+SOFTNESS = 0.2
+"""Over about twice this share of that many ranks, to both sides, worth falls from nearly 1 to nearly 0."""
 
 
 @torch.no_grad()
@@ -40,7 +41,6 @@ def adapt(
     views: int,
     batch: int,
     view_hw: tuple[int, int] = VIEW_HW,
-    worth_share: float = WORTH_SHARE,
     compiled: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bank:
@@ -52,7 +52,6 @@ def adapt(
         views: how many of each image at level 0; four times as many, of a quarter of the size, at the next.
         batch: views at a time at level 0, likewise.
         view_hw: size of the views at level 0.
-        worth_share: the best such share of all points is more worth learning than not.
         compiled: torch.compile what is done with a batch.
         progress: called with (images done, images in all).
     """
@@ -72,19 +71,25 @@ def adapt(
         if progress:
             progress(index + 1, len(bank))
     xy, agreement = (torch.stack(part) for part in zip(*found))
-    return bank.with_points(xy, grade(agreement, worth_share))
+    area = bank.sizes.prod(dim=1).sum() / 4 ** torch.arange(LEVELS, device=agreement.device)
+    return bank.with_points(xy, grade(agreement, area / area.new_tensor(AREA_PER_WORTHY_PX2)))
 
 
-def grade(agreement: Tensor, worth_share: float = WORTH_SHARE) -> Tensor:
-    """What each point is worth, (N, L, K) as the agreement on it: by its rank among all points of a level.
+def grade(agreement: Tensor, worthy: Tensor) -> Tensor:
+    """What each point is worth, by its rank among all points of its level.
 
     Among those of all images: how a point compares with the others of its image is nothing that a detector could see.
+
+    Args:
+        agreement: (N, L, K), 0 pads.
+        worthy: (L,) how many points of a level are more worth learning than not.
+
+    Returns:
+        (N, L, K) in [0, 1]; 0 pads.
     """
     flat = agreement.transpose(0, 1).flatten(1)
-    real = flat > 0
     rank = flat.argsort(dim=1, descending=True).argsort(dim=1)
-    share = rank / real.sum(dim=1, keepdim=True).clamp(min=1)
-    worth = torch.sigmoid((worth_share - share) / WORTH_SOFTNESS) * real
+    worth = torch.sigmoid((1 - rank / worthy[:, None]) / SOFTNESS) * (flat > 0)
     return worth.view(agreement.shape[1], agreement.shape[0], -1).transpose(0, 1).contiguous()
 
 

@@ -43,9 +43,24 @@ def detector_targets(xy: Tensor, worth: Tensor, inside: Tensor) -> tuple[Tensor,
     return torch.cat([cells, (1 - total).clamp(min=0)], dim=1), whole
 
 
-def detector_loss(logits: Tensor, target: Tensor, counts: Tensor) -> Tensor:
-    """Cross-entropy over a cell's pixels and the dustbin (DeTone et al. 2018, section 3.4), with graded targets."""
-    loss = -(target * logits.float().log_softmax(dim=1)).sum(dim=1)
+def detector_loss(logits: Tensor, target: Tensor, counts: Tensor, placing: float = 1.0) -> Tensor:
+    """Cross-entropy over a cell's pixels and the dustbin (DeTone et al. 2018, section 3.4), with graded targets.
+
+    That is a cross-entropy of whether there is a point, and the grade times one of where in the cell. The less a point
+    is worth the less its place would count, though it is known as well: `placing` makes up for it.
+
+    Args:
+        logits: (B, 65, H/8, W/8).
+        target: of `detector_targets`, with the next.
+        counts: (B, H/8, W/8).
+        placing: 0: a place counts as much as its point is worth. 1: as much as any other's.
+    """
+    logits = logits.float()
+    whole = -(target * logits.log_softmax(dim=1)).sum(dim=1)
+    pixels = target[:, :-1]
+    worth = pixels.sum(dim=1)
+    place = -(pixels * logits[:, :-1].log_softmax(dim=1)).sum(dim=1) / worth.clamp(min=1e-6)
+    loss = whole + placing * (1 - worth) * place
     return (loss * counts).sum() / counts.sum().clamp(min=1)
 
 

@@ -16,10 +16,11 @@ from superpoint_trt import checkpoint as checkpoints
 from superpoint_trt.checkpoint import NormPlacement
 from superpoint_trt.network import SuperPointNet
 from training import leaves, losses, photos, shapes
-from training.adapt import VIEW_HW, WORTH_SHARE, adapt
+from training.adapt import VIEW_HW, adapt
 from training.bank import Bank, join
 from training.fold import fold
 from training.geometry import inverse, warp
+from training.rounding import forward
 from training.validate import validate
 from training.views import Views, disturb, pair
 
@@ -43,7 +44,8 @@ class Plan:
         Stage("shapes", 2500, 1e-3),
         Stage("first", 2500, 1e-3, 64),
         Stage("second", 3000, 1e-3, 96),
-        Stage("third", 7500, 1e-3, 128),
+        Stage("third", 3000, 1e-3, 96),
+        Stage("fourth", 7500, 1e-3, 128),
     )
     pairs: int = 32
     """Of views, a step."""
@@ -59,8 +61,11 @@ class Plan:
     collage_share: float = 0.5
     adapt_batch: int = 16
     adapt_hw: tuple[int, int] = VIEW_HW
-    worth_share: float = WORTH_SHARE
     descriptor_weight: float = 1.0
+    placing: float = 1.0
+    """Of losses.detector_loss."""
+    rounded_share: float = 0.0
+    """Of views, those that the network sees through int8's rounding (`rounding`)."""
     seed: int = 1
     validation_pairs: int = 16
     canvas_px: int = photos.CANVAS_PX
@@ -80,6 +85,7 @@ SMOKE = Plan(
     collages=1,
     adapt_batch=2,
     adapt_hw=(64, 80),
+    rounded_share=0.5,
     validation_pairs=1,
     validate_every=2,
     save_every_s=0.0,
@@ -165,7 +171,7 @@ class Run:
             saved = torch.load(labels, weights_only=True, map_location=self.device)
             return bank.with_points(saved["xy"], saved["worth"])
         self.net.eval()
-        views = stage.adapted_views, plan.adapt_batch, plan.adapt_hw, plan.worth_share
+        views = stage.adapted_views, plan.adapt_batch, plan.adapt_hw
         adapted = self._timed("adaptation", lambda: adapt(self.net, bank, *views, compiled=self.compiled))
         _save(labels, {"xy": adapted.xy, "worth": adapted.worth})
         return adapted
@@ -238,8 +244,8 @@ class Run:
         """The loss to descend, and its parts for the log."""
         image = batch.image.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits, coarse = self.net(image)
-        detector = losses.detector_loss(logits, batch.target, batch.counts)
+            logits, coarse = forward(self.net, image, self.plan.rounded_share if descriptors else 0.0)
+        detector = losses.detector_loss(logits, batch.target, batch.counts, self.plan.placing)
         if not descriptors:
             return detector, torch.stack([detector, torch.zeros_like(detector), torch.zeros_like(detector)])
         points = (batch.first_xy, batch.second_xy, batch.real)
