@@ -4,7 +4,8 @@
         [--only build|latency|throughput] [--budget SECONDS] [--torch-python PYTHON] [--json OUT.json]
 
 1. decode alone: events around replays of a graph of it, singly and 20 in a row, rows to the GPU and to the host
-2. one image, host uint8 -> host keypoints and float16 descriptors, N = 1024, and the parts of that way
+2. one image, host uint8 -> host keypoints and float16 descriptors, N = 1024, and the parts of that way; then from an
+   engine whose heads are NCHW ("linear heads"), not channels-last as by default
 3. the same in PyTorch, by benchmarks/torch_decode.py in a process of its own
 4. images/s of `extract_many` from arrays in memory, by batch, size and N, as far as --budget goes
 
@@ -56,16 +57,23 @@ class Builder:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, weights: str, size_hw: tuple[int, int], batch: int, shifts: tuple[str, ...] = ()) -> Path:
+    def path(
+        self, weights: str, size_hw: tuple[int, int], batch: int, shifts: tuple[str, ...] = (), linear: bool = False
+    ) -> Path:
         """Where an engine is, or will be."""
-        stem = Path(weights).stem + "".join(f"+{name}" for name in shifts)
+        stem = Path(weights).stem + "".join(f"+{name}" for name in shifts) + ("" if linear else "+channels_last")
         return self._folder / f"decode-{stem}-{size_hw[0]}x{size_hw[1]}-{batch}.engine"
 
     def heads(
-        self, weights: str, size_hw: tuple[int, int] = (480, 640), batch: int = 1, shifts: tuple[str, ...] = ()
+        self,
+        weights: str,
+        size_hw: tuple[int, int] = (480, 640),
+        batch: int = 1,
+        shifts: tuple[str, ...] = (),
+        linear: bool = False,
     ) -> Path:
-        """A static fp16 heads engine of one size, for batches up to `batch`."""
-        path = self.path(weights, size_hw, batch, shifts)
+        """A static fp16 heads engine of one size, for batches up to `batch`; `linear`: its heads as NCHW."""
+        path = self.path(weights, size_hw, batch, shifts, linear)
         if not path.exists():
             model = export(
                 weights,
@@ -73,7 +81,11 @@ class Builder:
                 ExportOptions(OutputType.HEADS, *size_hw, max_batch_size=batch, shift_channels=shifts),
             )
             options = engines.BuildOptions(
-                Precision.FP16, workspace_gib=8.0, max_batch_size=batch, timing_cache=self._folder / "timing.cache"
+                Precision.FP16,
+                workspace_gib=8.0,
+                max_batch_size=batch,
+                timing_cache=self._folder / "timing.cache",
+                linear_heads=linear,
             )
             built = engines.build(model, path, options)
             print(f"built {path.name} in {built.build['seconds']} s", flush=True)
@@ -205,6 +217,15 @@ def latency(report: Report, builder: Builder, name: str, checkpoint: str, calls:
         report.add(name, "all keypoints", len(superpoint.extract(images[0])))
 
 
+def linear_heads(report: Report, builder: Builder, name: str, checkpoint: str, calls: int) -> None:
+    """What heads as NCHW take instead, for the comparison."""
+    images = pictures(480, 640)
+    with SuperPoint(builder.heads(checkpoint, linear=True), max_keypoints=N, half_descriptors=True) as superpoint:
+        report.add(name, "end to end, linear heads", end_to_end(superpoint, images, calls))
+        for part, value in decode_alone(superpoint, images, calls).items():
+            report.add(name, f"{part}, linear heads", value)
+
+
 def shift_channels(report: Report, builder: Builder, v6: str, shifts: tuple[str, ...], calls: int) -> None:
     """The network with BatchNorm in the next convolutions (ExportOptions.shift_channels)."""
     images = pictures(480, 640)
@@ -250,6 +271,7 @@ def main(weights, v6, folder, calls, seconds, only, budget, torch_python, json_p
         builder.heads(weights, batch=8)
         for checkpoint in filter(None, (weights, v6)):
             builder.heads(checkpoint)
+            builder.heads(checkpoint, linear=True)
         for shifts in SHIFTS if v6 else ():
             builder.heads(v6, shifts=shifts)
         return
@@ -257,6 +279,7 @@ def main(weights, v6, folder, calls, seconds, only, budget, torch_python, json_p
         for name, checkpoint in {"Conv+ReLU": weights, "v6": v6}.items():
             if checkpoint is not None:
                 latency(report, builder, name, checkpoint, calls)
+                linear_heads(report, builder, name, checkpoint, calls)
         for shifts in SHIFTS if v6 else ():
             if report.has(35) or builder.path(v6, (480, 640), 1, shifts).exists():
                 shift_channels(report, builder, v6, shifts, calls // 2)

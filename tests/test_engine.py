@@ -92,6 +92,40 @@ def test_the_network_has_the_types_of_the_graph(model_file, layout, kind):
     assert len(casts) == (1 if kind == "heads" else 3), casts
 
 
+@pytest.mark.parametrize(
+    ("kind", "precision", "dynamic", "linear", "expected"),
+    [
+        ("heads", "fp16", False, False, ["logits", "coarse_descriptors"]),
+        ("heads", "fp16", True, False, ["logits", "coarse_descriptors"]),
+        ("heads", "fp16", False, True, []),
+        ("heads", "fp32", False, False, []),
+        ("dense", "fp16", False, False, []),
+    ],
+)
+@pytest.mark.parametrize("layout", ["packaged", "real-v6"])
+def test_fp16_heads_stay_channels_last(
+    model_file, tmp_path, monkeypatch, capsys, kind, precision, dynamic, linear, expected, layout
+):
+    """What the network asks for; what an engine says of itself needs a GPU: tests/gpu/test_lanes.py."""
+    asked = {}
+    leave = engines._leave_channels_last
+
+    def noted(tensorrt, network):
+        found = leave(tensorrt, network)
+        outputs = [network.get_output(index) for index in range(network.num_outputs)]
+        asked.update({output.name: output.allowed_formats for output in outputs})
+        return found
+
+    monkeypatch.setattr(engines, "_leave_channels_last", noted)
+    options = BuildOptions(Precision(precision), linear_heads=linear, **RTX)
+    metadata = build(model_file(kind, layout, dynamic=dynamic), tmp_path / "a.engine", options)
+    only = 1 << int(trt.load(Flavour.RTX).module.TensorFormat.HWC8)
+    assert [name for name, formats in asked.items() if formats == only] == expected == metadata.build["channels_last"]
+    assert ("--linear-heads" in metadata.rebuild) is linear
+    assert run(cli, ["info", str(tmp_path / "a.engine")]) == 0
+    assert ("logits, coarse_descriptors" in capsys.readouterr().out) is bool(expected)
+
+
 def test_other_tools_models_build(checkpoint, tmp_path):
     model = foreign(to_onnx(checkpoint("magicleap"), ExportOptions(OutputType.DENSE)))
     (tmp_path / "a.onnx").write_bytes(model.SerializeToString())

@@ -39,6 +39,7 @@ _QUANTISED = (Precision.INT8.value, Precision.FP8.value)
 @click.option("--optimization-level", type=int, help="0 (fast build) to 5 (fast engine).  [default: TensorRT's, 3]")
 @click.option("--runtime", type=click.Choice(["auto", *(f.value for f in Flavour)]), default="auto", show_default=True)
 @click.option("--target", help="GPUs to build for, sm86,sm89 say; rtx only, needs no GPU.  [default: the GPU here]")
+@click.option("--linear-heads", is_flag=True, help="Raw fp16 heads as NCHW; for programs other than this one.")
 @click.option("--test", is_flag=True, help="Run the engine once it is built.")
 @calibration_options
 def build(
@@ -55,6 +56,7 @@ def build(
     optimization_level: int | None,
     runtime: str,
     target: str | None,
+    linear_heads: bool,
     test: bool,
 ) -> None:
     """Build a TensorRT engine."""
@@ -72,6 +74,7 @@ def build(
         optimization_level=optimization_level,
         runtime=None if runtime == "auto" else Flavour(runtime),
         targets=parse_targets(target),
+        linear_heads=linear_heads,
     )
     build_engine(onnx, engine, options, test, calibration)
 

@@ -256,12 +256,25 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
+def channels_last(shape: tuple[int, ...], pixel_pitch: int, itemsize: int) -> tuple[int, ...]:
+    """Strides in bytes that show memory [B, H, W, pixel_pitch] as [B, C, H, W], what is behind the C channels left out.
+
+    Args:
+        shape: (B, C, H, W).
+        pixel_pitch: values a pixel has in memory, C or more.
+        itemsize: bytes of a value.
+    """
+    _, _, rows, columns = shape
+    pixel = pixel_pitch * itemsize
+    return (rows * columns * pixel, itemsize, columns * pixel, pixel)
+
+
 # --------------------------------------------------------------------------------------------- other libraries' arrays
 
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """A contiguous array in GPU memory, for torch (`torch.as_tensor`, `torch.from_dlpack`), CuPy, JAX and the like.
+    """An array in GPU memory, for torch (`torch.as_tensor`, `torch.from_dlpack`), CuPy, JAX and the like.
 
     It is a view: what it shows is documented where it is made.
     """
@@ -272,10 +285,12 @@ class DeviceArray:
     device: int
     owner: Any
     """Keeps the memory alive."""
+    strides: tuple[int, ...] | None = None
+    """Bytes from one value to the next along each axis, as numpy's; None: contiguous."""
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
+        """Size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -285,7 +300,7 @@ class DeviceArray:
             "data": (self.address, False),
             "shape": self.shape,
             "typestr": self.dtype.str,
-            "strides": None,
+            "strides": self.strides,
             "version": 3,
             "stream": None,
         }
@@ -297,11 +312,12 @@ class DeviceArray:
         return _dlpack_capsule(self)
 
 
-def view(source: Any) -> DeviceArray:
+def view(source: Any, gaps: bool = False) -> DeviceArray:
     """An array of another library as a DeviceArray, without a copy.
 
     Args:
-        source: anything with `__cuda_array_interface__` or a CUDA `__dlpack__`, contiguous, not tracked by autograd.
+        source: anything with `__cuda_array_interface__` or a CUDA `__dlpack__`, not tracked by autograd.
+        gaps: take what is not contiguous, too, and say how it lies (`strides`).
 
     Raises:
         SuperPointError: not in GPU memory, or with gaps between its values.
@@ -311,11 +327,10 @@ def view(source: Any) -> DeviceArray:
     except (TypeError, KeyError):  # torch: a type the interface has no name for, bfloat16 before 2.5
         interface = None
     if interface is None:
-        return _from_dlpack(source)
+        return _from_dlpack(source, gaps)
     dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
-    if not _contiguous(interface.get("strides"), shape, dtype.itemsize):
-        raise SuperPointError(_GAPS)
-    return DeviceArray(int(interface["data"][0]), shape, dtype, call("cudaGetDevice"), source)
+    strides = _strides(interface.get("strides"), shape, dtype.itemsize, gaps)
+    return DeviceArray(int(interface["data"][0]), shape, dtype, call("cudaGetDevice"), source, strides)
 
 
 def is_on_gpu(source: Any) -> bool:
@@ -327,7 +342,16 @@ def is_on_gpu(source: Any) -> bool:
     return hasattr(source, "__cuda_array_interface__")
 
 
-_GAPS = "the CUDA array is not contiguous; make it so (torch: .contiguous())."
+NOT_CONTIGUOUS = "the CUDA array is not contiguous; make it so (torch: .contiguous())."
+
+
+def _strides(strides: Any, shape: tuple[int, ...], itemsize: int, gaps: bool) -> tuple[int, ...] | None:
+    """Those of an array with gaps, where such are taken; None of a contiguous one."""
+    if _contiguous(strides, shape, itemsize):
+        return None
+    if not gaps:
+        raise SuperPointError(NOT_CONTIGUOUS)
+    return tuple(strides)
 
 
 def _contiguous(strides: Any, shape: tuple[int, ...], itemsize: int) -> bool:
@@ -390,15 +414,19 @@ def _dlpack_capsule(array: DeviceArray) -> Any:
     if array.dtype.kind not in _DLPACK_KINDS:
         raise BufferError(f"DLPack has no {array.dtype}")
     sizes = (ctypes.c_int64 * len(array.shape))(*array.shape)
-    code, bits = _DLPACK_KINDS[array.dtype.kind], array.dtype.itemsize * 8
-    tensor = _DLTensor(array.address, _DLPACK_CUDA, array.device, len(array.shape), code, bits, 1, sizes, None, 0)
+    code, itemsize = _DLPACK_KINDS[array.dtype.kind], array.dtype.itemsize
+    steps = [stride // itemsize for stride in array.strides] if array.strides else None  # DLPack counts values
+    strides = (ctypes.c_int64 * len(steps))(*steps) if steps else None
+    tensor = _DLTensor(
+        array.address, _DLPACK_CUDA, array.device, len(array.shape), code, 8 * itemsize, 1, sizes, strides, 0
+    )
     managed = _DLManagedTensor(tensor, None, _deleter)
-    _exported[ctypes.addressof(managed)] = (managed, sizes, array)
+    _exported[ctypes.addressof(managed)] = (managed, sizes, array, strides)
     # Nobody took it: then it stays until the process ends, which no library known to us does.
     return _capsule_new(ctypes.addressof(managed), _DLPACK_NAME, None)
 
 
-def _from_dlpack(source: Any) -> DeviceArray:
+def _from_dlpack(source: Any, gaps: bool) -> DeviceArray:
     if not hasattr(type(source), "__dlpack__") or source.__dlpack_device__()[0] != _DLPACK_CUDA:
         raise SuperPointError(f"expected an array in GPU memory, got {type(source).__name__}.")
     capsule = source.__dlpack__(stream=LEGACY_STREAM)
@@ -410,8 +438,7 @@ def _from_dlpack(source: Any) -> DeviceArray:
         raise SuperPointError("the CUDA array's type is unknown here; expected a float type or uint8.")
     dtype = BFLOAT16 if is_bfloat16 else np.dtype(f"{kinds[tensor.code]}{tensor.bits // 8}")
     shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
-    strides = [tensor.strides[axis] * dtype.itemsize for axis in range(tensor.ndim)] if tensor.strides else None
-    if not _contiguous(strides, shape, dtype.itemsize):
-        raise SuperPointError(_GAPS)
+    steps = [tensor.strides[axis] * dtype.itemsize for axis in range(tensor.ndim)] if tensor.strides else None
+    strides = _strides(steps, shape, dtype.itemsize, gaps)
     data = int(tensor.data or 0) + tensor.byte_offset
-    return DeviceArray(data, shape, dtype, tensor.device_id, (source, capsule))
+    return DeviceArray(data, shape, dtype, tensor.device_id, (source, capsule), strides)

@@ -30,6 +30,7 @@ from superpoint_trt.quantize import FirstConvolution, quantize
 from superpoint_trt.spec import (
     CELL_PX,
     INPUT_NAME,
+    OUTPUT_NAMES,
     TENSORRT_MAX_TOPK,
     ModelDescription,
     OutputType,
@@ -75,6 +76,8 @@ class BuildOptions:
     """Name patterns of convolutions that int8 and fp8 leave alone."""
     first_convolution: FirstConvolution | None = None
     """Of int8 and fp8: how the convolution that reads the image runs; None: as `quantize` chooses."""
+    linear_heads: bool = False
+    """Raw fp16 heads as NCHW, for readers other than this package; else as convolutions write them, channels-last."""
 
     def __post_init__(self) -> None:
         if self.workspace_gib is not None and not 0 < self.workspace_gib <= MOST_WORKSPACE_GIB:
@@ -106,6 +109,8 @@ class BuildOptions:
                 words += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
         for pattern in self.keep_fp16:
             words += ["--keep-fp16", pattern]
+        if self.linear_heads:
+            words.append("--linear-heads")
         return shlex.join(words)
 
 
@@ -135,7 +140,8 @@ def build(
     description = with_profile(replace(described(typed, model), precision=options.precision), profile)
     started = time.monotonic()
     with tensorrt.explaining(f"building {engine} of {model} failed") as log:
-        plan = _Build(tensorrt, options, log).plan(typed, profile, targets, progress)
+        builder = _Build(tensorrt, options, log)
+        plan = builder.plan(typed, profile, targets, progress)
     metadata = EngineMetadata(
         description=description,
         flavour=tensorrt.flavour,
@@ -150,6 +156,7 @@ def build(
             "seconds": round(time.monotonic() - started, 1),
             "workspace_gib": options.workspace_gib,
             "optimization_level": options.optimization_level,
+            "channels_last": builder.channels_last,
             "bytes": len(plan),
         },
     )
@@ -188,6 +195,8 @@ class _Build:
         self._tensorrt = tensorrt
         self._options = options
         self._log = log
+        self.channels_last: list[str] = []
+        """Outputs, once the plan is there."""
         # Kept until the plan is there: the bindings do not keep what they depend on.
         self._builder = tensorrt.module.Builder(tensorrt.logger)
 
@@ -203,6 +212,8 @@ class _Build:
         network.name = _plan_name(model)
         if not self._tensorrt.strongly_typed:
             _constrain_types(self._tensorrt.module, network, model)
+        if not self._options.linear_heads:
+            self.channels_last = _leave_channels_last(self._tensorrt, network)
         config = self._config(targets)
         cache = self._timing_cache(config)
         self._add_profile(network, config, profile)
@@ -434,6 +445,25 @@ def _plan_name(model: onnx.ModelProto) -> str:
     """The description inside the plan itself, as the network's name: it survives the loss of the .json."""
     described = _description(model)
     return json.dumps(described.to_metadata()) if described else "superpoint"
+
+
+def _leave_channels_last(tensorrt: TensorRT, network: Any) -> list[str]:
+    """Raw fp16 heads as convolutions write them, which spares a kernel for each; the decode reads them either way.
+
+    Call it once the network's types are set: there is no such format for float32.
+
+    Returns:
+        The outputs' names; none of a network that is not cut at its heads.
+    """
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    heads = [
+        output
+        for output in outputs
+        if output.name in OUTPUT_NAMES[OutputType.HEADS] and output.dtype == tensorrt.module.float16
+    ]
+    for output in heads:
+        tensorrt.allow_channels_last(output)
+    return [output.name for output in heads]
 
 
 # -------------------------------------------------------------------------------------------- what TensorRT 8.6 wants

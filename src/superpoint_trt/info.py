@@ -93,6 +93,8 @@ def _engine(path: Path) -> Iterator[tuple[str, str]]:
         return
     yield from _description(metadata.description)
     yield "takes", str(metadata.profile)
+    if metadata.build.get("channels_last"):
+        yield "channels-last", ", ".join(metadata.build["channels_last"])
     yield "runs on", f"{metadata.flavour.value} {metadata.tensorrt_version}, {', '.join(metadata.targets)}"
     yield "built on", metadata.gpu_name or "a machine without a GPU"
     yield "rebuild", metadata.rebuild

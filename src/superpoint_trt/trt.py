@@ -34,6 +34,9 @@ _MAGIC = {b"ftrt": Flavour.TENSORRT, b"vtrt": Flavour.RTX}
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """What TensorRT-RTX 1.7 can build for."""
 
+_CHANNELS_LAST = {"HWC": 1, "HWC8": 8, "HWC16": 16}
+"""TensorRT's formats [B][H][W][C] by name, and what C is padded to a multiple of."""
+
 _LOG_LINES = 400
 
 
@@ -190,6 +193,31 @@ class TensorRT:
         self._monitor = _progress_monitor(self.module, report)
         config.progress_monitor = self._monitor
         return True
+
+    # ------------------------------------------------------------------------------------------------------- formats
+
+    def allow_channels_last(self, output: Any) -> None:
+        """Has a 16-bit output of a network written channels-last; HWC8 pads them to whole vectors of eight."""
+        output.allowed_formats = 1 << int(self.module.TensorFormat.HWC8)
+
+    def pixel_pitch(self, engine: Any, name: str, profile: int = 0) -> int:
+        """Values from one pixel of an engine's tensor to the next if its channels lie together; 0: pixels do (NCHW).
+
+        Raises:
+            SuperPointError: the engine reads or writes that tensor in any other of TensorRT's formats.
+        """
+        # 8.6 knows only the name for certain; with several profiles a format belongs to each.
+        found = engine.get_tensor_format(name, profile) if profile else engine.get_tensor_format(name)
+        shape = tuple(engine.get_tensor_shape(name))
+        if found.name == "LINEAR":
+            return 0
+        if found.name not in _CHANNELS_LAST or len(shape) != 4:
+            raise SuperPointError(
+                f"{name} {list(shape)} has TensorRT's format {found.name}; expected one of LINEAR, "
+                f"{', '.join(_CHANNELS_LAST)} (trtexec: leave --inputIOFormats and --outputIOFormats away)."
+            )
+        multiple = _CHANNELS_LAST[found.name]
+        return -(-int(shape[1]) // multiple) * multiple
 
     # ------------------------------------------------------------------------------------------------------- runtime
 

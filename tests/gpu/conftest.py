@@ -66,17 +66,28 @@ def engine(tensorrt, weights, tmp_path_factory) -> Callable[..., Path]:
     folder.mkdir(exist_ok=True)
 
     def make(
-        kind: str, precision: str, dynamic: bool = False, batch: int = 1, size_hw=SIZE_HW, **decode: object
+        kind: str,
+        precision: str,
+        dynamic: bool = False,
+        batch: int = 1,
+        size_hw=SIZE_HW,
+        linear_heads: bool = False,
+        **decode: object,
     ) -> Path:
         height, width = size_hw
         name = f"{kind}-{precision}-{height}x{width}-{'dynamic' if dynamic else 'static'}-{batch}"
+        name += "-linear" if linear_heads else ""
         name += "".join(f"-{key}{value}" for key, value in decode.items())
         built = folder / f"{name}.engine"
         if not built.exists():
             options = ExportOptions(OutputType(kind), height, width, dynamic=dynamic, max_batch_size=batch, **decode)
             model = export(weights, folder / f"{name}.onnx", options)
             build = engines.BuildOptions(
-                Precision(precision), workspace_gib=4.0, max_batch_size=batch, timing_cache=folder / "timing.cache"
+                Precision(precision),
+                workspace_gib=4.0,
+                max_batch_size=batch,
+                timing_cache=folder / "timing.cache",
+                linear_heads=linear_heads,
             )
             metadata = engines.build(model, built, build)
             print(f"built {name} in {metadata.build['seconds']} s")

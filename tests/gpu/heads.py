@@ -49,8 +49,19 @@ def logits_of(kind: str, seed: int, shape: tuple[int, int, int, int]) -> np.ndar
     return x
 
 
-def upload(values: np.ndarray, dtype: np.dtype | None = None) -> cuda.DeviceArray:
-    """A copy on the GPU; `dtype` names what the bits mean where numpy cannot."""
+def upload(values: np.ndarray, dtype: np.dtype | None = None, multiple: int = 0) -> cuda.DeviceArray:
+    """A copy on the GPU; `dtype` names what the bits mean where numpy cannot.
+
+    `multiple`: (B, C, H, W) laid channels-last, C padded to a multiple of it with what no sum survives: NaN.
+    """
+    if multiple:
+        lying = np.ascontiguousarray(values.transpose(0, 2, 3, 1))
+        pitch = -(-values.shape[1] // multiple) * multiple
+        padded = np.full((*lying.shape[:3], pitch), -1 if values.dtype.kind == "u" else np.nan).astype(values.dtype)
+        padded[..., : values.shape[1]] = lying
+        memory = upload(padded)
+        strides = cuda.channels_last(values.shape, pitch, values.dtype.itemsize)
+        return cuda.DeviceArray(memory.address, values.shape, dtype or values.dtype, 0, memory, strides)
     values = np.ascontiguousarray(values)
     memory = cuda.DeviceMemory(values.nbytes)
     kind = cuda.runtime().cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -59,19 +70,20 @@ def upload(values: np.ndarray, dtype: np.dtype | None = None) -> cuda.DeviceArra
 
 
 def download(array: cuda.DeviceArray) -> np.ndarray:
-    values = np.empty(array.shape, array.dtype)
+    last = sum((size - 1) * stride for size, stride in zip(array.shape, array.strides or ()))
+    block = np.empty(last + array.dtype.itemsize if array.strides else array.nbytes, np.uint8)
     kind = cuda.runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost
-    cuda.call("cudaMemcpy", values.__array_interface__["data"][0], array.address, values.nbytes, kind)
-    return values
+    cuda.call("cudaMemcpy", block.__array_interface__["data"][0], array.address, block.nbytes, kind)
+    return np.ndarray(array.shape, array.dtype, block, 0, array.strides)
 
 
-def as_type(values: np.ndarray, head: str) -> tuple[cuda.DeviceArray, np.ndarray]:
-    """On the GPU in that type, and the same values as float32."""
+def as_type(values: np.ndarray, head: str, multiple: int = 0) -> tuple[cuda.DeviceArray, np.ndarray]:
+    """On the GPU in that type (`multiple`: as `upload`), and the same values as float32."""
     if head == "bfloat16":
         bits = (values.view(np.uint32) >> 16).astype(np.uint16)  # cut off, not rounded: any values will do
-        return upload(bits, cuda.BFLOAT16), (bits.astype(np.uint32) << 16).view(np.float32)
+        return upload(bits, cuda.BFLOAT16, multiple), (bits.astype(np.uint32) << 16).view(np.float32)
     typed = values.astype(head)
-    return upload(typed), typed.astype(np.float32)
+    return upload(typed, multiple=multiple), typed.astype(np.float32)
 
 
 def score_map(logits: cuda.DeviceArray, descriptors: cuda.DeviceArray) -> np.ndarray:
@@ -101,8 +113,9 @@ def check(
     half: bool = False,
     stride: int = 8,
     dim: int = 256,
+    multiple: int = 0,
 ) -> dict[str, float]:
-    """Decodes on the GPU and in numpy; asserts what must be equal, and tells the rest.
+    """Decodes on the GPU and in numpy; asserts what must be equal, and tells the rest. `multiple`: as `upload`.
 
     Softmax rounds a little differently in numpy, on every CPU anew, so equality has three parts: the maps agree to
     1e-6 of each score (cells of 8 px; numpy adds S*S + 1 terms one after the other in float32, whose error grows with
@@ -112,8 +125,8 @@ def check(
     """
     batch, rows, columns = grid
     rng = np.random.default_rng(seed + 1)
-    on_gpu, logits = as_type(logits_of(kind, seed, (batch, stride * stride + 1, rows, columns)), head)
-    coarse_gpu, coarse = as_type(rng.normal(0, 1, (batch, dim, rows, columns)).astype(np.float32), head)
+    on_gpu, logits = as_type(logits_of(kind, seed, (batch, stride * stride + 1, rows, columns)), head, multiple)
+    coarse_gpu, coarse = as_type(rng.normal(0, 1, (batch, dim, rows, columns)).astype(np.float32), head, multiple)
     placed = [
         (columns * stride - int(rng.integers(stride)), rows * stride - int(rng.integers(stride))) for _ in range(batch)
     ]
@@ -149,8 +162,10 @@ def main() -> None:
     for seed, kind in enumerate(KINDS):
         for radius in (0, 2, 4, 7):
             options = DecodeOptions(radius, 3, 0.005, 60)
-            told = check(kind, seed, (2, 6, 9), options, half=bool(seed % 2), dim=256 if seed % 2 else 100)
-            print(kind, radius, told)
+            for head, multiple in (("float32", 0), ("float16", 8)):
+                dim = 256 if seed % 2 else 100
+                told = check(kind, seed, (2, 6, 9), options, head=head, half=bool(seed % 2), dim=dim, multiple=multiple)
+                print(kind, radius, head, told)
 
 
 if __name__ == "__main__":

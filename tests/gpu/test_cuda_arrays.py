@@ -55,6 +55,10 @@ def test_gaps_are_refused(tensor, wrap):
     for gappy in (tensor[..., ::2], tensor.transpose(2, 3)):
         with pytest.raises(SuperPointError, match="not contiguous"):
             cuda.view(wrap(gappy))
+        found = cuda.view(wrap(gappy), gaps=True)
+        assert found.strides == tuple(4 * step for step in gappy.stride())
+        for back in (torch.from_dlpack(found), torch.as_tensor(found, device="cuda")):
+            assert back.data_ptr() == gappy.data_ptr() and torch.equal(back, gappy)
 
 
 def test_what_is_on_the_gpu(tensor):

@@ -85,6 +85,29 @@ def test_strides_and_dims(stride, dim):
     assert told["points"]
 
 
+@pytest.mark.parametrize("head", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("multiple", [1, 8, 16])
+@pytest.mark.parametrize("radius", [4, 9])
+def test_channels_last(head, multiple, radius):
+    """As convolutions of TensorRT (padded) and torch (not) write them."""
+    for seed, kind in enumerate(KINDS):
+        for grid, dim in (((2, 13, 21), 256), ((3, 1, 1), 100), ((2, 1, 6), 512), ((2, 7, 1), 36)):
+            checked(kind, seed, grid, DecodeOptions(radius, 2, 0.005, 500), head=head, dim=dim, multiple=multiple)
+    checked("image-like", 0, (1, 60, 80), DecodeOptions(radius, 4, 0.005, 1024), head=head, multiple=multiple)
+
+
+@pytest.mark.parametrize(("stride", "dim"), [(4, 64), (2, 16), (1, 8), (16, 128), (32, 8)])
+def test_channels_last_of_other_strides(stride, dim):
+    for seed, kind in enumerate(KINDS):
+        options = DecodeOptions(3, 1, 0.0001, 400)
+        checked(kind, seed, (2, 7, 9), options, head="float16", stride=stride, dim=dim, multiple=8)
+
+
+def test_images_of_one_cell():
+    """Both layouts at once; a batch of them tells whether the next image is found."""
+    checked("noise", 0, (5, 1, 1), DecodeOptions(2, 0, 0.005, 10))
+
+
 def test_again_and_again_the_same():
     """The list of survivors is in any order; the result is not."""
     logits, _ = as_type(logits_of("levels", 5, (1, 65, 60, 80)), "float32")
@@ -156,3 +179,6 @@ def test_what_is_refused():
         decode_heads(good, upload(np.zeros((1, 256, 4, 4), np.float16)))
     with pytest.raises(SuperPointError, match="one for each of 1 images"):
         decode_heads(good, upload(np.zeros((1, 256, 4, 4), np.float32)), placed_wh=[(8, 8), (8, 8)])
+    turned = cuda.DeviceArray(good.address, good.shape, good.dtype, 0, good, (65 * 64, 64, 4, 16))
+    with pytest.raises(SuperPointError, match="neither contiguous nor channels-last"):
+        decode_heads(turned, upload(np.zeros((1, 256, 4, 4), np.float32)))

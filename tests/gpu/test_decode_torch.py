@@ -54,6 +54,17 @@ def test_on_a_stream_of_its_own():
 
 
 def test_transposed_heads_are_refused():
-    logits = torch.randn(1, 60, 80, 65, device="cuda").permute(0, 3, 1, 2)
+    logits = torch.randn(1, 65, 80, 60, device="cuda").transpose(2, 3)
     with pytest.raises(SuperPointError, match="not contiguous"):
         decode_heads(logits, torch.randn(1, 256, 60, 80, device="cuda"))
+
+
+def test_channels_last_heads_are_taken_as_they_are():
+    logits = torch.randn(2, 65, 60, 80, device="cuda")
+    coarse = torch.randn(2, 256, 60, 80, device="cuda")
+    options = DecodeOptions(max_keypoints=200)
+    one = decode_heads(logits, coarse, options)
+    other = decode_heads(*(head.to(memory_format=torch.channels_last) for head in (logits, coarse)), options)
+    for name in ("num_keypoints", "keypoints", "scores"):
+        assert torch.equal(*(torch.from_dlpack(getattr(found, name)) for found in (one, other)))
+    torch.testing.assert_close(*(torch.from_dlpack(found.descriptors) for found in (one, other)), rtol=0, atol=2e-6)

@@ -6,11 +6,15 @@ import logging
 
 import numpy as np
 import pytest
-from heads import download
+from heads import download, found_of, upload
 
 from superpoint_trt import SuperPoint, cuda, kernels
+from superpoint_trt import engine as engines
 from superpoint_trt.backends.lanes import MOST_LOANS
-from superpoint_trt.spec import Keypoints, SuperPointError
+from superpoint_trt.backends.tensorrt import TensorRTBackend
+from superpoint_trt.export import ExportOptions, export
+from superpoint_trt.kernels.decode import decode_heads
+from superpoint_trt.spec import OUTPUT_NAMES, Keypoints, OutputType, Precision, SuperPointError
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,74 @@ def test_equals_the_host_decode(engine, images, precision, options, half):
             found = superpoint.extract(image)
             assert found.descriptors.dtype == (np.float16 if half else np.float32)
             assert_same(found, in_numpy(superpoint, image))
+
+
+LAYOUTS = pytest.mark.parametrize(
+    ("dynamic", "batch", "linear"),
+    [(False, 1, False), (False, 1, True), (False, 8, False), (False, 8, True), (True, 8, False)],
+    ids=["static", "static-linear", "batch", "batch-linear", "dynamic"],
+)
+
+
+@LAYOUTS
+def test_heads_of_both_layouts(engine, images, dynamic, batch, linear):
+    """One image at a time and a whole batch, against numpy on the very heads of that run."""
+    with SuperPoint(engine("heads", "fp16", dynamic, batch, linear_heads=linear), max_keypoints=500) as superpoint:
+        inside = superpoint._backend._shared.engine
+        assert {inside.get_tensor_format(n).name for n in HEADS} == {"LINEAR" if linear else "HWC8"}
+        assert_same(superpoint.extract(images[0]), in_numpy(superpoint, images[0]))
+        together = images[:batch]
+        prepared, placements = zip(*(superpoint.prepare(image) for image in together))
+        expected = superpoint.decode(superpoint.infer(np.stack(prepared)[:, None]), placements)
+        for _ in range(3):  # plain, captured, replayed
+            found = list(superpoint.extract_many(together, batch, 1))
+            assert len(found) == batch
+            for one, truth in zip(found, expected):
+                assert_same(one, truth)
+
+
+HEADS = OUTPUT_NAMES[OutputType.HEADS]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_heads_read_back_are_the_linear_ones(engine, images, batch):
+    """NCHW without the padding, on the host and on the GPU; to what another choice of kernels may change."""
+    stack = np.stack(images[:batch])[:, None].astype(np.float32) / np.float32(255)
+    with TensorRTBackend(engine("heads", "fp16", batch=batch, linear_heads=True)) as backend:
+        linear = {name: value.astype(np.float32) for name, value in backend.infer(stack).items()}
+    with TensorRTBackend(engine("heads", "fp16", batch=batch)) as backend:
+        for _ in range(3):  # plain, captured, replayed
+            found = backend.infer(stack)
+            on_gpu = backend.infer_device(upload(stack))
+            assert found["logits"].shape == on_gpu["logits"].shape == (batch, 65, 60, 80)
+            for name in HEADS:
+                assert found[name].dtype == np.float16
+                np.testing.assert_array_equal(download(on_gpu[name]), found[name])
+                off = np.abs(found[name].astype(np.float32) - linear[name]) / np.abs(linear[name]).max()
+                assert off.max() < 2e-2 and off.mean() < 1e-3
+        with pytest.raises(SuperPointError, match=r"channels-last, 72 values a pixel.*--linear-heads"):
+            backend.infer_device(upload(stack), out={"logits": upload(np.zeros((batch, 65, 60, 80), np.float16))})
+
+
+def test_heads_on_the_gpu_are_decoded_where_they_are(engine, images):
+    with SuperPoint(engine("heads", "fp16"), max_keypoints=400) as superpoint:
+        expected = superpoint.extract(images[0])
+        heads = superpoint._backend.infer_device(upload(images[0][None, None].astype(np.float32) / np.float32(255)))
+        description = superpoint._backend.description
+        found = decode_heads(*(heads[n] for n in HEADS), superpoint.options, sampling=description.sampling)
+        for array, truth in zip(found_of(found, 0), (expected.xy, expected.scores, expected.descriptors)):
+            np.testing.assert_array_equal(array, truth)
+
+
+def test_other_formats_are_refused_when_opened(tensorrt, weights, tmp_path, monkeypatch):
+    def pairs_of_channels(self, output):
+        output.allowed_formats = 1 << int(self.module.TensorFormat.CHW2)
+
+    monkeypatch.setattr(type(tensorrt), "allow_channels_last", pairs_of_channels)
+    model = export(weights, tmp_path / "a.onnx", ExportOptions(OutputType.HEADS, 64, 64))
+    engines.build(model, tmp_path / "a.engine", engines.BuildOptions(Precision.FP16, optimization_level=0))
+    with pytest.raises(SuperPointError, match=r"a\.engine: logits \[.*\] has TensorRT's format CHW2; expected one of"):
+        SuperPoint(tmp_path / "a.engine")
 
 
 def test_float_and_uint8_images_agree(engine, images):

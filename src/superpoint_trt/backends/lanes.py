@@ -163,7 +163,12 @@ class Lane:
         self._unit = DeviceMemory(4 * self._count)
         self._outputs = DeviceMemory(sum(cuda.aligned(tensor.nbytes) for tensor in tensors))
         heads = [
-            Head(self._outputs.address + tensor.offset, tensor.shape, BFLOAT16 if tensor.bfloat16 else tensor.dtype)
+            Head(
+                self._outputs.address + tensor.offset,
+                tensor.shape,
+                BFLOAT16 if tensor.bfloat16 else tensor.dtype,
+                tensor.pixel_pitch,
+            )
             for tensor in tensors
         ]
         self._bind({INPUT_NAME: self._unit.address, **{t.name: h.address for t, h in zip(tensors, heads)}})

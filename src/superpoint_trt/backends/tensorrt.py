@@ -86,6 +86,7 @@ class TensorRTBackend(Backend):
         engine = self._shared.engine
         known = metadata.description if metadata else _introspected(engine, path)
         self._profiles = _profiles(engine)
+        _check_formats(tensorrt, engine, path)
         if metadata:
             _check_belongs(metadata, engine, self._profiles, path)
         self.description = with_profile(known, self._profiles[0])
@@ -119,13 +120,14 @@ class TensorRTBackend(Backend):
         Args:
             image: (B, 1, H, W) float32 in [0, 1], any library's CUDA array (`__cuda_array_interface__` or DLPack).
             out: arrays to write to, by output name (spec.OUTPUT_NAMES), of exactly the shape and type; the others,
-                and all without `out`, are this model's own buffers.
+                and all without `out`, are this model's own buffers. Not for outputs written channels-last.
             stream: handle of the CUDA stream that made `image` and will use the results (torch:
                 `torch.cuda.current_stream().cuda_stream`); the call then returns at once. None: the call waits for
                 the legacy default stream before, and for the results after.
 
         Returns:
-            The outputs by name. Buffers of the model's own are overwritten by the next call: copy what is to stay.
+            The outputs by name, [B, C, H, W] whatever their strides. Buffers of the model's own are overwritten by the
+            next call: copy what is to stay.
 
         Raises:
             SuperPointError: shape, type or memory is not what the engine takes, or the run failed.
@@ -208,7 +210,7 @@ class TensorRTBackend(Backend):
         """
         with self._tensorrt.explaining(f"preparing the engine for {_size(shape)} failed") as log:
             context = self._new_context(shape, stream, scratch, log)
-            return context, _layout(self._tensorrt.module, context, log)[0]
+            return context, _layout(self._tensorrt, context, log)[0]
 
     def execute(self, context: Any, stream: cuda.Stream) -> None:
         """Queues the network of a context that is bound to memory."""
@@ -257,14 +259,23 @@ class _Tensor:
     offset: int
     """Bytes into the block that all outputs share, so that one copy brings them all."""
     bfloat16: bool = False
+    pixel_pitch: int = 0
+    """Values from one pixel to the next if the channels of a pixel lie together, padded; 0: pixels do (NCHW)."""
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        """In memory, padding included."""
+        values = math.prod(self.shape)
+        return (values // self.shape[1] * self.pixel_pitch if self.pixel_pitch else values) * self.dtype.itemsize
+
+    @property
+    def strides(self) -> tuple[int, ...] | None:
+        """Bytes, as numpy's and DeviceArray's; None: contiguous."""
+        return cuda.channels_last(self.shape, self.pixel_pitch, self.dtype.itemsize) if self.pixel_pitch else None
 
     def of(self, block: NDArray[Any]) -> NDArray[Any]:
-        """This output in the block, as numpy can hold it: bfloat16 becomes float32."""
-        values: NDArray[Any] = np.ndarray(self.shape, self.dtype, block, self.offset)
+        """This output in the block, in the order of its shape, as numpy can hold it: bfloat16 becomes float32."""
+        values: NDArray[Any] = np.ndarray(self.shape, self.dtype, block, self.offset, self.strides)
         return (values.astype(np.uint32) << 16).view(np.float32) if self.bfloat16 else values
 
 
@@ -286,7 +297,7 @@ class _Shape:
         self._context = context
         self._stream = stream
         self._image_shape = shape
-        self._outputs, self._output_bytes = _layout(tensorrt.module, context, log)
+        self._outputs, self._output_bytes = _layout(tensorrt, context, log)
         self._count = math.prod(shape)
         self._convert = dtype == np.uint8 and _can_convert()
         self._host_dtype = np.dtype(np.uint8 if self._convert else np.float32)
@@ -317,6 +328,11 @@ class _Shape:
             if name not in by_name:
                 raise SuperPointError(f"out names {name!r}; this engine's outputs are {', '.join(by_name)}.")
             wanted = by_name[name]
+            if wanted.pixel_pitch:
+                raise SuperPointError(
+                    f"out names {name!r}, which this engine writes channels-last, {wanted.pixel_pitch} values a pixel; "
+                    "take the array that the call returns, or build the engine with --linear-heads."
+                )
             if (array.shape, array.dtype) != (wanted.shape, wanted.dtype):
                 raise SuperPointError(
                     f"out[{name!r}] is {array.dtype} {array.shape}; expected {wanted.dtype} {wanted.shape}."
@@ -373,7 +389,7 @@ class _Shape:
         found = {}
         for tensor in self._outputs:
             place = self._device_out.address + tensor.offset
-            own = DeviceArray(place, tensor.shape, tensor.dtype, self._device_index, self._device_out)
+            own = DeviceArray(place, tensor.shape, tensor.dtype, self._device_index, self._device_out, tensor.strides)
             found[tensor.name] = self._targets.get(tensor.name, own)
         return found
 
@@ -389,9 +405,9 @@ class _Shape:
         self._graph = self._context = None
 
 
-def _layout(trt: Any, context: Any, log: Any) -> tuple[list[_Tensor], int]:
+def _layout(tensorrt: TensorRT, context: Any, log: Any) -> tuple[list[_Tensor], int]:
     """The outputs of a context whose input shape is set, one behind the other."""
-    engine = context.engine
+    trt, engine = tensorrt.module, context.engine
     tensors: list[_Tensor] = []
     offset = 0
     names = _names(trt, engine, trt.TensorIOMode.OUTPUT)
@@ -401,7 +417,8 @@ def _layout(trt: Any, context: Any, log: Any) -> tuple[list[_Tensor], int]:
         if any(size < 0 for size in shape):
             raise log.failed(f"the shape of {name} is not known before the run")
         dtype, is_bfloat16 = _dtype(trt, engine.get_tensor_dtype(name))
-        tensor = _Tensor(name, shape, dtype, offset, is_bfloat16)
+        pitch = tensorrt.pixel_pitch(engine, name, context.active_optimization_profile)
+        tensor = _Tensor(name, shape, dtype, offset, is_bfloat16, pitch)
         tensors.append(tensor)
         offset += cuda.aligned(tensor.nbytes)
     return tensors, offset
@@ -454,6 +471,19 @@ def _profiles(engine: Any) -> list[ShapeRange]:
         low, usual, high = ((int(b), int(h), int(w)) for b, _, h, w in map(tuple, shapes))
         found.append(ShapeRange(low, usual, high))
     return found
+
+
+def _check_formats(tensorrt: TensorRT, engine: Any, path: Path) -> None:
+    """Refuses an engine whose tensors lie in ways that are not read here: such are built by others only."""
+    for profile in range(engine.num_optimization_profiles):
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            try:
+                pitch = tensorrt.pixel_pitch(engine, name, profile)
+            except SuperPointError as error:
+                raise SuperPointError(f"{path}: {error}") from None
+            if name == INPUT_NAME and pitch > 1:
+                raise SuperPointError(f"{path}: {name} is padded to {pitch} channels; expected one, or LINEAR.")
 
 
 def _check_belongs(metadata: EngineMetadata, engine: Any, profiles: list[ShapeRange], path: Path) -> None:

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,10 @@ class Head:
     @property
     def pitches(self) -> tuple[int, int]:
         """Values from one cell to the next, and from one channel to the next."""
-        return (self.pixel_pitch, 1) if self.pixel_pitch else (1, self.shape[2] * self.shape[3])
+        cells = self.shape[2] * self.shape[3]
+        if cells == 1:  # lies either way, and the kernels take a channel pitch of 1 for the other
+            return (self.pixel_pitch or self.shape[1], 1)
+        return (self.pixel_pitch, 1) if self.pixel_pitch else (1, cells)
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,7 @@ def decode_heads(
     """Decodes raw heads of any library that are in GPU memory, without a copy (torch, CuPy, an engine's outputs).
 
     Args:
-        logits: (B, S*S + 1, H/S, W/S) float32, float16 or bfloat16, contiguous.
+        logits: (B, S*S + 1, H/S, W/S) float32, float16 or bfloat16, contiguous or channels-last (torch's too).
         coarse_descriptors: (B, D, H/S, W/S), same type.
         options: radius, border, threshold, number; without a number the best `USUAL_ROWS` of each image are kept.
         sampling: the checkpoint's convention.
@@ -271,7 +274,7 @@ def decode_heads(
     Raises:
         SuperPointError: not in GPU memory, shapes or types that are no heads, or NVRTC is missing.
     """
-    first, second = cuda.view(logits), cuda.view(coarse_descriptors)
+    first, second = cuda.view(logits, gaps=True), cuda.view(coarse_descriptors, gaps=True)
     decoder = Decoder(_head(first), _head(second), options or DecodeOptions(), sampling)
     rows = decoder.rows(half)
     placed = placed_wh or [(decoder.width_px, decoder.height_px)] * decoder.batch
@@ -309,7 +312,15 @@ def _head(array: DeviceArray) -> Head:
     if len(array.shape) != 4:
         raise SuperPointError(f"a head has shape {array.shape}; expected (B, C, H/S, W/S).")
     batch, channels, rows, columns = array.shape
-    return Head(array.address, (batch, channels, rows, columns), array.dtype)
+    head = Head(array.address, (batch, channels, rows, columns), array.dtype)
+    if array.strides is None:
+        return head
+    pitch = array.strides[3] // array.dtype.itemsize
+    wanted = cuda.channels_last(array.shape, pitch, array.dtype.itemsize)
+    differs = any(size > 1 and a != b for size, a, b in zip(array.shape, array.strides, wanted))
+    if pitch < channels or differs:
+        raise SuperPointError(f"a head is neither contiguous nor channels-last: {cuda.NOT_CONTIGUOUS}")
+    return replace(head, pixel_pitch=pitch)
 
 
 def _stride(logits: Head, descriptors: Head) -> int:
