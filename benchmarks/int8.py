@@ -36,6 +36,8 @@ VARIANTS = {
     "int8": lambda model, ranges: quantize(model, ranges),
     "int8-fp16-first": lambda model, ranges: quantize(model, ranges, first=FirstConvolution.FP16),
     "int8-fp16-outputs": lambda model, ranges: quantize(model, ranges, keep=("conv[PD]b",)),
+    "int8-fp16-detector": lambda model, ranges: quantize(model, ranges, keep=("convP*",)),
+    "int8-fp16-conv4-detector": lambda model, ranges: quantize(model, ranges, keep=("conv4*", "convP*")),
 }
 
 

@@ -64,7 +64,7 @@ class Plan:
     descriptor_weight: float = 1.0
     placing: float = 1.0
     """Of losses.detector_loss."""
-    rounded_share: float = 0.0
+    rounded_share: float = 0.5
     """Of views, those that the network sees through int8's rounding (`rounding`)."""
     seed: int = 1
     validation_pairs: int = 16
