@@ -22,7 +22,7 @@ from superpoint_trt.engine import BuildOptions, build
 from superpoint_trt.equalise import equalise
 from superpoint_trt.export import ExportOptions, export
 from superpoint_trt.precision import convolutions, load_onnx, to_precision
-from superpoint_trt.quantize import HALVES, FirstConvolution, kept_layers, quantize, split_image
+from superpoint_trt.quantize import PARTS, FirstConvolution, kept_layers, quantize, split_image
 from superpoint_trt.spec import OutputType, Precision, SuperPointError
 from superpoint_trt.trt import Flavour
 
@@ -68,9 +68,12 @@ def to_fp8(values: np.ndarray, largest) -> np.ndarray:
     return scaled.astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
 
 
-def halves(image: np.ndarray) -> list[np.ndarray]:
-    """[0, 1] as two halves, each in steps of 1/255 up to 127; one rounds up, the other down."""
-    return [np.clip(np.rint(image * 127.5 + off), -128, 127) / 255 for off in (0.25, -0.25)]
+PLACES = (0.375, 0.125, -0.125, -0.375)
+
+
+def parts(image: np.ndarray) -> list[np.ndarray]:
+    """[0, 1] as four quarters, each in steps of 1/510 up to 127; each rounds at another place."""
+    return [np.clip(np.rint(image * 127.5 + place), -128, 127) / 510 for place in PLACES]
 
 
 def simulate(model: onnx.ModelProto, image: np.ndarray, ranges: dict[str, float], kept, rounded) -> list[np.ndarray]:
@@ -83,8 +86,8 @@ def simulate(model: onnx.ModelProto, image: np.ndarray, ranges: dict[str, float]
             weight, bias = constants
             if node.name not in kept and node.input[0] == "image":
                 steps = weight / np.abs(weight).max(axis=(1, 2, 3), keepdims=True) * 127
-                apart = [np.clip(np.rint(steps + off), -127, 127) / steps * weight for off in (0.25, -0.25)]
-                x, weight = np.concatenate(halves(x)), np.concatenate(apart, axis=1)
+                apart = [np.clip(np.rint(steps + off), -127, 127) / steps * weight for off in PLACES]
+                x, weight = np.concatenate(parts(x)), np.concatenate(apart, axis=1)
             elif node.name not in kept:
                 x = rounded(x, ranges[node.input[0]])
                 weight = rounded(weight, np.abs(weight).max(axis=(1, 2, 3), keepdims=True))
@@ -105,7 +108,7 @@ def simulate(model: onnx.ModelProto, image: np.ndarray, ranges: dict[str, float]
 @pytest.mark.parametrize("layout", ["v6", "magicleap"])
 @pytest.mark.parametrize(
     ("precision", "first", "rounded"),
-    [("int8", "halves", to_int8), ("int8", "fp16", to_int8), ("fp8", "fp16", to_fp8)],
+    [("int8", "parts", to_int8), ("int8", "fp16", to_int8), ("fp8", "fp16", to_fp8)],
 )
 def test_onnxruntime_computes_what_the_quantisation_says(checkpoint, tmp_path, layout, precision, first, rounded):
     """Three ways: fp32, onnxruntime on the Q/DQ graph, and numpy on the fp32 graph with every rounding written out."""
@@ -113,7 +116,7 @@ def test_onnxruntime_computes_what_the_quantisation_says(checkpoint, tmp_path, l
     ranges = ranges_of(model)
     quantised = quantize(model, ranges, Precision(precision), ["conv3b"], FirstConvolution(first))
     image = photograph(48, 64).astype(np.float32) / 255
-    kept = {"conv3b"} if first == "halves" else {"conv1a", "conv3b"}
+    kept = {"conv3b"} if first == "parts" else {"conv1a", "conv3b"}
     expected = simulate(model, image[None], ranges.ranges, kept, rounded)
     full = run_in_onnxruntime(model, image, tmp_path)
     for ours, truth, plain in zip(run_in_onnxruntime(quantised, image, tmp_path), expected, full):
@@ -140,7 +143,7 @@ def test_every_pair_is_where_and_as_it_should_be(checkpoint):
     for name, node in convolutions(model).items():
         data, weight, bias = (made.get(tensor) for tensor in node.input)
         assert bias is None, "no pair on the bias"
-        step = 1 / 255 if name == "conv1a" else 0.02
+        step = 1 / 510 if name == "conv1a" else 0.02
         assert constants[data.input[1]] == pytest.approx(step) and constants[data.input[1]].shape == ()
         plain = constants[made[weight.input[0]].input[0]]
         np.testing.assert_allclose(constants[weight.input[1]] * 127, np.abs(plain).max(axis=(1, 2, 3)), rtol=1e-6)
@@ -151,18 +154,20 @@ def test_every_pair_is_where_and_as_it_should_be(checkpoint):
     assert heads[0] == heads[1], "both heads read one pair"
 
 
-# ------------------------------------------------------------------------------------------------- the image in halves
+# ------------------------------------------------------------------------------------------------- the image in parts-
 
 
-def test_halves_hold_every_8_bit_pixel_but_white():
+def test_parts_hold_every_8_bit_pixel_but_white_and_halve_the_rounding_of_floats():
     pixels = np.arange(256, dtype=np.float64)
-    lost = sum(halves(pixels / 255)) * 255 - pixels
+    lost = sum(parts(pixels / 255)) * 255 - pixels
     np.testing.assert_allclose(lost[:255], 0, atol=1e-9)
     assert lost[255] == pytest.approx(-1), "white loses one step of 255"
+    floats = np.linspace(0, 254 / 255, 10007)
+    assert np.abs(sum(parts(floats)) - floats).max() == pytest.approx(1 / 1020, rel=0.01)
 
 
 def test_int8_costs_an_8_bit_image_nothing_but_its_white(checkpoint, tmp_path):
-    """Onnxruntime's first convolution on halves against fp32: as far off as its weights alone are."""
+    """Onnxruntime's first convolution on parts against fp32: as far off as its weights alone are."""
     model = graph_of(checkpoint, "heads", "magicleap", height_px=48, width_px=64)
     image = np.random.default_rng(0).integers(0, 255, (48, 64)).astype(np.float32) / np.float32(255)
     kept = [name for name in convolutions(model) if name != "conv1a"]
@@ -186,21 +191,21 @@ def test_who_keeps_the_first_convolution_gets_it_in_fp16(checkpoint):
         assert convolutions(quantised)["conv1a"].input[:2] == ["image", "conv1a.weight"]
 
 
-def test_the_metadata_say_halves(checkpoint):
+def test_the_metadata_say_parts(checkpoint):
     model = graph_of(checkpoint, "heads", "v6")
     noted = {e.key.rpartition(".")[2]: e.value for e in quantize(model, ranges_of(model)).metadata_props}
-    assert (noted["first_convolution"], noted["kept_layers"]) == ("halves", "")
+    assert (noted["first_convolution"], noted["kept_layers"]) == ("parts", "")
 
 
 def test_fp8_leaves_the_first_convolution_alone(checkpoint):
     model = graph_of(checkpoint, "heads", "v6")
     assert kept_layers(model, [], Precision.FP8) == ["conv1a"]
-    with pytest.raises(SuperPointError, match=r"halves make an image fit for int8; fp8 .* --first-convolution fp16"):
-        quantize(model, ranges_of(model), Precision.FP8, first=FirstConvolution.HALVES)
+    with pytest.raises(SuperPointError, match=r"parts make an image fit for int8; fp8 .* --first-convolution fp16"):
+        quantize(model, ranges_of(model), Precision.FP8, first=FirstConvolution.PARTS)
 
 
 def test_an_image_that_something_else_reads_first_is_not_split(checkpoint):
-    """Another tool's network that scales its image: the default is fp16, and to ask for halves is refused."""
+    """Another tool's network that scales its image: the default is fp16, and to ask for parts is refused."""
     model = graph_of(checkpoint, "heads", "magicleap")
     half = numpy_helper.from_array(np.float32(0.5), "half")
     model.graph.initializer.append(half)
@@ -208,7 +213,7 @@ def test_an_image_that_something_else_reads_first_is_not_split(checkpoint):
     convolutions(model)["conv1a"].input[0] = "scaled"
     assert kept_layers(model, []) == ["conv1a"]
     with pytest.raises(SuperPointError, match=r"conv1a reads scaled, not image; int8 .* --first-convolution fp16"):
-        quantize(model, ranges_of(model), first=FirstConvolution.HALVES)
+        quantize(model, ranges_of(model), first=FirstConvolution.PARTS)
     with pytest.raises(SuperPointError, match="conv1a reads scaled"):
         split_image(model, ranges_of(model))
 
@@ -240,12 +245,12 @@ def test_tensorrt_rtx_builds_every_type(checkpoint_file, tmp_path, layout, preci
         ),
     )
     assert built.description.precision is Precision(precision)
-    first = "halves" if precision == "int8" else "fp16"
-    assert built.description.kept_layers == ("convPb" if first == "halves" else "conv1a convPb")
+    first = "parts" if precision == "int8" else "fp16"
+    assert built.description.kept_layers == ("convPb" if first == "parts" else "conv1a convPb")
     assert built.description.first_convolution == first
 
 
-@pytest.mark.parametrize(("first", "behind_pairs"), [("halves", 12), ("fp16", 11)])
+@pytest.mark.parametrize(("first", "behind_pairs"), [("parts", 12), ("fp16", 11)])
 def test_the_built_network_reads_int8(checkpoint_file, tmp_path, first, behind_pairs):
     """TensorRT's parser on the graph that is built: the convolutions behind int8 pairs, everything else fp16."""
     pytest.importorskip("tensorrt_rtx")
@@ -322,7 +327,7 @@ def test_tensorrt_8_is_told_nothing_about_quantised_convolutions(checkpoint):
     assert {name for name, layer in layers.items() if layer.precision == "float16"} == {"conv3b"}
     free = [name for name, layer in layers.items() if layer.precision is None]
     assert set(convolutions(model)) - {"conv3b"} <= set(free)
-    assert layers[HALVES].precision == "float32", "so are the halves: fp16 has too few digits for them"
+    assert layers[PARTS].precision == "float32", "so are the parts: fp16 has too few digits for them"
     assert layers["cell_probabilities"].precision == "float32", "softmax stays fp32"
     assert outputs == {"scores": "float32", "descriptors": "float32"}
 

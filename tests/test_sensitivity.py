@@ -184,7 +184,7 @@ def test_the_gate_that_fails_says_which_rank_counts(folder, ranges, monkeypatch,
 
 
 def test_the_first_convolution_is_a_layer_to_choose_too(folder, ranges, monkeypatch):
-    """Where its halves cost the points, it alone goes back to fp16; asked for in fp16, it is there from the start."""
+    """Where its parts cost the points, it alone goes back to fp16; asked for in fp16, it is there from the start."""
     monkeypatch.setattr(sensitivity, "verify", Played("keypoints_found_share", {"conv1a"}))
     costs = [LayerCost("conv1a", 0.7, 1.0), LayerCost("conv2a", 0.8, 1.0)]
     chosen = {first: fewest_kept(folder / "fp32.onnx", ranges, [], costs, first=first) for first in (None, FP16)}
@@ -236,7 +236,7 @@ def test_build_chooses_layers_too(folder, loose, tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().out
     assert "kept in fp16  convPb\n" in told and "its .onnx is verified here" in told and "PASSED" in told
     built = read_plan(tmp_path / "a.engine")[1].description
-    assert (built.kept_layers, built.first_convolution) == ("convPb", "halves")
+    assert (built.kept_layers, built.first_convolution) == ("convPb", "parts")
 
 
 def test_first_convolution_in_fp16_on_the_command_line(folder, loose, tmp_path, capsys):
@@ -251,12 +251,12 @@ def test_first_convolution_in_fp16_on_the_command_line(folder, loose, tmp_path, 
     assert built.description.first_convolution == "fp16" and "--first-convolution fp16" in built.rebuild
 
 
-def test_halves_say_so(folder, loose, tmp_path, capsys):
+def test_parts_say_so(folder, loose, tmp_path, capsys):
     words = ["--onnx", folder / "fp32.onnx", "--output", tmp_path / "q.onnx", "--calibration", loose[1]]
     assert run(cli, ["quantize", *map(str, words)]) == 0
-    assert "two halves of 7 bits: exact for 8-bit images but for white" in capsys.readouterr().out
-    assert run(cli, ["quantize", *map(str, words), "--precision", "fp8", "--first-convolution", "halves"]) == 2
-    assert "halves make an image fit for int8" in capsys.readouterr().err
+    assert "the sum of four of 7 bits: exact for 8-bit images but for white" in capsys.readouterr().out
+    assert run(cli, ["quantize", *map(str, words), "--precision", "fp8", "--first-convolution", "parts"]) == 2
+    assert "parts make an image fit for int8" in capsys.readouterr().err
 
 
 def test_auto_that_fails_writes_nothing(folder, loose, tmp_path, capsys, monkeypatch):

@@ -97,9 +97,9 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--keep-fp16", multiple=True, metavar="PATTERN", help="Convolutions to leave alone: conv4*, say."),
         click.option(
             "--first-convolution",
-            type=click.Choice(["fp16", "halves"]),
-            show_default="halves; fp8: fp16",
-            help="halves: int8, the image as two halves of 7 bits, exact for 8-bit images but for white.",
+            type=click.Choice(["fp16", "parts"]),
+            show_default="parts; fp8: fp16",
+            help="parts: int8, the image as the sum of four, exact for 8-bit images but for white.",
         ),
         click.option("--auto", is_flag=True, help="int8, fp8: keep the fewest layers in fp16 that meet the gates."),
         click.option("--gate", "gates", multiple=True, metavar="NAME=LIMIT", help="Another limit than the table's."),
@@ -200,7 +200,7 @@ def ranked(onnx: str, ranges: Calibrated, precision: str) -> list[LayerCost]:
     with progress_bar("quantising one layer at a time") as progress:
         costs = rank(onnx, calibrations.load(ranges.path), few, Precision(precision), progress)
     first = first_convolutions(load_onnx(onnx))
-    how = "its image as two halves; fp16 with --first-convolution fp16" if precision == "int8" else "stays fp16"
+    how = "its image in parts; fp16 with --first-convolution fp16" if precision == "int8" else "stays fp16"
     table = Table(f"only this layer in {precision}", "points within 1 px", "descriptor cosine", "")
     for cost in costs:
         note = how if cost.layer in first else ""

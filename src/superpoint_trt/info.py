@@ -111,8 +111,8 @@ def _description(model: ModelDescription) -> Iterator[tuple[str, str]]:
     if model.calibration:
         yield "calibration", model.calibration
         yield "not quantised", model.kept_layers or "nothing"
-        if model.first_convolution == "halves":
-            yield "image", "two halves of 7 bits: exact for 8-bit images but for white; float images get 8 bits"
+        if model.first_convolution == "parts":
+            yield "image", "the sum of four of 7 bits: exact for 8-bit images but for white; float images get 9 bits"
     if model.type is OutputType.KEYPOINTS:
         yield (
             "decode",

@@ -9,7 +9,7 @@ does it for other builders). Placement, and why:
 - Behind a BatchNorm that could not be folded: there one rounding is needed, in front it would be two.
 - Readers of one tensor (both heads) share one pair.
 - Symmetric, zero points 0: zero padding stays exact, and TensorRT takes nothing else.
-- The first convolution reads the image, whose 8 bits need more than int8's 7: as two halves (`split_image`), or fp16.
+- The first convolution reads the image, whose 8 bits need more than int8's 7: in parts (`split_image`), or fp16.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class FirstConvolution(str, enum.Enum):
 
     FP16 = "fp16"
     """Left alone."""
-    HALVES = "halves"
-    """int8, its image as the sum of two halves (`split_image`)."""
+    PARTS = "parts"
+    """int8, its image as the sum of several (`split_image`)."""
     WHOLE = "whole"
     """As the others: an image's 255 steps in 127, or in fp8. To be measured, not to be used."""
 
@@ -110,7 +110,7 @@ def quantize(
         calibration: a range for the input of each convolution that is to be quantised.
         precision: INT8 or FP8 (E4M3, opset 19 or newer).
         keep: name patterns (`conv4*`) of convolutions to leave alone.
-        first: what becomes of the convolution that reads the image, if `keep` does not name it. None: HALVES of int8
+        first: what becomes of the convolution that reads the image, if `keep` does not name it. None: PARTS of int8
             where the graph allows it, else FP16.
 
     Returns:
@@ -130,7 +130,7 @@ def quantize(
         raise SuperPointError(f"nothing is left to quantise: all convolutions are kept ({', '.join(kept)}).")
     front = set(first_convolutions(model)) - set(kept)
     done = _resolved(model, precision, first) if front else FirstConvolution.FP16
-    if done is FirstConvolution.HALVES:
+    if done is FirstConvolution.PARTS:
         model, calibration = split_image(model, calibration)
     quantised = with_opset(equalise(model, calibration.channels), KINDS[precision].opset)
     _Insertion(quantised, calibration, precision).run(set(chosen))
@@ -160,13 +160,13 @@ def _resolved(model: onnx.ModelProto, precision: Precision, first: FirstConvolut
     """What becomes of the first convolution, as asked or by default.
 
     Raises:
-        SuperPointError: halves were asked for, but the precision is not int8, or the image cannot be split.
+        SuperPointError: parts were asked for, but the precision is not int8, or the image cannot be split.
     """
     if first is None:
         able = precision is Precision.INT8 and not _unsplittable(model)
-        return FirstConvolution.HALVES if able else FirstConvolution.FP16
-    if first is FirstConvolution.HALVES:
-        why = "halves make an image fit for int8" if precision is not Precision.INT8 else _unsplittable(model)
+        return FirstConvolution.PARTS if able else FirstConvolution.FP16
+    if first is FirstConvolution.PARTS:
+        why = "parts make an image fit for int8" if precision is not Precision.INT8 else _unsplittable(model)
         if why:
             raise SuperPointError(f"{why}; {precision.value} of this model needs --first-convolution fp16.")
     return first
@@ -230,24 +230,30 @@ def with_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
     return raised
 
 
-HALVES = "image.halves"
+PARTS = "image.parts"
 """The tensor that `split_image` makes."""
+IMAGE_PARTS = 4
+"""TensorRT stores an int8 image in vectors of four channels: four cost what two do."""
 
 
-def split_image(model: onnx.ModelProto, calibration: Calibration) -> tuple[onnx.ModelProto, Calibration]:
-    """The same network, its first convolution reading the image as the sum of two halves, each fit for int8.
+def split_image(
+    model: onnx.ModelProto, calibration: Calibration, parts: int = IMAGE_PARTS
+) -> tuple[onnx.ModelProto, Calibration]:
+    """The same network, its first convolution reading the image as the sum of parts, each fit for int8.
 
-    int8 has 127 steps from 0 to 1, an image 255. Of a pixel X / 255 the halves are X / 2 rounded up and rounded down,
-    each exact in 127 steps of 1 / 255 (only white, 255, loses one step); convolved with the same weights their sum is
-    the pixel. A float image is rounded to 1 / 255 on the way. The weights are rounded up for one half and down for the
-    other, so that on average they have twice int8's steps; as the halves differ by no more than 1 / 255, that holds.
+    int8 has 127 steps from 0 to 1, an image 255, and one that was colour or was shrunk has more. Each of P parts is a
+    P-th of the image in steps of 1 / (127.5 P), and each is rounded at another place, P-ths of a step apart: so their
+    sum has the same fine steps. 8-bit images are exact (only white, 255, loses one step); convolved with one weight
+    their sum is the image. The weights are rounded at other places likewise, so that on average they have
+    P times int8's steps; as the parts differ by no more than one of theirs, that holds.
 
     Args:
         model: fp32 graph whose first convolution reads the image itself; left as it is.
         calibration: of that model.
+        parts: P, an even number.
 
     Returns:
-        The rewritten graph, and the calibration with the range of the halves.
+        The rewritten graph, and the calibration with the range of the parts.
 
     Raises:
         SuperPointError: something lies between the image and the first convolution.
@@ -259,19 +265,20 @@ def split_image(model: onnx.ModelProto, calibration: Calibration) -> tuple[onnx.
     graph = split.graph
     first = next(node for node in graph.node if node.op_type == "Conv")
     image, single = graph.input[0].name, first.input[1]
-    weight = numpy_helper.to_array(constants(graph)[first.input[1]])
-    quarter_step = np.float32(0.25 / 255)
+    weight = numpy_helper.to_array(constants(graph)[single])
+    step = 1 / (127.5 * parts)
+    places = (np.arange(parts, dtype=np.float32) - (parts - 1) / 2) / parts
     new = {
-        f"{HALVES}.half": np.array(0.5, np.float32),
-        f"{HALVES}.steps": np.array([quarter_step, -quarter_step], np.float32).reshape(1, 2, 1, 1),
-        f"{single}.twice": np.concatenate(_rounded_apart(weight), axis=1),
+        f"{PARTS}.share": np.array(1 / parts, np.float32),
+        f"{PARTS}.places": (places * step).astype(np.float32).reshape(1, parts, 1, 1),
+        f"{single}.parts": np.concatenate([_rounded_at(weight, place) for place in places], axis=1),
     }
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in new.items())
     steps = [
-        helper.make_node("Mul", [image, f"{HALVES}.half"], [f"{HALVES}.scaled"], name=f"{HALVES}.scaled"),
-        helper.make_node("Add", [f"{HALVES}.scaled", f"{HALVES}.steps"], [HALVES], name=HALVES),
+        helper.make_node("Mul", [image, f"{PARTS}.share"], [f"{PARTS}.scaled"], name=f"{PARTS}.scaled"),
+        helper.make_node("Add", [f"{PARTS}.scaled", f"{PARTS}.places"], [PARTS], name=PARTS),
     ]
-    first.input[0], first.input[1] = HALVES, f"{single}.twice"
+    first.input[0], first.input[1] = PARTS, f"{single}.parts"
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*steps, *graph.node)]
     del graph.node[:]
     graph.node.extend(nodes)
@@ -280,15 +287,15 @@ def split_image(model: onnx.ModelProto, calibration: Calibration) -> tuple[onnx.
         if constant.name == single and not any(single in node.input for node in graph.node):
             del graph.initializer[index]
             break
-    ranges = {HALVES: 127.0 / 255.0, **calibration.ranges}
+    ranges = {PARTS: 127 * step, **calibration.ranges}
     return onnx.shape_inference.infer_shapes(split), replace(calibration, ranges=ranges)
 
 
-def _rounded_apart(weight: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """Weights a quarter of a step of int8 larger, and smaller; no channel's largest magnitude grows."""
+def _rounded_at(weight: NDArray[np.float32], place: np.float32) -> NDArray[np.float32]:
+    """Weights that share of a step of int8 larger; no channel's largest magnitude grows."""
     largest = np.abs(weight).max(axis=(1, 2, 3), keepdims=True)
-    quarter = largest / np.float32(4 * KINDS[Precision.INT8].largest)
-    return [np.minimum(weight + quarter, largest), np.maximum(weight - quarter, -largest)]
+    shift = largest * np.float32(place / KINDS[Precision.INT8].largest)
+    return np.clip(weight + shift, -largest, largest)
 
 
 class _Insertion:

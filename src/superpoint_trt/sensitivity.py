@@ -185,7 +185,7 @@ class _Network:
         return _write(self.fp32, folder, "fp32")
 
     def write_only(self, layer: str, folder: str) -> Path:
-        """One layer quantised, be it the first: as halves where it can be."""
+        """One layer quantised, be it the first: in parts where it can be."""
         others = [glob.escape(name) for name in convolutions(self.fp32) if name != layer]
         alone = kept_layers(self.fp32, [], self._precision)
         first = FirstConvolution.WHOLE if layer in alone else None

@@ -139,7 +139,7 @@ class ModelDescription:
     kept_layers: str | None = None
     """With it: the convolutions that are not quantised, by name, separated by spaces."""
     first_convolution: str | None = None
-    """With it: how the convolution that reads the image runs, "fp16" or "halves"."""
+    """With it: how the convolution that reads the image runs, "fp16" or "parts"."""
     superpoint_trt_version: str = __version__
 
     METADATA_PREFIX = "superpoint_trt."
