@@ -41,7 +41,7 @@ def test_card_and_log_belong_to_the_file():
     assert sha256(packaged.WEIGHTS.read_bytes()) in packaged.MODEL_CARD.read_text()
     log = [json.loads(line) for line in packaged.TRAINING_LOG.read_text().splitlines()]
     stages = list(dict.fromkeys(entry["stage"] for entry in log if "stage" in entry and "resumed" not in entry))
-    assert stages == ["shapes", "first", "second", "third"]
+    assert stages == ["shapes", "first", "second", "third", "fourth"]
 
 
 def test_the_default_model_is_made_once(cache):
