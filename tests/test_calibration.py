@@ -164,8 +164,8 @@ def test_images_are_chosen_evenly_and_the_proof_is_held_out(tmp_path):
 
 def test_padding_is_not_measured_but_for_whole_cells(model, monkeypatch):
     seen = []
-    measure = calibrations._Activations.__call__
-    monkeypatch.setattr(calibrations._Activations, "__call__", lambda s, i: seen.append(i.shape) or measure(s, i))
+    measure = calibrations.Activations.__call__
+    monkeypatch.setattr(calibrations.Activations, "__call__", lambda s, i: seen.append(i.shape) or measure(s, i))
     calibrate(model, [("small", photograph(20, 40)), ("large", photograph(96, 128))])
     assert set(seen) == {(24, 40), (48, 64)}
 
@@ -174,8 +174,8 @@ def test_a_network_of_free_size_measures_on_a_bounded_one(checkpoint_file, tmp_p
     monkeypatch.setattr(calibrations, "LONGEST_SIDE_PX", 64)
     model = export(checkpoint_file("magicleap"), tmp_path / "m.onnx", ExportOptions(OutputType.HEADS, dynamic=True))
     seen = []
-    measure = calibrations._Activations.__call__
-    monkeypatch.setattr(calibrations._Activations, "__call__", lambda s, i: seen.append(i.shape) or measure(s, i))
+    measure = calibrations.Activations.__call__
+    monkeypatch.setattr(calibrations.Activations, "__call__", lambda s, i: seen.append(i.shape) or measure(s, i))
     calibrate(model, [("large", photograph(240, 320))])
     assert set(seen) == {(48, 64)}
 

@@ -42,10 +42,13 @@ def main(log: str, picture: str) -> None:
 
 def _with_running_step(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Entries that belong to a step, each with `at`: its number counted over all stages."""
-    found, before, stage, last = [], 0, None, 0
+    found: list[dict[str, Any]] = []
+    before, stage, last = 0, None, 0
     for entry in entries:
         if "step" not in entry or "resumed" in entry:
             continue
+        if entry["stage"] == stage and entry["step"] < last:  # cut off and done again: what went before does not count
+            found = [e for e in found if e["stage"] != stage or e["step"] < entry["step"]]
         if entry["stage"] != stage:
             stage, before = entry["stage"], before + last
         last = entry["step"]

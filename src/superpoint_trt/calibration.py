@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import enum
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, Union
@@ -103,13 +103,17 @@ class Calibration:
     """Tensor name -> largest magnitude to represent, in the graph's order."""
     channels: dict[str, list[float]] = field(default_factory=dict)
     """Tensor name -> factor of each channel (`equalise.factors`), which the ranges are measured with."""
+    weights: dict[str, NDArray[np.int8]] = field(default_factory=dict, compare=False)
+    """Name of a convolution's weights -> (O, I, K, K) steps of int8 (`rounding.round_weights`), after equalisation;
+    others are rounded to the nearest. Written as .safetensors beside the ranges, which name it by its SHA-256."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What the user should know of the images; not written."""
 
     def summary(self) -> str:
         """For metadata and people: "percentile 99.99, 144 images"."""
         method = self.method.value + (f" {self.percentile:g}" if self.percentile is not None else "")
-        return f"{method}, {len(self.images)} image{'s' if len(self.images) != 1 else ''}"
+        rounded = ", weights rounded with feedback" if self.weights else ""
+        return f"{method}, {len(self.images)} image{'s' if len(self.images) != 1 else ''}{rounded}"
 
     def to_json(self) -> bytes:
         """As it lies beside the .onnx: one range or image a line, so that two compare with diff."""
@@ -122,15 +126,17 @@ class Calibration:
             "ranges": self.ranges,
             "images": self.images,
             "channels": {name: " ".join(f"{value:g}" for value in values) for name, values in self.channels.items()},
+            "weights_sha256": sha256(_weights_file(self.weights)) if self.weights else None,
         }
         return (json.dumps(flat, indent=1) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes, path: PathLike) -> Calibration:
-        """Reads what `to_json` wrote.
+        """Reads what `to_json` wrote, and the weights that it names beside `path`.
 
         Raises:
-            SuperPointError: damaged, of a later format, or with a range that is no positive number.
+            SuperPointError: damaged, of a later format, with a range that is no positive number, or weights are named
+                that are not there.
         """
         try:
             flat = json.loads(data)
@@ -148,7 +154,10 @@ class Calibration:
                 images={str(name): str(value) for name, value in flat["images"].items()},
                 ranges=ranges,
                 channels={str(name): [float(f) for f in text.split()] for name, text in flat["channels"].items()},
+                weights=_read_weights(path, flat.get("weights_sha256")),
             )
+        except SuperPointError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SuperPointError(
                 f"{path} cannot be read as calibration ranges ({one_line(error)}); make them again with "
@@ -162,8 +171,38 @@ def beside(model: PathLike) -> Path:
 
 
 def save(calibration: Calibration, path: PathLike) -> Path:
-    """Writes the ranges; beside, then renamed."""
-    return write_atomically(check_writable(path), calibration.to_json())
+    """Writes the ranges, and rounded weights beside them; each beside, then renamed."""
+    path = check_writable(path)
+    if calibration.weights:
+        write_atomically(_weights_path(path), _weights_file(calibration.weights))
+    return write_atomically(path, calibration.to_json())
+
+
+def _weights_path(ranges: PathLike) -> Path:
+    """superpoint.calibration.json -> superpoint.calibration.safetensors."""
+    return Path(ranges).with_suffix(".safetensors")
+
+
+def _weights_file(weights: Mapping[str, NDArray[np.int8]]) -> bytes:
+    from safetensors.numpy import save as to_bytes
+
+    return bytes(to_bytes({name: np.ascontiguousarray(values) for name, values in weights.items()}))
+
+
+def _read_weights(ranges: PathLike, digest: str | None) -> dict[str, NDArray[np.int8]]:
+    """Those that a ranges file names; none if it names none."""
+    from safetensors.numpy import load as from_bytes
+
+    if digest is None:
+        return {}
+    path = _weights_path(ranges)
+    data = read_bytes(path, "rounded weights")
+    if sha256(data) != digest:
+        raise SuperPointError(
+            f"{path} is not the file that {ranges} was written with: copy both, or make them again with "
+            "--calibration-images FOLDER."
+        )
+    return dict(from_bytes(data))
 
 
 def load(path: PathLike) -> Calibration:
@@ -196,12 +235,13 @@ def split(folder: PathLike, count: int) -> ImageSet:
         SuperPointError: no folder, or no image in it.
     """
     found = images.find_images(folder)
-    held_out = _evenly(found, min(MOST_HELD_OUT, len(found) // 10))
+    held_out = evenly(found, min(MOST_HELD_OUT, len(found) // 10))
     rest = [path for path in found if path not in set(held_out)]
-    return ImageSet(_evenly(rest, count), held_out)
+    return ImageSet(evenly(rest, count), held_out)
 
 
-def _evenly(items: Sequence[_T], count: int) -> list[_T]:
+def evenly(items: Sequence[_T], count: int) -> list[_T]:
+    """So many of them, spread evenly."""
     if count >= len(items):
         return list(items)
     return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
@@ -244,10 +284,10 @@ def calibrate(
     source = load_onnx(model)
     check_quantisable(source)
     description = described(source, model)
-    compared = _evenly(given, CHANNEL_IMAGES) if options.equalise else []
+    compared = evenly(given, CHANNEL_IMAGES) if options.equalise else []
     steps = Steps(len(compared) + len(given), progress)
     channels = _channels(source, compared, description, model, steps) if compared else {}
-    activations = _Activations(equalise(source, channels), model, _own(description))
+    activations = Activations(equalise(source, channels), model, _own(description))
     histograms = {name: Histogram() for name in activations.names}
     used: dict[str, str] = {}
     sizes: list[images.Placement] = []
@@ -296,20 +336,29 @@ def _own(description: ModelDescription) -> bool:
     return description.checkpoint_sha256 is not None
 
 
+def network_inputs(given: Sequence[Given], description: ModelDescription) -> Iterable[Float32 | None]:
+    """(H, W) of each image as the network reads it; None of one that cannot be used, which `calibrate` says."""
+    for name, one in zip(_names(given), given):
+        try:
+            gray = _read(one, name)[1]
+        except SuperPointError:
+            yield None
+        else:
+            yield images.to_input(gray, _cropped(_place(gray, description), description))
+
+
 def _channels(
     source: onnx.ModelProto, few: Sequence[Given], description: ModelDescription, path: PathLike, steps: Steps
 ) -> dict[str, list[float]]:
     """Factors that equalise channels, from their largest magnitudes on a few of the images."""
     wanted = sites(source)
-    activations = _Activations(source, path, _own(description))
+    activations = Activations(source, path, _own(description))
     largest: dict[str, NDArray[np.floating]] = {}
-    for name, one in zip(_names(few), few):
+    for image in network_inputs(few, description):
         steps.advance()
-        try:
-            gray = _read(one, name)[1]
-            tensors = dict(activations(images.to_input(gray, _cropped(_place(gray, description), description))))
-        except SuperPointError:  # the second pass over the images says so
+        if image is None:
             continue
+        tensors = dict(activations(image))
         for tensor in wanted:
             peak = np.abs(tensors[tensor]).max(axis=(0, 2, 3))
             largest[tensor] = np.maximum(largest.get(tensor, peak), peak)
@@ -376,8 +425,8 @@ def convolution_inputs(model: onnx.ModelProto) -> list[str]:
     return list(dict.fromkeys(node.input[0] for node in convolutions(model).values()))
 
 
-class _Activations:
-    """The fp32 graph in onnxruntime, cut down to what computes the convolutions' inputs."""
+class Activations:
+    """A float32 graph, Q/DQ pairs or not, in onnxruntime, cut down to what computes the convolutions' inputs."""
 
     def __init__(self, source: onnx.ModelProto, path: PathLike, any_size: bool) -> None:
         import onnxruntime as ort

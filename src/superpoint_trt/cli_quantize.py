@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 METHODS = ["entropy", "max", "percentile"]
 DEFAULT_METHOD = "percentile"
 DEFAULT_COUNT = 200
+ROUNDINGS = ["feedback", "nearest"]
+DEFAULT_ROUNDING = "feedback"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class CalibrationFlags:
     """A folder, or "synthetic"."""
     method: str = DEFAULT_METHOD
     count: int = DEFAULT_COUNT
+    rounding: str = DEFAULT_ROUNDING
+    """Of int8's weights."""
     file: str | None = None
     """Ranges of an earlier run."""
     keep_fp16: tuple[str, ...] = ()
@@ -67,6 +71,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         calibration_images: str | None,
         calibration_method: str,
         calibration_count: int,
+        rounding: str,
         calibration: str | None,
         keep_fp16: tuple[str, ...],
         first_convolution: str | None,
@@ -79,6 +84,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             calibration_images,
             calibration_method,
             calibration_count,
+            rounding,
             calibration,
             keep_fp16,
             first_convolution,
@@ -93,6 +99,13 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--calibration-images", help="int8, fp8: folder of photographs like those to come, or synthetic."),
         click.option("--calibration-method", type=method, default=DEFAULT_METHOD, show_default=True),
         click.option("--calibration-count", type=int, default=DEFAULT_COUNT, show_default=True, help="Most images."),
+        click.option(
+            "--rounding",
+            type=click.Choice(ROUNDINGS),
+            default=DEFAULT_ROUNDING,
+            show_default=True,
+            help="int8 weights: so that errors cancel, measured on the images, or each to its nearest step.",
+        ),
         click.option("--calibration", help="Ranges of an earlier run (.calibration.json) instead of measuring them."),
         click.option("--keep-fp16", multiple=True, metavar="PATTERN", help="Convolutions to leave alone: conv4*, say."),
         click.option(
@@ -154,6 +167,7 @@ def calibrated(onnx: str, flags: CalibrationFlags, precision: str) -> Calibrated
         SuperPointError: neither images nor ranges, or none that can be used.
     """
     from superpoint_trt import calibration as calibrations
+    from superpoint_trt.rounding import round_weights
 
     given, proof = _images(onnx, flags)
     if flags.file is not None:
@@ -163,6 +177,9 @@ def calibrated(onnx: str, flags: CalibrationFlags, precision: str) -> Calibrated
         found = calibrations.calibrate(onnx, given, options, progress)
     for note in found.notes:
         click.echo(f"warning: {note}", err=True)
+    if precision == "int8" and flags.rounding == "feedback":
+        with progress_bar("rounding weights") as progress:
+            found = round_weights(onnx, found, given, progress)
     if proof and proof[0] in given:
         click.echo("warning: too few to hold any out: verified on the images of calibration", err=True)
     path = calibrations.save(found, calibrations.beside(onnx))

@@ -83,7 +83,7 @@ def equalise(model: onnx.ModelProto, by_tensor: Mapping[str, list[float]]) -> on
             _scale(tensor, factor, 0, known, changed)
         for reader in readers:
             _scale(reader.input[1], np.float32(1) / factor, 1, known, changed)
-    _replace(scaled.graph, changed)
+    put(scaled.graph, changed)
     return scaled
 
 
@@ -100,7 +100,7 @@ def _scale(
     changed[name] = np.asarray(values * factor.reshape(shape), np.float32)
 
 
-def _replace(graph: onnx.GraphProto, values: Mapping[str, Float32]) -> None:
+def put(graph: onnx.GraphProto, values: Mapping[str, Float32]) -> None:
     """Puts new values into initializers and Constant nodes."""
     for constant in graph.initializer:
         if constant.name in values:

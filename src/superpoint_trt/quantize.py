@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from superpoint_trt.calibration import Calibration, check_quantisable, check_same_network, load
-from superpoint_trt.equalise import equalise
+from superpoint_trt.equalise import equalise, put
 from superpoint_trt.files import PathLike, one_line, write_atomically
 from superpoint_trt.precision import (
     QUANTISED_TYPES,
@@ -90,8 +90,10 @@ class _Kind:
     """First opset whose Q/DQ has the type, and scales for each channel."""
 
 
+INT8_LARGEST = 127.0
+
 KINDS: Mapping[Precision, _Kind] = {
-    Precision.INT8: _Kind(127.0, 13),
+    Precision.INT8: _Kind(INT8_LARGEST, 13),
     Precision.FP8: _Kind(448.0, 19),
 }
 
@@ -107,7 +109,7 @@ def quantize(
 
     Args:
         model: fp32 graph; left as it is.
-        calibration: a range for the input of each convolution that is to be quantised.
+        calibration: a range for the input of each convolution that is to be quantised; int8 weights, if it has them.
         precision: INT8 or FP8 (E4M3, opset 19 or newer).
         keep: name patterns (`conv4*`) of convolutions to leave alone.
         first: what becomes of the convolution that reads the image, if `keep` does not name it. None: PARTS of int8
@@ -124,6 +126,8 @@ def quantize(
     check_quantisable(model)
     if precision not in KINDS:
         raise SuperPointError(f"precision {precision.value} is not quantised; expected int8 or fp8.")
+    if precision is not Precision.INT8:
+        calibration = replace(calibration, weights={})
     kept = kept_layers(model, keep, precision, first)
     chosen = [name for name in convolutions(model) if name not in kept]
     if not chosen:
@@ -295,7 +299,8 @@ def _rounded_at(weight: NDArray[np.float32], place: np.float32) -> NDArray[np.fl
     """Weights that share of a step of int8 larger; no channel's largest magnitude grows."""
     largest = np.abs(weight).max(axis=(1, 2, 3), keepdims=True)
     shift = largest * np.float32(place / KINDS[Precision.INT8].largest)
-    return np.clip(weight + shift, -largest, largest)
+    clipped: NDArray[np.float32] = np.clip(weight + shift, -largest, largest)
+    return clipped
 
 
 class _Insertion:
@@ -303,7 +308,7 @@ class _Insertion:
 
     def __init__(self, model: onnx.ModelProto, calibration: Calibration, precision: Precision) -> None:
         self._graph = model.graph
-        self._ranges = calibration.ranges
+        self._ranges, self._weights = calibration.ranges, calibration.weights
         self._element = QUANTISED_TYPES[precision]
         self._largest = np.float32(KINDS[precision].largest)
         self._constants = constants(model.graph)
@@ -315,7 +320,7 @@ class _Insertion:
             if node.op_type == "Conv" and name_of(node) in chosen:
                 node = copy.deepcopy(node)
                 node.input[0] = self._pair(node.input[0], np.float32(self._range(node)))
-                node.input[1] = self._pair(node.input[1], self._channel_ranges(node.input[1]))
+                node.input[1] = self._pair(node.input[1], self._round(node.input[1]))
             self._nodes.append(node)
         nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self._nodes]
         del self._graph.node[:]
@@ -329,10 +334,21 @@ class _Insertion:
             )
         return self._ranges[node.input[0]]
 
-    def _channel_ranges(self, name: str) -> NDArray[np.float32]:
+    def _round(self, name: str) -> NDArray[np.float32]:
+        """The range of each output channel's weights; puts those that the calibration rounded in their place."""
         weight = numpy_helper.to_array(self._constants[name])
         largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-        return np.where(largest > 0, largest, 1).astype(np.float32)  # a channel of zeros takes any scale
+        largest = np.where(largest > 0, largest, 1).astype(np.float32)  # a channel of zeros takes any scale
+        steps = self._weights.get(name)
+        if steps is not None:
+            if steps.shape != weight.shape:
+                raise SuperPointError(
+                    f"the calibration rounded {name} as {list(steps.shape)}, the model has {list(weight.shape)}: "
+                    "calibrate this model with --calibration-images FOLDER."
+                )
+            values = steps * (largest / self._largest).reshape(-1, 1, 1, 1)
+            put(self._graph, {name: values.astype(np.float32)})
+        return largest
 
     def _pair(self, name: str, largest: NDArray[np.float32] | np.float32) -> str:
         """Adds Q and DQ behind a tensor, once; returns the name of what DQ gives."""
