@@ -1,7 +1,8 @@
 """Precision against accuracy: each checkpoint in fp32, int8, ... through onnxruntime, on pairs with known homographies.
 
     python benchmarks/precision_accuracy.py --dataset FOLDER --calibration-images FOLDER [--weights FILE ...]
-        [--precision fp32 --precision int8 ...] [--ransac-orders 20] [--keep-fp16 PATTERN ...] [--json FILE]
+        [--precision fp32 --precision int8 ...] [--rounding feedback|nearest] [--ransac-orders 20]
+        [--keep-fp16 PATTERN ...] [--json FILE]
 
 `heads` models of 640x480. Points within 1 px (the smaller of both directions) and cosine: the gates of `superpoint
 verify` against fp32, on up to 12 of the dataset's images. MMA@3, H@3 and repeatability: `superpoint evaluate` with its
@@ -27,6 +28,7 @@ from superpoint_trt.evaluate import Protocol, evaluate
 from superpoint_trt.export import ExportOptions, export
 from superpoint_trt.precision import cast, load_onnx
 from superpoint_trt.quantize import KINDS, quantize
+from superpoint_trt.rounding import round_weights
 from superpoint_trt.spec import OutputType, Precision
 from superpoint_trt.verify import verify
 
@@ -49,7 +51,7 @@ def model_of(weights: str, precision: Precision, ranges, keep, folder: Path) -> 
     return path
 
 
-def ranges_of(weights: str, images: str, count: int, folder: Path):
+def ranges_of(weights: str, images: str, count: int, rounding: str, folder: Path):
     """Those that lie beside the checkpoint, or measured now."""
     beside = calibrations.beside(weights)
     if beside.exists():
@@ -60,7 +62,9 @@ def ranges_of(weights: str, images: str, count: int, folder: Path):
     found = calibrations.calibrate(
         folder / "fp32.onnx", chosen.calibration, calibrations.CalibrationOptions(count=count)
     )
-    print(f"calibrated on {len(found.images)} images in {time.perf_counter() - started:.0f} s", flush=True)
+    if rounding == "feedback":
+        found = round_weights(folder / "fp32.onnx", found, chosen.calibration)
+    print(f"{found.summary()}, in {time.perf_counter() - started:.0f} s", flush=True)
     return found
 
 
@@ -91,10 +95,13 @@ def faults(row: dict, full: dict) -> list[str]:
 @click.option("--dataset", required=True)
 @click.option("--calibration-images", required=True)
 @click.option("--calibration-count", default=200, show_default=True)
+@click.option("--rounding", type=click.Choice(["feedback", "nearest"]), default="feedback", show_default=True)
 @click.option("--keep-fp16", multiple=True)
 @click.option("--ransac-orders", default=20, show_default=True)
 @click.option("--json", "json_path")
-def main(weights, precisions, dataset, calibration_images, calibration_count, keep_fp16, ransac_orders, json_path):
+def main(
+    weights, precisions, dataset, calibration_images, calibration_count, rounding, keep_fp16, ransac_orders, json_path
+):
     """Measures, and prints a Markdown table as it goes."""
     paths = sorted({path for pair in load_pairs(dataset).pairs for path in (pair.first, pair.second)})
     proof = paths[:: max(1, len(paths) // PROOF_IMAGES)][:PROOF_IMAGES]
@@ -103,7 +110,7 @@ def main(weights, precisions, dataset, calibration_images, calibration_count, ke
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             full = model_of(file, Precision.FP32, None, (), folder)
-            ranges = ranges_of(file, calibration_images, calibration_count, folder)
+            ranges = ranges_of(file, calibration_images, calibration_count, rounding, folder)
             for precision in dict.fromkeys(["fp32", *precisions]):
                 model = model_of(file, Precision(precision), ranges, keep_fp16, folder)
                 row = {"weights": Path(file).stem, "precision": precision}

@@ -22,7 +22,7 @@ from superpoint_trt.engine import BuildOptions, build
 from superpoint_trt.equalise import equalise
 from superpoint_trt.export import ExportOptions, export
 from superpoint_trt.precision import convolutions, load_onnx, to_precision
-from superpoint_trt.quantize import PARTS, FirstConvolution, kept_layers, quantize, split_image
+from superpoint_trt.quantize import COARSE, PARTS, FirstConvolution, kept_layers, quantize, split_image
 from superpoint_trt.spec import OutputType, Precision, SuperPointError
 from superpoint_trt.trt import Flavour
 
@@ -216,6 +216,26 @@ def test_an_image_that_something_else_reads_first_is_not_split(checkpoint):
         quantize(model, ranges_of(model), first=FirstConvolution.PARTS)
     with pytest.raises(SuperPointError, match="conv1a reads scaled"):
         split_image(model, ranges_of(model))
+
+
+# ---------------------------------------------------------------------------------------------------- the coarse layers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["v6", "magicleap"])
+def test_coarse_layers_are_those_behind_the_last_pooling(checkpoint, layout, kind):
+    """Of any type: suppression's pools come behind, and count for nothing."""
+    model = graph_of(checkpoint, kind, layout)
+    coarse = ["conv4a", "conv4b", "convPa", "convPb", "convDa", "convDb"]
+    assert sorted(kept_layers(model, [COARSE])) == sorted(coarse)
+    assert sorted(kept_layers(model, [COARSE, "conv1b"])) == sorted(["conv1b", *coarse])
+
+
+def test_without_pooling_no_layer_is_coarse(checkpoint):
+    model = graph_of(checkpoint, "heads", "magicleap")
+    for node in [node for node in model.graph.node if node.op_type == "MaxPool"]:
+        node.op_type = "AveragePool"
+    assert kept_layers(model, [COARSE]) == []
 
 
 # ------------------------------------------------------------------------------------------------- what TensorRT builds

@@ -243,12 +243,28 @@ def test_first_convolution_in_fp16_on_the_command_line(folder, loose, tmp_path, 
     """For an .onnx and an engine, in what is written, what is printed, and the command that makes it again."""
     pytest.importorskip("tensorrt_rtx")
     words = ["--onnx", folder / "fp32.onnx", "--calibration", loose[1], "--first-convolution", "fp16"]
+    words += ["--keep-fp16", "none"]
     assert run(cli, ["quantize", "--output", str(tmp_path / "q.onnx"), *map(str, words)]) == 0
     assert "not quantised conv1a\n" in capsys.readouterr().out
     words += ["--engine", tmp_path / "a.engine", "--precision", "int8", "--runtime", "rtx", "--target", "sm89"]
     assert run(cli, ["build", *map(str, words)]) == 0
     built = read_plan(tmp_path / "a.engine")[1]
     assert built.description.first_convolution == "fp16" and "--first-convolution fp16" in built.rebuild
+
+
+def test_the_coarse_layers_stay_in_fp16_unless_told_otherwise(folder, loose, tmp_path, capsys):
+    """What is written says so, and the command that builds an engine again does not fall back on the default."""
+    pytest.importorskip("tensorrt_rtx")
+    words = ["quantize", "--onnx", str(folder / "fp32.onnx"), "--output", str(tmp_path / "q.onnx"), *loose[:2]]
+    kept = {(): "conv4a conv4b convPa convPb convDa convDb", ("none",): "nothing", ("conv2*",): "conv2a conv2b"}
+    for patterns, layers in kept.items():
+        assert run(cli, [*words, *(word for pattern in patterns for word in ("--keep-fp16", pattern))]) == 0
+        assert f"not quantised {layers}\n" in capsys.readouterr().out
+    words = ["build", "--onnx", str(folder / "fp32.onnx"), "--engine", str(tmp_path / "a.engine"), *loose[:2]]
+    words += ["--precision", "int8", "--runtime", "rtx", "--target", "sm89"]
+    for option, again in (("coarse", "--keep-fp16 coarse"), ("none", "--keep-fp16 none")):
+        assert run(cli, [*words, "--keep-fp16", option]) == 0
+        assert again in read_plan(tmp_path / "a.engine")[1].rebuild
 
 
 def test_parts_say_so(folder, loose, tmp_path, capsys):

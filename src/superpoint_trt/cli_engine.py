@@ -108,7 +108,7 @@ def _build_quantised(onnx: str, engine: str, options: Any, test: bool, flags: Ca
     if quantised_type(load_onnx(onnx)):
         if flags.auto:
             raise SuperPointError(f"{onnx} is quantised already, so --auto comes too late; use the fp32 .onnx.")
-        given = replace(options, calibration=flags.file, keep_fp16=flags.keep_fp16, first_convolution=flags.first)
+        given = replace(options, calibration=flags.file, keep_fp16=flags.kept_as_asked, first_convolution=flags.first)
         _build(onnx, engine, given, test)
         return
     check_flags(onnx, flags, options.precision.value)

@@ -56,6 +56,18 @@ class CalibrationFlags:
         return bool(self.images or self.file or self.keep_fp16 or self.first_convolution or self.auto or self.gates)
 
     @property
+    def kept_as_asked(self) -> tuple[str, ...]:
+        """Name patterns that --keep-fp16 gives; "none" of them is no layer."""
+        return tuple(pattern for pattern in self.keep_fp16 if pattern != "none")
+
+    @property
+    def keep(self) -> tuple[str, ...]:
+        """As asked, or by default the coarse layers; --auto starts with none."""
+        from superpoint_trt.quantize import COARSE
+
+        return self.kept_as_asked if self.keep_fp16 or self.auto else (COARSE,)
+
+    @property
     def first(self) -> FirstConvolution | None:
         """How the convolution that reads the image is to run."""
         from superpoint_trt.quantize import FirstConvolution
@@ -107,7 +119,13 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="int8 weights: so that errors cancel, measured on the images, or each to its nearest step.",
         ),
         click.option("--calibration", help="Ranges of an earlier run (.calibration.json) instead of measuring them."),
-        click.option("--keep-fp16", multiple=True, metavar="PATTERN", help="Convolutions to leave alone: conv4*, say."),
+        click.option(
+            "--keep-fp16",
+            multiple=True,
+            metavar="PATTERN",
+            show_default="coarse; --auto: none",
+            help="Convolutions to leave alone: conv4*, say; coarse: all at 1/8 of the size; none.",
+        ),
         click.option(
             "--first-convolution",
             type=click.Choice(["fp16", "parts"]),
@@ -157,7 +175,7 @@ def check_flags(onnx: str, flags: CalibrationFlags, precision: str, ranking: boo
         )
     model = load_onnx(onnx)
     check_quantisable(model)
-    kept_layers(model, flags.keep_fp16, Precision(precision), flags.first)
+    kept_layers(model, flags.keep, Precision(precision), flags.first)
 
 
 def calibrated(onnx: str, flags: CalibrationFlags, precision: str) -> Calibrated:
@@ -242,7 +260,7 @@ def chosen(onnx: str, flags: CalibrationFlags, ranges: Calibrated, precision: st
             ranges.proof,
             costs,
             Precision(precision),
-            flags.keep_fp16,
+            flags.keep,
             gate_limits(flags.gates),
             progress,
             flags.first,
@@ -265,7 +283,7 @@ def chosen(onnx: str, flags: CalibrationFlags, ranges: Calibrated, precision: st
 def layers_to_keep(onnx: str, flags: CalibrationFlags, ranges: Calibrated, precision: str) -> tuple[str, ...]:
     """Name patterns: those asked for, or those that --auto finds."""
     if not flags.auto:
-        return flags.keep_fp16
+        return flags.keep
     costs = ranked(onnx, ranges, precision)
     return tuple(map(glob.escape, chosen(onnx, flags, ranges, precision, costs).kept))
 
@@ -319,7 +337,7 @@ def quantize(
     _check_outputs(onnx, output, json_path, sensitivity, calibration)
     check_flags(onnx, calibration, precision, sensitivity)
     ranges = calibrated(onnx, calibration, precision)
-    keep = calibration.keep_fp16
+    keep = calibration.keep
     if sensitivity or calibration.auto:
         costs = ranked(onnx, ranges, precision)
         report: dict[str, Any] = {"precision": precision, "layers": [asdict(cost) for cost in costs]}

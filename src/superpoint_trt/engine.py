@@ -73,7 +73,7 @@ class BuildOptions:
     calibration: PathLike | None = None
     """Of int8 and fp8: the ranges that `calibration.save` wrote; not needed where the .onnx is quantised already."""
     keep_fp16: tuple[str, ...] = ()
-    """Name patterns of convolutions that int8 and fp8 leave alone."""
+    """Name patterns of convolutions that int8 and fp8 leave alone; or quantize.COARSE."""
     first_convolution: FirstConvolution | None = None
     """Of int8 and fp8: how the convolution that reads the image runs; None: as `quantize` chooses."""
     linear_heads: bool = False
@@ -107,7 +107,9 @@ class BuildOptions:
         for name, value in options.items():
             if value is not None:
                 words += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
-        for pattern in self.keep_fp16:
+        # Without the option the command line keeps some layers.
+        nothing = ["none"] if self.calibration is not None else []
+        for pattern in self.keep_fp16 or nothing:
             words += ["--keep-fp16", pattern]
         if self.linear_heads:
             words.append("--linear-heads")

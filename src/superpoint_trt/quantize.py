@@ -9,6 +9,8 @@ does it for other builders). Placement, and why:
 - Behind a BatchNorm that could not be folded: there one rounding is needed, in front it would be two.
 - Readers of one tensor (both heads) share one pair.
 - Symmetric, zero points 0: zero padding stays exact, and TensorRT takes nothing else.
+- `COARSE` leaves the convolutions behind the last pooling alone, as the command line does by default: at an eighth of
+  the size they take little time, outputs in fp16 need no step from int8, and what they round stays in the result.
 - The first convolution reads the image, whose 8 bits need more than int8's 7: in parts (`split_image`), or fp16.
 """
 
@@ -40,6 +42,9 @@ from superpoint_trt.precision import (
     note_metadata,
 )
 from superpoint_trt.spec import Precision, SuperPointError
+
+COARSE = "coarse"
+"""In place of a name pattern: the convolutions at the coarsest scale (`coarse_convolutions`)."""
 
 
 class FirstConvolution(str, enum.Enum):
@@ -111,7 +116,7 @@ def quantize(
         model: fp32 graph; left as it is.
         calibration: a range for the input of each convolution that is to be quantised; int8 weights, if it has them.
         precision: INT8 or FP8 (E4M3, opset 19 or newer).
-        keep: name patterns (`conv4*`) of convolutions to leave alone.
+        keep: name patterns (`conv4*`) of convolutions to leave alone, or `COARSE`.
         first: what becomes of the convolution that reads the image, if `keep` does not name it. None: PARTS of int8
             where the graph allows it, else FP16.
 
@@ -160,6 +165,20 @@ def first_convolutions(model: onnx.ModelProto) -> list[str]:
     return first
 
 
+def coarse_convolutions(model: onnx.ModelProto) -> list[str]:
+    """Those behind the last max-pool, at the coarsest scale; none of a network that pools nothing in front of any."""
+    pools: dict[str, int] = {}
+    before: dict[str, int] = {}
+    for node in model.graph.node:
+        above = max((pools.get(name, 0) for name in node.input), default=0)
+        if node.op_type == "Conv":
+            before[name_of(node)] = above
+        for name in node.output:
+            pools[name] = above + (node.op_type == "MaxPool")
+    coarsest = max(before.values(), default=0)
+    return [name for name, above in before.items() if above == coarsest] if coarsest else []
+
+
 def _resolved(model: onnx.ModelProto, precision: Precision, first: FirstConvolution | None) -> FirstConvolution:
     """What becomes of the first convolution, as asked or by default.
 
@@ -196,7 +215,7 @@ def kept_layers(
     precision: Precision = Precision.INT8,
     first: FirstConvolution | None = None,
 ) -> list[str]:
-    """Names of the convolutions left alone: those that a pattern names, and the first if it stays fp16.
+    """Names of the convolutions left alone: those that a pattern or `COARSE` names, and the first if it stays fp16.
 
     Raises:
         SuperPointError: a pattern that names none, or `first` cannot be.
@@ -204,6 +223,9 @@ def kept_layers(
     names = list(convolutions(model))
     kept = set(first_convolutions(model) if _resolved(model, precision, first) is FirstConvolution.FP16 else ())
     for pattern in patterns:
+        if pattern == COARSE:
+            kept.update(coarse_convolutions(model))
+            continue
         found = fnmatch.filter(names, pattern)
         if not found:
             raise SuperPointError(f"no convolution is called {pattern!r}; there are: {', '.join(names)}.")
