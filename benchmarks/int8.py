@@ -24,7 +24,7 @@ from superpoint_trt import calibration as calibrations
 from superpoint_trt import engine as engines
 from superpoint_trt.export import ExportOptions, export
 from superpoint_trt.precision import load_onnx
-from superpoint_trt.quantize import FirstConvolution, quantize
+from superpoint_trt.quantize import COARSE, FirstConvolution, quantize
 from superpoint_trt.spec import OutputType, Precision, SuperPointError
 
 CALLS_PER_TURN = 50
@@ -36,6 +36,7 @@ VARIANTS = {
     "int8": lambda model, ranges: quantize(model, ranges),
     "int8-fp16-first": lambda model, ranges: quantize(model, ranges, first=FirstConvolution.FP16),
     "int8-fp16-outputs": lambda model, ranges: quantize(model, ranges, keep=("conv[PD]b",)),
+    "int8-coarse": lambda model, ranges: quantize(model, ranges, keep=(COARSE,)),
     "int8-fp16-detector": lambda model, ranges: quantize(model, ranges, keep=("convP*",)),
     "int8-fp16-conv4-detector": lambda model, ranges: quantize(model, ranges, keep=("conv4*", "convP*")),
 }
@@ -207,7 +208,7 @@ def print_evaluation(name: str, model: Path, dataset: str) -> dict:
 @click.option("--engines", "folder", required=True)
 @click.option("--photos", help="Photographs for verify.")
 @click.option("--dataset", help="Pairs with known homographies for evaluate.")
-@click.option("--variant", "variants", multiple=True, default=["int8", "int8-fp16-first", "int8-fp16-outputs"])
+@click.option("--variant", "variants", multiple=True, default=["int8-coarse", "int8", "int8-fp16-first"])
 @click.option("--batch", "batches", type=int, multiple=True, default=[1, 8])
 @click.option("--batch8-variant", "larger", multiple=True, help="Variants of batch 8.  [default: the fastest at 1]")
 @click.option("--calls", default=300, show_default=True)
