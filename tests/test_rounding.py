@@ -113,7 +113,7 @@ def test_fp8_has_no_use_for_steps_of_int8(model, ranges, rounded):
 
 def test_files_give_the_same_model_byte_for_byte(model, rounded, given, tmp_path):
     path = calibrations.save(rounded, tmp_path / "net.calibration.json")
-    assert {found.name for found in tmp_path.iterdir()} == {"net.calibration.json", "net.calibration.safetensors"}
+    assert {found.name for found in tmp_path.iterdir()} == {"net.calibration.json", "net.calibration.int8.safetensors"}
     again = calibrations.load(path)
     assert again.summary().endswith("weights rounded with feedback")
     quantize_file(model, tmp_path / "from_files.onnx", path)
@@ -125,12 +125,12 @@ def test_files_give_the_same_model_byte_for_byte(model, rounded, given, tmp_path
 
 def test_weights_that_are_missing_or_others_are_refused(rounded, tmp_path):
     path = calibrations.save(rounded, tmp_path / "net.calibration.json")
-    weights = tmp_path / "net.calibration.safetensors"
+    weights = tmp_path / "net.calibration.int8.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
     with pytest.raises(SuperPointError, match=r"is not the file that .*net.calibration.json was written with"):
         calibrations.load(path)
     weights.unlink()
-    with pytest.raises(SuperPointError, match=r"net\.calibration\.safetensors"):
+    with pytest.raises(SuperPointError, match=r"net\.calibration\.int8\.safetensors"):
         calibrations.load(path)
 
 
@@ -173,6 +173,6 @@ def test_on_the_command_line(model, given, tmp_path, capsys):
     assert run(cli, [*words, str(tmp_path / "c.onnx"), *from_images, "--rounding", "nearest"]) == 0
     assert "feedback" not in capsys.readouterr().out.splitlines()[-1]
     assert calibrations.load(tmp_path / "net.calibration.json").weights == {}
-    (tmp_path / "net.calibration.safetensors").unlink()
+    (tmp_path / "net.calibration.int8.safetensors").unlink()
     assert run(cli, [*words, str(tmp_path / "d.onnx"), *from_files]) == 0
     assert (tmp_path / "c.onnx").read_bytes() == (tmp_path / "d.onnx").read_bytes()

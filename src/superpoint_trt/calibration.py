@@ -179,8 +179,8 @@ def save(calibration: Calibration, path: PathLike) -> Path:
 
 
 def _weights_path(ranges: PathLike) -> Path:
-    """superpoint.calibration.json -> superpoint.calibration.safetensors."""
-    return Path(ranges).with_suffix(".safetensors")
+    """superpoint.calibration.json -> superpoint.calibration.int8.safetensors."""
+    return Path(ranges).with_suffix(".int8.safetensors")
 
 
 def _weights_file(weights: Mapping[str, NDArray[np.int8]]) -> bytes:
