@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 from conftest import photograph
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from test_quantize import run_in_onnxruntime
 
 from superpoint_trt import calibration as calibrations
@@ -134,10 +136,35 @@ def test_weights_that_are_missing_or_others_are_refused(rounded, tmp_path):
         calibrations.load(path)
 
 
-def test_weights_of_another_shape_are_refused(model, rounded):
-    wrong = replace(rounded, weights={"conv2a.weight": np.zeros((64, 64, 1, 1), np.int8)})
-    with pytest.raises(SuperPointError, match=r"rounded conv2a.weight as \[64, 64, 1, 1\], .* \[64, 64, 3, 3\]"):
-        quantize(load_onnx(model), wrong)
+def test_weights_of_another_network_are_refused(model, rounded):
+    """Of the same names and shapes, and of a tool that says nothing of where its networks are from."""
+    other = load_onnx(model)
+    for constant in other.graph.initializer:
+        if constant.name == "conv2a.weight":
+            constant.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(constant) * 1.01, constant.name))
+    with pytest.raises(SuperPointError, match=r"rounded other weights than this model's conv2a\.weight"):
+        quantize(other, rounded)
+
+
+def test_damaged_weights_of_the_right_digest_are_refused(rounded, tmp_path):
+    path = calibrations.save(rounded, tmp_path / "net.calibration.json")
+    (tmp_path / "net.calibration.int8.safetensors").write_bytes(b"no tensors")
+    digest = calibrations.sha256((tmp_path / "net.calibration.int8.safetensors").read_bytes())
+    flat = json.loads(path.read_text())
+    path.write_text(json.dumps({**flat, "weights_sha256": digest}))
+    with pytest.raises(SuperPointError, match="cannot be read as rounded weights"):
+        calibrations.load(path)
+
+
+def test_convolutions_that_read_otherwise_are_left_to_the_nearest_step(model, ranges, given, tmp_path):
+    """Another tool's network, say, with a dilated convolution."""
+    other = load_onnx(model)
+    node = next(node for node in other.graph.node if node.op_type == "Conv" and "conv4b.weight" in node.input)
+    del node.attribute[:]
+    node.attribute.extend([helper.make_attribute("dilations", [2, 2]), helper.make_attribute("pads", [2] * 4)])
+    onnx.save(other, tmp_path / "dilated.onnx")
+    found = round_weights(tmp_path / "dilated.onnx", ranges, given)
+    assert "conv4b.weight" not in found.weights and len(found.weights) == 11
 
 
 def test_images_that_cannot_be_used_are_refused(model, ranges):
@@ -175,4 +202,7 @@ def test_on_the_command_line(model, given, tmp_path, capsys):
     assert calibrations.load(tmp_path / "net.calibration.json").weights == {}
     (tmp_path / "net.calibration.int8.safetensors").unlink()
     assert run(cli, [*words, str(tmp_path / "d.onnx"), *from_files]) == 0
+    assert "to the nearest step: " in capsys.readouterr().out
+    assert run(cli, [*words, str(tmp_path / "e.onnx"), *from_files, "--rounding", "feedback"]) == 2
+    assert "--rounding is for measuring anew" in capsys.readouterr().err
     assert (tmp_path / "c.onnx").read_bytes() == (tmp_path / "d.onnx").read_bytes()

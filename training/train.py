@@ -65,7 +65,7 @@ class Plan:
     placing: float = 1.0
     """Of losses.detector_loss."""
     rounded_share: float = 0.5
-    """Of views, those that the network sees through int8's rounding (`rounding`)."""
+    """Of views, those that the network sees through int8's rounding, and of steps, those with rounded weights."""
     seed: int = 1
     validation_pairs: int = 16
     canvas_px: int = photos.CANVAS_PX
@@ -85,7 +85,6 @@ SMOKE = Plan(
     collages=1,
     adapt_batch=2,
     adapt_hw=(64, 80),
-    rounded_share=0.5,
     validation_pairs=1,
     validate_every=2,
     save_every_s=0.0,

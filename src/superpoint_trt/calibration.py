@@ -106,6 +106,8 @@ class Calibration:
     weights: dict[str, NDArray[np.int8]] = field(default_factory=dict, compare=False)
     """Name of a convolution's weights -> (O, I, K, K) steps of int8 (`rounding.round_weights`), after equalisation;
     others are rounded to the nearest. Written as .safetensors beside the ranges, which name it by its SHA-256."""
+    rounded_from: dict[str, str] = field(default_factory=dict, compare=False)
+    """Name of each of `weights` -> `weight_digest` of the float32 weights that it was made from."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What the user should know of the images; not written."""
 
@@ -127,6 +129,7 @@ class Calibration:
             "images": self.images,
             "channels": {name: " ".join(f"{value:g}" for value in values) for name, values in self.channels.items()},
             "weights_sha256": sha256(_weights_file(self.weights)) if self.weights else None,
+            "rounded_from": self.rounded_from,
         }
         return (json.dumps(flat, indent=1) + "\n").encode()
 
@@ -155,6 +158,7 @@ class Calibration:
                 ranges=ranges,
                 channels={str(name): [float(f) for f in text.split()] for name, text in flat["channels"].items()},
                 weights=_read_weights(path, flat.get("weights_sha256")),
+                rounded_from={str(name): str(value) for name, value in flat.get("rounded_from", {}).items()},
             )
         except SuperPointError:
             raise
@@ -174,12 +178,12 @@ def save(calibration: Calibration, path: PathLike) -> Path:
     """Writes the ranges, and rounded weights beside them; each beside, then renamed."""
     path = check_writable(path)
     if calibration.weights:
-        write_atomically(_weights_path(path), _weights_file(calibration.weights))
+        write_atomically(weights_path(path), _weights_file(calibration.weights))
     return write_atomically(path, calibration.to_json())
 
 
-def _weights_path(ranges: PathLike) -> Path:
-    """superpoint.calibration.json -> superpoint.calibration.int8.safetensors."""
+def weights_path(ranges: PathLike) -> Path:
+    """Where rounded weights lie: superpoint.calibration.json -> superpoint.calibration.int8.safetensors."""
     return Path(ranges).with_suffix(".int8.safetensors")
 
 
@@ -191,18 +195,27 @@ def _weights_file(weights: Mapping[str, NDArray[np.int8]]) -> bytes:
 
 def _read_weights(ranges: PathLike, digest: str | None) -> dict[str, NDArray[np.int8]]:
     """Those that a ranges file names; none if it names none."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load as from_bytes
 
     if digest is None:
         return {}
-    path = _weights_path(ranges)
+    path = weights_path(ranges)
+    remedy = "copy both, or make them again with --calibration-images FOLDER."
+    if not path.exists():
+        raise SuperPointError(f"{path}, which {ranges} names, is not there: {remedy}")
     data = read_bytes(path, "rounded weights")
     if sha256(data) != digest:
-        raise SuperPointError(
-            f"{path} is not the file that {ranges} was written with: copy both, or make them again with "
-            "--calibration-images FOLDER."
-        )
-    return dict(from_bytes(data))
+        raise SuperPointError(f"{path} is not the file that {ranges} was written with: {remedy}")
+    try:
+        return dict(from_bytes(data))
+    except SafetensorError as error:
+        raise SuperPointError(f"{path} cannot be read as rounded weights ({one_line(error)}): {remedy}") from error
+
+
+def weight_digest(weight: NDArray[np.floating]) -> str:
+    """Tells weights apart: SHA-256 of their float32 values."""
+    return sha256(np.ascontiguousarray(weight, np.float32).tobytes())
 
 
 def load(path: PathLike) -> Calibration:
@@ -341,10 +354,11 @@ def network_inputs(given: Sequence[Given], description: ModelDescription) -> Ite
     for name, one in zip(_names(given), given):
         try:
             gray = _read(one, name)[1]
+            image = images.to_input(gray, _cropped(_place(gray, description), description))
         except SuperPointError:
             yield None
         else:
-            yield images.to_input(gray, _cropped(_place(gray, description), description))
+            yield image
 
 
 def _channels(
@@ -358,7 +372,10 @@ def _channels(
         steps.advance()
         if image is None:
             continue
-        tensors = dict(activations(image))
+        try:
+            tensors = dict(activations(image))
+        except SuperPointError:  # the second pass over the images says so
+            continue
         for tensor in wanted:
             peak = np.abs(tensors[tensor]).max(axis=(0, 2, 3))
             largest[tensor] = np.maximum(largest.get(tensor, peak), peak)

@@ -26,7 +26,6 @@ METHODS = ["entropy", "max", "percentile"]
 DEFAULT_METHOD = "percentile"
 DEFAULT_COUNT = 200
 ROUNDINGS = ["feedback", "nearest"]
-DEFAULT_ROUNDING = "feedback"
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class CalibrationFlags:
     """A folder, or "synthetic"."""
     method: str = DEFAULT_METHOD
     count: int = DEFAULT_COUNT
-    rounding: str = DEFAULT_ROUNDING
-    """Of int8's weights."""
+    rounding: str | None = None
+    """Of int8's weights. None: "feedback", or as `file` has it."""
     file: str | None = None
     """Ranges of an earlier run."""
     keep_fp16: tuple[str, ...] = ()
@@ -83,7 +82,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         calibration_images: str | None,
         calibration_method: str,
         calibration_count: int,
-        rounding: str,
+        rounding: str | None,
         calibration: str | None,
         keep_fp16: tuple[str, ...],
         first_convolution: str | None,
@@ -114,8 +113,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--rounding",
             type=click.Choice(ROUNDINGS),
-            default=DEFAULT_ROUNDING,
-            show_default=True,
+            show_default="feedback",
             help="int8 weights: so that errors cancel, measured on the images, or each to its nearest step.",
         ),
         click.option("--calibration", help="Ranges of an earlier run (.calibration.json) instead of measuring them."),
@@ -173,6 +171,8 @@ def check_flags(onnx: str, flags: CalibrationFlags, precision: str, ranking: boo
             f"{'--auto' if flags.auto else '--sensitivity'} tries layers on photographs: give --calibration-images "
             "FOLDER (with --calibration FILE the ranges are not measured again)."
         )
+    if flags.file is not None and flags.rounding:
+        raise SuperPointError(f"--rounding is for measuring anew: {flags.file} says how its weights are rounded.")
     model = load_onnx(onnx)
     check_quantisable(model)
     kept_layers(model, flags.keep, Precision(precision), flags.first)
@@ -189,13 +189,15 @@ def calibrated(onnx: str, flags: CalibrationFlags, precision: str) -> Calibrated
 
     given, proof = _images(onnx, flags)
     if flags.file is not None:
+        if precision == "int8" and not calibrations.load(flags.file).weights:
+            click.echo(f"{'weights':<14}to the nearest step: {flags.file} has none rounded with feedback")
         return Calibrated(Path(flags.file), proof)
     options = calibrations.CalibrationOptions(calibrations.Method(flags.method), flags.count)
     with progress_bar("calibrating") as progress:
         found = calibrations.calibrate(onnx, given, options, progress)
     for note in found.notes:
         click.echo(f"warning: {note}", err=True)
-    if precision == "int8" and flags.rounding == "feedback":
+    if flags.rounding != "nearest":  # of fp8, too: the file serves int8 as well
         with progress_bar("rounding weights") as progress:
             found = round_weights(onnx, found, given, progress)
     if proof and proof[0] in given:
@@ -358,6 +360,7 @@ def quantize(
 def _check_outputs(
     onnx: str, output: str | None, json_path: str | None, sensitivity: bool, flags: CalibrationFlags
 ) -> None:
+    from superpoint_trt.calibration import weights_path
     from superpoint_trt.files import check_distinct, check_writable
 
     if output is None and not (sensitivity or flags.auto):
@@ -368,4 +371,5 @@ def _check_outputs(
         raise SuperPointError("--json holds the figures of --sensitivity or --auto; give one of them.")
     for path, other in ((output, json_path), (json_path, None)):
         if path is not None:
-            check_distinct(check_writable(path), onnx, flags.file, other)
+            weights = weights_path(flags.file) if flags.file else None
+            check_distinct(check_writable(path), onnx, flags.file, weights, other)

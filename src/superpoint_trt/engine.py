@@ -73,7 +73,8 @@ class BuildOptions:
     calibration: PathLike | None = None
     """Of int8 and fp8: the ranges that `calibration.save` wrote; not needed where the .onnx is quantised already."""
     keep_fp16: tuple[str, ...] = ()
-    """Name patterns of convolutions that int8 and fp8 leave alone; or quantize.COARSE."""
+    """Name patterns of convolutions that int8 and fp8 leave alone; or quantize.COARSE, which the command line
+    takes by default. Empty: none is."""
     first_convolution: FirstConvolution | None = None
     """Of int8 and fp8: how the convolution that reads the image runs; None: as `quantize` chooses."""
     linear_heads: bool = False

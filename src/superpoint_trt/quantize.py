@@ -29,7 +29,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from superpoint_trt.calibration import Calibration, check_quantisable, check_same_network, load
+from superpoint_trt.calibration import Calibration, check_quantisable, check_same_network, load, weight_digest
 from superpoint_trt.equalise import equalise, put
 from superpoint_trt.files import PathLike, one_line, write_atomically
 from superpoint_trt.precision import (
@@ -166,17 +166,19 @@ def first_convolutions(model: onnx.ModelProto) -> list[str]:
 
 
 def coarse_convolutions(model: onnx.ModelProto) -> list[str]:
-    """Those behind the last max-pool, at the coarsest scale; none of a network that pools nothing in front of any."""
-    pools: dict[str, int] = {}
+    """Those behind the last pooling or stride, at the coarsest scale; none if all are at one scale."""
+    halvings: dict[str, int] = {}
     before: dict[str, int] = {}
     for node in model.graph.node:
-        above = max((pools.get(name, 0) for name in node.input), default=0)
+        above = max((halvings.get(name, 0) for name in node.input), default=0)
         if node.op_type == "Conv":
             before[name_of(node)] = above
+        strides = next((a.ints for a in node.attribute if a.name == "strides"), [1])
         for name in node.output:
-            pools[name] = above + (node.op_type == "MaxPool")
+            halvings[name] = above + (max(strides) > 1)
     coarsest = max(before.values(), default=0)
-    return [name for name, above in before.items() if above == coarsest] if coarsest else []
+    found = [name for name, above in before.items() if above == coarsest]
+    return found if len(found) < len(before) else []
 
 
 def _resolved(model: onnx.ModelProto, precision: Precision, first: FirstConvolution | None) -> FirstConvolution:
@@ -268,7 +270,7 @@ def split_image(
     """The same network, its first convolution reading the image as the sum of parts, each fit for int8.
 
     int8 has 127 steps from 0 to 1, an image 255, and one that was colour or was shrunk has more. Each of P parts is a
-    P-th of the image in steps of 1 / (127.5 P), and each is rounded at another place, P-ths of a step apart: so their
+    P-th of the image in steps of 1 / (127.5 P), and each is rounded at another place, a P-th of a step apart: so their
     sum has the same fine steps. 8-bit images are exact (only white, 255, loses one step); convolved with one weight
     their sum is the image. The weights are rounded at other places likewise, so that on average they have
     P times int8's steps; as the parts differ by no more than one of theirs, that holds.
@@ -331,6 +333,7 @@ class _Insertion:
     def __init__(self, model: onnx.ModelProto, calibration: Calibration, precision: Precision) -> None:
         self._graph = model.graph
         self._ranges, self._weights = calibration.ranges, calibration.weights
+        self._rounded_from = calibration.rounded_from
         self._element = QUANTISED_TYPES[precision]
         self._largest = np.float32(KINDS[precision].largest)
         self._constants = constants(model.graph)
@@ -363,10 +366,10 @@ class _Insertion:
         largest = np.where(largest > 0, largest, 1).astype(np.float32)  # a channel of zeros takes any scale
         steps = self._weights.get(name)
         if steps is not None:
-            if steps.shape != weight.shape:
+            if self._rounded_from.get(name) != weight_digest(weight):
                 raise SuperPointError(
-                    f"the calibration rounded {name} as {list(steps.shape)}, the model has {list(weight.shape)}: "
-                    "calibrate this model with --calibration-images FOLDER."
+                    f"the calibration rounded other weights than this model's {name}: calibrate this model with "
+                    "--calibration-images FOLDER."
                 )
             values = steps * (largest / self._largest).reshape(-1, 1, 1, 1)
             put(self._graph, {name: values.astype(np.float32)})

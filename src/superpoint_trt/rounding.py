@@ -25,6 +25,7 @@ from superpoint_trt.calibration import (
     check_same_network,
     evenly,
     network_inputs,
+    weight_digest,
 )
 from superpoint_trt.files import PathLike
 from superpoint_trt.precision import constants, described, load_onnx
@@ -72,8 +73,11 @@ def round_weights(
         steps.advance()
         if image is None:
             continue
+        try:
+            values = dict(activations(image))
+        except SuperPointError:  # `calibrate` has said so
+            continue
         used += 1
-        values = dict(activations(image))
         for (tensor, kernel), sums in moments.items():
             patches = _patches(values[tensor][0], kernel, np.random.default_rng(number))
             sums += patches.T @ patches
@@ -83,7 +87,8 @@ def round_weights(
     for layer in layers:
         rounded[layer.name] = _feed_back(layer, moments[layer.reads])
         steps.advance()
-    return replace(calibration, weights=rounded)
+    made_from = {layer.name: weight_digest(layer.weight) for layer in layers}
+    return replace(calibration, weights=rounded, rounded_from=made_from)
 
 
 @dataclass(frozen=True)
@@ -111,18 +116,28 @@ class _Layer:
 
 
 def _layers(graph: onnx.ModelProto) -> list[_Layer]:
-    """The quantised convolutions of a Q/DQ graph."""
+    """The quantised convolutions of a Q/DQ graph whose reads `_patches` gathers: others stay at the nearest step."""
     made_by = {node.output[0]: node for node in graph.graph.node}
     known = constants(graph.graph)
     found = []
     for node in graph.graph.node:
         dequantise = made_by.get(node.input[1]) if node.op_type == "Conv" else None
-        if dequantise is None or dequantise.op_type != "DequantizeLinear":
+        if dequantise is None or dequantise.op_type != "DequantizeLinear" or not _plain(node):
             continue
         name = made_by[dequantise.input[0]].input[0]
         weight, steps = (numpy_helper.to_array(known[key]) for key in (name, dequantise.input[1]))
-        found.append(_Layer(name, weight, steps, node.input[0]))
+        if weight.ndim == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] % 2:
+            found.append(_Layer(name, weight, steps, node.input[0]))
     return found
+
+
+def _plain(convolution: onnx.NodeProto) -> bool:
+    """Neither groups nor gaps."""
+    return all(
+        set(attribute.ints or [attribute.i]) == {1}
+        for attribute in convolution.attribute
+        if attribute.name in ("group", "dilations")
+    )
 
 
 def _patches(values: Float32, kernel: int, rng: np.random.Generator) -> Float32:
