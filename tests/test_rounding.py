@@ -206,3 +206,13 @@ def test_on_the_command_line(model, given, tmp_path, capsys):
     assert run(cli, [*words, str(tmp_path / "e.onnx"), *from_files, "--rounding", "feedback"]) == 2
     assert "--rounding is for measuring anew" in capsys.readouterr().err
     assert (tmp_path / "c.onnx").read_bytes() == (tmp_path / "d.onnx").read_bytes()
+
+
+def test_rounding_where_nothing_is_rounded_is_refused(model, rounded, tmp_path, capsys):
+    quantised = tmp_path / "int8.onnx"
+    quantised.write_bytes(quantize(load_onnx(model), rounded).SerializeToString())
+    for source, precision, why in ((model, "fp16", "are for int8 and fp8"), (quantised, "int8", "comes too late")):
+        words = ["build", "--onnx", str(source), "--engine", str(tmp_path / "a.engine"), "--precision", precision]
+        assert run(cli, [*words, "--rounding", "nearest"]) == 2
+        assert why in capsys.readouterr().err
+    assert not (tmp_path / "a.engine").exists()

@@ -93,7 +93,7 @@ def build_engine(onnx: str, engine: str, options: Any, test: bool, flags: Calibr
         return
     if flags.given:
         raise SuperPointError(
-            "calibration, --keep-fp16, --first-convolution, --auto, --gate are for int8 and fp8; "
+            "calibration, --rounding, --keep-fp16, --first-convolution, --auto, --gate are for int8 and fp8; "
             f"{options.precision.value} was asked for."
         )
     _build(onnx, engine, options, test)
@@ -106,8 +106,9 @@ def _build_quantised(onnx: str, engine: str, options: Any, test: bool, flags: Ca
     from superpoint_trt.quantize import quantize_file
 
     if quantised_type(load_onnx(onnx)):
-        if flags.auto:
-            raise SuperPointError(f"{onnx} is quantised already, so --auto comes too late; use the fp32 .onnx.")
+        for option, asked in {"--auto": flags.auto, "--rounding": flags.rounding}.items():
+            if asked:
+                raise SuperPointError(f"{onnx} is quantised already, so {option} comes too late; use the fp32 .onnx.")
         given = replace(options, calibration=flags.file, keep_fp16=flags.kept_as_asked, first_convolution=flags.first)
         _build(onnx, engine, given, test)
         return
@@ -119,7 +120,7 @@ def _build_quantised(onnx: str, engine: str, options: Any, test: bool, flags: Ca
     _build(onnx, engine, options, test)
     if not flags.verify:
         return
-    if not options.targets:
+    if not options.targets or not ranges.proof:
         prove(Path(engine), onnx, ranges.proof, gate_limits(flags.gates))
         return
     click.echo(f"{engine} is for another machine: its .onnx is verified here; verify the engine where it runs")

@@ -52,7 +52,8 @@ class CalibrationFlags:
     @property
     def given(self) -> bool:
         """Whether any of it was asked for."""
-        return bool(self.images or self.file or self.keep_fp16 or self.first_convolution or self.auto or self.gates)
+        asked = (self.images, self.file, self.rounding, self.keep_fp16, self.first_convolution, self.auto, self.gates)
+        return any(asked)
 
     @property
     def kept_as_asked(self) -> tuple[str, ...]:

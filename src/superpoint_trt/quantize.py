@@ -261,12 +261,10 @@ def with_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
 PARTS = "image.parts"
 """The tensor that `split_image` makes."""
 IMAGE_PARTS = 4
-"""TensorRT stores an int8 image in vectors of four channels: four cost what two do."""
+"""More keep more points and take more time (docs/int8.md); an even number, so that 8-bit images are exact."""
 
 
-def split_image(
-    model: onnx.ModelProto, calibration: Calibration, parts: int = IMAGE_PARTS
-) -> tuple[onnx.ModelProto, Calibration]:
+def split_image(model: onnx.ModelProto, calibration: Calibration) -> tuple[onnx.ModelProto, Calibration]:
     """The same network, its first convolution reading the image as the sum of parts, each fit for int8.
 
     int8 has 127 steps from 0 to 1, an image 255, and one that was colour or was shrunk has more. Each of P parts is a
@@ -278,7 +276,6 @@ def split_image(
     Args:
         model: fp32 graph whose first convolution reads the image itself; left as it is.
         calibration: of that model.
-        parts: P, an even number.
 
     Returns:
         The rewritten graph, and the calibration with the range of the parts.
@@ -294,11 +291,11 @@ def split_image(
     first = next(node for node in graph.node if node.op_type == "Conv")
     image, single = graph.input[0].name, first.input[1]
     weight = numpy_helper.to_array(constants(graph)[single])
-    step = 1 / (127.5 * parts)
-    places = (np.arange(parts, dtype=np.float32) - (parts - 1) / 2) / parts
+    step = 1 / (127.5 * IMAGE_PARTS)
+    places = (np.arange(IMAGE_PARTS, dtype=np.float32) - (IMAGE_PARTS - 1) / 2) / IMAGE_PARTS
     new = {
-        f"{PARTS}.share": np.array(1 / parts, np.float32),
-        f"{PARTS}.places": (places * step).astype(np.float32).reshape(1, parts, 1, 1),
+        f"{PARTS}.share": np.array(1 / IMAGE_PARTS, np.float32),
+        f"{PARTS}.places": (places * step).astype(np.float32).reshape(1, IMAGE_PARTS, 1, 1),
         f"{single}.parts": np.concatenate([_rounded_at(weight, place) for place in places], axis=1),
     }
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in new.items())
