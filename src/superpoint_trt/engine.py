@@ -451,7 +451,7 @@ def _plan_name(model: onnx.ModelProto) -> str:
 
 
 def _leave_channels_last(tensorrt: TensorRT, network: Any) -> list[str]:
-    """Raw fp16 heads as convolutions write them, which spares a kernel for each; the decode reads them either way.
+    """Raw fp16 heads as fp16 convolutions write them, which spares a kernel for each; the decode reads them either way.
 
     Call it once the network's types are set: there is no such format for float32.
 
