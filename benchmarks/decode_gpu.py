@@ -133,7 +133,7 @@ def decode_alone(superpoint: SuperPoint, images: list[np.ndarray], calls: int) -
             spans = [timer.ms(lambda graph=graph: graph.launch(slot.stream)) / times for _ in range(calls + 20)][20:]
             found[name if times == 1 else f"{name}, {IN_A_ROW} in a row"] = figures(spans)
             graph.close()
-    spans = [timer.ms(lambda: lane._graph.launch(slot.stream)) for _ in range(calls + 20)][20:]
+    spans = [timer.ms(lambda: lane._replay.graph.launch(slot.stream)) for _ in range(calls + 20)][20:]
     found["whole graph"] = figures(spans)
     lane.collect()
     # Rows that stay on the GPU.

@@ -23,12 +23,13 @@ from superpoint_trt.spec import DecodeOptions, Sampling  # noqa: E402
 
 
 def main(calls: int) -> None:
-    """Prints medians and p95 of single graph replays and of 20 decodes in one graph, by heads' type and batch."""
+    """Prints medians and p95 of single graph replays and of 20 decodes in one graph, by batch, type and layout."""
     rng = np.random.default_rng(0)
     for batch in (1, 8):
-        for head in ("float16", "float32"):
-            logits = upload(logits_of("image-like", 1, (batch, 65, 60, 80)).astype(head))
-            coarse = upload(rng.normal(0, 1, (batch, 256, 60, 80)).astype(head))
+        for head, multiple in (("float16", 8), ("float16", 0), ("float32", 0)):
+            layout = "channels-last" if multiple else "linear"
+            logits = upload(logits_of("image-like", 1, (batch, 65, 60, 80)).astype(head), multiple=multiple)
+            coarse = upload(rng.normal(0, 1, (batch, 256, 60, 80)).astype(head), multiple=multiple)
             decoder = Decoder(_head(logits), _head(coarse), DecodeOptions(max_keypoints=1024), Sampling.HALF_PIXEL)
             rows = decoder.rows(half=True)
             block = cuda.DeviceMemory(rows.nbytes)
@@ -51,7 +52,7 @@ def main(calls: int) -> None:
                     spans.append(float(cuda.call("cudaEventElapsedTime", *events)) / times * 1e3)
                 median, p95 = np.percentile(spans[20:], [50, 95])
                 print(
-                    f"batch {batch} {head}, {int(download(survivors)[0])} points, {times} in a graph: "
+                    f"batch {batch} {head} {layout}, {int(download(survivors)[0])} points, {times} in a graph: "
                     f"{median:.2f} us a decode, p95 {p95:.2f}",
                     flush=True,
                 )

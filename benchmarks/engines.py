@@ -43,20 +43,20 @@ class Timed:
         for _ in range(20):
             self.backend.infer(self.image)
         self.shape = next(iter(self.backend._shapes.values()))
-        if self.shape._graph is None:
+        if self.shape._replay.graph is None:
             raise click.ClickException(f"{path} runs without a CUDA graph")
         self.out = cuda.PinnedMemory(self.shape._output_bytes)
         self.times: dict[str, list[float]] = {}
 
     def _network(self) -> None:
-        self.shape._graph.launch(self.backend._stream)
+        self.shape._replay.graph.launch(self.backend._stream)
         self.backend._stream.synchronise()
 
     def _with_copies(self) -> None:
         shape, stream = self.shape, self.backend._stream
         source = self.pinned.__array_interface__["data"][0]
         cuda.copy(shape._unit.address, source, self.pinned.nbytes, cuda.TO_DEVICE, stream)
-        shape._graph.launch(stream)
+        shape._replay.graph.launch(stream)
         cuda.copy(self.out.address, shape._device_out.address, self.out.nbytes, cuda.TO_HOST, stream)
         stream.synchronise()
 

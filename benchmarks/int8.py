@@ -1,12 +1,13 @@
 """int8 against fp16 on the GPU at hand: speed, accuracy, and what TensorRT made of the Q/DQ graph.
 
     python benchmarks/int8.py --weights CHECKPOINT --calibration FILE --engines FOLDER [--photos FOLDER]
-        [--dataset FOLDER] [--variant fp16 --variant int8 ...] [--batch 1 --batch 8] [--quick] [--json FILE]
+        [--dataset FOLDER] [--variant int8-coarse --variant int8 ...] [--batch 1 --batch 8] [--only speed|accuracy]
+        [--json FILE]
 
 `heads` engines, static, taken in turn; each call is the plan's CUDA graph, launched and waited for. --calibration is
-what `superpoint build` or `quantize` wrote beside an .onnx of the same checkpoint. --photos: each variant of batch 1
-against fp32 in onnxruntime, by the gates of `superpoint verify`. --dataset: fp32 in onnxruntime and each variant
-through `superpoint evaluate`. Engines and timing cache stay in FOLDER. Results are printed as they come.
+what `superpoint build` or `quantize` wrote beside an .onnx of the same checkpoint. Accuracy is that of the engines of
+batch 1 against fp32 in onnxruntime: --photos: by the gates of `superpoint verify`; --dataset: the rows of
+benchmarks/precision_accuracy.py. Engines and timing cache stay in FOLDER. Results are printed as they come.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import click
 import numpy as np
 from engines import SIZE_HW, Timed
+from precision_accuracy import measure, print_row
 
 from superpoint_trt import calibration as calibrations
 from superpoint_trt import engine as engines
@@ -176,30 +178,49 @@ def print_layers(runner: Runner) -> list[dict]:
     return found
 
 
-def print_agreement(runner: Runner, reference: Path, photos: str) -> dict:
+def print_agreement(engine: Path, reference: Path, photos: str) -> dict:
     """The gates of `verify` on photographs."""
     from superpoint_trt.verify import verify
 
-    found = verify(runner.path, reference, photos, most_images=12)
+    found = verify(engine, reference, photos, most_images=12)
     gates = {gate.name: gate.value for gate in found.gates}
     verdict = "PASSED" if found.passed else "FAILED " + ", ".join(g.name for g in found.gates if not g.passed)
     print(
-        f"{runner.name}: {verdict} " + ", ".join(f"{k} {v:.4f}" for k, v in gates.items() if v is not None), flush=True
+        f"{engine.stem}: {verdict} " + ", ".join(f"{k} {v:.4f}" for k, v in gates.items() if v is not None), flush=True
     )
     return gates
 
 
-def print_evaluation(name: str, model: Path, dataset: str) -> dict:
-    """Total row of `evaluate`."""
-    from superpoint_trt.evaluate import evaluate
-
-    total = evaluate(model, dataset).to_json()["total"]
-    print(
-        f"{name}: rep. {total['repeatability']:.3f}, MMA@1 {total['mma']['1']:.3f}, MMA@3 {total['mma']['3']:.3f}, "
-        f"H@1 {total['homography']['1']:.3f}, H@3 {total['homography']['3']:.3f}, H@5 {total['homography']['5']:.3f}",
-        flush=True,
-    )
-    return total
+def speed(built, batches, variants, calls: int, budget: float, report: dict) -> bool:
+    """Times and inspects fp16 and each variant, in turn; whether the first variant meets the targets."""
+    started, met = time.monotonic(), True
+    for batch in batches:
+        here: dict[str, Runner] = {}
+        for variant in ("fp16", *variants):
+            if time.monotonic() - started > budget and here:
+                print(f"no time left for {variant}, batch {batch}")
+                continue
+            try:
+                here[variant] = Runner(built(variant, batch), batch)
+            except Exception as error:  # one variant that fails must not cost the others their turn on the machine
+                print(f"{variant}, batch {batch} failed: {error}", flush=True)
+        for _ in range(-(-calls // CALLS_PER_TURN)):
+            for runner in here.values():
+                runner.turn()
+        for runner in here.values():
+            full = here["fp16"].median if "fp16" in here else float("nan")
+            found = {"batch": batch, "median": runner.median, "p95": runner.p95, "ratio": full / runner.median}
+            report["timings"][runner.name] = found
+            print(
+                f"{runner.name:<60} batch {batch}, {len(runner.times)} calls in turn: median {runner.median:.4f} ms  "
+                f"p95 {runner.p95:.4f}  fp16 / this {found['ratio']:.3f}",
+                flush=True,
+            )
+        default = here.get(variants[0])
+        met &= default is not None and report["timings"][default.name]["ratio"] >= TARGETS.get(batch, 0)
+        for runner in here.values():
+            report["layers"][runner.name] = print_layers(runner)
+    return met
 
 
 @click.command()
@@ -207,82 +228,59 @@ def print_evaluation(name: str, model: Path, dataset: str) -> dict:
 @click.option("--calibration", required=True)
 @click.option("--engines", "folder", required=True)
 @click.option("--photos", help="Photographs for verify.")
-@click.option("--dataset", help="Pairs with known homographies for evaluate.")
-@click.option("--variant", "variants", multiple=True, default=["int8-coarse", "int8", "int8-fp16-first"])
+@click.option("--dataset", help="Pairs with known homographies.")
+@click.option("--ransac-orders", default=20, show_default=True)
+@click.option("--variant", "variants", multiple=True, default=["int8-coarse", "int8"], show_default=True)
 @click.option("--batch", "batches", type=int, multiple=True, default=[1, 8])
-@click.option("--batch8-variant", "larger", multiple=True, help="Variants of batch 8.  [default: the fastest at 1]")
 @click.option("--calls", default=300, show_default=True)
 @click.option("--level", type=int, help="Builder's optimisation level.")
 @click.option("--budget", default=240.0, show_default=True, help="Seconds after which no other engine is built.")
-@click.option("--quick", is_flag=True, help="Batch 1, fp16 and int8 only, no evaluation.")
+@click.option("--only", type=click.Choice(["speed", "accuracy"]), help="A part.")
 @click.option("--json", "json_path")
 def main(
-    weights, calibration, folder, photos, dataset, variants, batches, larger, calls, level, budget, quick, json_path
+    weights,
+    calibration,
+    folder,
+    photos,
+    dataset,
+    ransac_orders,
+    variants,
+    batches,
+    calls,
+    level,
+    budget,
+    only,
+    json_path,
 ):
-    """Builds, times, inspects, then measures accuracy."""
+    """Speed, then accuracy."""
     started = time.monotonic()
     folder = Path(folder)
     folder.mkdir(exist_ok=True, parents=True)
     ranges = calibrations.load(calibration)
-    if quick:
-        variants, batches, dataset = variants[:1], batches[:1], None
-    report: dict = {"timings": {}, "layers": {}, "gates": {}, "evaluation": {}, "calibration": ranges.summary()}
-    passed = True
-    runners: dict[tuple[str, int], Runner] = {}
-    for batch in batches:
-        chosen = ["fp16", *variants]
-        if batch > 1 and len(runners) > 1:
-            best = min((r.median, name) for (name, b), r in runners.items() if name != "fp16" and b == 1)[1]
-            chosen = ["fp16", *(larger or [best])]
-        here: list[Runner] = []
-        for variant in chosen:
-            if time.monotonic() - started > budget and here:
-                print(f"no time left for {variant}, batch {batch}")
-                continue
-            try:
-                runner = Runner(build(folder, weights, ranges, variant, batch, level), batch)
-            except Exception as error:  # one variant that fails must not cost the others their turn on the machine
-                print(f"{variant}, batch {batch} failed: {error}", flush=True)
-                continue
-            here.append(runner)
-            runners[variant, batch] = runner
-        for _ in range(-(-calls // CALLS_PER_TURN)):
-            for runner in here:
-                runner.turn()
-        if not here:
-            continue
-        print(f"\n{here[0].timed.backend.runtime}; batch {batch}; ms of {len(here[0].times)} calls in turn")
-        for runner in here:
-            ratio = here[0].median / runner.median
-            print(
-                f"{runner.name:<60} median {runner.median:.4f}  p95 {runner.p95:.4f}  fp16 / this {ratio:.3f}",
-                flush=True,
-            )
-            report["timings"][runner.name] = {
-                "batch": batch,
-                "median": runner.median,
-                "p95": runner.p95,
-                "ratio": ratio,
-            }
-        best_ratio = max(here[0].median / runner.median for runner in here)
-        passed &= best_ratio >= TARGETS.get(batch, 0)
-        for runner in here:
-            report["layers"][runner.name] = print_layers(runner)
-    print(f"\n{time.monotonic() - started:.0f} s so far")
-    single = [runner for (_, batch), runner in runners.items() if batch == 1]
-    reference = folder / "reference.onnx"
-    if photos or dataset:
-        export(weights, reference, ExportOptions(OutputType.HEADS, *SIZE_HW))
-    if photos:
-        for runner in single:
-            report["gates"][runner.name] = print_agreement(runner, reference, photos)
-    if dataset:
-        report["evaluation"]["fp32"] = print_evaluation("fp32, onnxruntime", reference, dataset)
-        for runner in single:
-            report["evaluation"][runner.name] = print_evaluation(runner.name, runner.path, dataset)
+    report: dict = {"timings": {}, "layers": {}, "gates": {}, "accuracy": {}, "calibration": ranges.summary()}
+
+    def built(variant: str, batch: int) -> Path:
+        return build(folder, weights, ranges, variant, batch, level)
+
+    if only != "accuracy":
+        met = speed(built, batches, variants, calls, budget, report)
+        verdict = "met" if met else "MISSED"
+        print(f"\n{time.monotonic() - started:.0f} s; speed targets of {variants[0]}, {TARGETS}: {verdict}", flush=True)
+    if only != "speed" and (photos or dataset):
+        reference = folder / "reference.onnx"
+        if not reference.exists():
+            export(weights, reference, ExportOptions(OutputType.HEADS, *SIZE_HW))
+        for variant in variants:
+            path = built(variant, 1)
+            if photos:
+                report["gates"][path.stem] = print_agreement(path, reference, photos)
+            if dataset:
+                row = measure(path, reference, dataset, ransac_orders, "cuda")
+                report["accuracy"][path.stem] = row
+                print_row({"weights": Path(weights).stem, "precision": variant, **row}, first=False)
     if json_path:
         Path(json_path).write_text(json.dumps(report, indent=1))
-    print(f"{time.monotonic() - started:.0f} s; speed targets {TARGETS}: {'met' if passed else 'MISSED'}")
+    print(f"{time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -68,10 +68,16 @@ def ranges_of(weights: str, images: str, count: int, rounding: str, folder: Path
     return found
 
 
-def measure(model: Path, reference: Path, dataset: str, proof, orders: int) -> dict[str, float]:
+def proof_of(dataset: str) -> list[Path]:
+    """The images that fp32 and a model are compared on."""
+    paths = sorted({path for pair in load_pairs(dataset).pairs for path in (pair.first, pair.second)})
+    return paths[:: max(1, len(paths) // PROOF_IMAGES)][:PROOF_IMAGES]
+
+
+def measure(model: Path, reference: Path, dataset: str, orders: int, device: str = "cpu") -> dict[str, float]:
     """The figures of a row."""
-    gates = {gate.name: gate.value for gate in verify(model, reference, proof, device="cpu").gates}
-    total = evaluate(model, dataset, Protocol(ransac_orders=orders), "cpu").to_json()["total"]
+    gates = {gate.name: gate.value for gate in verify(model, reference, proof_of(dataset), device=device).gates}
+    total = evaluate(model, dataset, Protocol(ransac_orders=orders), device).to_json()["total"]
     return {
         "within 1 px": gates["keypoints_found_share"],
         "cosine median": gates["descriptor_cosine_median"],
@@ -103,8 +109,6 @@ def main(
     weights, precisions, dataset, calibration_images, calibration_count, rounding, keep_fp16, ransac_orders, json_path
 ):
     """Measures, and prints a Markdown table as it goes."""
-    paths = sorted({path for pair in load_pairs(dataset).pairs for path in (pair.first, pair.second)})
-    proof = paths[:: max(1, len(paths) // PROOF_IMAGES)][:PROOF_IMAGES]
     rows, failed = [], []
     for file in weights:
         with tempfile.TemporaryDirectory() as name:
@@ -114,7 +118,7 @@ def main(
             for precision in dict.fromkeys(["fp32", *precisions]):
                 model = model_of(file, Precision(precision), ranges, keep_fp16, folder)
                 row = {"weights": Path(file).stem, "precision": precision}
-                rows.append({**row, **measure(model, full, dataset, proof, ransac_orders)})
+                rows.append({**row, **measure(model, full, dataset, ransac_orders)})
                 first = next(r for r in rows if r["weights"] == row["weights"])
                 failed += [f"{row['weights']} {precision}: {fault}" for fault in faults(rows[-1], first)]
                 print_row(rows[-1], first=len(rows) == 1)

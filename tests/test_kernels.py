@@ -29,7 +29,7 @@ def nvrtc():
 @pytest.mark.parametrize("capability", ["sm75", "sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm120"])
 def test_decode_compiles_everywhere(nvrtc, monkeypatch, tmp_path, capability):
     monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path))
-    defines = ("STRIDE=8", "DIM=256", "RADIUS=4", "HEAD=1")
+    defines = ("STRIDE=8", "DIM=256", "RADIUS=4", "HEAD=1", "WIDE_LOGITS=1", "WIDE_DESCRIPTORS=1")
     assert cubin((FOLDER / "decode.cu").read_bytes(), "decode.cu", capability, defines)[:4] == b"\x7fELF"
 
 
@@ -37,12 +37,14 @@ SHAPES = [(8, 256, 0, radius) for radius in range(6)]
 SHAPES += [(8, 100, 2, 5), (1, 1, 0, 5), (4, 64, 1, 5), (16, 512, 1, 4), (32, 1024, 1, 3)]
 
 
+@pytest.mark.parametrize("wide", [0, 1])
 @pytest.mark.parametrize(("stride", "dim", "head", "radius"), SHAPES)
-def test_decode_compiles_for_every_shape(nvrtc, monkeypatch, tmp_path, stride, dim, head, radius):
+def test_decode_compiles_for_every_shape(nvrtc, monkeypatch, tmp_path, stride, dim, head, radius, wide):
     """Shared memory that a block may not have shows here."""
     assert is_tiled(radius, stride)
     monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path))
     defines = (f"STRIDE={stride}", f"DIM={dim}", f"RADIUS={radius}", f"HEAD={head}")
+    defines += (f"WIDE_LOGITS={wide}", f"WIDE_DESCRIPTORS={wide}")
     assert cubin((FOLDER / "decode.cu").read_bytes(), "decode.cu", "sm75", defines)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import math
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ BFLOAT16 = np.dtype("V2")
 
 _ALIGNMENT = 256
 """Bytes; what cudaMalloc guarantees and TensorRT asks for."""
+
+_log = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=1)
@@ -166,6 +169,50 @@ class Graph:
     def close(self) -> None:
         """Frees the graph."""
         call("cudaGraphExecDestroy", self._executable)
+
+
+class Replay:
+    """Work that is queued over and over: plainly the first time, which readies it, then as one CUDA graph.
+
+    Args:
+        stream: where.
+        may_capture: whether to record at all.
+        name: of the work, for the log.
+    """
+
+    def __init__(self, stream: Stream, may_capture: bool, name: str) -> None:
+        self._stream, self._may_capture, self._name = stream, may_capture, name
+        self._ready = False
+        self.graph: Graph | None = None
+
+    def run(self, queue: Callable[[], None]) -> None:
+        """Queues the work.
+
+        Args:
+            queue: queues it plainly; the same work each time. It is not kept, so it may belong to this object's owner.
+        """
+        if self.graph is None and self._may_capture and self._ready:
+            self._capture(queue)
+        if self.graph:
+            self.graph.launch(self._stream)
+        else:
+            queue()
+        self._ready = True
+
+    def _capture(self, queue: Callable[[], None]) -> None:
+        try:
+            with self._stream.capture() as recorded:
+                queue()
+            self.graph = recorded()
+        except SuperPointError as error:
+            self._may_capture = False
+            _log.warning("no CUDA graph for %s, each run is queued anew: %s", self._name, error)
+
+    def forget(self) -> None:
+        """Frees the graph; the next run is plain."""
+        if self.graph:
+            self.graph.close()
+        self.graph, self._ready = None, False
 
 
 class _Memory:

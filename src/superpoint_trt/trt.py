@@ -221,6 +221,11 @@ class TensorRT:
 
     # ------------------------------------------------------------------------------------------------------- runtime
 
+    @property
+    def captures(self) -> bool:
+        """Whether runs can be recorded in a CUDA graph: TensorRT-RTX compiles while it runs, and records by itself."""
+        return self.flavour is Flavour.TENSORRT
+
     def activation_bytes(self, engine: Any) -> int:
         """Scratch memory a context needs."""
         size = engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size

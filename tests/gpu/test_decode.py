@@ -103,6 +103,30 @@ def test_channels_last_of_other_strides(stride, dim):
         checked(kind, seed, (2, 7, 9), options, head="float16", stride=stride, dim=dim, multiple=8)
 
 
+@pytest.mark.parametrize("skipped", [1, 4, 8])
+def test_channels_last_from_any_address_on(skipped):
+    """Part of a larger array: it starts where 16 bytes can be read at once only if 8 channels are skipped."""
+    rng = np.random.default_rng(2)
+    logits = logits_of("image-like", 2, (1, 65, 30, 40)).astype(np.float16)
+    coarse = rng.normal(0, 1, (1, 256, 30, 40)).astype(np.float16)
+
+    def within_more(values: np.ndarray) -> cuda.DeviceArray:
+        channels = values.shape[1]
+        more = rng.normal(0, 9, (1, channels + 15, *values.shape[2:])).astype(np.float16)
+        more[:, skipped : skipped + channels] = values
+        memory = upload(more, multiple=8)
+        place = memory.address + skipped * memory.dtype.itemsize
+        return cuda.DeviceArray(place, values.shape, memory.dtype, 0, memory, memory.strides)
+
+    options = DecodeOptions(max_keypoints=200)
+    found = found_of(decode_heads(within_more(logits), within_more(coarse), options), 0)
+    xy, scores, descriptors = found_of(decode_heads(upload(logits), upload(coarse), options), 0)
+    assert len(xy) == 200
+    np.testing.assert_array_equal(found[0], xy)
+    np.testing.assert_array_equal(found[1], scores)
+    np.testing.assert_allclose(found[2], descriptors, rtol=0, atol=2e-6)
+
+
 def test_images_of_one_cell():
     """Both layouts at once; a batch of them tells whether the next image is found."""
     checked("noise", 0, (5, 1, 1), DecodeOptions(2, 0, 0.005, 10))

@@ -39,7 +39,7 @@ def test_graph_gives_what_the_plain_run_gave(engine, reference):
     with TensorRTBackend(engine("dense", "fp16")) as backend:
         first = {k: v.copy() for k, v in backend.infer(images[0]).items()}  # plain
         backend.infer(images[1])  # captured
-        assert next(iter(backend._shapes.values()))._graph is not None
+        assert next(iter(backend._shapes.values()))._replay.graph is not None
         assert equal(first, backend.infer(images[0]))
         assert not equal(first, backend.infer(images[1]))
 

@@ -8,7 +8,6 @@ streams of their own and run side by side.
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
 import time
 from collections import OrderedDict
@@ -22,7 +21,6 @@ from superpoint_trt import cuda, kernels
 from superpoint_trt.cuda import BFLOAT16, DeviceArray, DeviceMemory, PinnedMemory, PinnedPool
 from superpoint_trt.kernels.decode import TARGET_NBYTES, Decoder, DeviceKeypoints, Head, Rows, device_keypoints
 from superpoint_trt.spec import INPUT_NAME, DecodeOptions, Float32, SuperPointError
-from superpoint_trt.trt import Flavour
 
 if TYPE_CHECKING:
     from superpoint_trt.backends.tensorrt import TensorRTBackend
@@ -32,8 +30,6 @@ MOST_LANES = 8
 
 MOST_LOANS = 4
 """Results of one lane that may lie in page-locked memory at a time; further ones are copied to ordinary memory."""
-
-_log = logging.getLogger(__name__)
 
 
 class Found(NamedTuple):
@@ -185,10 +181,7 @@ class Lane:
         self._pixels = self._staging.address + start
         self._placed: list[tuple[int, int]] = []
         self._flying: _Sheet | None = None
-        self._runs = 0
-        self._graph: cuda.Graph | None = None
-        # TensorRT-RTX compiles kernels while it runs, and captures graphs itself.
-        self._may_capture = backend.flavour is Flavour.TENSORRT
+        self._replay = backend.replay(stream, f"batches of {shape[0]}")
 
     def _bind(self, places: dict[str, int]) -> None:
         for name, address in places.items():
@@ -277,7 +270,7 @@ class Lane:
             if counts.max() <= self._rows.capacity:
                 break
             self._set_rows(self._decoder.rows(self._half, _power_of_two(int(counts.max()))))
-            self._forget_graph()
+            self._replay.forget()
         whole = device_keypoints(self._rows, block.address, int(cuda.call("cudaGetDevice")), block)
         found = int(counts[0])
         return DeviceKeypoints(
@@ -287,26 +280,15 @@ class Lane:
     def _grow(self, found: int) -> None:
         """Room for all that were found, where all are wanted; the image is still there, and is run again."""
         self._set_rows(self._decoder.rows(self._half, _power_of_two(found)))
-        self._forget_graph()
+        self._replay.forget()
         self.submit(self._placed)
-
-    def _forget_graph(self) -> None:
-        if self._graph:
-            self._graph.close()
-        self._graph, self._runs = None, 0
 
     def _run(self, target: NDArray[np.uint64], placed_wh: Sequence[tuple[int, int]]) -> None:
         self._staged_target[:] = target
         if placed_wh != self._placed:
             self._placed = list(placed_wh)
             self._staged_sizes[:] = [*placed_wh, *[(0, 0)] * (len(self.image) - len(placed_wh))]
-        self._runs += 1
-        if self._graph is None and self._may_capture and self._runs == 2:
-            self._capture()
-        if self._graph:
-            self._graph.launch(self._stream)
-        else:
-            self._enqueue()
+        self._replay.run(self._enqueue)
 
     def _enqueue(self) -> None:
         self.queue_input()
@@ -335,19 +317,10 @@ class Lane:
         """The last."""
         self._decoder.queue(self._job.address, self._rows, self._stream)
 
-    def _capture(self) -> None:
-        try:
-            with self._stream.capture() as recorded:
-                self._enqueue()
-            self._graph = recorded()
-        except SuperPointError as error:
-            self._may_capture = False
-            _log.warning("no CUDA graph, each run is queued anew: %s", error)
-
     def close(self) -> None:
         """Frees the graph; memory goes with its last user."""
         self._stream.synchronise()
-        self._forget_graph()
+        self._replay.forget()
         self._context = None
 
 

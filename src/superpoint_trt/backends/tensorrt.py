@@ -36,7 +36,7 @@ from superpoint_trt.spec import (
     ShapeRange,
     SuperPointError,
 )
-from superpoint_trt.trt import Flavour, TensorRT, flavour_of, load
+from superpoint_trt.trt import TensorRT, flavour_of, load
 
 MOST_SHAPES = 8
 """Input shapes whose buffers and graphs are kept; beyond, the one used longest ago goes."""
@@ -191,10 +191,9 @@ class TensorRTBackend(Backend):
         """
         return Lanes(self, options, half) if self.description.type is OutputType.HEADS else None
 
-    @property
-    def flavour(self) -> Flavour:
-        """Which TensorRT."""
-        return self._tensorrt.flavour
+    def replay(self, stream: cuda.Stream, name: str) -> cuda.Replay:
+        """For work around a context, to be queued over and over; `name` is for the log."""
+        return cuda.Replay(stream, self._tensorrt.captures, name)
 
     def new_scratch(self) -> DeviceMemory:
         """What contexts that run one after the other share."""
@@ -310,10 +309,7 @@ class _Shape:
         self._device_out = DeviceMemory(self._output_bytes)
         self._loans = None if source else PinnedPool(self._output_bytes, MOST_LOANS)
         self._bind(log)
-        self._graph: cuda.Graph | None = None
-        self._runs = 0
-        # TensorRT-RTX compiles kernels while it runs, and captures graphs itself.
-        self._may_capture = tensorrt.flavour is Flavour.TENSORRT
+        self._replay = cuda.Replay(stream, tensorrt.captures, _size(shape))
 
     def _bind(self, log: Any) -> None:
         places = {tensor.name: self._device_out.address + tensor.offset for tensor in self._outputs}
@@ -359,14 +355,8 @@ class _Shape:
         return {tensor.name: tensor.of(memory) for tensor in self._outputs}
 
     def run(self) -> None:
-        """Queues the network: first plainly, which readies it, then as a CUDA graph."""
-        self._runs += 1
-        if self._graph is None and self._may_capture and self._runs == 2:
-            self._capture()
-        if self._graph:
-            self._graph.launch(self._stream)
-        else:
-            self._enqueue()
+        """Queues the network."""
+        self._replay.run(self._enqueue)
 
     def _enqueue(self) -> None:
         if self._pixels:
@@ -374,15 +364,6 @@ class _Shape:
         with self._tensorrt.explaining(f"running the engine on {_size(self._image_shape)} failed") as log:
             if not self._context.execute_async_v3(self._stream.address):
                 raise log.failed()
-
-    def _capture(self) -> None:
-        try:
-            with self._stream.capture() as recorded:
-                self._enqueue()
-            self._graph = recorded()
-        except SuperPointError as error:
-            self._may_capture = False
-            _log.warning("no CUDA graph for %s, each run is queued anew: %s", _size(self._image_shape), error)
 
     def results(self) -> dict[str, DeviceArray]:
         """The outputs where they lie on the GPU."""
@@ -400,9 +381,8 @@ class _Shape:
     def close(self) -> None:
         """Frees the graph; memory goes with its last user."""
         self._stream.synchronise()
-        if self._graph:
-            self._graph.close()
-        self._graph = self._context = None
+        self._replay.forget()
+        self._context = None
 
 
 def _layout(tensorrt: TensorRT, context: Any, log: Any) -> tuple[list[_Tensor], int]:

@@ -7,7 +7,8 @@
 //
 // NVRTC gets -DSTRIDE (pixels along a cell, a power of two up to 32), -DDIM (descriptor length), -DRADIUS (px, of
 // `detect`), -DHEAD (0 float, 1 half, 2 bfloat16). Heads lie anyhow: `cell_pitch` values from one cell to the next,
-// `channel_pitch` from one channel to the next.
+// `channel_pitch` from one channel to the next. -DWIDE_LOGITS, -DWIDE_DESCRIPTORS: 1 if that head's channels lie
+// together and its cells start at multiples of 16 bytes.
 
 typedef unsigned long long Key;  // score in the upper half, ~(pixel index) in the lower: unique, and the larger the better
 
@@ -43,16 +44,36 @@ __device__ unsigned short narrow(float value)
 
 const unsigned ALL = 0xffffffffu;
 
+// Neighbouring values, 16 bytes at a time.
+template <int COUNT>
+__device__ void load_wide(const Head* from, float* values)
+{
+    const int EACH = 16 / sizeof(Head);
+#pragma unroll
+    for (int first = 0; first < COUNT; first += EACH) {
+        union {
+            uint4 whole;
+            Head parts[EACH];
+        } loaded;
+        loaded.whole = *(const uint4*)(from + first);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) values[first + i] = widen(loaded.parts[i]);
+    }
+}
+
 // ------------------------------------------------------------------------------------------------------------ scores
 
 // Softmax with the dustbin of one cell by STRIDE neighbouring lanes; each gets one row of the cell's pixels.
 // Every lane of the warp calls it; outside the grid scores are 0.
 __device__ void cell_scores(const Head* cell, int channel_pitch, int row, bool inside, float (&score)[STRIDE])
 {
+    const bool WIDE = WIDE_LOGITS && STRIDE * sizeof(Head) % 16 == 0;
     float dustbin = inside ? widen(cell[(long long)STRIDE * STRIDE * channel_pitch]) : 0.0f;
     float most = dustbin;
 #pragma unroll
-    for (int i = 0; i < STRIDE; i++) score[i] = inside ? widen(cell[(long long)(row * STRIDE + i) * channel_pitch]) : 0.0f;
+    for (int i = 0; i < STRIDE; i++)
+        score[i] = inside && !WIDE ? widen(cell[(long long)(row * STRIDE + i) * channel_pitch]) : 0.0f;
+    if (WIDE && inside) load_wide<STRIDE>(cell + row * STRIDE, score);
 #pragma unroll
     for (int i = 0; i < STRIDE; i++) most = fmaxf(most, score[i]);
 #pragma unroll
@@ -302,14 +323,16 @@ __device__ float cell_position(int pixel, int cells, bool legacy)
 // The channels of one cell that a pair of lanes shares, 0 beyond the last.
 __device__ void load_channels(const Head* cell, int channel_pitch, float (&values)[2 * CHUNKS * PER_LANE])
 {
+    const bool WIDE = WIDE_DESCRIPTORS && DIM % (2 * PER_LANE) == 0;
     int pair = threadIdx.x % 32 / 2;
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
         int channel = (chunk * 16 + pair) * 2 * PER_LANE;
+        float* its = values + chunk * 2 * PER_LANE;
 #pragma unroll
         for (int i = 0; i < 2 * PER_LANE; i++)
-            values[chunk * 2 * PER_LANE + i] =
-                channel + i < DIM ? widen(cell[(long long)(channel + i) * channel_pitch]) : 0.0f;
+            its[i] = !WIDE && channel + i < DIM ? widen(cell[(long long)(channel + i) * channel_pitch]) : 0.0f;
+        if (WIDE && channel < DIM) load_wide<2 * PER_LANE>(cell + channel, its);
     }
 }
 

@@ -30,6 +30,7 @@ USUAL_ROWS = 4096
 """Rows kept for an image when all keypoints are wanted; where more are found, the run is repeated with enough."""
 
 _TILE_PX = 32  # decode.cu: TILE
+_WIDE_BYTES = 16  # decode.cu: load_wide
 _ALL = 0xFFFFFFFF
 _BLOCKS_A_PROCESSOR = 4  # of `describe`: one wave, and 4000 survivors have a warp each on 132 multiprocessors
 _DETECT_THREADS = 384  # decode.cu: DETECT_THREADS
@@ -57,6 +58,13 @@ class Head:
         if cells == 1:  # lies either way, and the kernels take a channel pitch of 1 for the other
             return (self.pixel_pitch or self.shape[1], 1)
         return (self.pixel_pitch, 1) if self.pixel_pitch else (1, cells)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether every cell's channels can be read 16 bytes at a time."""
+        cell_pitch, channel_pitch = self.pitches
+        apart = cell_pitch * self.dtype.itemsize
+        return channel_pitch == 1 and self.address % _WIDE_BYTES == 0 and apart % _WIDE_BYTES == 0
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,8 @@ class Decoder:
             f"DIM={self.dim}",
             f"RADIUS={options.nms_radius_px if self._tiled else 0}",
             f"HEAD={_HEAD_CODES[logits.dtype]}",
+            f"WIDE_LOGITS={int(logits.is_wide)}",
+            f"WIDE_DESCRIPTORS={int(descriptors.is_wide)}",
         )
         names = ["describe", "score_map"] + (
             ["detect"] if self._tiled else ["window", "mark", "remove_near", "collect"]
