@@ -3,7 +3,8 @@
     python benchmarks/decode_gpu.py --weights CONV_RELU.safetensors --v6 V6.safetensors --engines DIR
         [--only build|latency|throughput] [--budget SECONDS] [--torch-python PYTHON] [--json OUT.json]
 
-1. decode alone: events around replays of a graph of it, singly and 20 in a row, rows to the GPU and to the host
+1. decode alone: events around replays of a graph of it, singly and 20 in a row, rows to the GPU and to the host, in
+   five rounds with the other parts of the graph
 2. one image, host uint8 -> host keypoints and float16 descriptors, N = 1024, and the parts of that way; then from an
    engine whose heads are NCHW ("linear heads"), not channels-last as by default
 3. the same in PyTorch, by benchmarks/torch_decode.py in a process of its own
@@ -33,12 +34,31 @@ from superpoint_trt.spec import OutputType, Precision
 
 N = 1024
 IN_A_ROW = 20
+ROUNDS = 5
 DIFFERENT = 8
 SHIFTS = (("conv1a",), ("conv1a", "conv1b", "conv2a", "conv2b", "conv3a", "conv3b", "conv4a", "conv4b"))
 NUMBERS = (512, 1024, 2048, 4096)
+VGA = (480, 640)
+TABLE: list[tuple[tuple[int, int], int, Any, Any, Any, float]] = [
+    # (size, largest batch of the engine, batches, N, runs in flight, seconds to build it), what matters most first
+    (VGA, 1, (1,), (N,), (1, 2, 3, 4), 0),
+    (VGA, 8, (8,), (N,), (2, 3), 45),
+    (VGA, 8, (1, 2, 4), (N,), (3,), 0),
+    (VGA, 32, (16, 32), (N,), (2, 3), 80),
+    (VGA, 8, (8,), (512, 2048, 4096), (3,), 0),
+    (VGA, 1, (1,), (512, 2048, 4096), (3,), 0),
+    ((1080, 1920), 1, (1,), (N, 4096), (3,), 35),
+    ((240, 320), 8, (1, 8), (512, N), (3,), 35),
+    ((720, 1280), 1, (1,), (N, 4096), (3,), 35),
+    ((240, 320), 32, (16, 32), (512, N, 2048, 4096), (3,), 60),
+    ((720, 1280), 8, (1, 2, 4, 8), NUMBERS, (3,), 90),
+    ((1080, 1920), 4, (1, 2, 4), NUMBERS, (3,), 90),
+    (VGA, 32, (16, 32), (512, 2048, 4096), (3,), 80),
+]
+"""Of throughput."""
 
 
-def figures(times_ms: list[float]) -> dict[str, float]:
+def figures(times_ms: Any) -> dict[str, float]:
     """Median and p95."""
     median, p95 = np.percentile(times_ms, [50, 95])
     return {"median": round(float(median), 4), "p95": round(float(p95), 4)}
@@ -67,7 +87,7 @@ class Builder:
     def heads(
         self,
         weights: str,
-        size_hw: tuple[int, int] = (480, 640),
+        size_hw: tuple[int, int] = VGA,
         batch: int = 1,
         shifts: tuple[str, ...] = (),
         linear: bool = False,
@@ -96,15 +116,15 @@ class Timer:
     """Events around work on one stream."""
 
     def __init__(self, stream: cuda.Stream) -> None:
-        self._stream = stream
+        self.stream = stream
         self._events = [cuda.call("cudaEventCreate") for _ in range(2)]
 
     def ms(self, work: Callable[[], None]) -> float:
         """Of the GPU."""
-        cuda.call("cudaEventRecord", self._events[0], self._stream.handle)
+        cuda.call("cudaEventRecord", self._events[0], self.stream.handle)
         work()
-        cuda.call("cudaEventRecord", self._events[1], self._stream.handle)
-        self._stream.synchronise()
+        cuda.call("cudaEventRecord", self._events[1], self.stream.handle)
+        self.stream.synchronise()
         return float(cuda.call("cudaEventElapsedTime", *self._events))
 
 
@@ -116,6 +136,21 @@ def captured(stream: cuda.Stream, work: Callable[[], None], times: int = 1) -> c
     return recorded()
 
 
+def replayed(timer: Timer, graphs: dict[str, tuple[cuda.Graph, int]], calls: int) -> dict[str, dict[str, Any]]:
+    """Name -> (graph, how many runs it holds) -> ms of a run, by events, in rounds that take the graphs in turn."""
+    spans: dict[str, list[list[float]]] = {name: [] for name in graphs}
+    for _ in range(ROUNDS):
+        for name, (graph, times) in graphs.items():
+            took = [
+                timer.ms(lambda graph=graph: graph.launch(timer.stream)) / times for _ in range(10 + calls // ROUNDS)
+            ]
+            spans[name].append(took[10:])
+    return {
+        name: {**figures(np.concatenate(rounds)), "rounds": [round(float(np.median(one)), 4) for one in rounds]}
+        for name, rounds in spans.items()
+    }
+
+
 def decode_alone(superpoint: SuperPoint, images: list[np.ndarray], calls: int) -> dict[str, Any]:
     """The decode of the last image's heads, and the other parts of the graph, by events."""
     for image in images:
@@ -123,25 +158,20 @@ def decode_alone(superpoint: SuperPoint, images: list[np.ndarray], calls: int) -
     (slot,) = superpoint._lanes.take(1)
     lane = next(iter(slot._lanes.values()))
     timer = Timer(slot.stream)
-    found: dict[str, Any] = {}
-    parts = {"receive": lane.queue_input, "network": lane.queue_network, "decode": lane.queue_decode}
     lane.submit(lane._placed)  # the job names a block of the host
-    lane._stream.synchronise()
-    for name, work in parts.items():
-        for times in (1, IN_A_ROW):
-            graph = captured(slot.stream, work, times)
-            spans = [timer.ms(lambda graph=graph: graph.launch(slot.stream)) / times for _ in range(calls + 20)][20:]
-            found[name if times == 1 else f"{name}, {IN_A_ROW} in a row"] = figures(spans)
-            graph.close()
-    spans = [timer.ms(lambda: lane._replay.graph.launch(slot.stream)) for _ in range(calls + 20)][20:]
-    found["whole graph"] = figures(spans)
     lane.collect()
-    # Rows that stay on the GPU.
-    lane.on_device((images[0].shape[1], images[0].shape[0]))
-    for times in (1, IN_A_ROW):
-        graph = captured(slot.stream, lane.queue_decode, times)
-        spans = [timer.ms(lambda graph=graph: graph.launch(slot.stream)) / times for _ in range(calls + 20)][20:]
-        found["decode, rows on the GPU" + (f", {times} in a row" if times > 1 else "")] = figures(spans)
+    parts = {"receive": lane.queue_input, "network": lane.queue_network, "decode": lane.queue_decode}
+    graphs = {
+        name if times == 1 else f"{name}, {times} in a row": (captured(slot.stream, work, times), times)
+        for name, work in parts.items()
+        for times in (1, IN_A_ROW)
+    }
+    found = replayed(timer, {**graphs, "whole graph": (lane._replay.graph, 1)}, calls)
+    lane.on_device((images[0].shape[1], images[0].shape[0]))  # the job names rows on the GPU
+    decodes = {name: graph for name, graph in graphs.items() if name.startswith("decode")}
+    for name, value in replayed(timer, decodes, calls).items():
+        found[name.replace("decode", "decode, rows on the GPU")] = value
+    for graph, _ in graphs.values():
         graph.close()
     superpoint._lanes.give_back([slot])
     return found
@@ -192,6 +222,8 @@ class Report:
         """One figure."""
         self.values.setdefault(group, {})[name] = value
         shown = f"{value['median']:9.4f} ms  p95 {value['p95']:9.4f}" if isinstance(value, dict) else value
+        if isinstance(value, dict) and "rounds" in value:
+            shown += f"  rounds {' '.join(f'{one:.4f}' for one in value['rounds'])}"
         print(f"  {group}: {name:<44} {shown}", flush=True)
         if self._path:
             self._path.write_text(json.dumps(self.values, indent=1))
@@ -203,7 +235,7 @@ class Report:
 
 def latency(report: Report, builder: Builder, name: str, checkpoint: str, calls: int) -> None:
     """One image of 640x480."""
-    path, images = builder.heads(checkpoint), pictures(480, 640)
+    path, images = builder.heads(checkpoint), pictures(*VGA)
     with SuperPoint(path, max_keypoints=N, half_descriptors=True) as superpoint:
         print(f"{name}: {superpoint.runtime}; 640x480, N {N}, {len(superpoint.extract(images[0]))} found")
         report.add(name, "end to end", end_to_end(superpoint, images, calls))
@@ -219,7 +251,7 @@ def latency(report: Report, builder: Builder, name: str, checkpoint: str, calls:
 
 def linear_heads(report: Report, builder: Builder, name: str, checkpoint: str, calls: int) -> None:
     """What heads as NCHW take instead, for the comparison."""
-    images = pictures(480, 640)
+    images = pictures(*VGA)
     with SuperPoint(builder.heads(checkpoint, linear=True), max_keypoints=N, half_descriptors=True) as superpoint:
         report.add(name, "end to end, linear heads", end_to_end(superpoint, images, calls))
         for part, value in decode_alone(superpoint, images, calls).items():
@@ -228,7 +260,7 @@ def linear_heads(report: Report, builder: Builder, name: str, checkpoint: str, c
 
 def shift_channels(report: Report, builder: Builder, v6: str, shifts: tuple[str, ...], calls: int) -> None:
     """The network with BatchNorm in the next convolutions (ExportOptions.shift_channels)."""
-    images = pictures(480, 640)
+    images = pictures(*VGA)
     with SuperPoint(builder.heads(v6, shifts=shifts), max_keypoints=N, half_descriptors=True) as superpoint:
         took = decode_alone(superpoint, images, calls)
         name = f"shift channels of {' '.join(shifts)}"
@@ -262,48 +294,34 @@ def images_per_second(
 @click.option("--seconds", default=1.0, show_default=True, help="Of each entry of the throughput table.")
 @click.option("--only", type=click.Choice(["build", "latency", "throughput"]), help="A part.")
 @click.option("--budget", type=float, help="Seconds in all; what would not fit is left out.")
+@click.option("--shifts", is_flag=True, help="v6 with shift channels, too.")
 @click.option("--torch-python", help="A Python with torch, for the comparison.")
 @click.option("--json", "json_path")
-def main(weights, v6, folder, calls, seconds, only, budget, torch_python, json_path) -> None:
+def main(weights, v6, folder, calls, seconds, only, budget, shifts, torch_python, json_path) -> None:
     """Builds what is not there yet, then times it, what matters most first."""
     builder, report = Builder(Path(folder)), Report(json_path, budget)
     if only == "build":
-        builder.heads(weights, batch=8)
         for checkpoint in filter(None, (weights, v6)):
             builder.heads(checkpoint)
             builder.heads(checkpoint, linear=True)
-        for shifts in SHIFTS if v6 else ():
-            builder.heads(v6, shifts=shifts)
+        for carried in SHIFTS if shifts else ():
+            builder.heads(v6, shifts=carried)
+        for size, most, *_, build in TABLE:
+            if report.has(build):
+                builder.heads(weights, size, most)
         return
     if only != "throughput":
         for name, checkpoint in {"Conv+ReLU": weights, "v6": v6}.items():
             if checkpoint is not None:
                 latency(report, builder, name, checkpoint, calls)
                 linear_heads(report, builder, name, checkpoint, calls)
-        for shifts in SHIFTS if v6 else ():
-            if report.has(35) or builder.path(v6, (480, 640), 1, shifts).exists():
-                shift_channels(report, builder, v6, shifts, calls // 2)
+        for carried in SHIFTS if shifts else ():
+            shift_channels(report, builder, v6, carried, calls // 2)
         if torch_python:
             report.add("torch", "lines", in_torch(torch_python, weights, calls))
     if only == "latency":
         return
-    vga = (480, 640)
-    images_per_second(report, builder.heads(weights), vga, (1,), (N,), (1, 2, 3, 4), seconds)
-    # (size, largest batch of the engine, batches, N, runs in flight, seconds to build it)
-    table: list[tuple[tuple[int, int], int, Any, Any, Any, float]] = [
-        (vga, 8, (8,), (N,), (2, 3), 45),
-        (vga, 8, (1, 2, 4), (N,), (3,), 0),
-        (vga, 8, (8,), (512, 2048, 4096), (3,), 0),
-        ((1080, 1920), 1, (1,), (N, 4096), (3,), 35),
-        ((240, 320), 8, (1, 8), (512, N), (3,), 35),
-        (vga, 32, (16, 32), (N,), (2,), 80),
-        ((720, 1280), 1, (1,), (N, 4096), (3,), 35),
-        (vga, 1, (1,), (512, 2048, 4096), (3,), 0),
-        ((240, 320), 32, (16, 32), (512, N, 2048, 4096), (3,), 60),
-        ((720, 1280), 8, (1, 2, 4, 8), NUMBERS, (3,), 90),
-        ((1080, 1920), 4, (1, 2, 4), NUMBERS, (3,), 90),
-    ]
-    for size, most, batches, numbers, lanes, build in table:
+    for size, most, batches, numbers, lanes, build in TABLE:
         if report.has(build if not builder.path(weights, size, most).exists() else 0):
             images_per_second(report, builder.heads(weights, size, most), size, batches, numbers, lanes, seconds)
 
