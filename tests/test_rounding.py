@@ -167,6 +167,27 @@ def test_convolutions_that_read_otherwise_are_left_to_the_nearest_step(model, ra
     assert "conv4b.weight" not in found.weights and len(found.weights) == 11
 
 
+def test_a_convolution_with_groups_is_quantised_as_it_is(model, given, tmp_path):
+    """Another tool's network: its channels are not equalised, its weights go to the nearest step."""
+    other = load_onnx(model)
+    node = next(node for node in other.graph.node if node.op_type == "Conv" and "conv4b.weight" in node.input)
+    node.attribute.append(helper.make_attribute("group", 4))
+    weight = next(value for value in other.graph.initializer if value.name == "conv4b.weight")
+    quarter = np.ascontiguousarray(numpy_helper.to_array(weight)[:, :32]) * np.float32(2)
+    weight.CopyFrom(numpy_helper.from_array(quarter, "conv4b.weight"))
+    path = tmp_path / "grouped.onnx"
+    onnx.save(other, path)
+    ranges = calibrate(path, given)
+    reads = node.input[0]
+    assert reads not in ranges.channels and len(ranges.channels) > 5
+    found = round_weights(path, ranges, given)
+    assert "conv4b.weight" not in found.weights
+    gray = photograph(96, 128, "astronaut").astype(np.float32) / np.float32(255)
+    full, quantised = (run_in_onnxruntime(graph, gray, tmp_path) for graph in (other, quantize(other, found)))
+    for truth, ours in zip(full, quantised):
+        assert np.corrcoef(truth.ravel(), ours.ravel())[0, 1] > 0.99
+
+
 def test_images_that_cannot_be_used_are_refused(model, ranges):
     with pytest.raises(SuperPointError, match="none of 1 images can be used"):
         round_weights(model, ranges, [("gray", np.full((96, 128), 77, np.uint8))])

@@ -128,9 +128,12 @@ def _sites(model: onnx.ModelProto) -> dict[str, _Site]:
 
 
 def _site(name: str, makers: Mapping[str, onnx.NodeProto], readers: Mapping[str, list[onnx.NodeProto]]) -> _Site | None:
-    """Walks back over what commutes with a factor; None if anything but convolutions reads along the way."""
+    """Walks back over what commutes with a factor; None if anything but convolutions reads along the way.
+
+    Nor if one has groups: its weights hold a part of the channels only.
+    """
     convolving = readers[name]
-    if not all(node.op_type == "Conv" and node.input[0] == name for node in convolving):
+    if not all(node.op_type == "Conv" and node.input[0] == name and not _has_groups(node) for node in convolving):
         return None
     node = makers.get(name)
     while node is not None and node.op_type in ("Relu", "MaxPool"):
@@ -141,6 +144,10 @@ def _site(name: str, makers: Mapping[str, onnx.NodeProto], readers: Mapping[str,
     if node is None or node.op_type not in ("Conv", "BatchNormalization") or len(node.input) < 3:
         return None
     return _Site(node, convolving)
+
+
+def _has_groups(convolution: onnx.NodeProto) -> bool:
+    return any(attribute.name == "group" and attribute.i != 1 for attribute in convolution.attribute)
 
 
 def _channel_weights(weight: NDArray[np.float32]) -> NDArray[np.float32]:
