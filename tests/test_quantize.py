@@ -22,7 +22,7 @@ from superpoint_trt.engine import BuildOptions, build
 from superpoint_trt.equalise import equalise
 from superpoint_trt.export import ExportOptions, export
 from superpoint_trt.precision import convolutions, load_onnx, to_precision
-from superpoint_trt.quantize import COARSE, PARTS, FirstConvolution, kept_layers, quantize, split_image
+from superpoint_trt.quantize import COARSE, PARTS, FirstConvolution, handed_over, kept_layers, quantize, split_image
 from superpoint_trt.spec import OutputType, Precision, SuperPointError
 from superpoint_trt.trt import Flavour
 
@@ -76,8 +76,13 @@ def parts(image: np.ndarray) -> list[np.ndarray]:
     return [np.clip(np.rint(image * 127.5 + place), -128, 127) / 510 for place in PLACES]
 
 
-def simulate(model: onnx.ModelProto, image: np.ndarray, ranges: dict[str, float], kept, rounded) -> list[np.ndarray]:
-    """Runs an fp32 graph node by node, convolutions reading rounded inputs and weights unless they are kept."""
+def simulate(
+    model: onnx.ModelProto, image: np.ndarray, ranges: dict[str, float], kept, rounded, handed=()
+) -> list[np.ndarray]:
+    """Runs an fp32 graph node by node, convolutions reading rounded inputs and weights unless they are kept.
+
+    Those `handed` over to read rounded inputs alone.
+    """
     values = {w.name: numpy_helper.to_array(w).astype(np.float64) for w in model.graph.initializer}
     values["image"] = image.astype(np.float64)
     for node in model.graph.node:
@@ -88,6 +93,8 @@ def simulate(model: onnx.ModelProto, image: np.ndarray, ranges: dict[str, float]
                 steps = weight / np.abs(weight).max(axis=(1, 2, 3), keepdims=True) * 127
                 apart = [np.clip(np.rint(steps + off), -127, 127) / steps * weight for off in PLACES]
                 x, weight = np.concatenate(parts(x)), np.concatenate(apart, axis=1)
+            elif node.name in handed:
+                x = rounded(x, ranges[node.input[0]])
             elif node.name not in kept:
                 x = rounded(x, ranges[node.input[0]])
                 weight = rounded(weight, np.abs(weight).max(axis=(1, 2, 3), keepdims=True))
@@ -122,6 +129,37 @@ def test_onnxruntime_computes_what_the_quantisation_says(checkpoint, tmp_path, l
     for ours, truth, plain in zip(run_in_onnxruntime(quantised, image, tmp_path), expected, full):
         assert np.abs(truth - plain).mean() > 0.003 * truth.std(), "not so fine that nothing is tested"
         np.testing.assert_allclose(ours, truth, atol=1e-5)
+
+
+@pytest.mark.parametrize("hand_over", [True, False])
+def test_int8_goes_as_far_as_the_last_pool(checkpoint, tmp_path, hand_over):
+    """The convolution behind it is left alone and reads 127 steps, or what the pool gives."""
+    model = graph_of(checkpoint, "heads", "magicleap", height_px=48, width_px=64)
+    ranges, image = ranges_of(model), photograph(48, 64).astype(np.float32) / 255
+    kept = ["conv4a", "conv4b", "convPa", "convPb", "convDa", "convDb"]
+    quantised = quantize(model, ranges, keep=[COARSE], hand_over=hand_over)
+    pairs = {node.output[0] for node in quantised.graph.node if node.op_type == "DequantizeLinear"}
+    reads = {name: [tensor in pairs for tensor in node.input[:2]] for name, node in convolutions(quantised).items()}
+    assert reads == {name: [name not in kept, name not in kept] for name in reads} | {"conv4a": [hand_over, False]}
+    expected = simulate(model, image[None], ranges.ranges, kept, to_int8, ["conv4a"] if hand_over else [])
+    other = simulate(model, image[None], ranges.ranges, kept, to_int8, [] if hand_over else ["conv4a"])
+    for ours, truth, wrong in zip(run_in_onnxruntime(quantised, image, tmp_path), expected, other):
+        assert np.abs(truth - wrong).mean() > 0.001 * truth.std(), "the two differ"
+        np.testing.assert_allclose(ours, truth, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kept", "handed"),
+    [
+        ("magicleap", ["conv2a", "conv3a", "conv4a"], ["conv2a", "conv3a", "conv4a"]),
+        ("magicleap", ["conv1b", "conv2a"], []),  # int8 ends before the pool
+        ("magicleap", ["conv2b", "conv3b", "convPa", "convPb"], []),  # no pool between
+        ("magicleap", ["conv1a"], []),  # reads the image
+        ("v6", ["conv4a"], []),  # a BatchNorm between
+    ],
+)
+def test_what_int8_is_handed_over_to(checkpoint, layout, kept, handed):
+    assert handed_over(graph_of(checkpoint, "heads", layout), kept) == handed
 
 
 @pytest.mark.parametrize("layout", ["v6", "magicleap"])
@@ -249,7 +287,8 @@ def test_without_pooling_no_layer_is_coarse(checkpoint):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("layout", ["v6", "magicleap"])
-def test_tensorrt_rtx_builds_every_type(checkpoint_file, tmp_path, layout, precision, kind, dynamic):
+@pytest.mark.parametrize("keep", ["convPb", COARSE])
+def test_tensorrt_rtx_builds_every_type(checkpoint_file, tmp_path, keep, layout, precision, kind, dynamic):
     """For SM89, no GPU needed; the parser refuses Q/DQ that it cannot take, and then nothing is built."""
     pytest.importorskip("tensorrt_rtx")
     options = ExportOptions(OutputType(kind), dynamic=dynamic, height_px=96, width_px=128)
@@ -264,13 +303,14 @@ def test_tensorrt_rtx_builds_every_type(checkpoint_file, tmp_path, layout, preci
             runtime=Flavour.RTX,
             targets=("sm89",),
             calibration=tmp_path / "ranges.json",
-            keep_fp16=("convPb",),
+            keep_fp16=(keep,),
             **shapes,
         ),
     )
     assert built.description.precision is Precision(precision)
     first = "parts" if precision == "int8" else "fp16"
-    assert built.description.kept_layers == ("convPb" if first == "parts" else "conv1a convPb")
+    kept = "convPb" if keep == "convPb" else "conv4a conv4b convPa convPb convDa convDb"
+    assert built.description.kept_layers == (kept if first == "parts" else f"conv1a {kept}")
     assert built.description.first_convolution == first
 
 
@@ -354,6 +394,16 @@ def test_tensorrt_8_is_told_nothing_about_quantised_convolutions(checkpoint):
     assert layers[PARTS].precision == "float32", "so are the parts: fp16 has too few digits for them"
     assert layers["cell_probabilities"].precision == "float32", "softmax stays fp32"
     assert outputs == {"scores": "float32", "descriptors": "float32"}
+
+
+def test_tensorrt_8_computes_the_coarse_layers_in_fp16(checkpoint):
+    """conv4a reads what int8 hands over, and is left alone for all that."""
+    model = graph_of(checkpoint, "heads", "magicleap")
+    layers, outputs = constrained(quantize(model, ranges_of(model), keep=[COARSE]))
+    in_fp16 = {name for name, layer in layers.items() if layer.precision == "float16"}
+    assert in_fp16 == {"conv4a", "conv4b", "convPa", "logits", "convDa", "coarse_descriptors"}
+    assert layers["conv3b.relu"].precision is None and layers["conv3b.pool"].precision is None
+    assert outputs == {"logits": "float16", "coarse_descriptors": "float16"}
 
 
 def test_tensorrt_8_computes_a_kept_first_convolution_in_fp16(checkpoint):

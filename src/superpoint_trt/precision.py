@@ -377,7 +377,7 @@ def quantised_chain(graph: onnx.GraphProto) -> set[str]:
     chain: set[str] = set()
     for node in graph.node:
         if node.op_type == "Conv":
-            belongs = node.input[0] in pairs
+            belongs = node.input[1] in pairs  # inputs alone: a convolution left alone that int8 is handed over to
         else:
             belongs = node.op_type in _IN_A_KERNEL | _AFTER_CONVOLUTION and node.input[0] in chain
         if belongs:

@@ -11,6 +11,7 @@ does it for other builders). Placement, and why:
 - Symmetric, zero points 0: zero padding stays exact, and TensorRT takes nothing else.
 - `COARSE` leaves the convolutions behind the last pooling alone, as the command line does by default: at an eighth of
   the size they take little time, outputs in fp16 need no step from int8, and what they round stays in the result.
+- Where int8 ends at a max-pool (`handed_over`), a pair on the pool's result alone: else TensorRT 8.6 pools in float32.
 - The first convolution reads the image, whose 8 bits need more than int8's 7: in parts (`split_image`), or fp16.
 """
 
@@ -109,6 +110,8 @@ def quantize(
     precision: Precision = Precision.INT8,
     keep: Sequence[str] = (),
     first: FirstConvolution | None = None,
+    *,
+    hand_over: bool = True,
 ) -> onnx.ModelProto:
     """Writes Q/DQ pairs around convolutions.
 
@@ -119,6 +122,7 @@ def quantize(
         keep: name patterns (`conv4*`) of convolutions to leave alone, or `COARSE`.
         first: what becomes of the convolution that reads the image, if `keep` does not name it. None: PARTS of int8
             where the graph allows it, else FP16.
+        hand_over: whether int8 goes as far as the inputs of `handed_over`.
 
     Returns:
         A new fp32 graph with Q/DQ pairs; inputs and outputs as before. The metadata name precision, calibration and
@@ -142,7 +146,8 @@ def quantize(
     if done is FirstConvolution.PARTS:
         model, calibration = split_image(model, calibration)
     quantised = with_opset(equalise(model, calibration.channels), KINDS[precision].opset)
-    _Insertion(quantised, calibration, precision).run(set(chosen))
+    handed = handed_over(model, kept) if hand_over and precision is Precision.INT8 else []
+    _Insertion(quantised, calibration, precision).run(chosen, handed)
     note_metadata(
         quantised,
         precision=precision.value,
@@ -151,6 +156,21 @@ def quantize(
         first_convolution=done.value,
     )
     return onnx.shape_inference.infer_shapes(quantised)
+
+
+def handed_over(model: onnx.ModelProto, kept: Sequence[str]) -> list[str]:
+    """Those of `kept` that read what a quantised convolution gives, through a max-pool and ReLUs only."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    found = []
+    for name, node in convolutions(model).items():
+        maker, pooled = makers.get(node.input[0]), False
+        while maker is not None and maker.op_type in ("Relu", "MaxPool"):
+            pooled |= maker.op_type == "MaxPool"
+            maker = makers.get(maker.input[0])
+        made_in_int8 = maker is not None and maker.op_type == "Conv" and name_of(maker) not in kept
+        if name in kept and pooled and made_in_int8:
+            found.append(name)
+    return found
 
 
 def first_convolutions(model: onnx.ModelProto) -> list[str]:
@@ -337,11 +357,14 @@ class _Insertion:
         self._nodes: list[onnx.NodeProto] = []
         self._pairs: dict[str, str] = {}
 
-    def run(self, chosen: set[str]) -> None:
+    def run(self, chosen: Sequence[str], handed: Sequence[str]) -> None:
+        """Quantises the convolutions that are `chosen`, and the inputs alone of those `handed` over to."""
         for node in list(self._graph.node):
-            if node.op_type == "Conv" and name_of(node) in chosen:
+            name = name_of(node) if node.op_type == "Conv" else None
+            if name in chosen or name in handed:
                 node = copy.deepcopy(node)
                 node.input[0] = self._pair(node.input[0], np.float32(self._range(node)))
+            if name in chosen:
                 node.input[1] = self._pair(node.input[1], self._round(node.input[1]))
             self._nodes.append(node)
         nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self._nodes]
