@@ -267,7 +267,7 @@ def main(
         verdict = "met" if met else "MISSED"
         print(f"\n{time.monotonic() - started:.0f} s; speed targets of {variants[0]}, {TARGETS}: {verdict}", flush=True)
     if only != "speed" and (photos or dataset):
-        reference = folder / "reference.onnx"
+        reference = folder / f"{Path(weights).stem}-fp32.onnx"
         if not reference.exists():
             export(weights, reference, ExportOptions(OutputType.HEADS, *SIZE_HW))
         for variant in variants:

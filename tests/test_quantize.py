@@ -22,7 +22,16 @@ from superpoint_trt.engine import BuildOptions, build
 from superpoint_trt.equalise import equalise
 from superpoint_trt.export import ExportOptions, export
 from superpoint_trt.precision import convolutions, load_onnx, to_precision
-from superpoint_trt.quantize import COARSE, PARTS, FirstConvolution, handed_over, kept_layers, quantize, split_image
+from superpoint_trt.quantize import (
+    COARSE,
+    PARTS,
+    FirstConvolution,
+    handed_over,
+    kept_layers,
+    normalisations_after_relu,
+    quantize,
+    split_image,
+)
 from superpoint_trt.spec import OutputType, Precision, SuperPointError
 from superpoint_trt.trt import Flavour
 
@@ -160,6 +169,11 @@ def test_int8_goes_as_far_as_the_last_pool(checkpoint, tmp_path, hand_over):
 )
 def test_what_int8_is_handed_over_to(checkpoint, layout, kept, handed):
     assert handed_over(graph_of(checkpoint, "heads", layout), kept) == handed
+
+
+@pytest.mark.parametrize(("layout", "count"), [("v6", 8), ("magicleap", 0)])
+def test_batch_norms_that_int8_does_not_pay_for_are_counted(checkpoint, layout, count):
+    assert len(normalisations_after_relu(graph_of(checkpoint, "dense", layout))) == count
 
 
 @pytest.mark.parametrize("layout", ["v6", "magicleap"])

@@ -173,6 +173,19 @@ def handed_over(model: onnx.ModelProto, kept: Sequence[str]) -> list[str]:
     return found
 
 
+def normalisations_after_relu(model: onnx.ModelProto) -> list[str]:
+    """The BatchNorms that no convolution takes in (v6): between int8 ones each is kernels of its own, in float32."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    found = []
+    for node in model.graph.node:
+        maker = makers.get(node.input[0]) if node.op_type == "BatchNormalization" else None
+        while maker is not None and maker.op_type == "MaxPool":
+            maker = makers.get(maker.input[0])
+        if maker is not None and maker.op_type == "Relu":
+            found.append(name_of(node))
+    return found
+
+
 def first_convolutions(model: onnx.ModelProto) -> list[str]:
     """Those that read the image: no other convolution comes before them."""
     behind: set[str] = set()
