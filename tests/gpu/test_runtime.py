@@ -14,6 +14,8 @@ from superpoint_trt.plan import sidecar
 from superpoint_trt.spec import SuperPointError
 
 CALLS = 10_000
+PAGE = 2 << 20
+"""Of GPU memory, bytes. cudaMemGetInfo counts for the whole GPU: nothing else may run on it."""
 
 
 def upload(values: np.ndarray) -> cuda.DeviceArray:
@@ -118,6 +120,7 @@ def _resident_kib() -> int:
 
 
 def test_opening_and_closing_leaves_nothing(engine, reference):
+    """A hundred times, and at most one page of the driver's less: its own pools may grow once."""
     image = reference()[0]["inputs"]
 
     def once() -> int:
@@ -127,8 +130,8 @@ def test_opening_and_closing_leaves_nothing(engine, reference):
         return int(cuda.call("cudaMemGetInfo")[0])
 
     once()
-    free = [once() for _ in range(20)]
-    assert free[-1] == free[0]
+    free = [once() for _ in range(100)]
+    assert free[0] - free[-1] <= PAGE
 
 
 def test_threads_share_the_engine_and_agree(engine, reference):
