@@ -77,28 +77,25 @@ class Builder:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def path(
-        self, weights: str, size_hw: tuple[int, int], batch: int, shifts: tuple[str, ...] = (), linear: bool = False
-    ) -> Path:
+    def path(self, weights: str, size_hw: tuple[int, int], batch: int, linear: bool = False, **folding: Any) -> Path:
         """Where an engine is, or will be."""
-        stem = Path(weights).stem + "".join(f"+{name}" for name in shifts) + ("" if linear else "+channels_last")
+        told = "".join(f"+{'+'.join(value) if isinstance(value, tuple) else name}" for name, value in folding.items())
+        stem = Path(weights).stem + told + ("" if linear else "+channels_last")
         return self._folder / f"decode-{stem}-{size_hw[0]}x{size_hw[1]}-{batch}.engine"
 
     def heads(
-        self,
-        weights: str,
-        size_hw: tuple[int, int] = VGA,
-        batch: int = 1,
-        shifts: tuple[str, ...] = (),
-        linear: bool = False,
+        self, weights: str, size_hw: tuple[int, int] = VGA, batch: int = 1, linear: bool = False, **folding: Any
     ) -> Path:
-        """A static fp16 heads engine of one size, for batches up to `batch`; `linear`: its heads as NCHW."""
-        path = self.path(weights, size_hw, batch, shifts, linear)
+        """A static fp16 heads engine of one size, for batches up to `batch`; `linear`: its heads as NCHW.
+
+        `folding`: what becomes of BatchNorm, as ExportOptions has it.
+        """
+        path = self.path(weights, size_hw, batch, linear, **folding)
         if not path.exists():
             model = export(
                 weights,
                 path.with_suffix(".onnx"),
-                ExportOptions(OutputType.HEADS, *size_hw, max_batch_size=batch, shift_channels=shifts),
+                ExportOptions(OutputType.HEADS, *size_hw, max_batch_size=batch, **folding),
             )
             options = engines.BuildOptions(
                 Precision.FP16,
@@ -233,9 +230,9 @@ class Report:
         return time.monotonic() + seconds < self._end
 
 
-def latency(report: Report, builder: Builder, name: str, checkpoint: str, calls: int) -> None:
+def latency(report: Report, builder: Builder, name: str, checkpoint: str, calls: int, **folding: Any) -> None:
     """One image of 640x480."""
-    path, images = builder.heads(checkpoint), pictures(*VGA)
+    path, images = builder.heads(checkpoint, **folding), pictures(*VGA)
     with SuperPoint(path, max_keypoints=N, half_descriptors=True) as superpoint:
         print(f"{name}: {superpoint.runtime}; 640x480, N {N}, {len(superpoint.extract(images[0]))} found")
         report.add(name, "end to end", end_to_end(superpoint, images, calls))
@@ -261,7 +258,7 @@ def linear_heads(report: Report, builder: Builder, name: str, checkpoint: str, c
 def shift_channels(report: Report, builder: Builder, v6: str, shifts: tuple[str, ...], calls: int) -> None:
     """The network with BatchNorm in the next convolutions (ExportOptions.shift_channels)."""
     images = pictures(*VGA)
-    with SuperPoint(builder.heads(v6, shifts=shifts), max_keypoints=N, half_descriptors=True) as superpoint:
+    with SuperPoint(builder.heads(v6, shift_channels=shifts), max_keypoints=N, half_descriptors=True) as superpoint:
         took = decode_alone(superpoint, images, calls)
         name = f"shift channels of {' '.join(shifts)}"
         report.add("v6", f"network, {name}", took["network"])
@@ -304,8 +301,10 @@ def main(weights, v6, folder, calls, seconds, only, budget, shifts, torch_python
         for checkpoint in filter(None, (weights, v6)):
             builder.heads(checkpoint)
             builder.heads(checkpoint, linear=True)
+        if v6:
+            builder.heads(v6, fold_batchnorm=True)
         for carried in SHIFTS if shifts else ():
-            builder.heads(v6, shifts=carried)
+            builder.heads(v6, shift_channels=carried)
         for size, most, *_, build in TABLE:
             if report.has(build):
                 builder.heads(weights, size, most)
@@ -315,6 +314,8 @@ def main(weights, v6, folder, calls, seconds, only, budget, shifts, torch_python
             if checkpoint is not None:
                 latency(report, builder, name, checkpoint, calls)
                 linear_heads(report, builder, name, checkpoint, calls)
+        if v6:
+            latency(report, builder, "v6, BatchNorm folded", v6, calls, fold_batchnorm=True)
         for carried in SHIFTS if shifts else ():
             shift_channels(report, builder, v6, carried, calls // 2)
         if torch_python:

@@ -1,13 +1,14 @@
 """int8 against fp16 on the GPU at hand: speed, accuracy, and what TensorRT made of the Q/DQ graph.
 
     python benchmarks/int8.py --weights CHECKPOINT --calibration FILE --engines FOLDER [--photos FOLDER]
-        [--dataset FOLDER] [--variant int8-coarse --variant int8 ...] [--batch 1 --batch 8] [--only speed|accuracy]
-        [--json FILE]
+        [--dataset FOLDER] [--fold-batchnorm] [--variant int8-coarse --variant int8 ...] [--batch 1 --batch 8]
+        [--only speed|accuracy] [--json FILE]
 
 `heads` engines, static, taken in turn; each call is the plan's CUDA graph, launched and waited for. --calibration is
 what `superpoint build` or `quantize` wrote beside an .onnx of the same checkpoint. Accuracy is that of the engines of
 batch 1 against fp32 in onnxruntime: --photos: by the gates of `superpoint verify`; --dataset: the rows of
-benchmarks/precision_accuracy.py. Engines and timing cache stay in FOLDER. Results are printed as they come.
+benchmarks/precision_accuracy.py. --fold-batchnorm: of a v6 checkpoint, still against its exact network. Engines and
+timing cache stay in FOLDER. Results are printed as they come.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ VARIANTS = {
 }
 
 
-def build(folder: Path, weights: str, ranges, variant: str, batch: int, level: int | None) -> Path:
+def build(folder: Path, weights: str, fold: bool, ranges, variant: str, batch: int, level: int | None) -> Path:
     """The engine of a variant, built if it is not there."""
-    path = folder / f"{Path(weights).stem}-heads-{variant}-{batch}.engine"
+    path = folder / f"{Path(weights).stem}{'-folded' if fold else ''}-heads-{variant}-{batch}.engine"
     if not path.exists():
         model = path.with_suffix(".onnx")
-        export(weights, model, ExportOptions(OutputType.HEADS, *SIZE_HW, max_batch_size=batch))
+        options = ExportOptions(OutputType.HEADS, *SIZE_HW, max_batch_size=batch, fold_batchnorm=fold)
+        export(weights, model, options)
         if batch > 1:
             fix_batch(model, batch)
         precision = Precision.FP16
@@ -229,6 +231,7 @@ def speed(built, batches, variants, calls: int, budget: float, report: dict) -> 
 @click.option("--engines", "folder", required=True)
 @click.option("--photos", help="Photographs for verify.")
 @click.option("--dataset", help="Pairs with known homographies.")
+@click.option("--fold-batchnorm", "fold", is_flag=True)
 @click.option("--ransac-orders", default=20, show_default=True)
 @click.option("--variant", "variants", multiple=True, default=["int8-coarse", "int8"], show_default=True)
 @click.option("--batch", "batches", type=int, multiple=True, default=[1, 8])
@@ -243,6 +246,7 @@ def main(
     folder,
     photos,
     dataset,
+    fold,
     ransac_orders,
     variants,
     batches,
@@ -260,7 +264,7 @@ def main(
     report: dict = {"timings": {}, "layers": {}, "gates": {}, "accuracy": {}, "calibration": ranges.summary()}
 
     def built(variant: str, batch: int) -> Path:
-        return build(folder, weights, ranges, variant, batch, level)
+        return build(folder, weights, fold, ranges, variant, batch, level)
 
     if only != "accuracy":
         met = speed(built, batches, variants, calls, budget, report)

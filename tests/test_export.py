@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -15,7 +16,9 @@ from test_decode import KINDS, score_map
 
 from superpoint_trt import checkpoint as checkpoints
 from superpoint_trt import decode, network
-from superpoint_trt.export import NEWEST_OPSET, ExportOptions, export, to_onnx
+from superpoint_trt.cli import cli
+from superpoint_trt.cli import run as run_cli
+from superpoint_trt.export import NEWEST_OPSET, ExportOptions, export, reach_of_padding_px, to_onnx
 from superpoint_trt.spec import DecodeOptions, ModelDescription, OutputType, Sampling, SuperPointError
 
 OPSETS = sorted({11, 12, 13, 16, 17, 18, 20, NEWEST_OPSET})
@@ -226,8 +229,6 @@ def test_exact_folding_only(checkpoint):
 
 
 def test_batch_norm_before_the_relu_folds_away(checkpoint):
-    from dataclasses import replace
-
     found = replace(checkpoint("v6"), norm=checkpoints.NormPlacement.BEFORE_RELU)
     model = to_onnx(found, ExportOptions(height_px=120, width_px=160))
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
@@ -245,8 +246,6 @@ BACKBONE = tuple(f"conv{stage}{half}" for stage in range(1, 5) for half in "ab")
 @pytest.mark.parametrize("names", [("conv1a",), ("conv4b", "conv2a"), BACKBONE], ids=len)
 def test_shifts_through_a_channel_are_exact_up_to_the_border(layout, names, checkpoint):
     """Large shifts and scales of both signs; what a bias would get wrong shows in the outermost cells."""
-    from dataclasses import replace
-
     found = checkpoint(layout)
     rng = np.random.default_rng(0)
     layers = dict(found.layers)
@@ -278,6 +277,51 @@ def test_shifts_through_a_channel_are_exact_up_to_the_border(layout, names, chec
 def test_shifts_of_unknown_layers_are_refused(checkpoint):
     with pytest.raises(SuperPointError, match=r"shift_channels names 'conv9a'; expected some of conv1a, conv1b"):
         to_onnx(checkpoint("v6"), ExportOptions(shift_channels=("conv9a",)))
+
+
+def test_folded_batch_norms_differ_near_the_border_alone(checkpoint):
+    """Shifts as biases: the padding's zeros become shifts, which is felt five cells deep and no further."""
+    found, cells = checkpoint("v6"), 5
+    rising = {
+        name: replace(layer, norm=layer.norm and replace(layer.norm, weight=np.abs(layer.norm.weight)))
+        for name, layer in found.layers.items()
+    }
+    found = replace(found, layers=rising)
+    assert reach_of_padding_px(found) == cells * 8
+    exact, folded = (to_onnx(found, ExportOptions(OutputType.HEADS, 144, 160, fold_batchnorm=f)) for f in (False, True))
+    assert [node.op_type for node in exact.graph.node].count("BatchNormalization") == 8
+    assert {node.op_type for node in folded.graph.node} == {"Conv", "Relu", "MaxPool"}
+    image = photographs(1, 144, 160)
+    ours, truth = run(folded, image), run(exact, image)
+    for name, expected in truth.items():
+        off = np.abs(ours[name] - expected) / np.abs(expected).max()
+        inside = off[..., cells:-cells, cells:-cells]
+        assert inside.shape[2:] == (8, 10) and inside.max() < 2e-5
+        assert off[..., 0, :].max() > 1e-3, "and it is felt there"
+        assert max(off[..., cells - 1, :].max(), off[..., cells - 1].max()) > 1e-6, "as deep as it is said to be"
+
+
+def test_a_folded_model_says_so(checkpoint_file, tmp_path, capsys):
+    arguments = ["export", "--weights", str(checkpoint_file("v6")), "--height", "64", "--width", "64"]
+    assert run_cli(cli, [*arguments, "--output", str(tmp_path / "plain.onnx")]) == 0
+    assert "approximation" not in capsys.readouterr().out
+    assert run_cli(cli, [*arguments, "--output", str(tmp_path / "folded.onnx"), "--fold-batchnorm"]) == 0
+    assert "BatchNorm folded: differs within 40 px of the input's border" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["magicleap", "packaged"])
+def test_folding_where_there_is_nothing_to_fold_is_refused(checkpoint_file, tmp_path, capsys, layout):
+    output = tmp_path / "a.onnx"
+    arguments = ["export", "--weights", str(checkpoint_file(layout)), "--output", str(output), "--fold-batchnorm"]
+    assert run_cli(cli, arguments) == 2
+    error = capsys.readouterr().err
+    assert "this one has none: leave --fold-batchnorm out" in error and error.count("\n") == 1
+    assert not output.exists()
+
+
+def test_two_ways_to_fold_are_one_too_many(checkpoint):
+    with pytest.raises(SuperPointError, match="choose one"):
+        to_onnx(checkpoint("v6"), ExportOptions(shift_channels=("conv1a",), fold_batchnorm=True))
 
 
 def test_export_needs_no_torch(checkpoint_file, tmp_path):

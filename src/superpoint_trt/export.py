@@ -60,6 +60,9 @@ class ExportOptions:
     shift_channels: tuple[str, ...] = ()
     """Layers ("conv1a", ...) whose BatchNorm after the ReLU goes into the next convolution, its shift through one more
     channel: exact, see `_fold_shift`. Worth it where that channel costs less than the normalisation."""
+    fold_batchnorm: bool = False
+    """All BatchNorms after a ReLU go into the next convolutions, the shifts as biases: an approximation near the border
+    of the input (`reach_of_padding_px`), where a convolution then reads the shift in place of the padding's zeros."""
 
     def validate(self, stride_px: int) -> None:
         """Refuses what no graph can be written for.
@@ -85,6 +88,8 @@ class ExportOptions:
             raise SuperPointError(f"the largest batch is {self.max_batch_size} images; expected 1 to {LARGEST_BATCH}.")
         if not 1 <= self.max_keypoints <= MOST_KEYPOINTS:
             raise SuperPointError(f"the number of keypoints is {self.max_keypoints}; expected 1 to {MOST_KEYPOINTS}.")
+        if self.fold_batchnorm and self.shift_channels:
+            raise SuperPointError("fold_batchnorm and shift_channels are two ways to do the same; choose one.")
         if self.type is OutputType.KEYPOINTS:
             self._validate_decode()
 
@@ -130,7 +135,7 @@ def to_onnx(checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
     """The checked, shape-inferred graph of a checkpoint, with this package's metadata."""
     options.validate(checkpoint.stride_px)
     graph = _Graph(options.opset)
-    logits, coarse = _network(graph, checkpoint, options.shift_channels)
+    logits, coarse = _network(graph, checkpoint, options)
     if options.type is OutputType.HEADS:
         graph.rename(logits, "logits")
         graph.rename(coarse, "coarse_descriptors")
@@ -148,17 +153,23 @@ def to_onnx(checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
 # ------------------------------------------------------------------------------------------------------- the network
 
 
-def _network(graph: _Graph, checkpoint: Checkpoint, shift_channels: Sequence[str] = ()) -> tuple[str, str]:
+def _network(graph: _Graph, checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, str]:
     """Backbone and both heads (DeTone et al. 2018, section 3) -> names of the raw head tensors."""
     layers = _fold(checkpoint)
-    for name in shift_channels:
+    for name in options.shift_channels:
         if name not in _backbone(checkpoint):
             raise SuperPointError(
                 f"shift_channels names {name!r}; expected some of {', '.join(_backbone(checkpoint))}."
             )
+    if options.fold_batchnorm and checkpoint.norm is not NormPlacement.AFTER_RELU:
+        has = "none" if checkpoint.norm is NormPlacement.NONE else "it before the ReLU, where it folds exactly"
+        raise SuperPointError(
+            f"folding BatchNorm is for checkpoints that have it after the ReLU (v6); this one has {has}: leave "
+            "--fold-batchnorm out."
+        )
     for name in _backbone(checkpoint):  # from front to back: each sees the channels that it was given
-        if name in shift_channels:
-            _fold_shift(layers, name, checkpoint)
+        if options.fold_batchnorm or name in options.shift_channels:
+            _fold_shift(layers, name, checkpoint, exact=not options.fold_batchnorm)
     x = INPUT_NAME
     for stage in range(1, checkpoint.stages + 1):
         pool = stage < checkpoint.stages
@@ -205,25 +216,40 @@ def _backbone(checkpoint: Checkpoint) -> list[str]:
     return [f"conv{stage}{half}" for stage in range(1, checkpoint.stages + 1) for half in "ab"]
 
 
-def _fold_shift(layers: dict[str, _FoldedLayer], name: str, checkpoint: Checkpoint) -> None:
-    """Moves a layer's BatchNorm into the 3x3 convolutions that follow, exactly, padding included.
+def _fold_shift(layers: dict[str, _FoldedLayer], name: str, checkpoint: Checkpoint, exact: bool) -> None:
+    """Moves a layer's BatchNorm into the 3x3 convolutions that follow.
 
-    The scale goes into their weights. The shift would meet zeros at the border, where a bias does not: it enters by
-    one more channel, 1 wherever there is an image (no weights, bias 1) and 0 in the padding, as the shift itself.
-    In front of a max-pool only a rising map commutes: there a layer with a scale up to 0 keeps its BatchNorm.
+    The scale goes into their weights. The shift would meet zeros at the border, where a bias does not. Exact: it enters
+    by one more channel, 1 wherever there is an image (no weights, bias 1) and 0 in the padding, as the shift itself.
+    If not: it becomes a bias, as if the padding were the shift. In front of a max-pool only a rising map commutes:
+    there a layer with a scale up to 0 keeps its BatchNorm.
     """
     layer, order = layers[name], _backbone(checkpoint)
     pooled = name.endswith("b") and name != order[-1]
     if layer.scale is None or layer.shift is None or (pooled and not (layer.scale > 0).all()):
         return
     silent = np.zeros_like(layer.weight[:1])
-    layers[name] = _FoldedLayer(np.concatenate([layer.weight, silent]), np.append(layer.bias, 1.0))
+    with_ones = _FoldedLayer(np.concatenate([layer.weight, silent]), np.append(layer.bias, 1.0))
+    layers[name] = with_ones if exact else _FoldedLayer(layer.weight, layer.bias)
     following = ["convPa", "convDa"] if name == order[-1] else [order[order.index(name) + 1]]
     for other in following:
         its = layers[other]
         constant = np.einsum("oikl,i->okl", its.weight, layer.shift)[:, None]
-        weight = np.concatenate([its.weight * layer.scale[None, :, None, None], constant], axis=1)
-        layers[other] = replace(its, weight=weight)
+        weight = its.weight * layer.scale[None, :, None, None]
+        if exact:
+            layers[other] = replace(its, weight=np.concatenate([weight, constant], axis=1))
+        else:
+            layers[other] = replace(its, weight=weight, bias=its.bias + constant.sum(axis=(1, 2, 3)))
+
+
+def reach_of_padding_px(checkpoint: Checkpoint) -> int:
+    """How far from the border of the input, in px, what the padding holds can be felt in the heads."""
+    reach = -1  # the first convolution pads the image, with the same zeros in any case
+    for stage in range(1, checkpoint.stages + 1):
+        reach += 2
+        if stage < checkpoint.stages:
+            reach = -(-reach // 2)
+    return (reach + 1) * checkpoint.stride_px
 
 
 def _fold_before(layer: Layer, keep: bool) -> _FoldedLayer:
@@ -579,6 +605,9 @@ def describe(checkpoint: Checkpoint, options: ExportOptions) -> ModelDescription
         remove_borders_px=options.decode.remove_borders_px if decodes else None,
         threshold=options.decode.threshold if decodes else None,
         max_keypoints=options.max_keypoints if decodes else None,
+        approximation=f"BatchNorm folded: differs within {reach_of_padding_px(checkpoint)} px of the input's border"
+        if options.fold_batchnorm
+        else None,
     )
 
 

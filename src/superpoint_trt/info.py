@@ -108,6 +108,8 @@ def _description(model: ModelDescription) -> Iterator[tuple[str, str]]:
     yield "largest batch", str(model.max_batch_size)
     yield "sampling", model.sampling.value
     yield "checkpoint", f"layout {model.family.value if model.family else 'unknown'}, sha256 {model.checkpoint_sha256}"
+    if model.approximation:
+        yield "approximation", model.approximation
     if model.calibration:
         yield "calibration", model.calibration
         yield "not quantised", model.kept_layers or "nothing"

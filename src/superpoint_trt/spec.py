@@ -140,6 +140,8 @@ class ModelDescription:
     """With it: the convolutions that are not quantised, by name, separated by spaces."""
     first_convolution: str | None = None
     """With it: how the convolution that reads the image runs, "fp16" or "parts"."""
+    approximation: str | None = None
+    """What was asked for that the checkpoint does not say, "BatchNorm folded: ..."."""
     superpoint_trt_version: str = __version__
 
     METADATA_PREFIX = "superpoint_trt."
@@ -182,7 +184,14 @@ _ENUM_FIELDS: Mapping[str, type[enum.Enum]] = {
     "family": Family,
 }
 _COUNTS = ("height_px", "width_px", "max_batch_size", "stride_px", "descriptor_dim", "opset", "max_keypoints")
-_TEXT_FIELDS = ("checkpoint_sha256", "superpoint_trt_version", "calibration", "kept_layers", "first_convolution")
+_TEXT_FIELDS = (
+    "checkpoint_sha256",
+    "superpoint_trt_version",
+    "calibration",
+    "kept_layers",
+    "first_convolution",
+    "approximation",
+)
 
 
 def _parse(key: str, value: str) -> Any:
