@@ -140,13 +140,13 @@ def test_onnxruntime_computes_what_the_quantisation_says(checkpoint, tmp_path, l
         np.testing.assert_allclose(ours, truth, atol=1e-5)
 
 
-@pytest.mark.parametrize("hand_over", [True, False])
-def test_int8_goes_as_far_as_the_last_pool(checkpoint, tmp_path, hand_over):
-    """The convolution behind it is left alone and reads 127 steps, or what the pool gives."""
+@pytest.mark.parametrize(("keep", "hand_over"), [([COARSE], True), (["conv4*", "convP*", "convD*"], False)])
+def test_int8_goes_as_far_as_the_last_pool(checkpoint, tmp_path, keep, hand_over):
+    """Kept as coarse, the convolution behind it reads 127 steps; kept by name, what the pool gives."""
     model = graph_of(checkpoint, "heads", "magicleap", height_px=48, width_px=64)
     ranges, image = ranges_of(model), photograph(48, 64).astype(np.float32) / 255
     kept = ["conv4a", "conv4b", "convPa", "convPb", "convDa", "convDb"]
-    quantised = quantize(model, ranges, keep=[COARSE], hand_over=hand_over)
+    quantised = quantize(model, ranges, keep=keep)
     pairs = {node.output[0] for node in quantised.graph.node if node.op_type == "DequantizeLinear"}
     reads = {name: [tensor in pairs for tensor in node.input[:2]] for name, node in convolutions(quantised).items()}
     assert reads == {name: [name not in kept, name not in kept] for name in reads} | {"conv4a": [hand_over, False]}
@@ -158,17 +158,19 @@ def test_int8_goes_as_far_as_the_last_pool(checkpoint, tmp_path, hand_over):
 
 
 @pytest.mark.parametrize(
-    ("layout", "kept", "handed"),
+    ("layout", "keep", "handed"),
     [
-        ("magicleap", ["conv2a", "conv3a", "conv4a"], ["conv2a", "conv3a", "conv4a"]),
-        ("magicleap", ["conv1b", "conv2a"], []),  # int8 ends before the pool
-        ("magicleap", ["conv2b", "conv3b", "convPa", "convPb"], []),  # no pool between
-        ("magicleap", ["conv1a"], []),  # reads the image
-        ("v6", ["conv4a"], []),  # a BatchNorm between
+        ("magicleap", [COARSE], ["conv4a"]),
+        ("magicleap", [COARSE, "conv1*"], ["conv4a"]),
+        ("magicleap", [COARSE, "conv4a"], []),  # asked for by name
+        ("magicleap", [COARSE, "conv3b"], []),  # int8 ends before the pool
+        ("magicleap", ["conv2a", "conv4a"], []),
+        ("v6", [COARSE], []),  # a BatchNorm between
     ],
 )
-def test_what_int8_is_handed_over_to(checkpoint, layout, kept, handed):
-    assert handed_over(graph_of(checkpoint, "heads", layout), kept) == handed
+def test_what_int8_is_handed_over_to(checkpoint, layout, keep, handed):
+    model = graph_of(checkpoint, "heads", layout)
+    assert handed_over(model, keep, kept_layers(model, keep)) == handed
 
 
 @pytest.mark.parametrize(("layout", "count"), [("v6", 8), ("magicleap", 0)])

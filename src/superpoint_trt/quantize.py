@@ -11,7 +11,7 @@ does it for other builders). Placement, and why:
 - Symmetric, zero points 0: zero padding stays exact, and TensorRT takes nothing else.
 - `COARSE` leaves the convolutions behind the last pooling alone, as the command line does by default: at an eighth of
   the size they take little time, outputs in fp16 need no step from int8, and what they round stays in the result.
-- Where int8 ends at a max-pool (`handed_over`), a pair on the pool's result alone: else TensorRT 8.6 pools in float32.
+  Their input is rounded all the same if a pool gives it (`handed_over`): else TensorRT 8.6 pools in float32.
 - The first convolution reads the image, whose 8 bits need more than int8's 7: in parts (`split_image`), or fp16.
 """
 
@@ -110,8 +110,6 @@ def quantize(
     precision: Precision = Precision.INT8,
     keep: Sequence[str] = (),
     first: FirstConvolution | None = None,
-    *,
-    hand_over: bool = True,
 ) -> onnx.ModelProto:
     """Writes Q/DQ pairs around convolutions.
 
@@ -119,10 +117,9 @@ def quantize(
         model: fp32 graph; left as it is.
         calibration: a range for the input of each convolution that is to be quantised; int8 weights, if it has them.
         precision: INT8 or FP8 (E4M3, opset 19 or newer).
-        keep: name patterns (`conv4*`) of convolutions to leave alone, or `COARSE`.
+        keep: name patterns (`conv4*`) of convolutions to leave alone, inputs too; or `COARSE`, see `handed_over`.
         first: what becomes of the convolution that reads the image, if `keep` does not name it. None: PARTS of int8
             where the graph allows it, else FP16.
-        hand_over: whether int8 goes as far as the inputs of `handed_over`.
 
     Returns:
         A new fp32 graph with Q/DQ pairs; inputs and outputs as before. The metadata name precision, calibration and
@@ -146,7 +143,7 @@ def quantize(
     if done is FirstConvolution.PARTS:
         model, calibration = split_image(model, calibration)
     quantised = with_opset(equalise(model, calibration.channels), KINDS[precision].opset)
-    handed = handed_over(model, kept) if hand_over and precision is Precision.INT8 else []
+    handed = handed_over(model, keep, kept) if precision is Precision.INT8 else []
     _Insertion(quantised, calibration, precision).run(chosen, handed)
     note_metadata(
         quantised,
@@ -158,17 +155,27 @@ def quantize(
     return onnx.shape_inference.infer_shapes(quantised)
 
 
-def handed_over(model: onnx.ModelProto, kept: Sequence[str]) -> list[str]:
-    """Those of `kept` that read what a quantised convolution gives, through a max-pool and ReLUs only."""
+def handed_over(model: onnx.ModelProto, keep: Sequence[str], kept: Sequence[str]) -> list[str]:
+    """Those left alone that read int8: `COARSE`, not named besides, behind the max-pool of a quantised convolution.
+
+    Args:
+        model: fp32 graph.
+        keep: as `quantize` takes it.
+        kept: what that comes to (`kept_layers`).
+    """
+    if COARSE not in keep:
+        return []
+    named = {name for pattern in keep for name in fnmatch.filter(kept, pattern)}
     makers = {name: node for node in model.graph.node for name in node.output}
     found = []
     for name, node in convolutions(model).items():
+        if name not in kept or name in named:
+            continue
         maker, pooled = makers.get(node.input[0]), False
         while maker is not None and maker.op_type in ("Relu", "MaxPool"):
             pooled |= maker.op_type == "MaxPool"
             maker = makers.get(maker.input[0])
-        made_in_int8 = maker is not None and maker.op_type == "Conv" and name_of(maker) not in kept
-        if name in kept and pooled and made_in_int8:
+        if pooled and maker is not None and maker.op_type == "Conv" and name_of(maker) not in kept:
             found.append(name)
     return found
 

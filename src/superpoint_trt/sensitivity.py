@@ -189,7 +189,7 @@ class _Network:
         others = [glob.escape(name) for name in convolutions(self.fp32) if name != layer]
         alone = kept_layers(self.fp32, [], self._precision)
         first = FirstConvolution.WHOLE if layer in alone else None
-        quantised = quantize(self.fp32, self._calibration, self._precision, others, first, hand_over=False)
+        quantised = quantize(self.fp32, self._calibration, self._precision, others, first)
         return _write(quantised, folder, "quantised")
 
     def write_without(self, kept: Sequence[str], folder: str) -> Path:
