@@ -296,6 +296,8 @@ def images_per_second(
 @click.option("--json", "json_path")
 def main(weights, v6, folder, calls, seconds, only, budget, shifts, torch_python, json_path) -> None:
     """Builds what is not there yet, then times it, what matters most first."""
+    if shifts and not v6:
+        raise click.UsageError("--shifts is of --v6")
     builder, report = Builder(Path(folder)), Report(json_path, budget)
     if only == "build":
         for checkpoint in filter(None, (weights, v6)):
@@ -314,10 +316,11 @@ def main(weights, v6, folder, calls, seconds, only, budget, shifts, torch_python
             if checkpoint is not None:
                 latency(report, builder, name, checkpoint, calls)
                 linear_heads(report, builder, name, checkpoint, calls)
-        if v6:
+        if v6 and report.has(35):
             latency(report, builder, "v6, BatchNorm folded", v6, calls, fold_batchnorm=True)
         for carried in SHIFTS if shifts else ():
-            shift_channels(report, builder, v6, carried, calls // 2)
+            if report.has(35):
+                shift_channels(report, builder, v6, carried, calls // 2)
         if torch_python:
             report.add("torch", "lines", in_torch(torch_python, weights, calls))
     if only == "latency":

@@ -25,7 +25,8 @@ from precision_accuracy import measure, print_row
 
 from superpoint_trt import calibration as calibrations
 from superpoint_trt import engine as engines
-from superpoint_trt.export import ExportOptions, export
+from superpoint_trt.checkpoint import load as load_checkpoint
+from superpoint_trt.export import ExportOptions, describe, export
 from superpoint_trt.precision import load_onnx
 from superpoint_trt.quantize import COARSE, FirstConvolution, quantize
 from superpoint_trt.spec import OutputType, Precision, SuperPointError
@@ -55,7 +56,7 @@ def build(folder: Path, weights: str, fold: bool, ranges, variant: str, batch: i
         if batch > 1:
             fix_batch(model, batch)
         precision = Precision.FP16
-        if variant in VARIANTS:
+        if variant != "fp16":
             precision = Precision.INT8
             model.write_bytes(VARIANTS[variant](load_onnx(model), ranges).SerializeToString())
         options = engines.BuildOptions(
@@ -72,6 +73,11 @@ def build(folder: Path, weights: str, fold: bool, ranges, variant: str, batch: i
             engines._constrain_types = constrain
         print(f"built {path.name} in {metadata.build['seconds']} s", flush=True)
     return path
+
+
+def network(weights: str, fold: bool):
+    """What an .onnx of it says of itself."""
+    return describe(load_checkpoint(weights), ExportOptions(OutputType.HEADS, *SIZE_HW, fold_batchnorm=fold))
 
 
 def fix_batch(path: Path, batch: int) -> None:
@@ -233,7 +239,14 @@ def speed(built, batches, variants, calls: int, budget: float, report: dict) -> 
 @click.option("--dataset", help="Pairs with known homographies.")
 @click.option("--fold-batchnorm", "fold", is_flag=True)
 @click.option("--ransac-orders", default=20, show_default=True)
-@click.option("--variant", "variants", multiple=True, default=["int8-coarse", "int8"], show_default=True)
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    type=click.Choice(["fp16", *VARIANTS]),
+    default=["int8-coarse", "int8"],
+    show_default=True,
+)
 @click.option("--batch", "batches", type=int, multiple=True, default=[1, 8])
 @click.option("--calls", default=300, show_default=True)
 @click.option("--level", type=int, help="Builder's optimisation level.")
@@ -261,15 +274,21 @@ def main(
     folder = Path(folder)
     folder.mkdir(exist_ok=True, parents=True)
     ranges = calibrations.load(calibration)
+    calibrations.check_same_network(ranges, network(weights, fold), weights)
     report: dict = {"timings": {}, "layers": {}, "gates": {}, "accuracy": {}, "calibration": ranges.summary()}
 
     def built(variant: str, batch: int) -> Path:
         return build(folder, weights, fold, ranges, variant, batch, level)
 
+    def keep() -> None:
+        if json_path:
+            Path(json_path).write_text(json.dumps(report, indent=1))
+
     if only != "accuracy":
         met = speed(built, batches, variants, calls, budget, report)
         verdict = "met" if met else "MISSED"
         print(f"\n{time.monotonic() - started:.0f} s; speed targets of {variants[0]}, {TARGETS}: {verdict}", flush=True)
+        keep()
     if only != "speed" and (photos or dataset):
         reference = folder / f"{Path(weights).stem}-fp32.onnx"
         if not reference.exists():
@@ -281,9 +300,9 @@ def main(
             if dataset:
                 row = measure(path, reference, dataset, ransac_orders, "cuda")
                 report["accuracy"][path.stem] = row
+                keep()
                 print_row({"weights": Path(weights).stem, "precision": variant, **row}, first=False)
-    if json_path:
-        Path(json_path).write_text(json.dumps(report, indent=1))
+    keep()
     print(f"{time.monotonic() - started:.0f} s")
 
 

@@ -286,3 +286,30 @@ def test_ranges_of_another_network_are_refused(model, checkpoint_file, tmp_path,
     words = ["quantize", "--onnx", model, "--output", tmp_path / "q.onnx", "--calibration", tmp_path / "r.json"]
     assert run(cli, list(map(str, words))) == 2
     assert "ranges belong to one network" in capsys.readouterr().err
+
+
+def test_ranges_of_the_exact_network_are_not_the_folded_ones(checkpoint_file, tmp_path, capsys):
+    """The same checkpoint, two networks; and the file says of which one it is."""
+    exact, folded = (
+        export(checkpoint_file("v6"), tmp_path / f"{f}.onnx", ExportOptions(OutputType.HEADS, *SIZE, fold_batchnorm=f))
+        for f in (False, True)
+    )
+    found = calibrate(folded, [("photo", photograph(*SIZE))])
+    ranges = save(found, tmp_path / "r.json")
+    assert load(ranges).approximation == found.approximation and "folded" in found.approximation
+    words = ["quantize", "--output", str(tmp_path / "q.onnx"), "--calibration", str(ranges), "--no-verify"]
+    assert run(cli, [*words, "--onnx", str(exact)]) == 2
+    assert "of a network with BatchNorm folded" in capsys.readouterr().err
+    assert run(cli, [*words, "--onnx", str(folded)]) == 0
+
+
+@pytest.mark.parametrize(("fold", "count", "advice"), [(False, 8, True), (True, 2, False)])
+def test_batch_norms_behind_a_relu_are_warned_of(checkpoint_file, tmp_path, capsys, fold, count, advice):
+    """Not advised to fold where it is done as far as it goes: some of this checkpoint's scales are negative."""
+    options = ExportOptions(OutputType.HEADS, *SIZE, fold_batchnorm=fold)
+    model = export(checkpoint_file("v6"), tmp_path / "a.onnx", options)
+    ranges = save(calibrate(model, [("photo", photograph(*SIZE))]), tmp_path / "r.json")
+    words = ["quantize", "--onnx", model, "--output", tmp_path / "q.onnx", "--calibration", ranges, "--no-verify"]
+    assert run(cli, list(map(str, words))) == 0
+    told = capsys.readouterr().err
+    assert f"warning: {count} BatchNorms follow a ReLU (conv" in told and ("--fold-batchnorm" in told) is advice

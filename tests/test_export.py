@@ -280,14 +280,12 @@ def test_shifts_of_unknown_layers_are_refused(checkpoint):
 
 
 def test_folded_batch_norms_differ_near_the_border_alone(checkpoint):
-    """Shifts as biases: the padding's zeros become shifts, which is felt five cells deep and no further."""
-    found, cells = checkpoint("v6"), 5
-    rising = {
-        name: replace(layer, norm=layer.norm and replace(layer.norm, weight=np.abs(layer.norm.weight)))
-        for name, layer in found.layers.items()
-    }
-    found = replace(found, layers=rising)
-    assert reach_of_padding_px(found) == cells * 8
+    """Shifts as biases: the padding's zeros become shifts, which is felt five cells deep and no further.
+
+    And half a cell further in descriptors, which are sampled between the cells.
+    """
+    found, cells = rising(checkpoint("v6")), 5
+    assert reach_of_padding_px(found) == cells * 8 + 4
     exact, folded = (to_onnx(found, ExportOptions(OutputType.HEADS, 144, 160, fold_batchnorm=f)) for f in (False, True))
     assert [node.op_type for node in exact.graph.node].count("BatchNormalization") == 8
     assert {node.op_type for node in folded.graph.node} == {"Conv", "Relu", "MaxPool"}
@@ -299,6 +297,35 @@ def test_folded_batch_norms_differ_near_the_border_alone(checkpoint):
         assert inside.shape[2:] == (8, 10) and inside.max() < 2e-5
         assert off[..., 0, :].max() > 1e-3, "and it is felt there"
         assert max(off[..., cells - 1, :].max(), off[..., cells - 1].max()) > 1e-6, "as deep as it is said to be"
+    y, x = (grid.ravel() for grid in np.mgrid[30:114, 30:130])
+    points = np.stack([x, y], axis=1).astype(np.float32)
+    ours, truth = (
+        decode.sample_descriptors(points, decode.normalise(heads["coarse_descriptors"], axis=1)[0], 8, found.sampling)
+        for heads in (ours, truth)
+    )
+    off = np.abs(ours - truth).max(axis=1)
+    near = np.minimum(np.minimum(x, 159 - x), np.minimum(y, 143 - y))
+    assert off[near >= 44].max() < 1e-5 < 1e-4 < off[near == 43].max()
+
+
+def rising(found):
+    """The checkpoint with positive scales alone: a max-pool commutes with its BatchNorms."""
+    layers = {
+        name: replace(layer, norm=layer.norm and replace(layer.norm, weight=np.abs(layer.norm.weight)))
+        for name, layer in found.layers.items()
+    }
+    return replace(found, layers=layers)
+
+
+def test_batch_norms_that_do_not_commute_with_a_pool_stay_where_they_are(checkpoint):
+    found = checkpoint("v6")
+    falling = [n for n in BACKBONE if n[-1] == "b" and n != "conv4b" and (found.layers[n].norm.weight < 0).any()]
+    assert falling, "or nothing is tested"
+    exact, folded = (to_onnx(found, ExportOptions(OutputType.HEADS, 144, 160, fold_batchnorm=f)) for f in (False, True))
+    assert [n.name for n in folded.graph.node if n.op_type == "BatchNormalization"] == [f"{n}.bn" for n in falling]
+    image = photographs(1, 144, 160)
+    for ours, truth in zip(run(folded, image).values(), run(exact, image).values()):
+        assert np.abs(ours - truth)[..., 5:-5, 5:-5].max() < 2e-5 * np.abs(truth).max()
 
 
 def test_a_folded_model_says_so(checkpoint_file, tmp_path, capsys):
@@ -306,7 +333,7 @@ def test_a_folded_model_says_so(checkpoint_file, tmp_path, capsys):
     assert run_cli(cli, [*arguments, "--output", str(tmp_path / "plain.onnx")]) == 0
     assert "approximation" not in capsys.readouterr().out
     assert run_cli(cli, [*arguments, "--output", str(tmp_path / "folded.onnx"), "--fold-batchnorm"]) == 0
-    assert "BatchNorm folded: differs within 40 px of the input's border" in capsys.readouterr().out
+    assert "BatchNorm folded: differs within 44 px of the input's border" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", ["magicleap", "packaged"])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from superpoint_trt import kernels
+from superpoint_trt.cuda import BFLOAT16
 from superpoint_trt.files import cache_folder
 from superpoint_trt.kernels import compiler
 from superpoint_trt.kernels.compiler import cubin
-from superpoint_trt.kernels.decode import is_tiled
+from superpoint_trt.kernels.decode import Head, is_tiled
 from superpoint_trt.spec import SuperPointError
 
 FOLDER = Path(kernels.__file__).parent
@@ -51,6 +53,25 @@ def test_decode_compiles_for_every_shape(nvrtc, monkeypatch, tmp_path, stride, d
 def test_what_does_not_fit_is_not_tiled():
     assert [is_tiled(radius, 8) for radius in (4, 5, 6, 1024)] == [True, True, False, False]
     assert not is_tiled(5, 16) and not is_tiled(4, 32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "address", "shape", "pitch", "wide"),
+    [
+        (np.float16, 4096, (1, 65, 60, 80), 72, True),  # as TensorRT pads it
+        (np.float16, 4096, (1, 65, 60, 80), 65, False),  # as torch does not
+        (np.float16, 4096 + 2, (1, 65, 60, 80), 72, False),
+        (np.float16, 4096 + 16, (1, 65, 60, 80), 72, True),
+        (np.float16, 4096, (1, 256, 60, 80), 0, False),  # cells lie together
+        (BFLOAT16, 4096, (2, 256, 60, 80), 256, True),
+        (np.float32, 4096, (2, 65, 60, 80), 68, True),
+        (np.float32, 4096, (2, 65, 60, 80), 66, False),
+        (np.float16, 4096, (3, 256, 1, 1), 0, True),  # one cell, channels together either way
+        (np.float16, 4096, (3, 65, 1, 1), 0, False),
+    ],
+)
+def test_what_can_be_read_16_bytes_at_a_time(dtype, address, shape, pitch, wide):
+    assert Head(address, shape, np.dtype(dtype), pitch).is_wide is wide
 
 
 def test_preprocess_compiles(nvrtc, monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from superpoint_trt.backends import open_backend
 from superpoint_trt.cli import cli, run
 from superpoint_trt.export import ExportOptions, export, to_onnx
 from superpoint_trt.extractor import SuperPoint
-from superpoint_trt.precision import convolution_type, load_onnx, to_precision
+from superpoint_trt.precision import convolution_type, load_onnx, quantised_type, to_precision
 from superpoint_trt.spec import OutputType, Precision, SuperPointError
 
 LOW = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
@@ -210,3 +210,32 @@ def test_cast_keeps_what_was_there(checkpoint_file, tmp_path, capsys):
     assert "would overwrite" in capsys.readouterr().err
     assert run(cli, ["cast", "--onnx", str(model), "--output", str(tmp_path / "b.engine")]) == 2
     assert model.read_bytes() == before and not (tmp_path / "b.engine").exists()
+
+
+@pytest.mark.parametrize("rounded", [("data", "weight"), ("data",), ("weight",)], ids="+".join)
+@pytest.mark.parametrize("zero_point", [True, False])
+def test_a_convolution_is_computed_in_int8_if_input_and_weights_are(rounded, zero_point):
+    """Another tool's graph, weights as int8: with one of both rounded it computes in fp16, as the rest."""
+    int8 = numpy_helper.from_array(np.ones((4, 1, 3, 3), np.int8), "weight.int8")
+    one, zero = (numpy_helper.from_array(np.array(v), n) for v, n in ((np.float32(1), "one"), (np.int8(0), "zero")))
+    full = numpy_helper.from_array(np.ones((4, 1, 3, 3), np.float32), "weight")
+    last = numpy_helper.from_array(np.ones((2, 4, 1, 1), np.float32), "last")
+    by = ["one", "zero"] if zero_point else ["one"]
+    nodes = []
+    if "data" in rounded:
+        nodes.append(helper.make_node("QuantizeLinear", ["image", "one", "zero"], ["data.q"]))
+        nodes.append(helper.make_node("DequantizeLinear", ["data.q", "one", "zero"], ["data.dq"]))
+    if "weight" in rounded:
+        nodes.append(helper.make_node("DequantizeLinear", ["weight.int8", *by], ["weight.dq"]))
+    reads = ["data.dq" if "data" in rounded else "image", "weight.dq" if "weight" in rounded else "weight"]
+    nodes.append(helper.make_node("Conv", reads, ["a"], name="a", kernel_shape=[3, 3]))
+    nodes.append(helper.make_node("Relu", ["a"], ["r"]))
+    nodes.append(helper.make_node("Conv", ["r", "last"], ["b"], name="b", kernel_shape=[1, 1]))
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 1, 8, 8])
+    output = helper.make_tensor_value_info("b", TensorProto.FLOAT, [1, 2, 6, 6])
+    graph = helper.make_graph(nodes, "g", [image], [output], [int8, full, last, one, zero])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    assert quantised_type(model) is Precision.INT8
+    typed = onnx.shape_inference.infer_shapes(to_precision(model, Precision.FP16), strict_mode=True)
+    types = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
+    assert types["a"] == (TensorProto.FLOAT if len(rounded) == 2 else TensorProto.FLOAT16)

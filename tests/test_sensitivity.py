@@ -259,12 +259,36 @@ def test_the_coarse_layers_stay_in_fp16_unless_told_otherwise(folder, loose, tmp
     kept = {(): "conv4a conv4b convPa convPb convDa convDb", ("none",): "nothing", ("conv2*",): "conv2a conv2b"}
     for patterns, layers in kept.items():
         assert run(cli, [*words, *(word for pattern in patterns for word in ("--keep-fp16", pattern))]) == 0
-        assert f"not quantised {layers}\n" in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert f"not quantised {layers}\n" in told and ("reads int8    conv4a\n" in told) is (patterns == ())
     words = ["build", "--onnx", str(folder / "fp32.onnx"), "--engine", str(tmp_path / "a.engine"), *loose[:2]]
     words += ["--precision", "int8", "--runtime", "rtx", "--target", "sm89"]
     for option, again in (("coarse", "--keep-fp16 coarse"), ("none", "--keep-fp16 none")):
         assert run(cli, [*words, "--keep-fp16", option]) == 0
         assert again in read_plan(tmp_path / "a.engine")[1].rebuild
+
+
+def test_auto_leaves_coarse_what_it_means(folder, ranges, monkeypatch):
+    """What is tried and what is written hand over to conv4a; a layer that is added is left alone, input too."""
+    tried: list[list[str]] = []
+
+    def played(model, *_):
+        graph = load_onnx(model).graph
+        convs = [n for n in graph.node if n.op_type == "Conv"]
+        tried.append([n.name for n in convs if ".dq" in n.input[0] and ".dq" not in n.input[1]])
+        value = 0.0 if any(n.name == "conv3a" and ".dq" in n.input[1] for n in convs) else 1.0
+        return type("Found", (), {"gates": [Gate("keypoints_found_share", value, 0.9, True)]})
+
+    monkeypatch.setattr(sensitivity, "verify", played)
+    choice = fewest_kept(
+        folder / "fp32.onnx",
+        ranges,
+        [],
+        [LayerCost("conv3a", 0.5, 1.0), LayerCost("conv1b", 0.9, 1.0)],
+        keep=["coarse"],
+    )
+    assert choice.passed and choice.patterns == ["coarse", "conv3a"]
+    assert tried == [["conv4a"], ["conv4a"]]
 
 
 def test_parts_say_so(folder, loose, tmp_path, capsys):

@@ -17,7 +17,7 @@ from superpoint_trt.export import ExportOptions, to_onnx
 from superpoint_trt.extractor import SuperPoint
 from superpoint_trt.files import sha256
 from superpoint_trt.spec import DecodeOptions, ModelDescription, OutputType, Sampling, SuperPointError
-from superpoint_trt.verify import GATE_NAMES, _Comparison, _open_reference, _spearman, find_images, verify
+from superpoint_trt.verify import GATE_NAMES, _Comparison, _notes, _open_reference, _spearman, find_images, verify
 
 HEIGHT, WIDTH = 120, 160
 
@@ -472,3 +472,17 @@ def test_metadata_is_what_the_gates_are_chosen_by(bench):
     result = verify(bench.path, bench.weights, find_images(bench.folder))
     assert {gate.name: gate.limit for gate in result.gates}["keypoints_found_share"] == 0.98
     assert DecodeOptions().threshold == described.threshold
+
+
+@pytest.mark.parametrize(
+    ("model", "reference", "words"),
+    [
+        ("folded", None, "the model alone was exported with an approximation: folded"),
+        (None, "folded", "the reference alone was exported with an approximation: folded"),
+        ("folded", "folded", "both were exported with an approximation, which this verdict does not see: folded"),
+        (None, None, None),
+    ],
+)
+def test_an_approximation_is_noted(model, reference, words):
+    one, other = (ModelDescription(OutputType.HEADS, approximation=told) for told in (model, reference))
+    assert _notes(one, other, voters=1) == ([words] if words else [])

@@ -108,6 +108,8 @@ class Calibration:
     others are rounded to the nearest. Written as .safetensors beside the ranges, which name it by its SHA-256."""
     rounded_from: dict[str, str] = field(default_factory=dict, compare=False)
     """Name of each of `weights` -> `weight_digest` of the float32 weights that it was made from."""
+    approximation: str | None = None
+    """Of the network, as `ModelDescription` has it."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What the user should know of the images; not written."""
 
@@ -125,6 +127,7 @@ class Calibration:
             "percentile": self.percentile,
             "size": self.size,
             "checkpoint_sha256": self.checkpoint_sha256,
+            "approximation": self.approximation,
             "ranges": self.ranges,
             "images": self.images,
             "channels": {name: " ".join(f"{value:g}" for value in values) for name, values in self.channels.items()},
@@ -154,6 +157,7 @@ class Calibration:
                 percentile=flat["percentile"],
                 size=str(flat["size"]),
                 checkpoint_sha256=flat["checkpoint_sha256"],
+                approximation=flat.get("approximation"),
                 images={str(name): str(value) for name, value in flat["images"].items()},
                 ranges=ranges,
                 channels={str(name): [float(f) for f in text.split()] for name, text in flat["channels"].items()},
@@ -323,6 +327,7 @@ def calibrate(
         percentile=options.percentile if options.method is Method.PERCENTILE else None,
         size="any" if description.dynamic else f"{description.height_px}x{description.width_px}",
         checkpoint_sha256=description.checkpoint_sha256,
+        approximation=description.approximation,
         images=used,
         ranges={name: _range(name, histogram, options) for name, histogram in histograms.items()},
         channels=channels,
@@ -593,11 +598,17 @@ def check_same_network(calibration: Calibration, description: ModelDescription |
     """Refuses ranges of another network.
 
     Raises:
-        SuperPointError: both name a checkpoint, and not the same.
+        SuperPointError: both name a checkpoint, and not the same, or not with the same approximation.
     """
     theirs, ours = calibration.checkpoint_sha256, description.checkpoint_sha256 if description else None
     if theirs and ours and theirs != ours:
         raise SuperPointError(
             f"the calibration is of checkpoint {theirs[:12]}, {path} of checkpoint {ours[:12]}: ranges belong to one "
             "network; calibrate this one with --calibration-images FOLDER."
+        )
+    if description and calibration.approximation != description.approximation:
+        theirs, ours = (told or "no approximation" for told in (calibration.approximation, description.approximation))
+        raise SuperPointError(
+            f"the calibration is of a network with {theirs}, {path} with {ours}: ranges belong to one network; "
+            "calibrate this one with --calibration-images FOLDER."
         )

@@ -69,7 +69,7 @@ for command in (cli_proof.verify, cli_proof.evaluate, cli_proof.bench):
 @click.option(
     "--fold-batchnorm",
     is_flag=True,
-    help="v6: BatchNorm after the ReLU into the next convolution. Faster; an approximation within 40 px of the border.",
+    help="v6: BatchNorm after the ReLU into the next convolution. Faster; an approximation within 44 px of the border.",
 )
 def export(
     weights: str,

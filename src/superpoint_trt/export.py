@@ -61,8 +61,9 @@ class ExportOptions:
     """Layers ("conv1a", ...) whose BatchNorm after the ReLU goes into the next convolution, its shift through one more
     channel: exact, see `_fold_shift`. Worth it where that channel costs less than the normalisation."""
     fold_batchnorm: bool = False
-    """All BatchNorms after a ReLU go into the next convolutions, the shifts as biases: an approximation near the border
-    of the input (`reach_of_padding_px`), where a convolution then reads the shift in place of the padding's zeros."""
+    """BatchNorms after a ReLU go into the next convolutions, their shifts as biases: an approximation near the border
+    of the input (`reach_of_padding_px`), where a convolution then reads the shift in place of the padding's zeros. One
+    in front of a max-pool stays if a scale is not positive."""
 
     def validate(self, stride_px: int) -> None:
         """Refuses what no graph can be written for.
@@ -243,13 +244,17 @@ def _fold_shift(layers: dict[str, _FoldedLayer], name: str, checkpoint: Checkpoi
 
 
 def reach_of_padding_px(checkpoint: Checkpoint) -> int:
-    """How far from the border of the input, in px, what the padding holds can be felt in the heads."""
+    """How far from the border of the input, in px, what the padding holds can be felt in scores and descriptors.
+
+    A descriptor is sampled from cells up to half a cell further out than its point. Suppression may hand a difference
+    in the scores on, by five radii at most.
+    """
     reach = -1  # the first convolution pads the image, with the same zeros in any case
     for stage in range(1, checkpoint.stages + 1):
         reach += 2
         if stage < checkpoint.stages:
             reach = -(-reach // 2)
-    return (reach + 1) * checkpoint.stride_px
+    return (reach + 1) * checkpoint.stride_px + checkpoint.stride_px // 2
 
 
 def _fold_before(layer: Layer, keep: bool) -> _FoldedLayer:

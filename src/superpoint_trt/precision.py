@@ -123,10 +123,18 @@ def convolutions(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 
 def quantised_type(model: onnx.ModelProto) -> Precision | None:
     """INT8 or FP8 if a convolution reads through a Q/DQ pair of that type; None if none does."""
-    zeros = {node.output[0]: node.input[2] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    # Without a zero point the type is that of what is dequantised, which is known of weights.
+    zeros = {
+        node.output[0]: node.input[2] if len(node.input) > 2 else node.input[0]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear"
+    }
     types = constants(model.graph)
     read = {
-        types[zeros[name]].data_type for node in convolutions(model).values() for name in node.input if name in zeros
+        types[zeros[name]].data_type
+        for node in convolutions(model).values()
+        for name in node.input
+        if zeros.get(name) in types
     }
     return next((precision for precision, element in QUANTISED_TYPES.items() if element in read), None)
 
@@ -377,7 +385,7 @@ def quantised_chain(graph: onnx.GraphProto) -> set[str]:
     chain: set[str] = set()
     for node in graph.node:
         if node.op_type == "Conv":
-            belongs = node.input[1] in pairs  # inputs alone: a convolution left alone that int8 is handed over to
+            belongs = node.input[0] in pairs and node.input[1] in pairs  # one of both is rounded, but computed in fp16
         else:
             belongs = node.op_type in _IN_A_KERNEL | _AFTER_CONVOLUTION and node.input[0] in chain
         if belongs:

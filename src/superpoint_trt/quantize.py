@@ -150,6 +150,7 @@ def quantize(
         precision=precision.value,
         calibration=calibration.summary(),
         kept_layers=" ".join(kept),
+        handed_over=" ".join(handed),
         first_convolution=done.value,
     )
     return onnx.shape_inference.infer_shapes(quantised)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ class Choice:
     """Layers in fp16, those asked for included."""
     passed: bool
     steps: list[Step] = field(default_factory=list)
+    patterns: list[str] = field(default_factory=list)
+    """What to ask of `quantize` for it: what was asked for, and what was added."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -151,7 +153,8 @@ def fewest_kept(
             fewer = [name for name in added if name != layer_name]
             if not trial.run(fewer, f"{layer_name} may not be needed any more").failed:
                 added = fewer
-        return Choice(network.kept(keep, added), True, trial.steps)
+        patterns = [*keep, *map(glob.escape, added)]
+        return Choice(network.kept(patterns), True, trial.steps, patterns)
 
 
 def _costliest(costs: Sequence[LayerCost], step: Step) -> LayerCost | None:
@@ -178,8 +181,8 @@ class _Network:
         self.fp32 = raw_heads(source, model)
         self._calibration, self._precision, self._first = calibration, precision, first
 
-    def kept(self, keep: Sequence[str], added: Iterable[str] = ()) -> list[str]:
-        return kept_layers(self.fp32, [*keep, *map(glob.escape, added)], self._precision, self._first)
+    def kept(self, patterns: Sequence[str]) -> list[str]:
+        return kept_layers(self.fp32, patterns, self._precision, self._first)
 
     def write_fp32(self, folder: str) -> Path:
         return _write(self.fp32, folder, "fp32")
@@ -192,8 +195,7 @@ class _Network:
         quantised = quantize(self.fp32, self._calibration, self._precision, others, first)
         return _write(quantised, folder, "quantised")
 
-    def write_without(self, kept: Sequence[str], folder: str) -> Path:
-        patterns = [glob.escape(name) for name in kept]
+    def write_without(self, patterns: Sequence[str], folder: str) -> Path:
         quantised = quantize(self.fp32, self._calibration, self._precision, patterns, self._first)
         return _write(quantised, folder, "quantised")
 
@@ -222,9 +224,10 @@ class _Trial:
         self._reference = network.write_fp32(folder)
 
     def run(self, added: Sequence[str], because: str) -> Step:
-        kept = self._network.kept(self._keep, added)
+        patterns = [*self._keep, *map(glob.escape, added)]
+        kept = self._network.kept(patterns)
         found: Verification = verify(
-            self._network.write_without(kept, self._folder),
+            self._network.write_without(patterns, self._folder),
             self._reference,
             self._images,
             self._limits,

@@ -138,6 +138,8 @@ class ModelDescription:
     """Of a quantised model: how its ranges were found, "percentile 99.99, 144 images"."""
     kept_layers: str | None = None
     """With it: the convolutions that are not quantised, by name, separated by spaces."""
+    handed_over: str | None = None
+    """Of these, those whose input is int8 all the same (`quantize.handed_over`)."""
     first_convolution: str | None = None
     """With it: how the convolution that reads the image runs, "fp16" or "parts"."""
     approximation: str | None = None
@@ -189,6 +191,7 @@ _TEXT_FIELDS = (
     "superpoint_trt_version",
     "calibration",
     "kept_layers",
+    "handed_over",
     "first_convolution",
     "approximation",
 )

@@ -640,8 +640,13 @@ def _notes(model: ModelDescription, reference: ModelDescription, voters: int) ->
             f"known faults could not be looked for: the model finds fewer than {diagnose.FEWEST_POINTS} keypoints in "
             "every image"
         )
-    if model.approximation:
-        notes.append(f"the model was exported with an approximation: {model.approximation}")
+    if model.approximation != reference.approximation:
+        one, told = ("model", model.approximation) if model.approximation else ("reference", reference.approximation)
+        notes.append(f"the {one} alone was exported with an approximation: {told}")
+    elif model.approximation:
+        notes.append(
+            f"both were exported with an approximation, which this verdict does not see: {model.approximation}"
+        )
     if model.checkpoint_sha256 and reference.checkpoint_sha256 not in (None, model.checkpoint_sha256):
         notes.append(
             f"the model names another checkpoint as its source (sha256 {model.checkpoint_sha256[:12]}) than the "

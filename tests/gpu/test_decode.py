@@ -103,16 +103,17 @@ def test_channels_last_of_other_strides(stride, dim):
         checked(kind, seed, (2, 7, 9), options, head="float16", stride=stride, dim=dim, multiple=8)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("skipped", [1, 4, 8])
-def test_channels_last_from_any_address_on(skipped):
-    """Part of a larger array: it starts where 16 bytes can be read at once only if 8 channels are skipped."""
+def test_channels_last_from_any_address_on(skipped, dtype):
+    """Part of a larger array: it starts where 16 bytes can be read at once only if enough channels are skipped."""
     rng = np.random.default_rng(2)
-    logits = logits_of("image-like", 2, (1, 65, 30, 40)).astype(np.float16)
-    coarse = rng.normal(0, 1, (1, 256, 30, 40)).astype(np.float16)
+    logits = logits_of("image-like", 2, (1, 65, 30, 40)).astype(dtype)
+    coarse = rng.normal(0, 1, (1, 256, 30, 40)).astype(dtype)
 
     def within_more(values: np.ndarray) -> cuda.DeviceArray:
         channels = values.shape[1]
-        more = rng.normal(0, 9, (1, channels + 15, *values.shape[2:])).astype(np.float16)
+        more = rng.normal(0, 9, (1, channels + 15, *values.shape[2:])).astype(dtype)
         more[:, skipped : skipped + channels] = values
         memory = upload(more, multiple=8)
         place = memory.address + skipped * memory.dtype.itemsize
