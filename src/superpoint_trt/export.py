@@ -229,9 +229,10 @@ def _fold_shift(layers: dict[str, _FoldedLayer], name: str, checkpoint: Checkpoi
     pooled = name.endswith("b") and name != order[-1]
     if layer.scale is None or layer.shift is None or (pooled and not (layer.scale > 0).all()):
         return
-    silent = np.zeros_like(layer.weight[:1])
-    with_ones = _FoldedLayer(np.concatenate([layer.weight, silent]), np.append(layer.bias, 1.0))
-    layers[name] = with_ones if exact else _FoldedLayer(layer.weight, layer.bias)
+    layers[name] = _FoldedLayer(layer.weight, layer.bias)
+    if exact:
+        silent = np.zeros_like(layer.weight[:1])
+        layers[name] = _FoldedLayer(np.concatenate([layer.weight, silent]), np.append(layer.bias, 1.0))
     following = ["convPa", "convDa"] if name == order[-1] else [order[order.index(name) + 1]]
     for other in following:
         its = layers[other]

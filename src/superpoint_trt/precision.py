@@ -123,18 +123,18 @@ def convolutions(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 
 def quantised_type(model: onnx.ModelProto) -> Precision | None:
     """INT8 or FP8 if a convolution reads through a Q/DQ pair of that type; None if none does."""
-    # Without a zero point the type is that of what is dequantised, which is known of weights.
-    zeros = {
+    # What has the pair's type: the zero point, or without one what is dequantised, if that is a constant.
+    typed_by = {
         node.output[0]: node.input[2] if len(node.input) > 2 else node.input[0]
         for node in model.graph.node
         if node.op_type == "DequantizeLinear"
     }
     types = constants(model.graph)
     read = {
-        types[zeros[name]].data_type
+        types[typed_by[name]].data_type
         for node in convolutions(model).values()
         for name in node.input
-        if zeros.get(name) in types
+        if typed_by.get(name) in types
     }
     return next((precision for precision, element in QUANTISED_TYPES.items() if element in read), None)
 
@@ -385,7 +385,7 @@ def quantised_chain(graph: onnx.GraphProto) -> set[str]:
     chain: set[str] = set()
     for node in graph.node:
         if node.op_type == "Conv":
-            belongs = node.input[0] in pairs and node.input[1] in pairs  # one of both is rounded, but computed in fp16
+            belongs = node.input[0] in pairs and node.input[1] in pairs  # with one of them alone it computes in fp16
         else:
             belongs = node.op_type in _IN_A_KERNEL | _AFTER_CONVOLUTION and node.input[0] in chain
         if belongs:

@@ -182,7 +182,7 @@ def handed_over(model: onnx.ModelProto, keep: Sequence[str], kept: Sequence[str]
 
 
 def normalisations_after_relu(model: onnx.ModelProto) -> list[str]:
-    """The BatchNorms that no convolution takes in (v6): between int8 ones each is kernels of its own, in float32."""
+    """The BatchNorms that no convolution takes in (v6): each keeps those around it from passing int8 on."""
     makers = {name: node for node in model.graph.node for name in node.output}
     found = []
     for node in model.graph.node:

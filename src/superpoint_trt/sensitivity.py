@@ -153,7 +153,7 @@ def fewest_kept(
             fewer = [name for name in added if name != layer_name]
             if not trial.run(fewer, f"{layer_name} may not be needed any more").failed:
                 added = fewer
-        patterns = [*keep, *map(glob.escape, added)]
+        patterns = trial.patterns(added)
         return Choice(network.kept(patterns), True, trial.steps, patterns)
 
 
@@ -223,8 +223,12 @@ class _Trial:
         self._keep, self._limits, self._progress = keep, limits, progress
         self._reference = network.write_fp32(folder)
 
+    def patterns(self, added: Sequence[str]) -> list[str]:
+        """What was asked for as it was asked, so that COARSE keeps its meaning, and layers by name."""
+        return [*self._keep, *map(glob.escape, added)]
+
     def run(self, added: Sequence[str], because: str) -> Step:
-        patterns = [*self._keep, *map(glob.escape, added)]
+        patterns = self.patterns(added)
         kept = self._network.kept(patterns)
         found: Verification = verify(
             self._network.write_without(patterns, self._folder),
