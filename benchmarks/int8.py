@@ -29,7 +29,7 @@ from superpoint_trt.checkpoint import load as load_checkpoint
 from superpoint_trt.export import ExportOptions, describe, export
 from superpoint_trt.precision import load_onnx
 from superpoint_trt.quantize import COARSE, FirstConvolution, quantize
-from superpoint_trt.spec import OutputType, Precision, SuperPointError
+from superpoint_trt.spec import OutputType, Precision
 
 CALLS_PER_TURN = 50
 TARGETS = {1: 1.3, 8: 1.4}
@@ -51,8 +51,8 @@ def build(folder: Path, weights: str, fold: bool, ranges, variant: str, batch: i
     path = folder / f"{Path(weights).stem}{'-folded' if fold else ''}-heads-{variant}-{batch}.engine"
     if not path.exists():
         model = path.with_suffix(".onnx")
-        options = ExportOptions(OutputType.HEADS, *SIZE_HW, max_batch_size=batch, fold_batchnorm=fold)
-        export(weights, model, options)
+        shape = ExportOptions(OutputType.HEADS, *SIZE_HW, max_batch_size=batch, fold_batchnorm=fold)
+        export(weights, model, shape)
         if batch > 1:
             fix_batch(model, batch)
         precision = Precision.FP16
@@ -62,15 +62,7 @@ def build(folder: Path, weights: str, fold: bool, ranges, variant: str, batch: i
         options = engines.BuildOptions(
             precision, workspace_gib=4.0, timing_cache=folder / "timing.cache", optimization_level=level
         )
-        try:
-            metadata = engines.build(model, path, options)
-        except SuperPointError as error:
-            if precision is not Precision.INT8:
-                raise
-            print(f"{path.name}: {error}\n{path.name}: tried again without layer constraints", flush=True)
-            constrain, engines._constrain_types = engines._constrain_types, lambda *_: None
-            metadata = engines.build(model, path, options)
-            engines._constrain_types = constrain
+        metadata = engines.build(model, path, options)
         print(f"built {path.name} in {metadata.build['seconds']} s", flush=True)
     return path
 
