@@ -1,7 +1,7 @@
 """Finds keypoints with a converted model (the guide's step 3)."""
 
-from superpoint_trt.cli import script
-from superpoint_trt.guide import SuperPointTRT, tensorrt_inference
+from superpoint_trt.cli.guide import SuperPointTRT, tensorrt_inference
+from superpoint_trt.cli.main import script
 
 __all__ = ["SuperPointTRT"]
 

@@ -13,7 +13,7 @@ import click
 import cv2
 import numpy as np
 
-from superpoint_trt.benchmark import cpu_name
+from superpoint_trt.prove.benchmark import cpu_name
 
 REST_S = 0.2
 SHARED_WEIGHTS = Path(__file__).resolve().parents[2] / "shared/data/weights/superpoint_v6_int8deq.pth"

@@ -17,9 +17,9 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "gpu")]
 
 from heads import download, logits_of, upload  # noqa: E402
 
-from superpoint_trt import cuda  # noqa: E402
-from superpoint_trt.kernels.decode import Decoder, _head  # noqa: E402
-from superpoint_trt.spec import DecodeOptions, Sampling  # noqa: E402
+from superpoint_trt.core.types import DecodeOptions, Sampling  # noqa: E402
+from superpoint_trt.gpu import cuda  # noqa: E402
+from superpoint_trt.gpu.kernels.decode import Decoder, _head  # noqa: E402
 
 
 def main(calls: int) -> None:

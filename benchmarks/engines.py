@@ -17,12 +17,12 @@ from pathlib import Path
 import click
 import numpy as np
 
-from superpoint_trt import cuda
-from superpoint_trt import engine as engines
-from superpoint_trt.backends.tensorrt import TensorRTBackend
-from superpoint_trt.export import ExportOptions, export
-from superpoint_trt.image import synthetic_photograph
-from superpoint_trt.spec import OutputType, Precision
+from superpoint_trt.convert import engine as engines
+from superpoint_trt.convert.export import ExportOptions, export
+from superpoint_trt.core.image import synthetic_photograph
+from superpoint_trt.core.types import OutputType, Precision
+from superpoint_trt.gpu import cuda
+from superpoint_trt.run.backends.tensorrt import TensorRTBackend
 
 SIZE_HW = (480, 640)
 CALLS_PER_TURN = 50

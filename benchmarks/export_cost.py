@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 from common import machine, verdict, weights_option
 
-from superpoint_trt import checkpoint
-from superpoint_trt.spec import OutputType
+from superpoint_trt.checkpoint import layouts as checkpoint
+from superpoint_trt.core.types import OutputType
 
 MOST_SECONDS = 5.0
 MOST_GIB = 1.0
@@ -20,7 +20,7 @@ MOST_GIB = 1.0
 
 def cost(weights: str, output: Path, kind: str) -> tuple[float, float]:
     """Seconds and GiB of one export in a process of its own."""
-    command = [sys.executable, "-m", "superpoint_trt.cli", "export", "--weights", weights]
+    command = [sys.executable, "-m", "superpoint_trt", "export", "--weights", weights]
     command += ["--output", str(output), "--type", kind]
     started = time.perf_counter()
     silent = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]

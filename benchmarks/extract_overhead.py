@@ -12,9 +12,9 @@ import torch
 from common import alternate, machine, photograph, verdict, weights_option
 
 from superpoint_trt import SuperPoint
-from superpoint_trt.export import ExportOptions, export
-from superpoint_trt.network import SuperPoint as Reference
-from superpoint_trt.spec import OutputType
+from superpoint_trt.checkpoint.reference import SuperPoint as Reference
+from superpoint_trt.convert.export import ExportOptions, export
+from superpoint_trt.core.types import OutputType
 
 HEIGHT, WIDTH = 480, 640
 MOST_OVERHEAD = 1.10

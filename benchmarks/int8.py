@@ -23,13 +23,13 @@ import numpy as np
 from engines import SIZE_HW, Timed
 from precision_accuracy import measure, print_row
 
-from superpoint_trt import calibration as calibrations
-from superpoint_trt import engine as engines
-from superpoint_trt.checkpoint import load as load_checkpoint
-from superpoint_trt.export import ExportOptions, describe, export
-from superpoint_trt.precision import load_onnx
-from superpoint_trt.quantize import COARSE, FirstConvolution, quantize
-from superpoint_trt.spec import OutputType, Precision
+from superpoint_trt.checkpoint.layouts import load as load_checkpoint
+from superpoint_trt.convert import engine as engines
+from superpoint_trt.convert.cast import load_onnx
+from superpoint_trt.convert.export import ExportOptions, describe, export
+from superpoint_trt.convert.quantize import calibrate as calibrations
+from superpoint_trt.convert.quantize.qdq import COARSE, FirstConvolution, quantize
+from superpoint_trt.core.types import OutputType, Precision
 
 CALLS_PER_TURN = 50
 TARGETS = {1: 1.3, 8: 1.4}
@@ -180,7 +180,7 @@ def print_layers(runner: Runner) -> list[dict]:
 
 def print_agreement(engine: Path, reference: Path, photos: str) -> dict:
     """The gates of `verify` on photographs."""
-    from superpoint_trt.verify import verify
+    from superpoint_trt.prove.verify import verify
 
     found = verify(engine, reference, photos, most_images=12)
     gates = {gate.name: gate.value for gate in found.gates}

@@ -21,16 +21,16 @@ from pathlib import Path
 
 import click
 
-from superpoint_trt import calibration as calibrations
 from superpoint_trt import packaged
-from superpoint_trt.datasets import load_pairs
-from superpoint_trt.evaluate import Protocol, evaluate
-from superpoint_trt.export import ExportOptions, export
-from superpoint_trt.precision import cast, load_onnx
-from superpoint_trt.quantize import KINDS, quantize
-from superpoint_trt.rounding import round_weights
-from superpoint_trt.spec import OutputType, Precision
-from superpoint_trt.verify import verify
+from superpoint_trt.convert.cast import cast, load_onnx
+from superpoint_trt.convert.export import ExportOptions, export
+from superpoint_trt.convert.quantize import calibrate as calibrations
+from superpoint_trt.convert.quantize.gptq import round_weights
+from superpoint_trt.convert.quantize.qdq import KINDS, quantize
+from superpoint_trt.core.types import OutputType, Precision
+from superpoint_trt.prove.datasets import load_pairs
+from superpoint_trt.prove.evaluate import Protocol, evaluate
+from superpoint_trt.prove.verify import verify
 
 PROOF_IMAGES = 12
 MOST_LOST = 0.02

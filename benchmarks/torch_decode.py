@@ -24,9 +24,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from superpoint_trt import checkpoint as checkpoints
-from superpoint_trt.benchmark import synthetic_photograph
-from superpoint_trt.network import SuperPoint, SuperPointNet
+from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint.reference import SuperPoint, SuperPointNet
+from superpoint_trt.prove.benchmark import synthetic_photograph
 
 N, RADIUS, BORDER, THRESHOLD = 1024, 4, 4, 0.005
 SIZE_HW = (480, 640)

@@ -16,9 +16,9 @@ import click
 import numpy as np
 import torch
 
-from superpoint_trt import checkpoint as checkpoints
-from superpoint_trt.image import synthetic_photograph
-from superpoint_trt.network import SuperPointNet, dense
+from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint.reference import SuperPointNet, dense
+from superpoint_trt.core.image import synthetic_photograph
 
 SIZE_HW = (480, 640)
 

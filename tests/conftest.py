@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from superpoint_trt import checkpoint as checkpoints
 from superpoint_trt import packaged
-from superpoint_trt.checkpoint import Checkpoint
+from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint.layouts import Checkpoint
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WEIGHTS = SHARED / "data" / "weights"

@@ -27,9 +27,8 @@ HEAVY = ("torch", "onnx", "onnxruntime", "cv2", "safetensors", "tensorrt", "tens
 )
 def test_help_needs_no_heavy_library(command):
     block = "".join(f"sys.modules[{name!r}] = None; " for name in HEAVY)
-    code = (
-        f"import sys; {block}from superpoint_trt.cli import run, cli; sys.exit(run(cli, {[*command.split(), '-h']!r}))"
-    )
+    command = [*command.split(), "-h"]
+    code = f"import sys; {block}from superpoint_trt.cli.main import run, cli; sys.exit(run(cli, {command!r}))"
     assert "Usage:" in python(code)
 
 
@@ -43,7 +42,7 @@ def test_the_extractor_runs_without_torch(checkpoint_file, tmp_path, photo):
         "import sys; sys.modules['torch'] = None\n"
         "import numpy as np\n"
         "from superpoint_trt import SuperPoint\n"
-        "from superpoint_trt.export import export\n"
+        "from superpoint_trt.convert.export import export\n"
         f"model = export({str(checkpoint_file('own'))!r}, {str(tmp_path / 'm.onnx')!r})\n"
         f"print(len(SuperPoint(model).extract(np.load({str(image)!r}))))\n"
     )

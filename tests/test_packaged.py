@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from conftest import photograph
 
-from superpoint_trt import SuperPoint, packaged, ready
-from superpoint_trt import checkpoint as checkpoints
-from superpoint_trt.checkpoint import NormPlacement
-from superpoint_trt.cli import cli, run
-from superpoint_trt.demo import demo
-from superpoint_trt.files import sha256
-from superpoint_trt.matching import match_images
-from superpoint_trt.spec import Family, Sampling, SuperPointError
+from superpoint_trt import SuperPoint, packaged
+from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint.layouts import NormPlacement
+from superpoint_trt.cli.demo import demo
+from superpoint_trt.cli.main import cli, run
+from superpoint_trt.convert import default_model as ready
+from superpoint_trt.core.files import sha256
+from superpoint_trt.core.types import Family, Sampling, SuperPointError
+from superpoint_trt.match.nearest import match_images
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import torch
 
-from superpoint_trt.spec import SuperPointError
+from superpoint_trt.core.types import SuperPointError
 from training import photos
 from training.train import SMOKE, Plan, Run
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from superpoint_trt.network import SuperPointNet
-from superpoint_trt.spec import CELL_PX
+from superpoint_trt.checkpoint.reference import SuperPointNet
+from superpoint_trt.core.types import CELL_PX
 from training.bank import Bank
 from training.geometry import Motion, inverse, pixel_grid, random_motions, translation, uniform, warp
 from training.views import disturb, look

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from superpoint_trt import checkpoint as checkpoints
-from superpoint_trt.checkpoint import Checkpoint, NormPlacement
-from superpoint_trt.network import SuperPointNet
-from superpoint_trt.spec import Family, Sampling
+from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint.layouts import Checkpoint, NormPlacement
+from superpoint_trt.checkpoint.reference import SuperPointNet
+from superpoint_trt.core.types import Family, Sampling
 
 _BLOCK = re.compile(r"(?:backbone\.(\d+)|(detector|descriptor))\.([01])\.(conv|bn)\.(.+)")
 

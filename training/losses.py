@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from superpoint_trt.spec import CELL_PX
+from superpoint_trt.core.types import CELL_PX
 from training.geometry import uniform, warp
 
 # ------------------------------------------------------------------------------------------------------------ detector

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from superpoint_trt.spec import SuperPointError
+from superpoint_trt.core.types import SuperPointError
 from training.bank import Bank
 
 CANVAS_PX = 768

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from superpoint_trt.network import Block, SuperPointNet
+from superpoint_trt.checkpoint.reference import Block, SuperPointNet
 
 LARGEST = 127
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from superpoint_trt import checkpoint as checkpoints
-from superpoint_trt.checkpoint import NormPlacement
-from superpoint_trt.network import SuperPointNet
+from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint.layouts import NormPlacement
+from superpoint_trt.checkpoint.reference import SuperPointNet
 from training import leaves, losses, photos, shapes
 from training.adapt import VIEW_HW, adapt
 from training.bank import Bank, join

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from superpoint_trt import metrics
-from superpoint_trt.network import SuperPointNet, decode, dense
-from superpoint_trt.spec import DecodeOptions, Keypoints, Sampling
+from superpoint_trt.checkpoint.reference import SuperPointNet, decode, dense
+from superpoint_trt.core.types import DecodeOptions, Keypoints, Sampling
+from superpoint_trt.prove import metrics
 from training.bank import Bank
 from training.views import disturb, pair
 

@@ -10,8 +10,8 @@ Importing this package costs numpy alone; everything heavier is imported where i
 from __future__ import annotations
 
 from superpoint_trt._version import __version__
-from superpoint_trt.extractor import SuperPoint
-from superpoint_trt.spec import Keypoints, ModelDescription, OutputType, Precision, Sampling, SuperPointError
+from superpoint_trt.core.types import Keypoints, ModelDescription, OutputType, Precision, Sampling, SuperPointError
+from superpoint_trt.run.extractor import SuperPoint
 
 __all__ = [
     "Keypoints",

@@ -1,5 +1,5 @@
 """`python -m superpoint_trt` is the command `superpoint`."""
 
-from superpoint_trt.cli import main
+from superpoint_trt.cli.main import main
 
 main()

@@ -43,8 +43,9 @@ def photos() -> list[Path]:
 @pytest.fixture(scope="session")
 def tensorrt():
     """The TensorRT here, on a GPU it runs on."""
-    from superpoint_trt import cuda, trt
-    from superpoint_trt.spec import SuperPointError
+    from superpoint_trt.core.types import SuperPointError
+    from superpoint_trt.gpu import cuda
+    from superpoint_trt.gpu import tensorrt_api as trt
 
     if trt.Flavour.TENSORRT not in trt.installed():
         pytest.skip("no tensorrt in this Python")
@@ -58,9 +59,9 @@ def tensorrt():
 @pytest.fixture(scope="session")
 def engine(tensorrt, weights, tmp_path_factory) -> Callable[..., Path]:
     """(type, precision, **export and build options) -> a built engine; the same arguments give the same file."""
-    from superpoint_trt import engine as engines
-    from superpoint_trt.export import ExportOptions, export
-    from superpoint_trt.spec import OutputType, Precision
+    from superpoint_trt.convert import engine as engines
+    from superpoint_trt.convert.export import ExportOptions, export
+    from superpoint_trt.core.types import OutputType, Precision
 
     folder = Path(os.environ.get("SUPERPOINT_ENGINES") or tmp_path_factory.mktemp("engines"))
     folder.mkdir(exist_ok=True)

@@ -13,9 +13,10 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from superpoint_trt import cuda, decode
-from superpoint_trt.kernels.decode import Decoder, DeviceKeypoints, _head, decode_heads
-from superpoint_trt.spec import DecodeOptions, Sampling
+from superpoint_trt.core.types import DecodeOptions, Sampling
+from superpoint_trt.gpu import cuda
+from superpoint_trt.gpu.kernels.decode import Decoder, DeviceKeypoints, _head, decode_heads
+from superpoint_trt.run import decode
 
 KINDS = ("noise", "sparse", "levels", "plateaus", "flat", "peaked", "image-like")
 

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 def main(weights: str, out: str, size: str, *photos: str) -> None:
     import cv2
 
-    from superpoint_trt.backends.torch import TorchBackend
-    from superpoint_trt.image import load_image, parse_size, to_gray
+    from superpoint_trt.core.image import load_image, parse_size, to_gray
+    from superpoint_trt.run.backends.torch import TorchBackend
 
     height, width = parse_size(size)
     found = {}

@@ -7,8 +7,8 @@ import gc
 import numpy as np
 import pytest
 
-from superpoint_trt import cuda
-from superpoint_trt.spec import SuperPointError
+from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.gpu import cuda
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():

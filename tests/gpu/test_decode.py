@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from heads import KINDS, as_type, check, download, found_of, logits_of, score_map, upload
 
-from superpoint_trt import cuda, decode
-from superpoint_trt.kernels.decode import USUAL_ROWS, decode_heads
-from superpoint_trt.spec import DecodeOptions, Sampling, SuperPointError
+from superpoint_trt.core.types import DecodeOptions, Sampling, SuperPointError
+from superpoint_trt.gpu import cuda
+from superpoint_trt.gpu.kernels.decode import USUAL_ROWS, decode_heads
+from superpoint_trt.run import decode
 
 try:
     cuda.current_device()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from heads import logits_of
 
-from superpoint_trt.kernels.decode import decode_heads
-from superpoint_trt.spec import DecodeOptions, Sampling, SuperPointError
+from superpoint_trt.core.types import DecodeOptions, Sampling, SuperPointError
+from superpoint_trt.gpu.kernels.decode import decode_heads
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sampling", list(Sampling))
 def test_torch_heads_equal_the_torch_reference(dtype, sampling):
-    from superpoint_trt.network import decode, dense
+    from superpoint_trt.checkpoint.reference import decode, dense
 
     logits = torch.from_numpy(logits_of("image-like", 3, (2, 65, 30, 40))).cuda().to(dtype)
     coarse = torch.randn(2, 256, 30, 40, device="cuda").to(dtype)

@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from superpoint_trt import calibration as calibrations
-from superpoint_trt import engine as engines
-from superpoint_trt import image as images
-from superpoint_trt.calibration import calibrate
-from superpoint_trt.export import ExportOptions, export
-from superpoint_trt.extractor import SuperPoint
-from superpoint_trt.quantize import COARSE, quantize_file
-from superpoint_trt.rounding import round_weights
-from superpoint_trt.spec import OutputType, Precision
-from superpoint_trt.verify import verify, within
+from superpoint_trt.convert import engine as engines
+from superpoint_trt.convert.export import ExportOptions, export
+from superpoint_trt.convert.quantize import calibrate as calibrations
+from superpoint_trt.convert.quantize.calibrate import calibrate
+from superpoint_trt.convert.quantize.gptq import round_weights
+from superpoint_trt.convert.quantize.qdq import COARSE, quantize_file
+from superpoint_trt.core import image as images
+from superpoint_trt.core.types import OutputType, Precision
+from superpoint_trt.prove.verify import verify, within
+from superpoint_trt.run.extractor import SuperPoint
 
 SIZE_HW = (480, 640)
 PROOF = 4

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from superpoint_trt.backends.tensorrt import TensorRTBackend
+from superpoint_trt.run.backends.tensorrt import TensorRTBackend
 
 CONVOLUTIONS = [f"conv{stage}{half}" for stage in (1, 2, 3, 4) for half in "ab"] + [
     "convPa",

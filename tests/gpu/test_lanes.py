@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from heads import download, found_of, upload
 
-from superpoint_trt import SuperPoint, cuda, kernels
-from superpoint_trt import engine as engines
-from superpoint_trt.backends.lanes import MOST_LOANS
-from superpoint_trt.backends.tensorrt import TensorRTBackend
-from superpoint_trt.export import ExportOptions, export
-from superpoint_trt.kernels.decode import decode_heads
-from superpoint_trt.spec import OUTPUT_NAMES, Keypoints, OutputType, Precision, SuperPointError
+from superpoint_trt import SuperPoint
+from superpoint_trt.convert import engine as engines
+from superpoint_trt.convert.export import ExportOptions, export
+from superpoint_trt.core.types import OUTPUT_NAMES, Keypoints, OutputType, Precision, SuperPointError
+from superpoint_trt.gpu import cuda, kernels
+from superpoint_trt.gpu.kernels.decode import decode_heads
+from superpoint_trt.run.backends.tensorrt import TensorRTBackend
+from superpoint_trt.run.lanes import MOST_LOANS
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from superpoint_trt import decode
-from superpoint_trt.extractor import SuperPoint
-from superpoint_trt.spec import DecodeOptions, Sampling
+from superpoint_trt.core.types import DecodeOptions, Sampling
+from superpoint_trt.run import decode
+from superpoint_trt.run.extractor import SuperPoint
 
 FOUND_WITHIN_PX = 1.0
 TOP = 1024

@@ -7,11 +7,11 @@ import threading
 import numpy as np
 import pytest
 
-from superpoint_trt import cuda
-from superpoint_trt.backends.tensorrt import MOST_LOANS, MOST_SHAPES, TensorRTBackend
-from superpoint_trt.extractor import SuperPoint
-from superpoint_trt.plan import sidecar
-from superpoint_trt.spec import SuperPointError
+from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.gpu import cuda
+from superpoint_trt.gpu.engine_file import sidecar
+from superpoint_trt.run.backends.tensorrt import MOST_LOANS, MOST_SHAPES, TensorRTBackend
+from superpoint_trt.run.extractor import SuperPoint
 
 CALLS = 10_000
 PAGE = 2 << 20

@@ -1,0 +1,443 @@
+"""Checkpoint files of every known layout -> one verified, named set of float32 arrays.
+
+Layers get the names of the paper's own code, whatever the file calls them: `conv1a`, `conv1b`, ..., `conv4b`
+(backbone, a 2x2 max-pool after every stage but the last), `convPa`, `convPb` (detector), `convDa`, `convDb`
+(descriptor). Nothing here executes what is in a file: `.pth` goes through `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from superpoint_trt.core.files import PathLike, one_line, read_bytes, sha256, write_atomically
+from superpoint_trt.core.types import Family, Float32, Sampling, SuperPointError
+
+FEWEST_STAGES, MOST_STAGES = 3, 6
+"""Cells of 4 to 32 px; the published networks have 4 stages, so 8 px."""
+
+BATCHNORM_EPS = 1e-3
+"""The MIT model's; torch's own default is 1e-5."""
+
+
+_Choice = TypeVar("_Choice", bound=enum.Enum)
+
+
+class NormPlacement(str, enum.Enum):
+    """Where a checkpoint's BatchNorm sits relative to the ReLU of its block."""
+
+    NONE = "none"
+    AFTER_RELU = "after-relu"
+    BEFORE_RELU = "before-relu"
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorm:
+    """Frozen BatchNorm statistics: y = (x - mean) / sqrt(var + eps) * weight + bias, each (C,) float32."""
+
+    weight: Float32
+    bias: Float32
+    running_mean: Float32
+    running_var: Float32
+
+    def scale_and_shift(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The same map as y = x * scale + shift, in float64."""
+        scale = self.weight.astype(np.float64) / np.sqrt(self.running_var.astype(np.float64) + BATCHNORM_EPS)
+        return scale, self.bias - self.running_mean * scale
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One convolution: weight (O, I, K, K) and bias (O,), float32, and its BatchNorm if it has one."""
+
+    weight: Float32
+    bias: Float32
+    norm: BatchNorm | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A verified SuperPoint: every layer present, of the right shape, finite."""
+
+    layers: Mapping[str, Layer]
+    family: Family
+    norm: NormPlacement
+    sampling: Sampling
+    sha256: str | None = None
+    """Of the file it came from; None when it came from memory."""
+
+    @property
+    def stages(self) -> int:
+        """Number of backbone stages, of two convolutions each."""
+        return sum(1 for name in self.layers if re.fullmatch(r"conv\d+a", name))
+
+    @property
+    def stride_px(self) -> int:
+        """Pixels along one side of a detector cell."""
+        return int(2 ** (self.stages - 1))
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Output channels of each stage, then of the heads' hidden layers; the published ones: 64 64 128 128 256."""
+        stages = [self.layers[f"conv{stage}b"].weight.shape[0] for stage in range(1, self.stages + 1)]
+        return (*stages, self.layers["convPa"].weight.shape[0])
+
+    @property
+    def descriptor_dim(self) -> int:
+        """D, 256 in the published networks."""
+        return int(self.layers["convDb"].weight.shape[0])
+
+    @property
+    def parameters(self) -> int:
+        """Number of convolution parameters."""
+        return sum(layer.weight.size + layer.bias.size for layer in self.layers.values())
+
+
+def load(path: PathLike, sampling: Sampling | None = None) -> Checkpoint:
+    """Reads a checkpoint file of any known layout, recognised by its keys.
+
+    Args:
+        path: `.pth` (needs torch) or `.safetensors` (does not); told apart by content, not by name.
+        sampling: overrides the descriptor sampling that the family implies.
+
+    Raises:
+        SuperPointError: not a file, not a checkpoint, not a SuperPoint, damaged, or asking to execute code.
+    """
+    path = Path(path)
+    data = read_bytes(path, "checkpoint")
+    if _is_safetensors(data):
+        arrays, metadata = _read_safetensors(data, path)
+    else:
+        arrays, metadata = _read_torch(data, path), {}
+    checkpoint = from_arrays(arrays, sampling=sampling, metadata=metadata, source=str(path))
+    return replace(checkpoint, sha256=sha256(data))
+
+
+def from_arrays(
+    arrays: Mapping[str, NDArray[Any]],
+    sampling: Sampling | None = None,
+    metadata: Mapping[str, str] | None = None,
+    source: str = "state dict",
+) -> Checkpoint:
+    """Recognises the layout of named arrays by their keys and verifies every layer.
+
+    Args:
+        arrays: parameter name -> array, as in the checkpoint.
+        sampling: overrides the descriptor sampling that the family implies.
+        metadata: a safetensors file's own, if any.
+        source: what to call it in an error.
+
+    Raises:
+        SuperPointError: unknown keys, missing layers, wrong shapes, values that are not finite.
+    """
+    metadata = metadata or {}
+    family, named = _recognise(arrays, metadata, source)
+    layers = {name: _layer(name, parameters, source) for name, parameters in named.items()}
+    _verify(layers, source)
+    norm = _norm_placement(family, layers, metadata, source)
+    return Checkpoint(layers, family, norm, sampling or _sampling(family, layers, metadata, source))
+
+
+def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
+    """Writes this project's own `.safetensors`: canonical names, BatchNorm placement and sampling as metadata.
+
+    Args:
+        checkpoint: what to write.
+        path: the file; written beside and renamed.
+        half: store float16, half the size (BatchNorm statistics stay float32).
+    """
+    from safetensors.numpy import save as to_bytes
+
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, layer in checkpoint.layers.items():
+        convolution = {"weight": layer.weight, "bias": layer.bias}
+        arrays.update({f"{name}.{key}": a.astype(np.float16) if half else a for key, a in convolution.items()})
+        if layer.norm:
+            arrays.update({f"{name}.bn.{key}": value for key, value in vars(layer.norm).items()})
+    metadata = {
+        "format": Family.SUPERPOINT_TRT.value,
+        "norm": checkpoint.norm.value,
+        "sampling": checkpoint.sampling.value,
+        "source_family": checkpoint.family.value,
+        "source_sha256": checkpoint.sha256 or "",
+    }
+    return write_atomically(path, to_bytes(arrays, metadata=metadata))
+
+
+def without_batchnorm(checkpoint: Checkpoint) -> Checkpoint:
+    """The same network with every BatchNorm folded into its convolution, in float64: exact up to rounding.
+
+    Raises:
+        SuperPointError: BatchNorm comes after the ReLU, where it cannot be folded away.
+    """
+    if checkpoint.norm is NormPlacement.AFTER_RELU:
+        raise SuperPointError("BatchNorm after ReLU cannot be folded away; expected BatchNorm before ReLU, or none.")
+    layers = {}
+    for name, layer in checkpoint.layers.items():
+        weight, bias = layer.weight.astype(np.float64), layer.bias.astype(np.float64)
+        if layer.norm:
+            scale, shift = layer.norm.scale_and_shift()
+            weight, bias = weight * scale[:, None, None, None], bias * scale + shift
+        layers[name] = Layer(weight.astype(np.float32), bias.astype(np.float32))
+    return replace(checkpoint, layers=layers, norm=NormPlacement.NONE)
+
+
+# ---------------------------------------------------------------------------------------------- layouts by their keys
+
+_PARAMETER = r"(weight|bias)"
+_BN_PARAMETER = r"bn\.(weight|bias|running_mean|running_var)"
+SAFE_TORCH = (2, 6)
+_LAYOUTS: Mapping[Family, tuple[str, ...]] = {
+    # Each pattern yields (stage or head, a/b or 0/1, parameter); the order decides nothing, the keys are disjoint.
+    Family.V6: (
+        rf"backbone\.(\d+)\.([01])\.(?:conv\.{_PARAMETER}|{_BN_PARAMETER})",
+        rf"(detector|descriptor)\.([01])\.(?:conv\.{_PARAMETER}|{_BN_PARAMETER})",
+    ),
+    Family.HUGGINGFACE: (
+        rf"encoder\.conv_blocks\.(\d+)\.conv_([ab])\.{_PARAMETER}",
+        rf"(keypoint_decoder)\.conv_score_([ab])\.{_PARAMETER}",
+        rf"(descriptor_decoder)\.conv_descriptor_([ab])\.{_PARAMETER}",
+    ),
+    Family.MAGICLEAP: (rf"conv(\d+|[PD])([ab])\.(?:{_PARAMETER}|{_BN_PARAMETER})",),
+}
+_HEADS = {"detector": "P", "keypoint_decoder": "P", "descriptor": "D", "descriptor_decoder": "D", "P": "P", "D": "D"}
+_FIRST_STAGE = {Family.V6: 0, Family.HUGGINGFACE: 0, Family.MAGICLEAP: 1}
+
+_SAMPLING_BY_CONTENT: Mapping[str, Sampling] = {
+    # `_fingerprint` -> sampling. AMD's Vitis-AI tf_superpoint after an int8 round trip: Magic Leap's key names, but
+    # trained with the TensorFlow code of rpautrat/SuperPoint, whose sampling is the half-pixel one.
+    "daa72151d47bff8ba79de12d65762d0b9ebb33d5390aa00c700b192d5d2d2d9a": Sampling.HALF_PIXEL,
+}
+
+
+def _fingerprint(layers: Mapping[str, Layer]) -> str:
+    """Of the convolution weights, whatever file or memory they come from."""
+    return sha256(b"".join(layers[name].weight.tobytes() for name in sorted(layers)))
+
+
+def _recognise(
+    arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str], source: str
+) -> tuple[Family, dict[str, dict[str, NDArray[Any]]]]:
+    """Finds the layout in which the most keys make sense, and renames them: layer -> parameter -> array."""
+    keys = [key[len("module.") :] if key.startswith("module.") else key for key in arrays]
+    keys = [key for key in keys if not key.endswith("num_batches_tracked")]
+    renamed = {family: dict(_rename(family, keys)) for family in _LAYOUTS}
+    family = max(renamed, key=lambda candidate: len(renamed[candidate]))
+    strange = [key for key in keys if key not in renamed[family]]
+    if not renamed[family] or strange:
+        found = ", ".join((strange or keys)[:3]) or "no arrays"
+        raise SuperPointError(
+            f"{source} is not a SuperPoint checkpoint: found {len(arrays)} arrays, among them {found}; expected "
+            "'backbone.0.0.conv.weight' (MIT v6), 'conv1a.weight' (Magic Leap) or "
+            "'encoder.conv_blocks.0.conv_a.weight' (Hugging Face)."
+        )
+    layers: dict[str, dict[str, NDArray[Any]]] = {}
+    for key, (layer, parameter) in renamed[family].items():
+        array = arrays[key] if key in arrays else arrays["module." + key]
+        layers.setdefault(layer, {})[parameter] = np.asarray(array)
+    if metadata.get("format") == Family.SUPERPOINT_TRT.value:
+        family = Family.SUPERPOINT_TRT
+    return family, {name: layers[name] for name in sorted(layers, key=_network_order)}
+
+
+def _rename(family: Family, keys: list[str]) -> Iterator[tuple[str, tuple[str, str]]]:
+    for key in keys:
+        for pattern in _LAYOUTS[family]:
+            match = re.fullmatch(pattern, key)
+            if match:
+                group, half, *parameters = match.groups()
+                stage = _HEADS[group] if group in _HEADS else int(group) + 1 - _FIRST_STAGE[family]
+                letter = {"0": "a", "1": "b"}.get(half, half)
+                bn = "bn." if ".bn." in key else ""
+                yield key, (f"conv{stage}{letter}", bn + next(name for name in parameters if name))
+
+
+def _network_order(name: str) -> tuple[int, str]:
+    stage = re.fullmatch(r"conv(\d+)([ab])", name)
+    return (int(stage[1]), stage[2]) if stage else (10_000, {"P": "1", "D": "2"}[name[4]] + name[5])
+
+
+def _layer(name: str, parameters: Mapping[str, NDArray[Any]], source: str) -> Layer:
+    def take(parameter: str) -> Float32:
+        if parameter not in parameters:
+            raise SuperPointError(f"{source} is incomplete: layer {name} has no {parameter}.")
+        array = np.ascontiguousarray(parameters[parameter], dtype=np.float32)
+        if not np.isfinite(array).all():
+            raise SuperPointError(f"{source} is damaged: {name}.{parameter} holds values that are not finite.")
+        return array
+
+    norm = None
+    if any(parameter.startswith("bn.") for parameter in parameters):
+        norm = BatchNorm(*(take(f"bn.{field}") for field in BatchNorm.__dataclass_fields__))
+    return Layer(take("weight"), take("bias"), norm)
+
+
+def _verify(layers: Mapping[str, Layer], source: str) -> None:
+    """Every layer there, kernels and channels chained as in the paper (DeTone et al. 2018, section 3)."""
+    stages = [int(match[1]) for name in layers for match in [re.fullmatch(r"conv(\d+)a", name)] if match]
+    if max([*stages, 0]) > MOST_STAGES:
+        last = f"conv{max(stages)}a"
+        raise SuperPointError(f"{source} is not a SuperPoint: layer {last}; at most {MOST_STAGES} stages are known.")
+    expected = [f"conv{stage}{half}" for stage in range(1, max([*stages, FEWEST_STAGES]) + 1) for half in "ab"]
+    expected += ["convPa", "convPb", "convDa", "convDb"]
+    strange = [name for name in layers if name not in expected]
+    if strange:
+        raise SuperPointError(f"{source} is not a SuperPoint: layer {strange[0]}; stages count from conv1a.")
+    missing = [name for name in expected if name not in layers]
+    if missing:
+        raise SuperPointError(f"{source} is incomplete: no layer {', '.join(missing)}.")
+    inputs = 1
+    for name in expected:
+        layer = layers[name]
+        if name in ("convPa", "convDa"):
+            inputs = layers[f"conv{max(stages)}b"].weight.shape[0]
+        kernel = 1 if name in ("convPb", "convDb") else 3
+        outputs = max(1, layer.weight.shape[0] if layer.weight.ndim else 0)
+        _expect(source, f"{name}.weight", layer.weight, (outputs, inputs, kernel, kernel))
+        _expect(source, f"{name}.bias", layer.bias, (outputs,))
+        for field, array in vars(layer.norm).items() if layer.norm else ():
+            _expect(source, f"{name}.bn.{field}", array, (outputs,))
+        if layer.norm and (layer.norm.running_var < 0).any():
+            raise SuperPointError(f"{source} is damaged: {name}.bn.running_var is negative in places.")
+        inputs = outputs
+    stride = 2 ** (max(stages) - 1)
+    cells = layers["convPb"].weight.shape[0]
+    if cells != stride**2 + 1:
+        raise SuperPointError(
+            f"{source} is not a SuperPoint: its detector has {cells} channels; {max(stages)} stages make cells of "
+            f"{stride}x{stride} px, so {stride**2 + 1} are expected (with the dustbin)."
+        )
+
+
+def _expect(source: str, what: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise SuperPointError(f"{source} does not fit a SuperPoint: {what} is {array.shape}, expected {shape}.")
+
+
+def _norm_placement(
+    family: Family, layers: Mapping[str, Layer], metadata: Mapping[str, str], source: str
+) -> NormPlacement:
+    with_norm = [name for name, layer in layers.items() if layer.norm]
+    if not with_norm:
+        return NormPlacement.NONE
+    if len(with_norm) != len(layers):
+        without = ", ".join(name for name in layers if name not in with_norm)
+        raise SuperPointError(f"{source} is incomplete: BatchNorm is missing for {without}.")
+    if family is Family.SUPERPOINT_TRT:
+        return _choice(NormPlacement, metadata.get("norm", ""), source)
+    if family is Family.V6:
+        return NormPlacement.AFTER_RELU
+    raise SuperPointError(
+        f"{source} has BatchNorm under Magic Leap's key names, which say nothing of its place; this project's own "
+        "files say it in their metadata, which this one has lost: convert the original again."
+    )
+
+
+def _sampling(family: Family, layers: Mapping[str, Layer], metadata: Mapping[str, str], source: str) -> Sampling:
+    if family is Family.SUPERPOINT_TRT:
+        return _choice(Sampling, metadata.get("sampling", ""), source)
+    if family is Family.V6:
+        if not any(layer.norm for layer in layers.values()):
+            raise SuperPointError(
+                f"{source} has the v6 layout's key names but no BatchNorm, so its descriptor sampling is not known; "
+                "say it: --sampling half-pixel or legacy."
+            )
+        return Sampling.HALF_PIXEL
+    return _SAMPLING_BY_CONTENT.get(_fingerprint(layers), Sampling.LEGACY)
+
+
+def _choice(kind: type[_Choice], value: str, source: str) -> _Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        known = ", ".join(member.value for member in kind)
+        raise SuperPointError(f"{source} has metadata {value!r}; expected one of {known}.") from None
+
+
+# ------------------------------------------------------------------------------------------------------ file formats
+
+
+def _is_safetensors(data: bytes) -> bool:
+    """Eight bytes of header length, then JSON: https://github.com/huggingface/safetensors#format."""
+    return len(data) > 8 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 2**32
+
+
+def _read_safetensors(data: bytes, path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as from_bytes
+
+    try:
+        arrays = from_bytes(data)  # bfloat16 comes as ml_dtypes' where that is installed
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        if '"BF16"' in str(data[8:100_000]):
+            raise SuperPointError(f"checkpoint {path} is in bfloat16; save it as float32 or float16.") from error
+        raise SuperPointError(f"checkpoint {path} is not a readable safetensors file: {one_line(error)}.") from error
+    return arrays, header.get("__metadata__") or {}
+
+
+def _read_torch(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
+    if not data.startswith((b"PK\x03\x04", b"\x80")):
+        raise SuperPointError(f"{path} is not a checkpoint: neither a .pth (PyTorch) nor a .safetensors file.")
+    try:
+        import torch
+    except ImportError:
+        raise SuperPointError(
+            f"reading {path} needs PyTorch: pip install 'superpoint-trt[torch]' (a .safetensors file does not)."
+        ) from None
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
+        raise SuperPointError(
+            f"torch {torch.__version__} cannot be trusted to refuse code in a .pth (CVE-2025-32434): "
+            "pip install 'torch>=2.6', or use a .safetensors file."
+        )
+    import pickle
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a TorchScript archive is warned about, then refused below
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"(?:GLOBAL|global|class|type)\s+`?([\w.]+)`?", str(error))
+        what = f" ({asked[1]})" if asked else ""
+        raise SuperPointError(
+            f"checkpoint {path} is refused: it holds more than plain arrays{what}, which could execute code when "
+            "loaded; save only the state_dict, or use a .safetensors file."
+        ) from error
+    except Exception as error:  # torch has no one exception for a damaged file
+        raise SuperPointError(
+            f"checkpoint {path} is damaged or truncated, or no plain state_dict: {one_line(error)}."
+        ) from error
+    return state_arrays(state, str(path))
+
+
+def state_arrays(state: Any, source: str = "state dict") -> dict[str, NDArray[Any]]:
+    """A torch state_dict, wrapped as training scripts wrap it or not, as float32 arrays.
+
+    Raises:
+        SuperPointError: not a mapping of names to tensors.
+    """
+    import torch
+
+    state = _unwrap(state)
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        kind = type(state).__name__
+        raise SuperPointError(f"{source} is not a checkpoint: expected a state_dict of arrays, got {kind}.")
+    return {str(key): value.detach().cpu().to_dense().float().numpy() for key, value in state.items()}
+
+
+def _unwrap(state: Any) -> Any:
+    """Training scripts wrap the state_dict; the published wrappers are these."""
+    for key in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            return state[key]
+    return state

@@ -1,0 +1,152 @@
+"""What this machine can do, and the command that adds what it cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module, metadata, util
+from pathlib import Path
+
+from superpoint_trt._version import __version__
+from superpoint_trt.core.files import one_line
+from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.gpu import cuda
+from superpoint_trt.gpu import tensorrt_api as trt
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    present: bool
+    detail: str
+    """Version and what was found; for what is missing, the command that adds it."""
+
+
+def examine() -> Iterator[Finding]:
+    """Looks at this machine; imports what it reports on, so that "present" means it works."""
+    yield Finding("Python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield Finding("superpoint-trt", True, f"{__version__} ({Path(__file__).parent})")
+    yield from _core()
+    yield _torch()
+    yield _gpu()
+    yield _cuda_driver()
+    yield _module("cuda-bindings", "cuda.bindings", "pip install 'superpoint-trt[tensorrt]'")
+    for flavour, module in trt.MODULES.items():
+        yield _module(module.replace("_", "-"), module, f"pip install '{trt.EXTRAS[flavour]}' (docs/tensorrt.md)")
+
+
+def abilities() -> Iterator[Finding]:
+    """What a user can do with that."""
+    has_torch = _torch().present
+    yield Finding("export .safetensors to .onnx", True, "superpoint export")
+    yield Finding("export .pth to .onnx", has_torch, "superpoint export" if has_torch else _ADD_TORCH)
+    yield Finding("find keypoints with .onnx", True, "superpoint infer")
+    on_cuda = "CUDAExecutionProvider" in _providers()
+    yield Finding("the same on an NVIDIA GPU", on_cuda, "superpoint infer --device cuda" if on_cuda else _ADD_CUDA)
+    yield from _engines()
+
+
+def _engines() -> Iterator[Finding]:
+    """Building and running, asked of the libraries themselves."""
+    gpu, why = None, ""
+    try:
+        gpu = cuda.current_device().capability
+    except SuperPointError as error:
+        why = str(error)
+    flavours = trt.installed()
+    if trt.Flavour.TENSORRT in flavours and gpu:
+        builds = "superpoint build"
+    elif trt.Flavour.RTX in flavours:
+        builds = "superpoint build --runtime rtx" + ("" if gpu in trt.RTX_TARGETS else " --target sm89 (RTX GPUs)")
+    else:
+        builds = None
+    runs = gpu is not None and (trt.Flavour.TENSORRT in flavours or gpu in trt.RTX_TARGETS) and bool(flavours)
+    no_gpu = f"no usable NVIDIA GPU: {why}" if why else "no NVIDIA GPU that the installed TensorRT runs on"
+    lacking = trt.missing() or no_gpu
+    yield Finding("build TensorRT engines", builds is not None, builds or lacking)
+    yield Finding("run TensorRT engines", runs, "superpoint infer --model X.engine" if runs else lacking)
+
+
+_ADD_CUDA = "pip uninstall onnxruntime, then pip install onnxruntime-gpu (NVIDIA GPU with CUDA)"
+_ADD_TORCH = "pip install 'superpoint-trt[torch]'"
+
+
+def _core() -> Iterator[Finding]:
+    import onnx
+    import onnxruntime
+
+    yield Finding("numpy", True, metadata.version("numpy"))
+    yield Finding("OpenCV", True, str(import_module("cv2").__version__))
+    yield Finding("onnx", True, f"{onnx.__version__} (opsets 11 to {onnx.defs.onnx_opset_version()})")
+    yield Finding("onnxruntime", True, f"{onnxruntime.__version__} ({', '.join(_providers())})")
+
+
+def _providers() -> list[str]:
+    import onnxruntime
+
+    available: list[str] = onnxruntime.get_available_providers()
+    return available
+
+
+def _torch() -> Finding:
+    if util.find_spec("torch") is None:
+        return Finding("torch", False, _ADD_TORCH)
+    try:
+        import torch
+    except Exception as error:  # a broken installation can raise anything
+        return Finding("torch", False, f"installed but does not import: {one_line(error)}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
+    return Finding("torch", True, f"{torch.__version__} ({gpu})")
+
+
+def _gpu() -> Finding:
+    """nvidia-smi, or on a Jetson without it, the board's own release file."""
+    tegra = Path("/etc/nv_tegra_release")
+    if shutil.which("nvidia-smi") is None:
+        if tegra.exists():
+            return Finding("NVIDIA GPU", True, f"Jetson: {tegra.read_text().splitlines()[0].lstrip('# ')}")
+        return Finding("NVIDIA GPU", False, "no nvidia-smi; with an NVIDIA GPU, install its driver")
+    query = "--query-gpu=name,compute_cap,driver_version,memory.total"
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("NVIDIA GPU", False, f"nvidia-smi does not run: {error}")
+    if answer.returncode:
+        reason = (answer.stdout + answer.stderr).strip().splitlines()
+        return Finding("NVIDIA GPU", False, f"nvidia-smi: {reason[0] if reason else answer.returncode}")
+    gpus = [line.rsplit(", ", 3) for line in answer.stdout.strip().splitlines()]
+    if not gpus or any(len(fields) != 4 for fields in gpus):
+        return Finding("NVIDIA GPU", False, f"nvidia-smi answers: {answer.stdout.strip() or 'nothing'}")
+    return Finding("NVIDIA GPU", True, "; ".join(f"{n} (SM {c}), driver {d}, {m}" for n, c, d, m in gpus))
+
+
+def _cuda_driver() -> Finding:
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int(0)
+        failed = driver.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return Finding("CUDA driver", False, "no libcuda; it comes with the NVIDIA driver")
+    if failed:
+        return Finding("CUDA driver", False, f"cuDriverGetVersion failed with code {failed}")
+    return Finding("CUDA driver", True, f"CUDA {version.value // 1000}.{version.value % 1000 // 10}")
+
+
+def _module(name: str, module: str, add: str) -> Finding:
+    try:
+        found = import_module(module)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and (error.name or "") in (module, module.split(".")[0])
+        return Finding(name, False, add if missing else f"installed but does not import: {one_line(error)}")
+    except Exception as error:  # its libraries do not load, say
+        return Finding(name, False, f"installed but does not import: {one_line(error)}")
+    return Finding(name, True, str(getattr(found, "__version__", "present")))

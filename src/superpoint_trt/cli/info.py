@@ -1,0 +1,152 @@
+"""What any of our files is, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from superpoint_trt.core.files import PathLike, git_blob_id, one_line, read_bytes, sha256
+from superpoint_trt.core.types import ModelDescription, OutputType, SuperPointError
+from superpoint_trt.gpu.engine_file import read_plan
+from superpoint_trt.gpu.tensorrt_api import flavour_of
+from superpoint_trt.run.backends import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
+
+Rows = Iterable[tuple[str, str]]
+
+
+def describe(path: PathLike) -> Rows:
+    """Label and value rows about a checkpoint, an .onnx or a feature file.
+
+    Raises:
+        SuperPointError: not one of our files, or damaged.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".onnx":
+        return _onnx_model(path)
+    if suffix in CHECKPOINT_SUFFIXES:
+        return _checkpoint(path)
+    if suffix == ".npz":
+        return _features(path)
+    if suffix in ENGINE_SUFFIXES:
+        return _engine(path)
+    known = ", ".join((".onnx", *CHECKPOINT_SUFFIXES, ".npz", *ENGINE_SUFFIXES))
+    raise SuperPointError(f"{path} is none of this project's files, whose names end in {known}.")
+
+
+def _checkpoint(path: Path) -> Iterator[tuple[str, str]]:
+    from superpoint_trt.checkpoint import layouts as checkpoints
+    from superpoint_trt.checkpoint.public import PUBLIC
+
+    checkpoint = checkpoints.load(path)
+    blob = git_blob_id(read_bytes(path, "checkpoint"))
+    published = [weights for weights in PUBLIC if weights.git_blob == blob]
+    yield "file", f"{path} ({_size(path)})"
+    yield "what", "SuperPoint checkpoint"
+    yield "layout", checkpoint.family.value
+    if published:
+        yield "published as", f"{published[0].name}, {published[0].about}; licence {published[0].licence}"
+    yield "batch norm", checkpoint.norm.value
+    yield "sampling", checkpoint.sampling.value
+    yield "channels", " ".join(str(count) for count in checkpoint.channels)
+    yield "descriptors", f"{checkpoint.descriptor_dim}, one per {checkpoint.stride_px}x{checkpoint.stride_px} px"
+    yield "parameters", f"{checkpoint.parameters:,}"
+    yield "sha256", str(checkpoint.sha256)
+    yield "git blob", blob
+
+
+def _onnx_model(path: Path) -> Iterator[tuple[str, str]]:
+    from superpoint_trt.convert.cast import parse_onnx
+
+    data = read_bytes(path, "model")
+    model = parse_onnx(data, path)
+    try:
+        metadata = {str(entry.key): str(entry.value) for entry in model.metadata_props}
+        tensors = ["; ".join(map(_tensor, values)) for values in (model.graph.input, model.graph.output)]
+    except (ValueError, TypeError) as error:  # text that is none
+        raise SuperPointError(f"{path} is not an ONNX model, or is damaged: {one_line(error)}.") from error
+    yield "file", f"{path} ({_size(path)})"
+    yield "made by", f"{model.producer_name or 'unknown'} {model.producer_version}".strip()
+    yield "opset", ", ".join(str(opset.version) for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
+    yield "inputs", tensors[0]
+    yield "outputs", tensors[1]
+    described = ModelDescription.from_metadata(metadata)
+    if described:
+        yield from _description(described)
+    else:
+        yield "what", "another tool's model: no superpoint_trt metadata"
+    yield "sha256", sha256(data)
+
+
+def _engine(path: Path) -> Iterator[tuple[str, str]]:
+    """From the .json beside it, so that any machine can say; a bare plan is only opened where it runs."""
+    plan, metadata = read_plan(path)
+    flavour = flavour_of(plan)
+    if flavour is None and metadata is None:
+        raise SuperPointError(
+            f"{path} is no TensorRT engine: it begins with {plan[:4]!r}; build one: superpoint build."
+        )
+    yield "file", f"{path} ({_size(path)})"
+    if metadata is None:
+        yield "what", f"{flavour.value if flavour else 'unknown'} engine without a .json: superpoint infer opens it"
+        return
+    yield from _description(metadata.description)
+    yield "takes", str(metadata.profile)
+    if metadata.build.get("channels_last"):
+        yield "channels-last", ", ".join(metadata.build["channels_last"])
+    yield "runs on", f"{metadata.flavour.value} {metadata.tensorrt_version}, {', '.join(metadata.targets)}"
+    yield "built on", metadata.gpu_name or "a machine without a GPU"
+    yield "rebuild", metadata.rebuild
+    yield "sha256", metadata.plan_sha256
+
+
+def _description(model: ModelDescription) -> Iterator[tuple[str, str]]:
+    yield "what", f"SuperPoint, {model.type.value} outputs, {model.precision.value}"
+    size = f"{model.width_px}x{model.height_px} px"
+    yield "size", f"any (multiples of {model.stride_px} px, {size} expected)" if model.dynamic else size
+    yield "largest batch", str(model.max_batch_size)
+    yield "sampling", model.sampling.value
+    yield "checkpoint", f"layout {model.family.value if model.family else 'unknown'}, sha256 {model.checkpoint_sha256}"
+    if model.approximation:
+        yield "approximation", model.approximation
+    if model.calibration:
+        yield "calibration", model.calibration
+        yield "not quantised", model.kept_layers or "nothing"
+        if model.handed_over:
+            yield "reads int8", model.handed_over
+        if model.first_convolution == "parts":
+            yield "image", "the sum of four of 7 bits: exact for 8-bit images but for white; float images get 9 bits"
+    if model.type is OutputType.KEYPOINTS:
+        yield (
+            "decode",
+            (
+                f"NMS radius {model.nms_radius_px} px, border {model.remove_borders_px} px, "
+                f"threshold {model.threshold}, {model.max_keypoints} keypoints"
+            ),
+        )
+
+
+def _features(path: Path) -> Iterator[tuple[str, str]]:
+    from superpoint_trt.run.store import load_features
+
+    found = load_features(path)
+    yield "file", f"{path} ({_size(path)})"
+    yield "what", "keypoints of one image"
+    yield "image", f"{found.image_size[0]}x{found.image_size[1]} px"
+    yield "keypoints", str(len(found))
+    yield "descriptors", f"{found.descriptors.shape[1]} x {found.descriptors.dtype}"
+    if len(found):
+        yield "scores", f"{found.scores.min():.4f} to {found.scores.max():.4f}"
+
+
+def _tensor(value: Any) -> str:
+    import onnx
+
+    kind = value.type.tensor_type
+    sizes = [dim.dim_param or str(dim.dim_value) for dim in kind.shape.dim]
+    return f"{value.name} [{', '.join(sizes)}] {onnx.TensorProto.DataType.Name(kind.elem_type).lower()}"
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:.2f} MB"

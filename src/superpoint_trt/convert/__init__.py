@@ -1,0 +1,1 @@
+"""The build half: checkpoint -> .onnx -> typed .onnx -> TensorRT plan."""

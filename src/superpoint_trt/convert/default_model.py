@@ -1,0 +1,27 @@
+"""The packaged weights as a model that runs anywhere: exported once, then kept in the user's cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from superpoint_trt import packaged
+from superpoint_trt._version import __version__
+from superpoint_trt.core.files import cache_folder, read_bytes, sha256
+
+
+def default_model() -> Path:
+    """A dynamic `dense` .onnx of the packaged weights, fp32.
+
+        with SuperPoint(default_model()) as superpoint:
+            keypoints = superpoint.extract("photo.jpg")
+
+    Raises:
+        SuperPointError: the cache cannot be written.
+    """
+    name = f"superpoint_trt-{__version__}-{sha256(read_bytes(packaged.WEIGHTS, 'packaged checkpoint'))[:12]}.onnx"
+    path = cache_folder() / name
+    if not path.is_file():
+        from superpoint_trt.convert.export import ExportOptions, export
+
+        export(packaged.WEIGHTS, path, ExportOptions(dynamic=True))
+    return path

@@ -1,0 +1,585 @@
+""".onnx -> TensorRT engine and its metadata, with whichever TensorRT is installed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from superpoint_trt.convert.cast import (
+    QUANTISED_TYPES,
+    convolution_type,
+    described,
+    has_low_type,
+    load_onnx,
+    quantised_chain,
+    to_precision,
+)
+from superpoint_trt.convert.quantize import calibrate as calibrations
+from superpoint_trt.convert.quantize.qdq import FirstConvolution, quantize
+from superpoint_trt.core.files import PathLike, check_distinct, check_writable, read_bytes, sha256, write_atomically
+from superpoint_trt.core.types import (
+    CELL_PX,
+    INPUT_NAME,
+    OUTPUT_NAMES,
+    TENSORRT_MAX_TOPK,
+    ModelDescription,
+    OutputType,
+    Precision,
+    ShapeRange,
+    SuperPointError,
+)
+from superpoint_trt.gpu import cuda
+from superpoint_trt.gpu.engine_file import EngineMetadata, sidecar, with_profile
+from superpoint_trt.gpu.tensorrt_api import RTX_TARGETS, Flavour, TensorRT, load
+
+PRECISIONS = tuple(Precision)
+
+MIN_SHAPE_HW, MAX_SHAPE_HW = (240, 320), (960, 1280)
+"""The guide's range, for dynamic models when nothing else is said."""
+
+MOST_WORKSPACE_GIB = 1024.0
+HIGHEST_LEVEL = 5
+
+Progress = Callable[[str, int, int], None]
+"""Called with TensorRT's name of the phase, steps done, steps in all."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build. None leaves a choice to TensorRT, or takes it from the model."""
+
+    precision: Precision = Precision.FP32
+    workspace_gib: float | None = None
+    """The most scratch memory a kernel may want."""
+    min_shape_hw: tuple[int, int] | None = None
+    opt_shape_hw: tuple[int, int] | None = None
+    max_shape_hw: tuple[int, int] | None = None
+    max_batch_size: int | None = None
+    timing_cache: PathLike | None = None
+    """Read if it is there, written afterwards: later builds take seconds."""
+    optimization_level: int | None = None
+    """0 (fastest build) to 5 (fastest engine); TensorRT's own default is 3."""
+    runtime: Flavour | None = None
+    targets: tuple[str, ...] = ()
+    """Compute capabilities to build for, "sm89" say; RTX only."""
+    calibration: PathLike | None = None
+    """Of int8 and fp8: the ranges that `calibration.save` wrote; not needed where the .onnx is quantised already."""
+    keep_fp16: tuple[str, ...] = ()
+    """Name patterns of convolutions that int8 and fp8 leave alone; or quantize.COARSE, which the command line
+    takes by default. Empty: none is."""
+    first_convolution: FirstConvolution | None = None
+    """Of int8 and fp8: how the convolution that reads the image runs; None: as `quantize` chooses."""
+    linear_heads: bool = False
+    """Raw fp16 heads as NCHW, for readers other than this package; else as convolutions write them, channels-last."""
+
+    def __post_init__(self) -> None:
+        if self.workspace_gib is not None and not 0 < self.workspace_gib <= MOST_WORKSPACE_GIB:
+            raise SuperPointError(f"workspace is {self.workspace_gib} GiB; expected more than 0, 4 say.")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= HIGHEST_LEVEL:
+            raise SuperPointError(f"optimisation level is {self.optimization_level}; expected 0 to {HIGHEST_LEVEL}.")
+        if self.max_batch_size is not None and self.max_batch_size < 1:
+            raise SuperPointError(f"the largest batch is {self.max_batch_size} images; expected 1 or more.")
+        unknown = [target for target in self.targets if target not in RTX_TARGETS]
+        if unknown:
+            raise SuperPointError(f"target {unknown[0]!r} is unknown; expected some of {','.join(RTX_TARGETS)}.")
+
+    def command(self, model: PathLike, engine: PathLike, flavour: Flavour) -> str:
+        """The command that builds the same again."""
+        words = ["superpoint", "build", "--onnx", str(model), "--engine", str(engine)]
+        words += ["--precision", self.precision.value, "--runtime", flavour.value]
+        shapes = {"min": self.min_shape_hw, "opt": self.opt_shape_hw, "max": self.max_shape_hw}
+        options: dict[str, Any] = {
+            "workspace": self.workspace_gib,
+            **{f"{name}-shape": f"{shape[0]}x{shape[1]}" for name, shape in shapes.items() if shape},
+            "max-batch-size": self.max_batch_size,
+            "optimization-level": self.optimization_level,
+            "target": ",".join(self.targets) or None,
+            "calibration": self.calibration,
+            "first-convolution": self.first_convolution.value if self.first_convolution else None,
+        }
+        for name, value in options.items():
+            if value is not None:
+                words += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+        # Without the option the command line keeps some layers.
+        nothing = ["none"] if self.calibration is not None else []
+        for pattern in self.keep_fp16 or nothing:
+            words += ["--keep-fp16", pattern]
+        if self.linear_heads:
+            words.append("--linear-heads")
+        return shlex.join(words)
+
+
+def build(
+    model: PathLike, engine: PathLike, options: BuildOptions | None = None, progress: Progress | None = None
+) -> EngineMetadata:
+    """Builds one engine and the .json beside it.
+
+    Args:
+        model: .onnx of this package or another tool's SuperPoint; fp32, or already of the precision asked for.
+        engine: the plan to write, plain TensorRT; written beside and renamed.
+        options: precision, sizes, runtime.
+        progress: told how far the builder is, where TensorRT tells (10 and newer).
+
+    Returns:
+        What was written beside the plan.
+
+    Raises:
+        SuperPointError: no TensorRT, or the model, sizes, precision, GPU and TensorRT do not go together; the text
+            carries TensorRT's own log lines. Nothing is written then.
+    """
+    options = options or BuildOptions()
+    source, tensorrt, (targets, gpu_name) = check(model, engine, options)
+    engine = Path(engine)
+    typed = _typed(source, options, model)
+    profile = _profile(typed, options)
+    description = with_profile(replace(described(typed, model), precision=options.precision), profile)
+    started = time.monotonic()
+    with tensorrt.explaining(f"building {engine} of {model} failed") as log:
+        builder = _Build(tensorrt, options, log)
+        plan = builder.plan(typed, profile, targets, progress)
+    metadata = EngineMetadata(
+        description=description,
+        flavour=tensorrt.flavour,
+        tensorrt_version=tensorrt.version,
+        targets=targets,
+        gpu_name=gpu_name,
+        profile=profile,
+        plan_sha256=sha256(plan),
+        onnx_sha256=sha256(read_bytes(model, "model")),
+        rebuild=options.command(model, engine, tensorrt.flavour),
+        build={
+            "seconds": round(time.monotonic() - started, 1),
+            "workspace_gib": options.workspace_gib,
+            "optimization_level": options.optimization_level,
+            "channels_last": builder.channels_last,
+            "bytes": len(plan),
+        },
+    )
+    # The plan first: an old .json beside a new plan is found out by its hash, a new .json beside an old plan too.
+    write_atomically(engine, plan)
+    write_atomically(sidecar(engine), metadata.to_json())
+    return metadata
+
+
+def check(
+    model: PathLike, engine: PathLike, options: BuildOptions
+) -> tuple[onnx.ModelProto, TensorRT, tuple[tuple[str, ...], str | None]]:
+    """Refuses what `build` would refuse, short of ranges, before minutes are spent on measuring those.
+
+    Returns:
+        The model, the TensorRT, and the compute capabilities to build for with the name of the GPU here.
+
+    Raises:
+        SuperPointError: as `build`.
+    """
+    engine = check_writable(engine)
+    for output in (engine, check_writable(sidecar(engine))):
+        check_distinct(output, model, options.timing_cache, options.calibration)
+    source = load_onnx(model)
+    tensorrt = load(options.runtime)
+    _profile(source, options)
+    described(source, model)
+    _check_fits(source, options, tensorrt, model)
+    return source, tensorrt, _targets(options, tensorrt)
+
+
+class _Build:
+    """One run of the builder."""
+
+    def __init__(self, tensorrt: TensorRT, options: BuildOptions, log: Any) -> None:
+        self._tensorrt = tensorrt
+        self._options = options
+        self._log = log
+        self.channels_last: list[str] = []
+        """Outputs, once the plan is there."""
+        # Kept until the plan is there: the bindings do not keep what they depend on.
+        self._builder = tensorrt.module.Builder(tensorrt.logger)
+
+    def plan(
+        self, model: onnx.ModelProto, profile: ShapeRange, targets: tuple[str, ...], progress: Progress | None
+    ) -> bytes:
+        quantised = convolution_type(model) in QUANTISED_TYPES
+        if not self._tensorrt.strongly_typed:
+            model = shift_windows(model)
+        elif quantised and not has_low_type(model):
+            model = to_precision(model, Precision.FP16)
+        network, parser = self._parse(model)
+        network.name = _plan_name(model)
+        if not self._tensorrt.strongly_typed:
+            _constrain_types(self._tensorrt.module, network, model)
+        if not self._options.linear_heads:
+            self.channels_last = _leave_channels_last(self._tensorrt, network)
+        config = self._config(targets)
+        cache = self._timing_cache(config)
+        self._add_profile(network, config, profile)
+        if progress:
+            self._tensorrt.set_progress(config, progress)
+        plan = self._builder.build_serialized_network(network, config)
+        if plan is None:
+            raise self._log.failed()
+        del parser
+        if cache is not None:
+            write_atomically(cache, bytes(config.get_timing_cache().serialize()))
+        return bytes(plan)
+
+    def _parse(self, model: onnx.ModelProto) -> tuple[Any, Any]:
+        network = self._tensorrt.create_network(self._builder)
+        parser = self._tensorrt.module.OnnxParser(network, self._tensorrt.logger)
+        if not parser.parse(model.SerializeToString()):
+            errors = [parser.get_error(index) for index in range(parser.num_errors)]
+            raise self._log.failed("; ".join(" ".join(str(error.desc()).split()) for error in errors))
+        return network, parser
+
+    def _config(self, targets: tuple[str, ...]) -> Any:
+        trt, options = self._tensorrt.module, self._options
+        config = self._builder.create_builder_config()
+        if options.workspace_gib is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * 2**30))
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+        self._tensorrt.set_builder_defaults(config)
+        self._tensorrt.set_precision_flags(
+            config,
+            tf32=options.precision is Precision.TF32,
+            fp16=options.precision in (Precision.FP16, Precision.INT8),
+            int8=options.precision is Precision.INT8,
+        )
+        if self._tensorrt.flavour is Flavour.RTX:
+            self._tensorrt.set_targets(config, targets)
+        return config
+
+    def _timing_cache(self, config: Any) -> Path | None:
+        if self._options.timing_cache is None:
+            return None
+        path = check_writable(self._options.timing_cache)
+        known = read_bytes(path, "timing cache") if path.exists() else b""
+        cache = config.create_timing_cache(known)
+        # Not to ignore a mismatch: times of another GPU or TensorRT would choose the wrong kernels.
+        if cache is None or not config.set_timing_cache(cache, False):
+            raise self._log.failed(f"the timing cache {path} is another TensorRT's or GPU's; remove it")
+        return path
+
+    def _add_profile(self, network: Any, config: Any, shapes: ShapeRange) -> None:
+        if all(size >= 0 for size in network.get_input(0).shape):
+            return
+        profile = self._builder.create_optimization_profile()
+        sizes = [(batch, 1, height, width) for batch, height, width in (shapes.min, shapes.opt, shapes.max)]
+        profile.set_shape(INPUT_NAME, *sizes)
+        if config.add_optimization_profile(profile) < 0:
+            raise self._log.failed(f"the optimisation profile {shapes} was refused")
+
+
+# -------------------------------------------------------------------------------------------------------- what to build
+
+
+def _typed(source: onnx.ModelProto, options: BuildOptions, path: PathLike) -> onnx.ModelProto:
+    """The graph in the precision asked for; one that already has it is taken as it is."""
+    precision, found = options.precision, convolution_type(source)
+    if found is precision and found is not Precision.FP32:
+        if options.calibration is not None or options.keep_fp16 or options.first_convolution:
+            raise SuperPointError(
+                f"{path} is quantised already, so calibration, --keep-fp16 and --first-convolution come too late; use "
+                "the fp32 .onnx."
+            )
+        return source
+    if found is not None and found is not Precision.FP32:
+        raise SuperPointError(
+            f"{path} is already {found.value}, but {precision.value} was asked for; use --precision {found.value}, or "
+            "the fp32 .onnx."
+        )
+    if precision not in QUANTISED_TYPES:
+        if options.calibration is not None or options.keep_fp16 or options.first_convolution:
+            raise SuperPointError(
+                "calibration, --keep-fp16 and --first-convolution are for int8 and fp8, but "
+                f"{precision.value} was asked for."
+            )
+        return to_precision(source, precision)
+    if options.calibration is None:
+        raise SuperPointError(
+            f"precision {precision.value} needs ranges measured on images: give --calibration-images FOLDER (100 or "
+            "more photographs like those to come), or --calibration FILE of an earlier run."
+        )
+    ranges = calibrations.load(options.calibration)
+    calibrations.check_same_network(ranges, _description(source), path)
+    return quantize(source, ranges, precision, options.keep_fp16, options.first_convolution)
+
+
+def _profile(model: onnx.ModelProto, options: BuildOptions) -> ShapeRange:
+    """What the engine is to take, of what the graph allows and the options ask."""
+    inputs = [value for value in model.graph.input if value.name == INPUT_NAME]
+    dims = inputs[0].type.tensor_type.shape.dim if inputs else []
+    if len(dims) != 4:
+        raise SuperPointError(
+            f"the .onnx has inputs {', '.join(value.name for value in model.graph.input)}; expected {INPUT_NAME} "
+            "[B, 1, H, W]: make one with superpoint export."
+        )
+    batch, _, height, width = (dim.dim_value or None for dim in dims)
+    asked = [options.min_shape_hw, options.opt_shape_hw, options.max_shape_hw]
+    if height and width:
+        if any(shape not in (None, (height, width)) for shape in asked):
+            raise SuperPointError(
+                f"the .onnx takes {height}x{width} (HxW) only, so there is no other shape to build for; export it with "
+                "--dynamic, or leave --min-shape, --opt-shape and --max-shape away."
+            )
+        shapes = [(height, width)] * 3
+    else:
+        shapes = _dynamic_shapes(model, options)
+    most = options.max_batch_size or _largest_batch(model)
+    if batch and options.max_batch_size not in (None, batch):
+        raise SuperPointError(
+            f"batches up to {options.max_batch_size} were asked for, but the .onnx takes {batch} only; export it with "
+            f"--max-batch-size {options.max_batch_size}."
+        )
+    batches = [batch] * 3 if batch else [1, most, most]
+    low, usual, high = [(count, *shape) for count, shape in zip(batches, shapes)]
+    return ShapeRange(low, usual, high)
+
+
+def is_dynamic(model: onnx.ModelProto) -> bool:
+    """Whether the graph takes images of more than one size."""
+    images = [value.type.tensor_type.shape.dim for value in model.graph.input if value.name == INPUT_NAME]
+    return bool(images) and not all(dim.dim_value for dim in images[0][2:])
+
+
+def usual_size(model: onnx.ModelProto) -> tuple[int, int] | None:
+    """(height, width) a model of ours was exported for; None for other tools' models."""
+    described = _description(model)
+    return (
+        (described.height_px, described.width_px) if described and described.height_px and described.width_px else None
+    )
+
+
+def _description(model: onnx.ModelProto) -> ModelDescription | None:
+    return ModelDescription.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+
+
+def _dynamic_shapes(model: onnx.ModelProto, options: BuildOptions) -> list[tuple[int, int]]:
+    described, usual = _description(model), usual_size(model)
+    low = options.min_shape_hw or MIN_SHAPE_HW
+    high = options.max_shape_hw or MAX_SHAPE_HW
+    inside = [min(max(side, a), b) for side, a, b in zip(usual or high, low, high)]
+    opt = options.opt_shape_hw or (inside[0], inside[1])
+    stride = described.stride_px if described else CELL_PX
+    for name, shape in (("min", low), ("opt", opt), ("max", high)):
+        if any(side % stride or side < stride for side in shape):
+            raise SuperPointError(
+                f"--{name}-shape is {shape[0]}x{shape[1]} (HxW); expected multiples of {stride}, "
+                f"{_whole(shape, stride)} say."
+            )
+    if not all(a <= b <= c for a, b, c in zip(low, opt, high)):
+        raise SuperPointError(
+            f"the shapes (HxW) run from {low[0]}x{low[1]} over {opt[0]}x{opt[1]} to {high[0]}x{high[1]}; expected "
+            "min <= opt <= max, in height and in width."
+        )
+    return [low, opt, high]
+
+
+def _whole(shape: tuple[int, int], stride_px: int) -> str:
+    return "x".join(str(-(-side // stride_px) * stride_px) for side in shape)
+
+
+def _largest_batch(model: onnx.ModelProto) -> int:
+    described = _description(model)
+    return described.max_batch_size if described else 1
+
+
+def _check_fits(model: onnx.ModelProto, options: BuildOptions, tensorrt: TensorRT, path: PathLike) -> None:
+    """Refuses before the build what this TensorRT is known to refuse after minutes, or in other words."""
+    newest = tensorrt.newest_opset
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    if newest and opset > newest:
+        raise SuperPointError(
+            f"{path} has opset {opset}; {tensorrt} takes {newest} at most: superpoint export --opset {newest}."
+        )
+    if options.precision in (Precision.BF16, Precision.FP8) and not tensorrt.strongly_typed:
+        instead = "int8" if options.precision is Precision.FP8 else "fp16"
+        raise SuperPointError(
+            f"{options.precision.value} needs TensorRT 10 or newer; here is {tensorrt}: use --precision {instead}."
+        )
+    if tensorrt.flavour is not Flavour.RTX and options.targets:
+        raise SuperPointError(
+            f"--target is TensorRT-RTX's: {tensorrt} builds for the GPU it runs on only. Use --runtime rtx, or leave "
+            "--target away."
+        )
+    if options.timing_cache is not None and not tensorrt.has_timing_cache:
+        raise SuperPointError(f"{tensorrt} times nothing when it builds; leave --timing-cache away.")
+    described = _description(model)
+    if described and described.type is OutputType.KEYPOINTS and (described.max_keypoints or 0) > TENSORRT_MAX_TOPK:
+        raise SuperPointError(
+            f"{path} finds {described.max_keypoints} keypoints in its graph; TensorRT's TopK takes "
+            f"{TENSORRT_MAX_TOPK} at most: export it with --max-keypoints {TENSORRT_MAX_TOPK}, or as dense or heads."
+        )
+
+
+def _targets(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...], str | None]:
+    """Compute capabilities to build for, and the GPU at hand if it decides."""
+    if options.targets:
+        return options.targets, None
+    try:
+        device = cuda.current_device()
+    except SuperPointError as error:
+        if tensorrt.flavour is Flavour.RTX:
+            raise SuperPointError(
+                f"no GPU to build for was found here ({error}) Name what to build for: superpoint build --target "
+                f"sm86,sm89 (of {','.join(RTX_TARGETS)})."
+            ) from error
+        raise SuperPointError(
+            f"{tensorrt} builds on the GPU that it builds for, and none was found: {error} Without a GPU, TensorRT-RTX "
+            "builds for RTX GPUs: --runtime rtx --target sm89."
+        ) from error
+    if tensorrt.flavour is Flavour.RTX and device.capability not in RTX_TARGETS:
+        raise SuperPointError(
+            f"{device.name} is {device.capability}, which TensorRT-RTX does not run on (it takes "
+            f"{', '.join(RTX_TARGETS)}): pip install 'superpoint-trt[tensorrt]' and --runtime tensorrt, or --target to "
+            "build for another GPU."
+        )
+    return (device.capability,), device.name
+
+
+def _plan_name(model: onnx.ModelProto) -> str:
+    """The description inside the plan itself, as the network's name: it survives the loss of the .json."""
+    described = _description(model)
+    return json.dumps(described.to_metadata()) if described else "superpoint"
+
+
+def _leave_channels_last(tensorrt: TensorRT, network: Any) -> list[str]:
+    """Raw fp16 heads as fp16 convolutions write them, which spares a kernel for each; the decode reads them either way.
+
+    Call it once the network's types are set: there is no such format for float32.
+
+    Returns:
+        The outputs' names; none of a network that is not cut at its heads.
+    """
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    heads = [
+        output
+        for output in outputs
+        if output.name in OUTPUT_NAMES[OutputType.HEADS] and output.dtype == tensorrt.module.float16
+    ]
+    for output in heads:
+        tensorrt.allow_channels_last(output)
+    return [output.name for output in heads]
+
+
+# -------------------------------------------------------------------------------------------- what TensorRT 8.6 wants
+
+
+def _constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
+    """Says in layers what 10 and newer read off the graph: which compute in fp16, and that the others do not.
+
+    Without, TensorRT 8.6 is free to run softmax, norms and coordinates in fp16 as well. A quantised graph stays fp32
+    for it, since a cast between convolution and Q/DQ pair would keep them from becoming one kernel; what its pairs
+    touch is left to them.
+    """
+    quantised = convolution_type(model) in QUANTISED_TYPES
+    free = quantised_chain(model.graph) if quantised else set()
+    low = _fp16_tensors(to_precision(model, Precision.FP16) if quantised else model)
+    kinds = trt.LayerType
+    untouched = (kinds.CONSTANT, kinds.SHAPE, kinds.CAST, kinds.QUANTIZE, kinds.DEQUANTIZE)
+    floats = (trt.float32, trt.float16)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+        # A comparison has no float output, and must not be made in fp16 either.
+        if layer.type in untouched or not any(tensor and tensor.dtype in floats for tensor in (*inputs, *outputs)):
+            continue
+        in_fp16 = any(output.name in low for output in outputs)
+        # ReLU and pool in front of a Q may become part of its kernel, whatever type that has.
+        if any(output.name in free for output in outputs) or (
+            quantised and in_fp16 and layer.type != kinds.CONVOLUTION
+        ):
+            continue
+        dtype = trt.float16 if in_fp16 else trt.float32
+        layer.precision = dtype
+        for i, output in enumerate(outputs):
+            if output.dtype in floats:
+                layer.set_output_type(i, dtype)
+    if quantised:
+        for index in range(network.num_outputs):
+            output = network.get_output(index)
+            if output.name in low:
+                output.dtype = trt.float16
+
+
+def _fp16_tensors(model: onnx.ModelProto) -> set[str]:
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    values = [*graph.value_info, *graph.output]
+    return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
+
+
+_MOST_SHIFT_PX = 8
+"""NMS radius up to which `shift_windows` takes over: beyond, the copies are too many."""
+
+
+def shift_windows(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The sliding maxima of our own decode as maxima of shifted copies, which TensorRT 8.6 fuses with what is around.
+
+    48 us for the suppression at radius 4, 640x480, with pools 62 (H100). Newer versions fuse pools themselves, and
+    TensorRT-RTX takes seconds to compile this form; where the size is free it does not come to an end.
+
+    Args:
+        model: left as it is; another tool's, a dynamic or an undecoded one comes back the same.
+    """
+    described = _description(model)
+    if described is None or described.type is not OutputType.KEYPOINTS or described.dynamic:
+        return model
+    shifted = onnx.ModelProto()
+    shifted.CopyFrom(model)
+    nodes = list(shifted.graph.node)
+    readers = {name: node for node in nodes for name in node.input}
+    del shifted.graph.node[:]
+    replaced: set[str] = set()
+    for node in nodes:
+        below = readers.get(node.output[0])
+        if _slides(node, 3) and below is not None and _slides(below, 2):
+            shifted.graph.node.extend(_shifts(node, below.output[0], shifted.graph))
+            replaced.update(below.output)
+        elif node.output[0] not in replaced:
+            shifted.graph.node.append(node)
+    return shifted
+
+
+def _slides(node: onnx.NodeProto, axis: int) -> bool:
+    """Whether a node is the suppression's maximum along one axis (2 or 3)."""
+    sizes = {attribute.name: list(attribute.ints) for attribute in node.attribute}
+    kernel = sizes.get("kernel_shape", [])
+    across = [kernel[i] for i in (0, 1) if i != axis - 2] if len(kernel) == 2 else []
+    return (
+        node.op_type == "MaxPool"
+        and across == [1]
+        and max(kernel) <= 2 * _MOST_SHIFT_PX + 1
+        and not sizes.get("strides")
+    )
+
+
+def _shifts(pool: onnx.NodeProto, output: str, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Along columns, then rows, the largest of 2 r + 1 copies; no score is below the zeros around."""
+    reach = next(max(attribute.ints) for attribute in pool.attribute if attribute.name == "kernel_shape") - 1
+    known = {constant.name for constant in graph.initializer}
+
+    def integers(*values: int) -> str:
+        name = "shift_" + "_".join(str(value).replace("-", "m") for value in values)
+        if name not in known:
+            known.add(name)
+            graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
+
+    x = f"{output}.padded"
+    nodes = [helper.make_node("Pad", [pool.input[0], integers(*[0, 0, reach // 2, reach // 2] * 2)], [x], name=x)]
+    for axis, largest in ((3, f"{output}.rows"), (2, output)):
+        copies = [f"{largest}.{k}" for k in range(reach + 1)]
+        for k, copy in enumerate(copies):
+            end = k - reach if k < reach else 2**31 - 1
+            nodes.append(helper.make_node("Slice", [x, *map(integers, (k, end, axis))], [copy], name=copy))
+        nodes.append(helper.make_node("Max", copies, [largest], name=largest))
+        x = largest
+    return nodes

@@ -1,0 +1,1 @@
+"""fp32 .onnx -> Q/DQ .onnx: ranges, equalization, rounding, Q/DQ pairs."""

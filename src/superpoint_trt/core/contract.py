@@ -1,0 +1,81 @@
+"""What a model is, by its own metadata or by the names and shapes of its tensors: the same for every runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from superpoint_trt.core.types import INPUT_NAME, OUTPUT_NAMES, ModelDescription, OutputType, SuperPointError
+
+REQUIRED_RANKS: Mapping[OutputType, Mapping[str, int]] = {
+    # Names that a model must have, and their ranks; num_keypoints may be missing from other tools' models.
+    OutputType.DENSE: {"scores": 3, "descriptors": 4},
+    OutputType.KEYPOINTS: {"keypoints": 3, "scores": 2, "descriptors": 3},
+    OutputType.HEADS: {"logits": 4, "coarse_descriptors": 4},
+}
+
+Shapes = Mapping[str, Sequence[Any]]
+"""Tensor name -> sizes; a free size is anything but a positive int."""
+
+
+def describe(
+    path: Path, described: ModelDescription | None, inputs: Shapes, outputs: Shapes, remedy: str
+) -> ModelDescription:
+    """Checks that a model is one of this project's kind.
+
+    Args:
+        path: for the error.
+        described: the model's own metadata; None for other tools' models.
+        inputs: of the model.
+        outputs: of the model.
+        remedy: how to make a model that fits.
+
+    Returns:
+        `described`; or, without, what the shapes say, and the MIT reference's conventions for the rest.
+
+    Raises:
+        SuperPointError: names or ranks are not those of the graph contract.
+    """
+    ranks = {name: len(shape) for name, shape in outputs.items()}
+    kind = described.type if described else next((t for t in OutputType if _fits(t, ranks)), None)
+    if kind is None or not _fits(kind, ranks) or [*map(len, inputs.values())] != [4] or list(inputs) != [INPUT_NAME]:
+        got = ", ".join(f"{name}{list(shape)}" for name, shape in outputs.items())
+        raise SuperPointError(
+            f"{path} is not one of this project's models: inputs {', '.join(inputs)}; outputs {got}. "
+            f"Expected input {INPUT_NAME} [B, 1, H, W] and outputs "
+            + " or ".join(" + ".join(names) for names in OUTPUT_NAMES.values())
+            + f"; {remedy}."
+        )
+    return described or _describe_foreign(kind, inputs[INPUT_NAME], outputs, path, remedy)
+
+
+def _fits(kind: OutputType, ranks: Mapping[str, int]) -> bool:
+    return all(ranks.get(name) == rank for name, rank in REQUIRED_RANKS[kind].items())
+
+
+def _known(size: Any) -> int | None:
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _describe_foreign(
+    kind: OutputType, image: Sequence[Any], outputs: Shapes, path: Path, remedy: str
+) -> ModelDescription:
+    batch, _, height, width = map(_known, image)
+    if (height is None) != (width is None) or (batch or 1) != 1:
+        raise SuperPointError(
+            f"{path} takes images {list(image)}; expected one image or a free batch, and both sides fixed or both "
+            f"free; {remedy}."
+        )
+    descriptors = outputs["coarse_descriptors" if kind is OutputType.HEADS else "descriptors"]
+    dim = _known(descriptors[2 if kind is OutputType.KEYPOINTS else 1])
+    rows = None if kind is OutputType.KEYPOINTS else _known(descriptors[2])
+    return ModelDescription(
+        type=kind,
+        height_px=height,
+        width_px=width,
+        dynamic=height is None,
+        stride_px=height // rows if rows and height else ModelDescription.stride_px,
+        descriptor_dim=dim or ModelDescription.descriptor_dim,
+        superpoint_trt_version="",
+    )

@@ -1,0 +1,162 @@
+"""Reading and writing files so that an error is one clear line and nothing on disk is ever lost."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Union
+
+from superpoint_trt.core.types import SuperPointError
+
+PathLike = Union[str, "os.PathLike[str]"]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()
+"""Read once: the system only tells it by changing it, which other threads would see."""
+
+
+def read_bytes(path: PathLike, what: str) -> bytes:
+    """The whole file, never empty.
+
+    Args:
+        path: the file.
+        what: what it should be, for the error ("image", "checkpoint", ...).
+
+    Raises:
+        SuperPointError: missing, a folder, unreadable or empty.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise SuperPointError(f"{what} {path} does not exist (looked in {Path.cwd()}).") from None
+    except IsADirectoryError:
+        raise SuperPointError(f"{what} {path} is a folder; expected a file.") from None
+    except OSError as error:
+        raise SuperPointError(f"{what} {path} cannot be read: {error.strerror}.") from error
+    if not data:
+        raise SuperPointError(f"{what} {path} is empty (0 bytes); fetch or make it again.")
+    return data
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: $SUPERPOINT_CACHE, or the user's usual cache.
+
+    Raises:
+        SuperPointError: it cannot be made.
+    """
+    usual = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return make_folder(os.environ.get("SUPERPOINT_CACHE") or Path(usual) / "superpoint-trt")
+
+
+def make_folder(path: PathLike) -> Path:
+    """A folder to write to, made if it is missing.
+
+    Raises:
+        SuperPointError: it cannot be made, or is a file.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SuperPointError(f"the folder {path} cannot be made: {error.strerror}; name another.") from error
+    return path
+
+
+def check_writable(path: PathLike) -> Path:
+    """Refuses an output path before the work that would fill it, rather than after.
+
+    Raises:
+        SuperPointError: the folder is missing or not writable, or the path is a folder itself.
+    """
+    path = Path(path)
+    try:
+        path.exists()
+        folder = path.resolve().parent
+    except OSError as error:
+        raise SuperPointError(f"output {str(path)[:80]}... cannot be used: {error.strerror}.") from error
+    if not folder.is_dir():
+        raise SuperPointError(f"output folder {folder} does not exist; create it: mkdir -p '{folder}'.")
+    if path.is_dir():
+        raise SuperPointError(f"output {path} is a folder; expected a file name.")
+    if path.exists() and not path.is_file():
+        raise SuperPointError(f"output {path} is no regular file; expected a file name.")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise SuperPointError(f"output {path} is not writable; choose another place or mend its permissions.")
+    return path
+
+
+def check_distinct(output: PathLike, *others: PathLike | None) -> None:
+    """Refuses to write over what is being read, or over another output.
+
+    Raises:
+        SuperPointError: naming the file.
+    """
+    for other in others:
+        if other is not None and Path(output).resolve() == Path(other).resolve():
+            raise SuperPointError(f"output {output} would overwrite {other}; choose another name.")
+
+
+def write_atomically(path: PathLike, data: bytes) -> Path:
+    """Writes beside `path`, then renames: a reader sees the old file or the new one, never half of one.
+
+    Raises:
+        SuperPointError: the file cannot be written; what was there before is untouched.
+    """
+    path = check_writable(path)
+    target = path.resolve()  # a link keeps pointing to what it points to
+    beside = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as handle:
+            beside = Path(handle.name)
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        # A temporary file is private (0600); the result gets what the old file had, or any new file would get.
+        beside.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_UMASK)
+        beside.replace(target)
+    except BaseException as error:
+        if beside is not None:
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise SuperPointError(f"{path} cannot be written: {error.strerror}.") from error
+        raise
+    return path
+
+
+def named(error: BaseException, path: PathLike) -> str:
+    """A message that names the file it is about."""
+    return str(error) if str(path) in str(error) else f"{path}: {error}"
+
+
+def names_below(paths: Sequence[PathLike]) -> list[str]:
+    """Each file's path below the folder that all share, with slashes: a name without a machine in it."""
+    if not paths:
+        return []
+    above = os.path.commonpath([Path(os.path.abspath(path)).parent for path in paths])
+    return [Path(os.path.relpath(path, above)).as_posix() for path in paths]
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """Another library's message, shortened to fit into one of ours."""
+    return " ".join(str(error).split())[:most].rstrip(".")
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 of a file's content, as `sha256sum` prints it."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def git_blob_id(data: bytes) -> str:
+    """The id git gives a file with this content: SHA-1 over 'blob SIZE NUL' and the bytes (git-hash-object)."""
+    header = f"blob {len(data)}\0".encode()
+    return hashlib.sha1(header + data, usedforsecurity=False).hexdigest()

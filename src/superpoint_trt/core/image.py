@@ -1,0 +1,286 @@
+"""The only preprocessing there is, and the only map back to the caller's pixels.
+
+Inference, calibration and evaluation all come through here, so that they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+from superpoint_trt.core.files import PathLike, read_bytes
+from superpoint_trt.core.types import CELL_PX, Float32, ModelDescription, SuperPointError
+
+ImageLike = Union[PathLike, NDArray[Any]]
+"""A path, or an array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA; uint8, uint16, bool, or float in [0, 1]."""
+
+SMALLEST_SIDE_PX = CELL_PX
+"""One cell: below it there is nothing to detect."""
+
+RGB_TO_GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+"""Luma of ITU-R BT.601, as in the reference and in OpenCV."""
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+
+_FULL_SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0, np.dtype(bool): 1.0}
+
+
+def find_images(folder: PathLike, limit: int | None = None) -> list[Path]:
+    """The image files below a folder, sorted by path; a single file is itself.
+
+    Raises:
+        SuperPointError: no such path, or no image below it.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise SuperPointError(f"images {folder} do not exist; expected a folder of images or one image.")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise SuperPointError(f"{folder} holds no image; names should end in {', '.join(IMAGE_SUFFIXES)}.")
+    return found[:limit]
+
+
+def load_image(path: PathLike) -> NDArray[Any]:
+    """Reads an image file upright (EXIF orientation applied): (H, W) or (H, W, 3) RGB, in the file's own depth.
+
+    Colour is not turned into gray by the decoder: libpng and libjpeg each have a gray of their own.
+
+    Raises:
+        SuperPointError: not a file, or not an image.
+    """
+    import cv2
+
+    data = np.frombuffer(read_bytes(path, "image"), dtype=np.uint8)
+    with opencv_quiet():
+        try:
+            image = cv2.imdecode(data, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+        except cv2.error as error:
+            raise SuperPointError(f"{path} cannot be decoded as an image: {error.err}.") from error
+    if image is None:
+        raise SuperPointError(f"{path} is not an image that OpenCV reads (PNG, JPEG, TIFF, PPM, WebP, BMP, ...).")
+    return image if image.ndim == 2 else image[..., ::-1]
+
+
+def to_picture(image: NDArray[Any]) -> NDArray[np.uint8]:
+    """Any accepted array -> (H, W, 3) uint8 RGB to draw on.
+
+    Raises:
+        SuperPointError: shape, dtype, range or size is not an image's.
+    """
+    full_scale = check(np.asarray(image))
+    colour = image[..., None] if image.ndim == 2 else image[..., :3]
+    scaled = colour if image.dtype == np.uint8 else np.round(colour.astype(np.float32) * (255.0 / full_scale))
+    picture: NDArray[np.uint8] = np.broadcast_to(scaled.astype(np.uint8), (*image.shape[:2], 3)).copy()
+    return picture
+
+
+@contextmanager
+def opencv_quiet() -> Iterator[None]:
+    """Keeps OpenCV's own log lines off the terminal: what went wrong is said once, by us."""
+    import cv2
+
+    log = getattr(getattr(cv2, "utils", None), "logging", None)
+    if log is None:
+        yield
+        return
+    before = log.setLogLevel(log.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        log.setLogLevel(before)
+
+
+def to_gray(image: NDArray[Any]) -> Float32:
+    """Any accepted array -> (H, W) float32 in [0, 1].
+
+    Raises:
+        SuperPointError: shape, dtype, range or size is not an image's.
+    """
+    image = np.asarray(image)
+    full_scale = check(image)
+    if image.ndim == 3:  # alpha, if any, is passed over: what is under a transparent pixel is still the image
+        image = image[..., 0] if image.shape[2] == 1 else image[..., :3].astype(np.float32) @ RGB_TO_GRAY
+    gray: Float32 = image.astype(np.float32)
+    return gray if full_scale == 1.0 else gray / np.float32(full_scale)
+
+
+def check(image: NDArray[Any]) -> float:
+    """The full scale of an array that is an image: 255, 65535 or 1.
+
+    Raises:
+        SuperPointError: shape, dtype, range or size is not an image's.
+    """
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+        raise SuperPointError(f"image has shape {image.shape}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).")
+    height, width = image.shape[:2]
+    if min(height, width) < SMALLEST_SIDE_PX:
+        raise SuperPointError(
+            f"image is {width}x{height} px; the smallest usable is {SMALLEST_SIDE_PX}x{SMALLEST_SIDE_PX}, one cell."
+        )
+    return _full_scale(image)
+
+
+def _full_scale(image: NDArray[Any]) -> float:
+    if image.dtype in _FULL_SCALE:
+        return _FULL_SCALE[image.dtype]
+    if not np.issubdtype(image.dtype, np.floating):
+        raise SuperPointError(f"image is {image.dtype}; expected uint8, uint16, bool, or float in [0, 1].")
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0.0 and high <= 1.0):  # also catches NaN
+        raise SuperPointError(
+            f"float image runs from {low:g} to {high:g}; expected [0, 1]: divide by its full scale, or pass uint8."
+        )
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an image lies in a network input: shrunk by (scale_x, scale_y), top left, padded right and below."""
+
+    image_width_px: int
+    image_height_px: int
+    placed_width_px: int
+    placed_height_px: int
+    input_width_px: int
+    input_height_px: int
+
+    @property
+    def resized(self) -> bool:
+        """Whether the image was shrunk to fit."""
+        return (self.placed_width_px, self.placed_height_px) != (self.image_width_px, self.image_height_px)
+
+    def to_image(self, xy: Float32) -> Float32:
+        """Pixels of the network's input (N, 2) -> pixels of the caller's image.
+
+        Pixel centres are at integers, so a resize by s maps k to (k + 0.5) s - 0.5.
+        """
+        if not self.resized:
+            return xy
+        scale = np.array(
+            [self.image_width_px / self.placed_width_px, self.image_height_px / self.placed_height_px], np.float32
+        )
+        half = np.float32(0.5)
+        scaled: Float32 = (xy + half) * scale - half
+        return scaled
+
+
+def place(image_hw: tuple[int, int], model: ModelDescription, max_side_px: int | None = None) -> Placement:
+    """Decides how an image of (height, width) goes into a model's input.
+
+    A dynamic model gets the image as it is, padded to whole cells. A static one gets it as it is too where it fits,
+    else shrunk to fit, proportions kept. Nothing is ever enlarged.
+
+    Args:
+        image_hw: height and width in pixels.
+        model: what the input looks like.
+        max_side_px: shrink first, so that the longer side has at most this many pixels.
+    """
+    height, width = image_hw
+    limit = 1.0 if max_side_px is None else min(1.0, max_side_px / max(height, width))
+    if model.dynamic or model.height_px is None or model.width_px is None:
+        placed_h, placed_w = _shrink(height, limit), _shrink(width, limit)
+        # In-graph border removal cuts this many rows from both ends, so they have to be there.
+        least = 2 * (model.remove_borders_px or 0)
+        input_h, input_w = (_whole_cells(max(side, least), model.stride_px) for side in (placed_h, placed_w))
+    else:
+        input_h, input_w = model.height_px, model.width_px
+        scale = min(limit, input_h / height, input_w / width)
+        placed_h, placed_w = min(_shrink(height, scale), input_h), min(_shrink(width, scale), input_w)
+    return Placement(width, height, placed_w, placed_h, input_w, input_h)
+
+
+def to_input(gray: Float32, placement: Placement) -> NDArray[Any]:
+    """The network's input (H, W): the image, shrunk if it must be, its last row and column repeated as padding."""
+    return pad(shrink(gray, placement), placement)
+
+
+def shrink(gray: Float32, placement: Placement) -> NDArray[Any]:
+    """The first half of `to_input`: (H, W) of the size that it has in the input."""
+    if not placement.resized:
+        return gray
+    import cv2
+
+    size = (placement.placed_width_px, placement.placed_height_px)
+    placed: NDArray[Any] = cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
+    return placed
+
+
+def pad(placed: NDArray[Any], placement: Placement) -> NDArray[Any]:
+    """The second: the input's size, last row and column repeated."""
+    below = placement.input_height_px - placement.placed_height_px
+    right = placement.input_width_px - placement.placed_width_px
+    if not (below or right):
+        return np.ascontiguousarray(placed)
+    return np.pad(placed, ((0, below), (0, right)), mode="edge")
+
+
+def pad_into(network_input: NDArray[Any], placed: NDArray[Any], placement: Placement) -> None:
+    """As `pad`, into memory that is there already (input height, input width)."""
+    if placed.shape == network_input.shape:
+        np.copyto(network_input, placed)
+        return
+    height, width = placement.placed_height_px, placement.placed_width_px
+    network_input[:height, :width] = placed
+    network_input[:height, width:] = placed[:, -1:]
+    network_input[height:] = network_input[height - 1]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height, then width, in px: "480x640" is (480, 640).
+
+    Raises:
+        SuperPointError: not two positive numbers.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip().lower())
+    if not match:
+        raise SuperPointError(f"size is {text!r}; expected HEIGHTxWIDTH in px, 480x640 say.")
+    return int(match[1]), int(match[2])
+
+
+def as_array(image: Any) -> NDArray[Any]:
+    """The pixels of a path or of an array-like (numpy, PIL)."""
+    if isinstance(image, (str, os.PathLike)):
+        return load_image(image)
+    if getattr(image, "mode", None) in ("P", "CMYK", "PA", "YCbCr", "LAB", "HSV", "1"):
+        image = image.convert("RGB")  # PIL: these are not gray, RGB or RGBA as they lie in memory
+    return np.asarray(image)
+
+
+def synthetic_photograph(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    """A dead-leaves picture (Lee et al. 2001): overlapping discs and boxes of all sizes, softened; fixed by its seed.
+
+    Returns:
+        (height, width) uint8, full of corners, so that decoding has its usual work.
+    """
+    import cv2
+
+    rng = np.random.default_rng(seed)
+    picture = np.full((height, width), 127, np.uint8)
+    for radius in np.sort(rng.pareto(1.5, 600) * 6 + 4)[::-1]:
+        x, y = int(rng.integers(width)), int(rng.integers(height))
+        r, tone = int(min(radius, max(height, width) / 3)), int(rng.integers(256))
+        if rng.random() < 0.5:
+            cv2.circle(picture, (x, y), r, tone, -1)
+        else:
+            box = cv2.boxPoints(((x, y), (2 * r, r), float(rng.uniform(0, 180)))).astype(np.int32)
+            cv2.fillConvexPoly(picture, box, tone)
+    return np.asarray(cv2.GaussianBlur(picture, (0, 0), 0.8), dtype=np.uint8)
+
+
+def _shrink(side: int, scale: float) -> int:
+    return side if scale == 1.0 else max(1, round(side * scale))
+
+
+def _whole_cells(side: int, stride_px: int) -> int:
+    return math.ceil(side / stride_px) * stride_px

@@ -1,0 +1,1 @@
+"""CUDA and TensorRT as they are: calls, arrays, engines, kernels."""

@@ -1,0 +1,357 @@
+"""Raw heads in GPU memory -> keypoints there or in page-locked host memory; kernels in decode.cu.
+
+The semantics are decode.py's, the numpy reference, which the tests hold these kernels against.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from superpoint_trt.core.types import DecodeOptions, Sampling, SuperPointError
+from superpoint_trt.gpu import cuda
+from superpoint_trt.gpu.cuda import BFLOAT16, DeviceArray, DeviceMemory
+from superpoint_trt.gpu.kernels import Argument, address, blocks, function, launch
+
+LARGEST_TILE_PX = 88
+"""A tile and all that decides on it, along one side: so much fits into the 48 KB that every GPU's block may have."""
+
+MOST_DIM = 1024
+LARGEST_STRIDE_PX = 32
+
+USUAL_ROWS = 4096
+"""Rows kept for an image when all keypoints are wanted; where more are found, the run is repeated with enough."""
+
+_TILE_PX = 32  # decode.cu: TILE
+_WIDE_BYTES = 16  # decode.cu: load_wide
+_ALL = 0xFFFFFFFF
+_BLOCKS_A_PROCESSOR = 4  # of `describe`: one wave, and 4000 survivors have a warp each on 132 multiprocessors
+_DETECT_THREADS = 384  # decode.cu: DETECT_THREADS
+TARGET_NBYTES = 32
+"""decode.cu: Target."""
+
+_HEAD_CODES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, BFLOAT16: 2}
+
+
+@dataclass(frozen=True)
+class Head:
+    """One head's tensor [B, C, H/8, W/8] in GPU memory, channels ahead of cells or behind them."""
+
+    address: int
+    shape: tuple[int, int, int, int]
+    dtype: np.dtype[Any]
+    """float32, float16 or cuda.BFLOAT16."""
+    pixel_pitch: int = 0
+    """Values from one cell to the next if the channels of a cell lie together (NHWC); 0: cells do (NCHW)."""
+
+    @property
+    def pitches(self) -> tuple[int, int]:
+        """Values from one cell to the next, and from one channel to the next."""
+        cells = self.shape[2] * self.shape[3]
+        if cells == 1:  # lies either way, and the kernels take a channel pitch of 1 for the other
+            return (self.pixel_pitch or self.shape[1], 1)
+        return (self.pixel_pitch, 1) if self.pixel_pitch else (1, cells)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether every cell's channels can be read 16 bytes at a time."""
+        cell_pitch, channel_pitch = self.pitches
+        apart = cell_pitch * self.dtype.itemsize
+        return channel_pitch == 1 and self.address % _WIDE_BYTES == 0 and apart % _WIDE_BYTES == 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Room for the keypoints of B images, on the GPU or in page-locked memory: one block."""
+
+    batch: int
+    capacity: int
+    """Rows an image has."""
+    dim: int
+    half: bool
+    """Descriptors are float16, not float32."""
+
+    @functools.cached_property
+    def places(self) -> dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]]:
+        """Name -> bytes from the start, shape, type."""
+        rows, descriptors = (self.batch, self.capacity), np.dtype(np.float16 if self.half else np.float32)
+        wanted: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+            "num_keypoints": ((self.batch,), np.dtype(np.int32)),
+            "keypoints": ((*rows, 2), np.dtype(np.float32)),
+            "scores": (rows, np.dtype(np.float32)),
+            "descriptors": ((*rows, self.dim), descriptors),
+        }
+        found, offset = {}, 0
+        for name, (shape, dtype) in wanted.items():
+            found[name] = (offset, shape, dtype)
+            offset += cuda.aligned(int(np.prod(shape)) * dtype.itemsize)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole block."""
+        offset, shape, dtype = self.places["descriptors"]
+        return offset + cuda.aligned(int(np.prod(shape)) * dtype.itemsize)
+
+    def job(self, start: int, placed_wh: Sequence[tuple[int, int]]) -> bytes:
+        """What a run reads first: where the block at `start` has its parts, and how much of each input is image."""
+        return self.target(start).tobytes() + np.asarray(placed_wh, np.int32).tobytes()
+
+    def target(self, start: int) -> NDArray[np.uint64]:
+        """The first part of it: decode.cu's Target."""
+        names = ("keypoints", "scores", "descriptors", "num_keypoints")
+        return np.array([start + self.places[name][0] for name in names], np.uint64)
+
+    @property
+    def job_nbytes(self) -> int:
+        """Of `job`."""
+        return TARGET_NBYTES + 8 * self.batch
+
+
+class Decoder:
+    """The kernels of one pair of heads, and their scratch memory. Queue one run at a time.
+
+    Args:
+        logits: [B, S*S + 1, H/S, W/S].
+        descriptors: [B, D, H/S, W/S], same type.
+        options: radius, border, threshold, number.
+        sampling: the checkpoint's convention.
+
+    Raises:
+        SuperPointError: shapes or types that are no heads, or NVRTC is missing.
+    """
+
+    def __init__(self, logits: Head, descriptors: Head, options: DecodeOptions, sampling: Sampling) -> None:
+        self.stride_px = _stride(logits, descriptors)
+        self.batch, self.dim = logits.shape[0], descriptors.shape[1]
+        self._logits, self._descriptors = logits, descriptors
+        self._options, self._sampling = options, sampling
+        self._tiled = is_tiled(options.nms_radius_px, self.stride_px)
+        pixels = self.batch * self.height_px * self.width_px
+        self._keys = DeviceMemory(8 * pixels)
+        self._counters = _zeros(8 * self.batch)
+        self._maps = [] if self._tiled else [DeviceMemory(4 * pixels) for _ in range(5)]
+        defines = (
+            f"STRIDE={self.stride_px}",
+            f"DIM={self.dim}",
+            f"RADIUS={options.nms_radius_px if self._tiled else 0}",
+            f"HEAD={_HEAD_CODES[logits.dtype]}",
+            f"WIDE_LOGITS={int(logits.is_wide)}",
+            f"WIDE_DESCRIPTORS={int(descriptors.is_wide)}",
+        )
+        names = ["describe", "score_map"] + (
+            ["detect"] if self._tiled else ["window", "mark", "remove_near", "collect"]
+        )
+        self._kernels = {name: function("decode.cu", name, defines) for name in names}
+        self._most_blocks = _BLOCKS_A_PROCESSOR * cuda.current_device().processors
+
+    @property
+    def height_px(self) -> int:
+        """Of the network's input."""
+        return self._logits.shape[2] * self.stride_px
+
+    @property
+    def width_px(self) -> int:
+        """Of the network's input."""
+        return self._logits.shape[3] * self.stride_px
+
+    def rows(self, half: bool, least: int = 0) -> Rows:
+        """Room for the results: for as many as are wanted, or as an image usually has; at least `least`."""
+        most = self.height_px * self.width_px
+        wanted = self._options.max_keypoints or max(USUAL_ROWS, least)
+        return Rows(self.batch, min(most, wanted), self.dim, half)
+
+    def queue(self, job: int, rows: Rows, stream: cuda.Stream | int) -> None:
+        """Queues the kernels.
+
+        Args:
+            job: address on the GPU of what `rows.job` gave.
+            rows: the room that it names.
+            stream: where.
+        """
+        placed = job + TARGET_NBYTES
+        if self._tiled:
+            self._detect(placed, stream)
+        else:
+            self._suppress(placed, stream)
+        most_groups = blocks(32 * self.height_px * self.width_px)
+        grid = (min(most_groups, self._most_blocks), self.batch)
+        counts = self._counters.address
+        places = (self._descriptors.address, self._keys.address, counts, counts + 4 * self.batch, job)
+        numbers: tuple[Argument, ...] = (
+            *self._grid(self._descriptors),
+            ctypes.c_uint32(self._options.max_keypoints or _ALL),
+            ctypes.c_uint32(rows.capacity),
+            int(self._sampling is Sampling.LEGACY),
+            int(rows.half),
+        )
+        launch(self._kernels["describe"], grid, stream, (*map(address, places), *numbers))
+
+    def score_map(self, placed: int, scores: int, threshold: float, stream: cuda.Stream | int) -> None:
+        """Queues the softmax alone: float32 (B, H, W) to `scores`, 0 where it is not above the threshold."""
+        grid = (blocks(self._logits.shape[2] * self._logits.shape[3] * self.stride_px), self.batch)
+        places = map(address, (self._logits.address, placed, scores))
+        launch(self._kernels["score_map"], grid, stream, (*places, *self._grid(self._logits), float(threshold)))
+
+    def _grid(self, head: Head) -> tuple[int, int, int, int]:
+        """Rows and columns of cells, and their pitches."""
+        return (head.shape[2], head.shape[3], *head.pitches)
+
+    def _detect(self, placed: int, stream: cuda.Stream | int) -> None:
+        options = self._options
+        shift = -5 * options.nms_radius_px % self.stride_px  # decode.cu: SHIFT
+        across, down = (-(-(side + shift) // _TILE_PX) for side in (self.width_px, self.height_px))
+        places = map(address, (self._logits.address, placed, self._keys.address, self._counters.address))
+        numbers: tuple[Argument, ...] = (
+            *self._grid(self._logits),
+            options.remove_borders_px,
+            float(options.threshold),
+        )
+        launch(self._kernels["detect"], (across, down, self.batch), stream, (*places, *numbers), _DETECT_THREADS)
+
+    def _suppress(self, placed: int, stream: cuda.Stream | int) -> None:
+        scores, kept, rest, half, largest = (memory.address for memory in self._maps)
+        pixels = self.height_px * self.width_px
+        count = ctypes.c_int64(self.batch * pixels)
+        size, over_all = (self.height_px, self.width_px), (blocks(self.batch * pixels),)
+        images = (blocks(pixels), self.batch)
+
+        def window(values: int) -> None:
+            for source, to, vertical in ((values, half, 0), (half, largest, 1)):
+                arguments = (address(source), address(to), *size, self._options.nms_radius_px, vertical)
+                launch(self._kernels["window"], images, stream, arguments)
+
+        self.score_map(placed, scores, self._options.threshold, stream)
+        for turn in range(3):
+            left = rest if turn else scores
+            window(left)
+            marked: list[Argument] = [*map(address, (left, largest, kept)), count, int(turn == 0)]
+            launch(self._kernels["mark"], over_all, stream, marked)
+            if turn < 2:
+                window(kept)
+                launch(self._kernels["remove_near"], over_all, stream, (*map(address, (scores, largest, rest)), count))
+        places = map(address, (scores, kept, placed, self._keys.address, self._counters.address))
+        launch(self._kernels["collect"], images, stream, (*places, *size, self._options.remove_borders_px))
+
+
+@dataclass(frozen=True)
+class DeviceKeypoints:
+    """Keypoints of B images that stayed on the GPU; the arrays are for torch, CuPy, JAX (DLPack, CUDA interface).
+
+    Rows from an image's `num_keypoints` on are undefined.
+    """
+
+    num_keypoints: DeviceArray
+    """(B,) int32. Above the other arrays' N: that many were found, and only the best N are here."""
+    keypoints: DeviceArray
+    """(B, N, 2) float32: x, y in pixels of the network's input."""
+    scores: DeviceArray
+    """(B, N) float32, falling."""
+    descriptors: DeviceArray
+    """(B, N, D) float32 or float16, unit length."""
+
+
+def decode_heads(
+    logits: Any,
+    coarse_descriptors: Any,
+    options: DecodeOptions | None = None,
+    *,
+    sampling: Sampling = Sampling.HALF_PIXEL,
+    placed_wh: Sequence[tuple[int, int]] | None = None,
+    half: bool = False,
+    stream: int | None = None,
+) -> DeviceKeypoints:
+    """Decodes raw heads of any library that are in GPU memory, without a copy (torch, CuPy, an engine's outputs).
+
+    Args:
+        logits: (B, S*S + 1, H/S, W/S) float32, float16 or bfloat16, contiguous or channels-last (torch's too).
+        coarse_descriptors: (B, D, H/S, W/S), same type.
+        options: radius, border, threshold, number; without a number the best `USUAL_ROWS` of each image are kept.
+        sampling: the checkpoint's convention.
+        placed_wh: (width, height) in px of each image in its input, top left; default: all of it.
+        half: descriptors as float16.
+        stream: handle of the CUDA stream that made the heads and will use the results (torch:
+            `torch.cuda.current_stream().cuda_stream`); the call returns at once. None: the legacy default stream, and
+            the call waits for the results.
+
+    Raises:
+        SuperPointError: not in GPU memory, shapes or types that are no heads, or NVRTC is missing.
+    """
+    first, second = cuda.view(logits, gaps=True), cuda.view(coarse_descriptors, gaps=True)
+    decoder = Decoder(_head(first), _head(second), options or DecodeOptions(), sampling)
+    rows = decoder.rows(half)
+    placed = placed_wh or [(decoder.width_px, decoder.height_px)] * decoder.batch
+    words = np.frombuffer(rows.job(0, placed), np.uint8)
+    if len(words) != rows.job_nbytes:
+        raise SuperPointError(f"placed_wh has {len(placed)} sizes; expected one for each of {decoder.batch} images.")
+    block, job = DeviceMemory(rows.nbytes), DeviceMemory(rows.job_nbytes)
+    words = np.frombuffer(rows.job(block.address, placed), np.uint8)
+    handle = cuda.LEGACY_STREAM if stream is None else stream
+    to_device = cuda.runtime().cudaMemcpyKind(cuda.TO_DEVICE)
+    cuda.call("cudaMemcpyAsync", job.address, words.__array_interface__["data"][0], len(words), to_device, handle)
+    decoder.queue(job.address, rows, handle)
+    if stream is None:
+        cuda.call("cudaStreamSynchronize", handle)
+    # Whatever the kernels still use lives as long as the results.
+    return device_keypoints(rows, block.address, first.device, (block, job, decoder, first, second))
+
+
+def is_tiled(radius_px: int, stride_px: int) -> bool:
+    """Whether one block does all of a tile in shared memory (radius up to 5); if not, each step is its own kernel."""
+    whole_cells = -(-(_TILE_PX + 2 * 5 * radius_px) // stride_px)
+    return whole_cells * stride_px <= LARGEST_TILE_PX
+
+
+def device_keypoints(rows: Rows, start: int, device: int, owner: Any) -> DeviceKeypoints:
+    """The parts of a block on the GPU."""
+    arrays = {
+        name: DeviceArray(start + offset, shape, dtype, device, owner)
+        for name, (offset, shape, dtype) in rows.places.items()
+    }
+    return DeviceKeypoints(**arrays)
+
+
+def _head(array: DeviceArray) -> Head:
+    if len(array.shape) != 4:
+        raise SuperPointError(f"a head has shape {array.shape}; expected (B, C, H/S, W/S).")
+    batch, channels, rows, columns = array.shape
+    head = Head(array.address, (batch, channels, rows, columns), array.dtype)
+    if array.strides is None:
+        return head
+    pitch = array.strides[3] // array.dtype.itemsize
+    wanted = cuda.channels_last(array.shape, pitch, array.dtype.itemsize)
+    differs = any(size > 1 and a != b for size, a, b in zip(array.shape, array.strides, wanted))
+    if pitch < channels or differs:
+        raise SuperPointError(f"a head is neither contiguous nor channels-last: {cuda.NOT_CONTIGUOUS}")
+    return replace(head, pixel_pitch=pitch)
+
+
+def _stride(logits: Head, descriptors: Head) -> int:
+    """Pixels along a cell, of heads that belong together."""
+    stride = math.isqrt(max(logits.shape[1] - 1, 0))
+    same = (logits.shape[0], *logits.shape[2:]) == (descriptors.shape[0], *descriptors.shape[2:])
+    known = stride in (1, 2, 4, 8, 16, LARGEST_STRIDE_PX) and logits.shape[1] == stride * stride + 1
+    if not (known and same and 1 <= descriptors.shape[1] <= MOST_DIM and 0 not in logits.shape):
+        raise SuperPointError(
+            f"heads have shapes {logits.shape} and {descriptors.shape}; expected (B, S*S + 1, H/S, W/S) with S a power "
+            f"of two up to {LARGEST_STRIDE_PX}, and (B, D, H/S, W/S) with D up to {MOST_DIM}."
+        )
+    if logits.dtype not in _HEAD_CODES or logits.dtype != descriptors.dtype:
+        raise SuperPointError(
+            f"heads are {logits.dtype} and {descriptors.dtype}; expected both float32, float16 or bfloat16."
+        )
+    return stride
+
+
+def _zeros(nbytes: int) -> DeviceMemory:
+    memory = DeviceMemory(nbytes)
+    cuda.call("cudaMemset", memory.address, 0, nbytes)
+    cuda.call("cudaDeviceSynchronize")  # a memset may be in flight when it returns, and streams do not wait for it
+    return memory

@@ -1,0 +1,350 @@
+"""Where TensorRT 8.6, 10, 11 and TensorRT-RTX differ, and nowhere else.
+
+Read `TensorRT` as one library; whatever a version lacks or calls otherwise is decided here. Its calls fail by
+returning None or False and say why in the log, so the log is kept and goes into the error.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module, util
+from typing import Any
+
+from superpoint_trt.core.types import SuperPointError
+
+
+class Flavour(str, enum.Enum):
+    """NVIDIA's two TensorRTs; an engine belongs to one."""
+
+    TENSORRT = "tensorrt"
+    RTX = "rtx"
+    """TensorRT-RTX: for RTX GPUs (Turing and newer); builds without one, in under a second."""
+
+
+MODULES = {Flavour.TENSORRT: "tensorrt", Flavour.RTX: "tensorrt_rtx"}
+EXTRAS = {flavour: f"superpoint-trt[{flavour.value}]" for flavour in Flavour}
+
+_MAGIC = {b"ftrt": Flavour.TENSORRT, b"vtrt": Flavour.RTX}
+"""The first four bytes of a plan."""
+
+RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""What TensorRT-RTX 1.7 can build for."""
+
+_CHANNELS_LAST = {"HWC": 1, "HWC8": 8, "HWC16": 16}
+"""TensorRT's formats [B][H][W][C] by name, and what C is padded to a multiple of."""
+
+_LOG_LINES = 400
+
+
+def installed() -> list[Flavour]:
+    """The TensorRTs that can be imported here."""
+    return [flavour for flavour, module in MODULES.items() if util.find_spec(module)]
+
+
+def missing() -> str | None:
+    """What to do if no TensorRT is installed; None if one is."""
+    if installed():
+        return None
+    commands = " or ".join(f"pip install '{extra}'" for extra in EXTRAS.values())
+    return (
+        f"TensorRT is not installed here: {commands} on a machine with an NVIDIA GPU (the second builds engines for "
+        "RTX GPUs on any machine; superpoint doctor says what this one has). Without it the .onnx runs everywhere: "
+        "superpoint infer --model MODEL.onnx --image IMAGE."
+    )
+
+
+def load(flavour: Flavour | None = None) -> TensorRT:
+    """The TensorRT asked for, or the first that is installed.
+
+    Raises:
+        SuperPointError: not installed, or its libraries do not load.
+    """
+    here = installed()
+    if flavour is None and here:
+        flavour = here[0]
+    if flavour is None or flavour not in here:
+        absent = missing() or ""
+        if flavour and here:
+            absent = f"{MODULES[flavour]} is not installed here: pip install '{EXTRAS[flavour]}'."
+        raise SuperPointError(absent)
+    if flavour not in _loaded:
+        try:
+            _loaded[flavour] = TensorRT(flavour, import_module(MODULES[flavour]))
+        except (ImportError, OSError, AttributeError) as error:  # the last: half a library, or something of its name
+            reason = " ".join(str(error).split())
+            raise SuperPointError(
+                f"{MODULES[flavour]} is installed but does not load: {reason}; reinstall it: pip install "
+                f"'{EXTRAS[flavour]}' (Jetson: use JetPack's own, see docs/tensorrt.md)."
+            ) from error
+    return _loaded[flavour]
+
+
+_loaded: dict[Flavour, TensorRT] = {}
+
+
+def flavour_of(plan: bytes) -> Flavour | None:
+    """Which TensorRT made a plan; None if its first bytes are of neither."""
+    return _MAGIC.get(plan[:4])
+
+
+class TensorRT:
+    """One TensorRT, loaded.
+
+    Attributes:
+        flavour: which.
+        module: its Python module.
+        version: "8.6.0", "10.13.3.9", "1.7.1.116", ...
+    """
+
+    def __init__(self, flavour: Flavour, module: Any) -> None:
+        self.flavour = flavour
+        self.module = module
+        self.version: str = module.__version__
+        self._major = int(self.version.split(".")[0])
+        self._lines: deque[tuple[int, str]] = deque(maxlen=_LOG_LINES)
+        self.logger = _logger(module, self._lines)
+
+    def __str__(self) -> str:
+        return f"{'TensorRT' if self.flavour is Flavour.TENSORRT else 'TensorRT-RTX'} {self.version}"
+
+    # ---------------------------------------------------------------------------------------------------------- log
+
+    @contextmanager
+    def explaining(self, what: str) -> Iterator[_Explanation]:
+        """Collects the log of what happens inside; `failed()` of the yielded makes an exception of it.
+
+        Whatever TensorRT's bindings throw inside is turned into one as well.
+        """
+        self._lines.clear()
+        explanation = _Explanation(self, what)
+        try:
+            yield explanation
+        except (RuntimeError, TypeError, ValueError, MemoryError) as error:
+            raise explanation.failed(str(error)) from error
+
+    def messages(self) -> list[str]:
+        """The log's errors, else its warnings, since `explaining` began; each once, without TensorRT's prefixes."""
+        severity = self.module.ILogger.Severity
+        for worst in (int(severity.ERROR), int(severity.WARNING)):
+            found = [_tidy(text) for level, text in self._lines if level <= worst]
+            if found:
+                return list(dict.fromkeys(found))
+        return []
+
+    # ------------------------------------------------------------------------------------------------------- builder
+
+    @property
+    def strongly_typed(self) -> bool:
+        """Whether networks take their types from the graph; if not, precision flags and constraints are needed."""
+        return self.flavour is Flavour.RTX or self._major >= 10
+
+    @property
+    def newest_opset(self) -> int | None:
+        """The newest ONNX opset the parser takes, where it is known to refuse."""
+        return 17 if self.flavour is Flavour.TENSORRT and self._major < 10 else None
+
+    @property
+    def has_timing_cache(self) -> bool:
+        """RTX times nothing when it builds."""
+        return self.flavour is not Flavour.RTX
+
+    def create_network(self, builder: Any) -> Any:
+        """An empty network: strongly typed where there is such a thing, with an explicit batch where that is asked."""
+        flags = self.module.NetworkDefinitionCreationFlag
+        flag = flags.STRONGLY_TYPED if self.strongly_typed else flags.EXPLICIT_BATCH
+        return builder.create_network(1 << int(flag))  # bit 1 in 10.x, bit 0 in 11 and RTX
+
+    def set_precision_flags(self, config: Any, tf32: bool, fp16: bool, int8: bool = False) -> None:
+        """What of a precision the graph cannot say."""
+        flags = self.module.BuilderFlag
+        (config.set_flag if tf32 else config.clear_flag)(flags.TF32)
+        if fp16 and not self.strongly_typed:
+            config.set_flag(flags.FP16)
+            config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
+        if int8 and not self.strongly_typed:
+            config.set_flag(flags.INT8)
+
+    def set_builder_defaults(self, config: Any) -> None:
+        """What every build of ours wants and only some versions have to be told."""
+        trt = self.module
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if not self.strongly_typed:
+            # cuBLAS and cuDNN: deprecated, gone in 10 and 11, and without them an engine needs neither to run.
+            wanted = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
+            config.set_tactic_sources(sum(1 << int(source) for source in wanted))
+        if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):  # always on from 10
+            config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+
+    def set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
+        """GPU architectures to build for; RTX only."""
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(getattr(self.module.ComputeCapability, target.upper()), index)
+
+    def set_progress(self, config: Any, report: Any) -> bool:
+        """Reports (phase, step, steps) while building; False where TensorRT has no progress monitor (8.6)."""
+        if not hasattr(self.module, "IProgressMonitor"):
+            return False
+        # The config holds no reference of its own in some versions.
+        self._monitor = _progress_monitor(self.module, report)
+        config.progress_monitor = self._monitor
+        return True
+
+    # ------------------------------------------------------------------------------------------------------- formats
+
+    def allow_channels_last(self, output: Any) -> None:
+        """Has a 16-bit output of a network written channels-last; HWC8 pads them to whole vectors of eight."""
+        output.allowed_formats = 1 << int(self.module.TensorFormat.HWC8)
+
+    def pixel_pitch(self, engine: Any, name: str, profile: int = 0) -> int:
+        """Values from one pixel of an engine's tensor to the next if its channels lie together; 0: pixels do (NCHW).
+
+        Raises:
+            SuperPointError: the engine reads or writes that tensor in any other of TensorRT's formats.
+        """
+        # 8.6 knows only the name for certain; with several profiles a format belongs to each.
+        found = engine.get_tensor_format(name, profile) if profile else engine.get_tensor_format(name)
+        shape = tuple(engine.get_tensor_shape(name))
+        if found.name == "LINEAR":
+            return 0
+        if found.name not in _CHANNELS_LAST or len(shape) != 4:
+            raise SuperPointError(
+                f"{name} {list(shape)} has TensorRT's format {found.name}; expected one of LINEAR, "
+                f"{', '.join(_CHANNELS_LAST)} (trtexec: leave --inputIOFormats and --outputIOFormats away)."
+            )
+        multiple = _CHANNELS_LAST[found.name]
+        return -(-int(shape[1]) // multiple) * multiple
+
+    # ------------------------------------------------------------------------------------------------------- runtime
+
+    @property
+    def captures(self) -> bool:
+        """Whether runs can be recorded in a CUDA graph: TensorRT-RTX compiles while it runs, and records by itself."""
+        return self.flavour is Flavour.TENSORRT
+
+    def activation_bytes(self, engine: Any) -> int:
+        """Scratch memory a context needs."""
+        size = engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
+        return int(size)
+
+    def create_context(self, engine: Any, address: int, nbytes: int) -> Any:
+        """An execution context on scratch memory of ours; None if TensorRT refuses."""
+        if hasattr(engine, "create_runtime_config"):
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(self._user_managed())
+            if hasattr(self.module, "CudaGraphStrategy"):  # RTX, whose kernels are compiled while it runs
+                config.cuda_graph_strategy = self.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            context = engine.create_execution_context(config)
+        elif hasattr(self.module, "ExecutionContextAllocationStrategy"):
+            context = engine.create_execution_context(self._user_managed())
+        else:
+            context = engine.create_execution_context_without_device_memory()
+        if context is None:
+            return None
+        if hasattr(context, "set_device_memory"):
+            context.set_device_memory(address, nbytes)
+        else:
+            context.device_memory = address
+        return context
+
+    def _user_managed(self) -> Any:
+        return self.module.ExecutionContextAllocationStrategy.USER_MANAGED
+
+
+class _Explanation:
+    def __init__(self, tensorrt: TensorRT, what: str) -> None:
+        self._tensorrt = tensorrt
+        self._what = what
+
+    def failed(self, reason: str = "") -> SuperPointError:
+        """The exception: what failed, TensorRT's own lines, and what to do where we know."""
+        lines = self._tensorrt.messages()
+        told = "; ".join([*([reason] if reason else []), *lines]) or "TensorRT gave no reason"
+        told = told if len(told) <= _LONGEST else told[:_LONGEST] + " ..."
+        advice = next((text for pattern, text in _ADVICE if re.search(pattern, told, re.IGNORECASE)), "")
+        return SuperPointError(f"{self._what}: {self._tensorrt} says: {told}{'. ' + advice if advice else ''}")
+
+
+_LONGEST = 1500
+
+# What the messages mean, most telling first: the guide's troubleshooting section, said where it is needed.
+_ADVICE = (
+    (
+        r"plan\.header\.size == blobSize|Plan is truncated|blob size",
+        "The file is not whole: copy or build it again.",
+    ),
+    (
+        r"magic ?tag|incompatible serialization|version tag|not compatible with this version|engine plan file",
+        "The engine was made by another TensorRT: build it here again from its .onnx (superpoint build).",
+    ),
+    (
+        r"Target GPU SM \d+ is not supported|does not support this compute capability|Unsupported SM",
+        "This TensorRT does not know this GPU: Pascal (GTX 10) needs TensorRT 8.6, TensorRT 10 starts at Volta or "
+        "Turing, TensorRT-RTX is for RTX GPUs only; or run the .onnx: superpoint infer --model MODEL.onnx.",
+    ),
+    (
+        r"driver version is insufficient|no CUDA-capable device|CUDA initialization failure|cudaError 35|cudaError 100",
+        "TensorRT finds no usable GPU: look at nvidia-smi; the driver must be there and new enough for its CUDA.",
+    ),
+    (
+        r"OutOfMemory|out of memory|insufficient memory|workspace memory|Try increasing the workspace",
+        "Give the builder more (--workspace, in GiB), free the GPU (nvidia-smi), or ask for less: a smaller "
+        "--max-shape or --max-batch-size.",
+    ),
+    (
+        r"Unsupported ONNX opset|opset.*not supported|No importer registered|UNSUPPORTED_NODE",
+        "Export with an older opset: superpoint export --opset 17.",
+    ),
+    (
+        r"does not match any profile|kOPT|profile.*(min|max)",
+        "The sizes asked for do not fit the model: look at superpoint info MODEL.onnx.",
+    ),
+    (
+        r"not found.*cudnn|libcudnn|libcublas|libnvinfer",
+        "A library is missing: install TensorRT as docs/tensorrt.md says for this platform.",
+    ),
+)
+
+
+def _tidy(line: str) -> str:
+    """Without the places in NVIDIA's source that TensorRT puts around a message."""
+    line = re.sub(r"^\s*\[?\S+\.(cpp|h)::\S+\]\s*", "", line.strip())
+    line = re.sub(r"\s*\(?In \S+ at \S+:\d+\)?", "", line)
+    return line.rstrip(". ")
+
+
+def _logger(module: Any, lines: deque[tuple[int, str]]) -> Any:
+    """The one logger of a process: TensorRT ignores a second one."""
+
+    class Log(module.ILogger):  # type: ignore[misc, unused-ignore]
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(module.ILogger.Severity.WARNING):
+                lines.append((int(severity), message))
+
+    return Log()
+
+
+def _progress_monitor(module: Any, report: Any) -> Any:
+    class Monitor(module.IProgressMonitor):  # type: ignore[misc, unused-ignore]
+        def __init__(self) -> None:
+            module.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self._steps[phase] = steps
+
+        def phase_finish(self, phase: str) -> None:
+            self._steps.pop(phase, None)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            report(phase, step + 1, self._steps.get(phase, 0))
+            return True  # go on; False would cancel
+
+    return Monitor()

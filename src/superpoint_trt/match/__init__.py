@@ -1,0 +1,1 @@
+"""Correspondences of two images, and the geometry they support."""

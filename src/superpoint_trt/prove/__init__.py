@@ -1,0 +1,1 @@
+"""Whether a model is right, and how fast it is."""

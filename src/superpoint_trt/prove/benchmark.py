@@ -1,0 +1,279 @@
+"""The one way of timing, for every backend: stages and wall time of image -> keypoints, models taken in turn."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from superpoint_trt._version import __version__
+from superpoint_trt.core.files import PathLike, write_atomically
+from superpoint_trt.core.image import synthetic_photograph
+from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.run.extractor import SuperPoint
+
+STAGES = ("preprocess", "host_to_device", "network", "decode", "device_to_host", "wall")
+
+REST_S = 0.2
+"""Before a model's turn: the threads of another session spin for a while after its last run, at this one's cost."""
+
+CALLS_PER_TURN = 5
+
+METHOD = (
+    f"Models take turns of {CALLS_PER_TURN} calls after {REST_S} s of rest, warm-up calls first and left out. "
+    "Each call is made twice: once as a whole (wall: image arrays in memory -> Keypoints) and once step by step "
+    "(preprocess, the copies to and from a device, network, decode; on a device each is waited for). Times by "
+    "time.perf_counter; a transfer that does not exist is null, not 0."
+)
+
+MOST_BATCH, MOST_ITERATIONS = 1024, 1_000_000
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is timed."""
+
+    batch: int = 1
+    """Images per call."""
+    size_hw: tuple[int, int] | None = None
+    """Of the image; None: the size the model was exported for."""
+    iterations: int = 100
+    warm_up: int = 5
+
+    def __post_init__(self) -> None:
+        for name, value, most in (("batch", self.batch, MOST_BATCH), ("iterations", self.iterations, MOST_ITERATIONS)):
+            if not 1 <= value <= most:
+                raise SuperPointError(f"{name} is {value}; expected 1 to {most}.")
+
+
+@dataclass
+class ModelTimes:
+    """One model's figures."""
+
+    model: str
+    runtime: str
+    description: dict[str, str]
+    size_hw: tuple[int, int]
+    keypoints: int
+    """Found in one image."""
+    times_ms: dict[str, list[float]] = field(default_factory=lambda: {stage: [] for stage in STAGES}, repr=False)
+    """Every measured call, by stage; empty where the stage does not exist."""
+
+    def summary(self, stage: str) -> dict[str, float] | None:
+        """Median, p95 and p99 in ms; None where the stage does not exist."""
+        times = self.times_ms[stage]
+        if not times:
+            return None
+        median, p95, p99 = np.percentile(times, [50, 95, 99])
+        return {"median": float(median), "p95": float(p95), "p99": float(p99)}
+
+
+@dataclass
+class BenchReport:
+    """Figures and what they were taken on."""
+
+    machine: dict[str, Any]
+    options: BenchOptions
+    models: list[ModelTimes]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "machine": self.machine,
+            "method": METHOD,
+            "options": asdict(self.options),
+            "models": [
+                {
+                    "model": times.model,
+                    "runtime": times.runtime,
+                    "description": times.description,
+                    "size_hw": list(times.size_hw),
+                    "keypoints": times.keypoints,
+                    "stages_ms": {stage: times.summary(stage) for stage in STAGES},
+                    "images_per_s": self.images_per_s(times),
+                }
+                for times in self.models
+            ],
+        }
+
+    def images_per_s(self, times: ModelTimes) -> float:
+        """From the median wall time."""
+        return self.options.batch * 1e3 / float(np.median(times.times_ms["wall"]))
+
+
+def bench(
+    models: Sequence[PathLike],
+    options: BenchOptions | None = None,
+    image: NDArray[Any] | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> BenchReport:
+    """Times one or more models.
+
+    Args:
+        models: model files that `SuperPoint` opens.
+        options: batch, size, iterations.
+        image: what to find keypoints in, scaled to the size; None: `synthetic_photograph`.
+        device: as SuperPoint takes it.
+        threads: likewise.
+        progress: called with (calls done, in all).
+
+    Raises:
+        SuperPointError: no model, or one that cannot take the batch or size; before anything is timed.
+    """
+    options = options or BenchOptions()
+    if not models:
+        raise SuperPointError("there is no model to time; give at least one.")
+    with ExitStack() as stack:
+        runs = [
+            _Run(stack.enter_context(_open(model, device, threads)), str(model), options, image) for model in models
+        ]
+        total = (options.warm_up + options.iterations) * len(runs)
+        for start in range(0, options.warm_up + options.iterations, CALLS_PER_TURN):
+            calls = range(start, min(start + CALLS_PER_TURN, options.warm_up + options.iterations))
+            for turn, run in enumerate(runs):
+                time.sleep(REST_S)
+                for call in calls:
+                    run.call(measured=call >= options.warm_up)
+                if progress:
+                    progress(start * len(runs) + len(calls) * (turn + 1), total)
+        return BenchReport(_machine(threads), options, [run.times for run in runs])
+
+
+class _Run:
+    """One opened model and the images it is timed on."""
+
+    def __init__(self, superpoint: SuperPoint, name: str, options: BenchOptions, image: NDArray[Any] | None) -> None:
+        import cv2
+
+        model = superpoint.description
+        own = (model.height_px, model.width_px)
+        size = options.size_hw or ((own[0], own[1]) if own[0] and own[1] else (480, 640))
+        if not model.dynamic and size != own:
+            raise SuperPointError(
+                f"{name} takes {own[0]}x{own[1]} only, not {size[0]}x{size[1]}; export it with --dynamic."
+            )
+        if options.batch > model.max_batch_size:
+            raise SuperPointError(
+                f"{name} takes batches up to {model.max_batch_size}, not {options.batch}; export it with "
+                f"--max-batch-size {options.batch}."
+            )
+        picture = synthetic_photograph(*size) if image is None else cv2.resize(image, (size[1], size[0]))
+        # Not one image many times: caches would know it.
+        self._images = [np.ascontiguousarray(np.roll(picture, 8 * index, axis=1)) for index in range(options.batch)]
+        self._superpoint = superpoint
+        found = len(superpoint.extract(self._images[0]))
+        self.times = ModelTimes(name, str(superpoint.runtime), model.to_metadata(), size, found)
+
+    def call(self, measured: bool) -> None:
+        """The whole, then the steps; noted if measured."""
+        clock = time.perf_counter
+        started = clock()
+        self._superpoint.extract_batch(self._images)
+        whole = clock() - started
+        spans = {"wall": whole, **self._superpoint.extract_timed(self._images)}
+        if measured:
+            for stage, span in spans.items():
+                self.times.times_ms[stage].append(span * 1e3)
+
+
+def _open(model: PathLike, device: str, threads: int | None) -> SuperPoint:
+    try:
+        return SuperPoint(model, device=device, threads=threads)
+    except SuperPointError as error:
+        raise SuperPointError(f"{model}: {error}") from error
+
+
+PLOT_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".pdf")
+
+
+def check_plot(path: PathLike) -> None:
+    """Refuses a plot before the work that would fill it, rather than after.
+
+    Raises:
+        SuperPointError: matplotlib is not installed, or the name's ending is no format it writes.
+    """
+    if Path(path).suffix.lower() not in PLOT_SUFFIXES:
+        raise SuperPointError(f"{path}: a plot's name ends in {', '.join(PLOT_SUFFIXES)}.")
+    if not util.find_spec("matplotlib"):
+        raise SuperPointError("the plot needs matplotlib: pip install 'superpoint-trt[report]'.")
+
+
+def plot(report: BenchReport, path: PathLike) -> Path:
+    """Bars of the stages' medians, one model a line, the wall time's median as a mark.
+
+    Raises:
+        SuperPointError: matplotlib is not installed, the name's ending is no format it writes, or the file cannot be
+            written.
+    """
+    check_plot(path)
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.6 + 0.6 * len(report.models)), layout="constrained")
+    axes: Any = figure.subplots()
+    names = [f"{Path(times.model).name}\n{report.images_per_s(times):.1f} images/s" for times in report.models]
+    lines = np.arange(len(names))
+    left = np.zeros(len(names))
+    for stage in STAGES[:-1]:
+        summaries = [times.summary(stage) for times in report.models]
+        widths = np.array([summary["median"] if summary else 0.0 for summary in summaries])
+        if widths.any():
+            axes.barh(lines, widths, left=left, label=stage.replace("_", " "))
+            left += widths
+    walls = [float(np.median(times.times_ms["wall"])) for times in report.models]
+    axes.plot(walls, lines, "k|", markersize=22, label="wall")
+    axes.set_yticks(lines, names)
+    axes.set_xlabel(f"ms per call, batch {report.options.batch}, median of {report.options.iterations}")
+    axes.invert_yaxis()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=6, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix[1:].lower(), dpi=130, bbox_inches="tight")
+    return write_atomically(path, buffer.getvalue())
+
+
+def _machine(threads: int | None) -> dict[str, Any]:
+    import shutil
+    import subprocess
+
+    gpu = None
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or None
+    versions = {"superpoint-trt": __version__}
+    for name in ("numpy", "opencv-python-headless", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "threads": threads,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

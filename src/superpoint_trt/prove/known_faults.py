@@ -1,0 +1,177 @@
+"""What is wrong with a model that finds other points: each known conversion fault tested by its own signature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from superpoint_trt.core.types import Float32, Keypoints, Matrix, Sampling
+from superpoint_trt.run import decode
+
+FEWEST_POINTS = 16
+"""Below this a signature could be chance."""
+
+SMALLEST_SCORE_FAULT = 2e-3
+"""Part of a typical score: below it a difference may be rounding."""
+
+MUCH_BETTER = 0.2
+"""Another explanation must leave at most this part of the error to be believed."""
+
+
+NOT_FINITE = "not-finite"
+"""The one finding that is seen without a signature."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault by name, and how it shows."""
+
+    name: str
+    """descriptor-sampling, border, dustbin, cell-order, fp16-indices, coordinates or not-finite."""
+    detail: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One image through the model and through the reference, in pixels of the network's input."""
+
+    found: Keypoints
+    """What the model found."""
+    scores: Float32
+    """(H, W): the reference's score map, before suppression."""
+    descriptors: Float32
+    """(D, H/8, W/8): the reference's, unit length."""
+    sampling: Sampling
+    """The checkpoint's."""
+    border_px: int
+    """What the model should leave out on each side."""
+    in_graph: bool
+    """Whether the model decodes in its graph."""
+    raw_xy: Float32 | None
+    """(N, 2): the points as a `keypoints` model put them out, padding rows left out."""
+
+    @property
+    def stride_px(self) -> int:
+        """Pixels along one side of a cell."""
+        return int(self.scores.shape[0] // self.descriptors.shape[1])
+
+
+def findings(evidence: Evidence) -> list[Finding]:
+    """All faults whose signature one image shows."""
+    raw = evidence.raw_xy if evidence.raw_xy is not None else evidence.found.xy
+    height, width = evidence.scores.shape
+    inside = np.asarray((np.isfinite(raw) & (raw >= 0) & (raw < np.array([width, height]))).all(axis=1))
+    found = [*_coordinates(inside), *_fp16_indices(evidence, raw, inside)]
+    if not found:  # rounded indices reach into the border too
+        found += _border(evidence, raw[inside])
+    if len(evidence.found) >= FEWEST_POINTS and inside.all():
+        found += [*_scores(evidence), *_sampling(evidence)]
+    return found
+
+
+def _coordinates(inside: NDArray[np.bool_]) -> Iterator[Finding]:
+    if not inside.all():
+        yield Finding("coordinates", f"{int((~inside).sum())} keypoints lie outside the image or are not finite")
+
+
+def _fp16_indices(evidence: Evidence, raw: Float32, inside: NDArray[np.bool_]) -> Iterator[Finding]:
+    """Above 2048 float16 holds only every 2nd, above 4096 every 4th integer, ..., above 65504 none."""
+    width = evidence.scores.shape[1]
+    flat = raw[inside, 1].astype(np.int64) * width + raw[inside, 0].astype(np.int64)
+    coarse = flat[flat > 4096]
+    with np.errstate(over="ignore"):
+        representable = coarse.astype(np.float16).astype(np.float64) == coarse
+    if evidence.in_graph and len(coarse) >= FEWEST_POINTS and representable.all():
+        yield Finding("fp16-indices", "every flat pixel index is a float16 number: indices went through half precision")
+
+
+def _border(evidence: Evidence, raw: Float32) -> Iterator[Finding]:
+    height, width = evidence.scores.shape
+    border = evidence.border_px
+    far = np.array([width, height]) - border
+    outside = ((raw < border) | (raw >= far)).any(axis=1)
+    if border and outside.any():
+        yield Finding(
+            "border", f"{int(outside.sum())} keypoints lie within {border} px of an edge, which is not removed"
+        )
+
+
+def _scores(evidence: Evidence) -> Iterator[Finding]:
+    """Do the model's scores fit the reference map as it is, or a wrong reading of it?"""
+    stride = evidence.stride_px
+    x, y = evidence.found.xy.astype(np.int64).T
+    read = evidence.scores[y, x]
+    height, width = evidence.scores.shape
+    cells = evidence.scores.reshape(height // stride, stride, width // stride, stride).sum(axis=(1, 3))
+    turned = evidence.scores[y // stride * stride + x % stride, x // stride * stride + y % stride]
+    readings = {
+        "dustbin": (read / cells[y // stride, x // stride], "scores are normalised without the dustbin"),
+        "cell-order": (turned, "rows and columns inside a cell are exchanged"),
+    }
+    direct = _typical_error(evidence.found.scores, read)
+    for name, (reading, detail) in readings.items():
+        error = _typical_error(evidence.found.scores, reading)
+        if direct > SMALLEST_SCORE_FAULT * read.mean() and error < MUCH_BETTER * direct:
+            yield Finding(name, f"{detail}: typical score error {error:.2g} that way, {direct:.2g} the right way")
+
+
+def _typical_error(a: Float32, b: Float32) -> float:
+    """Root mean square: a fault may show at a few points only."""
+    return float(np.sqrt(np.square(a - b).mean()))
+
+
+def _sampling(evidence: Evidence) -> Iterator[Finding]:
+    """Do the descriptors fit another place than the right one?"""
+    stride = evidence.stride_px
+    xy = evidence.found.xy
+
+    def misfit(shift_px: tuple[float, float], sampling: Sampling) -> float:
+        moved = xy + np.array(shift_px, np.float32)
+        sampled = decode.sample_descriptors(moved, evidence.descriptors, stride, sampling)
+        return 1.0 - float(np.median((sampled * evidence.found.descriptors).sum(axis=1)))
+
+    right = misfit((0.0, 0.0), evidence.sampling)
+    if right < 1e-4:
+        return
+    other = next(sampling for sampling in Sampling if sampling is not evidence.sampling)
+    steps = (-stride / 2, -0.5, 0.0, 0.5, stride / 2)
+    places = {
+        f"shifted by ({dx:g}, {dy:g}) px": misfit((dx, dy), evidence.sampling)
+        for dx in steps
+        for dy in steps
+        if (dx, dy) != (0.0, 0.0)
+    }
+    places[f"sampled the {other.value} way"] = misfit((0.0, 0.0), other)
+    place, error = min(places.items(), key=lambda item: item[1])
+    if error < MUCH_BETTER * right:
+        yield Finding(
+            "descriptor-sampling", f"descriptors are {place}: misfit {error:.2g} there, {right:.2g} at the right place"
+        )
+
+
+def warped_copy(gray: Float32) -> tuple[Float32, Matrix]:
+    """The image under a fixed moderate homography, at the same size, and that homography.
+
+    A turn of 8 degrees, 0.9 times the size, and a slight tilt, about the centre: what two neighbouring views differ by.
+    """
+    import cv2
+
+    height, width = gray.shape
+    angle, scale = np.deg2rad(8.0), 0.9
+    centre = np.array([[1, 0, -(width - 1) / 2], [0, 1, -(height - 1) / 2], [0, 0, 1]])
+    turn = np.array(
+        [
+            [scale * np.cos(angle), -scale * np.sin(angle), 0],
+            [scale * np.sin(angle), scale * np.cos(angle), 0],
+            [0.1 / width, 0.05 / height, 1],
+        ]
+    )
+    homography: Matrix = np.linalg.inv(centre) @ turn @ centre
+    warped = cv2.warpPerspective(
+        gray, homography, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
+    )
+    # Interpolation may leave [0, 1] by a rounding.
+    return np.clip(warped, 0, 1, dtype=np.float32), homography

@@ -1,0 +1,144 @@
+"""A verification as one self-contained HTML file: verdict, tables, distributions, and the points on each image."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from superpoint_trt._version import __version__
+from superpoint_trt.core.files import PathLike, write_atomically
+from superpoint_trt.core.image import load_image, to_picture
+from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.prove.verify import FOUND_WITHIN_PX, ImageResult, Verification, within
+from superpoint_trt.run.draw import draw_points, encode_picture
+
+MOST_PICTURES = 24
+WIDEST_PICTURE_PX = 960
+
+KEPT, LOST, NEW = (46, 204, 64), (255, 65, 54), (51, 161, 255)
+
+MEANING = {
+    "score_error_max": "largest difference of a detection score",
+    "keypoints_found_share": f"share of keypoints found again within {FOUND_WITHIN_PX:g} px, the worse of both ways",
+    "score_rank_correlation": "Spearman correlation of the scores at common points: does the order survive?",
+    "descriptor_cosine_median": "cosine of both descriptors at common points, median",
+    "descriptor_cosine_p1": "the same, first percentile: the worst hundredth",
+    "matches_kept_share": "right matches to a warped copy of each image, model over reference",
+    "findings": "known conversion faults whose signature most images show",
+}
+
+
+@dataclass(frozen=True)
+class _Picture:
+    name: str
+    data: str
+    kept: int
+    lost: int
+    new: int
+
+
+@dataclass(frozen=True)
+class _Plot:
+    title: str
+    data: str
+
+
+def check_report() -> None:
+    """Refuses a report before the work that would fill it, rather than after.
+
+    Raises:
+        SuperPointError: jinja2 or matplotlib is not installed.
+    """
+    for package in ("jinja2", "matplotlib"):
+        if not util.find_spec(package):
+            raise SuperPointError(f"the report needs {package}: pip install 'superpoint-trt[report]'.")
+
+
+def write_report(path: PathLike, verification: Verification) -> Path:
+    """Writes the report; beside, then renamed.
+
+    Raises:
+        SuperPointError: jinja2 or matplotlib is not installed, or the file cannot be written.
+    """
+    check_report()
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("superpoint_trt.prove"), autoescape=True)
+    page = environment.get_template("verification.html").render(
+        v=verification,
+        version=__version__,
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        meaning=MEANING,
+        number=_number,
+        plots=_plots(verification),
+        pictures=[_picture(image) for image in _most_different(verification)],
+    )
+    return write_atomically(path, page.encode())
+
+
+def _most_different(verification: Verification) -> list[ImageResult]:
+    def agreement(image: ImageResult) -> float:
+        points = image.reference_keypoints + image.model_keypoints
+        return (image.found_again + image.found_back) / points if points else 1.0
+
+    return sorted(verification.images, key=agreement)[:MOST_PICTURES]
+
+
+def _picture(image: ImageResult) -> _Picture:
+    """Kept, lost and new points on the image."""
+    pixels = to_picture(load_image(image.path))
+    kept = within(image.reference_xy, image.model_xy)
+    new = ~within(image.model_xy, image.reference_xy)
+    layers = ((image.reference_xy[kept], KEPT), (image.reference_xy[~kept], LOST), (image.model_xy[new], NEW))
+    scale = min(1.0, WIDEST_PICTURE_PX / pixels.shape[1])
+    picture = draw_points(pixels, [(xy, colour) for xy, colour in layers], scale)
+    data = _data_url(encode_picture(picture, ".jpg"), "image/jpeg")
+    return _Picture(image.name, data, int(kept.sum()), int((~kept).sum()), int(new.sum()))
+
+
+def _plots(verification: Verification) -> list[_Plot]:
+    """Histograms of what agrees at common points."""
+    cosines = np.concatenate([image.cosines for image in verification.images])
+    errors = np.concatenate([image.score_errors for image in verification.images])
+    if not len(cosines):
+        return []
+    return [
+        _histogram("1 - cosine of descriptors at common points", 1.0 - cosines),
+        _histogram("score error at common points", errors),
+    ]
+
+
+def _histogram(title: str, values: NDArray[np.floating]) -> _Plot:
+    """Logarithmic, because the interesting part of an error is its magnitude; zero is drawn at the smallest bin."""
+    from matplotlib.figure import Figure
+
+    smallest = 1e-8
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes: Any = figure.subplots()
+    bins = np.logspace(np.log10(smallest), max(0.0, np.log10(max(values.max(), smallest))), 60)
+    axes.hist(np.clip(values, smallest, None), bins=bins)
+    axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_xlabel(title)
+    axes.set_ylabel("points")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return _Plot(title, _data_url(buffer.getvalue(), "image/png"))
+
+
+def _data_url(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"

@@ -1,0 +1,266 @@
+"""Which layers cost int8 or fp8 its keypoints, and the fewest to keep in fp16 so that stated gates hold."""
+
+from __future__ import annotations
+
+import glob
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from superpoint_trt.convert.cast import convolutions, described, load_onnx, raw_heads
+from superpoint_trt.convert.quantize.calibrate import Calibration, check_quantisable, check_same_network
+from superpoint_trt.convert.quantize.qdq import FirstConvolution, kept_layers, quantize
+from superpoint_trt.core.files import PathLike
+from superpoint_trt.core.progress import Progress, Steps
+from superpoint_trt.core.types import Keypoints, Precision, SuperPointError
+from superpoint_trt.prove.verify import FOUND_WITHIN_PX, Gate, Verification, cosines, mutual_within, verify, within
+from superpoint_trt.run.extractor import SuperPoint
+
+FEW_IMAGES = 8
+"""Rank on so many: the layers that matter stand out at once, and each costs a run of the whole network an image."""
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What is left of the fp32 points when this layer alone is quantised; 1 is all of it."""
+
+    layer: str
+    keypoints_found_share: float
+    """Of the points with a counterpart within 1 px, the smaller of both directions, as the gate of `verify`."""
+    descriptor_cosine_median: float
+    """Between both descriptors of the points that both find."""
+
+    def lost(self, gate: str) -> float:
+        """What this layer alone takes away from what a gate looks at: descriptors, points, or both in matches."""
+        points, descriptors = 1.0 - self.keypoints_found_share, 1.0 - self.descriptor_cosine_median
+        if gate.startswith("descriptor"):
+            return descriptors
+        return points + descriptors if gate.startswith("matches") else points
+
+
+@dataclass(frozen=True)
+class Step:
+    """One choice of layers, verified."""
+
+    kept: list[str]
+    gates: list[Gate]
+    because: str
+    """Why it was tried."""
+
+    @property
+    def failed(self) -> list[Gate]:
+        """The gates that do not hold."""
+        return [gate for gate in self.gates if not gate.passed]
+
+
+@dataclass
+class Choice:
+    """What `fewest_kept` found, and how it came there."""
+
+    kept: list[str]
+    """Layers in fp16, those asked for included."""
+    passed: bool
+    steps: list[Step] = field(default_factory=list)
+    patterns: list[str] = field(default_factory=list)
+    """What to ask of `quantize` for it: what was asked for, and what was added."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def rank(
+    model: PathLike,
+    calibration: Calibration,
+    images: Sequence[PathLike],
+    precision: Precision = Precision.INT8,
+    progress: Progress | None = None,
+) -> list[LayerCost]:
+    """Quantises one layer at a time and counts the keypoints that stay, through onnxruntime.
+
+    Args:
+        model: fp32 SuperPoint .onnx of any type.
+        calibration: its ranges.
+        images: a few photographs.
+        precision: INT8 or FP8.
+        progress: called with (network runs done, in all).
+
+    Returns:
+        All convolutions, the costliest first: by the points that are lost, then by the descriptors.
+
+    Raises:
+        SuperPointError: no fp32 model, ranges of another one, an unusable image, or no keypoint in any.
+    """
+    network = _Network(model, calibration, precision)
+    layers = list(convolutions(network.fp32))
+    steps = Steps((len(layers) + 1) * len(images), progress)
+    with tempfile.TemporaryDirectory() as folder:
+        expected = _keypoints(network.write_fp32(folder), images, steps)
+        if not sum(len(keypoints) for keypoints in expected):
+            raise SuperPointError("the network finds no keypoint in these images: use photographs like those to come.")
+        costs = [_cost(layer, expected, network.write_only(layer, folder), images, steps) for layer in layers]
+    return sorted(costs, key=lambda c: (c.keypoints_found_share, c.descriptor_cosine_median))
+
+
+def fewest_kept(
+    model: PathLike,
+    calibration: Calibration,
+    images: Sequence[PathLike],
+    costs: Sequence[LayerCost],
+    precision: Precision = Precision.INT8,
+    keep: Sequence[str] = (),
+    limits: Mapping[str, float] | None = None,
+    progress: Progress | None = None,
+    first: FirstConvolution | None = None,
+) -> Choice:
+    """Keeps layers in fp16, one by one, until the gates of `verify` hold; then gives back what is not needed.
+
+    Each step keeps the layer that costs most of what the first failing gate looks at. Every choice is verified, so the
+    last one is proven, not added up from the ranks. No single layer of the result could be quantised as well.
+
+    Args:
+        model: fp32 SuperPoint .onnx of any type.
+        calibration: its ranges.
+        images: to verify on.
+        costs: of `rank`.
+        precision: INT8 or FP8.
+        keep: name patterns of layers to keep in any case.
+        limits: gate name -> limit, over the precision's own.
+        progress: called with (images done, in all), for each choice anew.
+        first: as `quantize` takes it.
+
+    Raises:
+        SuperPointError: as `rank` and `verify`.
+    """
+    network = _Network(model, calibration, precision, first)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = _Trial(network, folder, images, keep, limits, progress)
+        added: list[str] = []
+        step = trial.run(added, "as asked")
+        while step.failed:
+            layer = _costliest(costs, step)
+            if layer is None:
+                return Choice(step.kept, False, trial.steps)
+            gate = step.failed[0].name
+            added.append(layer.layer)
+            step = trial.run(added, f"{layer.layer} alone costs most of {gate}: {layer.lost(gate):.4f}")
+        for layer_name in added[:-1]:  # without the last one it failed
+            fewer = [name for name in added if name != layer_name]
+            if not trial.run(fewer, f"{layer_name} may not be needed any more").failed:
+                added = fewer
+        patterns = trial.patterns(added)
+        return Choice(network.kept(patterns), True, trial.steps, patterns)
+
+
+def _costliest(costs: Sequence[LayerCost], step: Step) -> LayerCost | None:
+    """Of the layers still quantised; None if none costs anything, or it is the only one."""
+    gate = step.failed[0].name
+    left = [cost for cost in costs if cost.layer not in step.kept]
+    worst = max(left, key=lambda cost: cost.lost(gate))
+    return worst if len(left) > 1 and worst.lost(gate) > 0 else None
+
+
+class _Network:
+    """The raw heads of a model: what is quantised, whatever its type."""
+
+    def __init__(
+        self,
+        model: PathLike,
+        calibration: Calibration,
+        precision: Precision,
+        first: FirstConvolution | None = None,
+    ) -> None:
+        source = load_onnx(model)
+        check_quantisable(source)
+        check_same_network(calibration, described(source, model), model)
+        self.fp32 = raw_heads(source, model)
+        self._calibration, self._precision, self._first = calibration, precision, first
+
+    def kept(self, patterns: Sequence[str]) -> list[str]:
+        return kept_layers(self.fp32, patterns, self._precision, self._first)
+
+    def write_fp32(self, folder: str) -> Path:
+        return _write(self.fp32, folder, "fp32")
+
+    def write_only(self, layer: str, folder: str) -> Path:
+        """One layer quantised, be it the first: in parts where it can be."""
+        others = [glob.escape(name) for name in convolutions(self.fp32) if name != layer]
+        alone = kept_layers(self.fp32, [], self._precision)
+        first = FirstConvolution.WHOLE if layer in alone else None
+        quantised = quantize(self.fp32, self._calibration, self._precision, others, first)
+        return _write(quantised, folder, "quantised")
+
+    def write_without(self, patterns: Sequence[str], folder: str) -> Path:
+        quantised = quantize(self.fp32, self._calibration, self._precision, patterns, self._first)
+        return _write(quantised, folder, "quantised")
+
+
+def _write(model: onnx.ModelProto, folder: str, name: str) -> Path:
+    path = Path(folder) / f"{name}.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+class _Trial:
+    """Verifies choices of layers."""
+
+    def __init__(
+        self,
+        network: _Network,
+        folder: str,
+        images: Sequence[PathLike],
+        keep: Sequence[str],
+        limits: Mapping[str, float] | None,
+        progress: Progress | None,
+    ) -> None:
+        self.steps: list[Step] = []
+        self._network, self._folder, self._images = network, folder, images
+        self._keep, self._limits, self._progress = keep, limits, progress
+        self._reference = network.write_fp32(folder)
+
+    def patterns(self, added: Sequence[str]) -> list[str]:
+        """What was asked for as it was asked, so that COARSE keeps its meaning, and layers by name."""
+        return [*self._keep, *map(glob.escape, added)]
+
+    def run(self, added: Sequence[str], because: str) -> Step:
+        patterns = self.patterns(added)
+        kept = self._network.kept(patterns)
+        found: Verification = verify(
+            self._network.write_without(patterns, self._folder),
+            self._reference,
+            self._images,
+            self._limits,
+            "cpu",
+            self._progress,
+        )
+        self.steps.append(Step(kept, found.gates, because))
+        return self.steps[-1]
+
+
+def _keypoints(model: Path, images: Sequence[PathLike], steps: Steps) -> list[Keypoints]:
+    found = []
+    with SuperPoint(model, device="cpu") as superpoint:
+        for image in images:
+            found.append(superpoint.extract(image))
+            steps.advance()
+    return found
+
+
+def _cost(
+    layer: str, expected: Sequence[Keypoints], model: Path, images: Sequence[PathLike], steps: Steps
+) -> LayerCost:
+    again = back = found_in_all = 0
+    similar = []
+    for truth, found in zip(expected, _keypoints(model, images, steps)):
+        again += int(within(truth.xy, found.xy).sum())
+        back += int(within(found.xy, truth.xy).sum())
+        found_in_all += len(found)
+        similar.append(cosines(truth, found, mutual_within(truth.xy, found.xy, FOUND_WITHIN_PX)))
+    share = min(again / sum(map(len, expected)), back / max(found_in_all, 1))
+    values = np.concatenate(similar)
+    return LayerCost(layer, share, float(np.median(values)) if len(values) else -1.0)

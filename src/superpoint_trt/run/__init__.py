@@ -1,0 +1,1 @@
+"""The run half: image -> backend -> decode -> keypoints."""

@@ -1,0 +1,123 @@
+"""What every backend is: a context manager from named arrays to named arrays that says what it runs on."""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from superpoint_trt.core.types import INPUT_NAME, DecodeOptions, Float32, ModelDescription, SuperPointError
+
+Outputs = Mapping[str, NDArray[Any]]
+Image = NDArray[Any]
+"""(B, 1, H, W) float32 in [0, 1], or uint8."""
+
+
+def as_unit_range(image: Image) -> Float32:
+    """For runtimes that want float32: uint8 divided by 255, anything else as it is."""
+    unit: Float32 = image.astype(np.float32) / np.float32(255) if image.dtype == np.uint8 else image
+    return unit
+
+
+@dataclass(frozen=True)
+class RuntimeInfo:
+    """What a run really used; printed with every result."""
+
+    backend: str
+    """"onnxruntime 1.19.2", "torch 2.6.0", ..."""
+    device: str
+    """"cpu (CPUExecutionProvider, 2 threads)", "cuda (...)"."""
+    precision: str
+    decode: str = ""
+    """Where heads are decoded, if it was not in the graph: "decode on the GPU (CUDA)", or why not."""
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.backend, self.device, self.precision, self.decode)))
+
+
+class Backend(abc.ABC):
+    """One opened model.
+
+    Attributes:
+        description: what the model is.
+        runtime: what it runs on.
+    """
+
+    description: ModelDescription
+    runtime: RuntimeInfo
+
+    def infer(self, image: Image) -> Outputs:
+        """Runs the model.
+
+        Args:
+            image: (B, 1, H, W) float32 in [0, 1], or uint8; H and W multiples of the stride.
+
+        Returns:
+            The model type's outputs by name (spec.OUTPUT_NAMES).
+
+        Raises:
+            SuperPointError: the input does not fit the model, or the runtime failed.
+        """
+        if image.dtype not in (np.float32, np.uint8):
+            raise SuperPointError(f"{INPUT_NAME} is {image.dtype}; expected float32 in [0, 1], or uint8.")
+        self.check(image.shape)
+        return self._infer(image)
+
+    def infer_timed(self, image: Image) -> tuple[Outputs, dict[str, float]]:
+        """As `infer`, and the seconds of its steps: "network", and where there is a device of its own, both copies."""
+        started = time.perf_counter()
+        outputs = self.infer(image)
+        return outputs, {"network": time.perf_counter() - started}
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuses an input (B, 1, H, W) that does not fit the model.
+
+        Raises:
+            SuperPointError: saying what the model takes.
+        """
+        stride = self.description.stride_px
+        if len(shape) != 4 or shape[1] != 1 or shape[2] % stride or shape[3] % stride or 0 in shape:
+            raise SuperPointError(f"{INPUT_NAME} has shape {shape}; expected (B, 1, H, W) in multiples of {stride}.")
+        self._check_size(shape)
+
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        """Whether the model takes so many images of that size."""
+        model = self.description
+        if not model.dynamic and shape[2:] != (model.height_px, model.width_px):
+            raise SuperPointError(
+                f"{INPUT_NAME} is {shape[3]}x{shape[2]}; this model takes only {model.width_px}x{model.height_px}: "
+                "resize, or export with --dynamic."
+            )
+        if shape[0] > model.max_batch_size and not model.dynamic:
+            raise SuperPointError(
+                f"batch of {shape[0]} images; this model takes {model.max_batch_size} at most: export with "
+                f"--max-batch-size {shape[0]}."
+            )
+
+    @abc.abstractmethod
+    def _infer(self, image: Image) -> Outputs: ...
+
+    def lanes(self, options: DecodeOptions, half: bool) -> Any:
+        """What takes images to keypoints on the device (lanes.Lanes); None where there is no such thing.
+
+        Raises:
+            SuperPointError: there is, but it does not work here.
+        """
+        return None
+
+    def close(self) -> None:  # noqa: B027  (nothing to free is a fine default)
+        """Frees what the backend holds; it cannot be used afterwards."""
+
+    def __enter__(self) -> Backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,150 @@
+"""Score map or raw heads -> keypoints: the numpy reference that the graphs and the CUDA kernels are held against.
+
+Semantics are the MIT PyTorch reference's (rpautrat/SuperPoint), written anew for speed: scores that cannot pass the
+threshold are zeroed before the suppression, which changes no survivor above it, because suppression only ever acts
+from a higher score onto lower ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from superpoint_trt.core.types import DecodeOptions, Float32, Sampling
+
+NORM_EPS = 1e-12
+"""Below this length a descriptor is divided by it, not by its length: torch.nn.functional.normalize's default."""
+
+
+def scores_from_logits(logits: NDArray[Any]) -> Float32:
+    """Softmax over a cell's pixels and the dustbin, which is dropped (DeTone et al. 2018, section 3.2).
+
+    Args:
+        logits: (B, S*S + 1, H/S, W/S), any float type; computed in float32.
+
+    Returns:
+        (B, H, W) float32.
+    """
+    x = np.moveaxis(logits.astype(np.float32), 1, -1)
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    cells = x[..., :-1] / x.sum(axis=-1, keepdims=True)
+    batch, rows, columns, pixels = cells.shape
+    stride = round(pixels**0.5)
+    cells = cells.reshape(batch, rows, columns, stride, stride).transpose(0, 1, 3, 2, 4)
+    scores: Float32 = cells.reshape(batch, rows * stride, columns * stride)
+    return scores
+
+
+def normalise(descriptors: NDArray[Any], axis: int) -> Float32:
+    """Unit length along `axis`, float32."""
+    descriptors = descriptors.astype(np.float32, copy=False)
+    length = np.sqrt(np.square(descriptors).sum(axis=axis, keepdims=True, dtype=np.float32))
+    unit: Float32 = descriptors / np.maximum(length, np.float32(NORM_EPS))
+    return unit
+
+
+def suppress(scores: Float32, radius_px: int) -> Float32:
+    """Non-maximum suppression in two rounds; pixels of equal score within reach of each other all survive.
+
+    Args:
+        scores: (H, W) float32, none negative.
+        radius_px: half side of the square window.
+
+    Returns:
+        (H, W): survivors keep their score, the rest is 0.
+    """
+    kept = scores == _window_max(scores, radius_px)
+    for _ in range(2):
+        near_kept = _window_max(kept, radius_px)
+        rest = np.where(near_kept, np.float32(0), scores)
+        kept |= (rest == _window_max(rest, radius_px)) & ~near_kept
+    return np.where(kept, scores, np.float32(0))
+
+
+def select(scores: Float32, options: DecodeOptions) -> tuple[Float32, Float32]:
+    """Keypoints of one score map.
+
+    Args:
+        scores: (H, W) float32, before suppression; exactly the image, without padding.
+        options: radius, border, threshold, number.
+
+    Returns:
+        (N, 2) x, y and (N,) scores, by falling score; equal scores in reading order.
+    """
+    height, width = scores.shape
+    border = options.remove_borders_px
+    # The border goes after the suppression, as in the reference: a point there still suppresses its neighbours.
+    candidates = np.where(scores > options.threshold, scores, np.float32(0))
+    inside = suppress(candidates, options.nms_radius_px)[border : height - border, border : width - border]
+    y, x = np.nonzero(inside > 0)
+    found = inside[y, x]
+    order = np.argsort(-found, kind="stable")[: options.max_keypoints]
+    xy = np.stack([x[order], y[order]], axis=1).astype(np.float32) + np.float32(border)
+    return xy, found[order]
+
+
+def sample_descriptors(xy: Float32, descriptors: Float32, stride_px: int, sampling: Sampling) -> Float32:
+    """Bilinear descriptors at keypoints, normalised again.
+
+    Outside the outermost cell centres the nearest cells are continued; after the normalisation that equals the
+    zero padding of torch's grid_sample, which scales both remaining neighbours alike.
+
+    Args:
+        xy: (N, 2) pixels of the network's input.
+        descriptors: (D, H/S, W/S) of unit length along D.
+        stride_px: S.
+        sampling: the checkpoint's convention.
+
+    Returns:
+        (N, D) float32, unit length.
+    """
+    dim, rows, columns = descriptors.shape
+    cells = np.array([columns, rows], dtype=np.float32)
+    position = np.clip(cell_position(xy, cells, stride_px, sampling), 0, cells - 1)
+    corner = np.minimum(position.astype(np.int64), np.maximum(cells.astype(np.int64) - 2, 0))
+    (fx, fy), (x0, y0) = (position - corner).T[..., None].astype(np.float32), corner.T
+    x1, y1 = np.minimum(x0 + 1, columns - 1), np.minimum(y0 + 1, rows - 1)
+    table = np.ascontiguousarray(descriptors.reshape(dim, -1).T)
+    upper = table[y0 * columns + x0] * (1 - fx) + table[y0 * columns + x1] * fx
+    lower = table[y1 * columns + x0] * (1 - fx) + table[y1 * columns + x1] * fx
+    return normalise(upper * (1 - fy) + lower * fy, axis=1)
+
+
+def cell_position(xy: Float32, cells: Float32, stride_px: int, sampling: Sampling) -> Float32:
+    """Pixels (N, 2) -> positions on the descriptor grid (N, 2), 0 at the centre of the first cell.
+
+    HALF_PIXEL is the geometry of the network's cells. LEGACY is what SuperGlue's and LightGlue's
+    `sample_descriptors` compute with align_corners=True: right at the first cell, 3.5 px short at the last.
+    """
+    stride, half = np.float32(stride_px), np.float32(0.5)
+    position: Float32
+    if sampling is Sampling.HALF_PIXEL:
+        position = (xy + half) / stride - half
+    else:
+        position = (xy - stride / 2 + half) / (cells * stride - stride / 2 - half) * (cells - 1)
+    return position
+
+
+def _window_max(values: NDArray[Any], radius_px: int) -> NDArray[Any]:
+    """Maximum over the (2 r + 1)^2 window around each pixel, cut off at the edges; bool or float32.
+
+    Each axis by doubling: windows of 1, 2, 4, ... and the last two overlapping, so about log2 passes.
+    """
+    for axis in (0, 1):
+        width = 2 * radius_px + 1
+        length = values.shape[axis]
+        padding = [(radius_px, radius_px) if a == axis else (0, 0) for a in (0, 1)]
+        run = np.pad(values, padding)  # zeros: no score is lower
+        span = 1
+        while span < width:
+            step = min(span, width - span)
+            run = np.maximum(_take(run, axis, step, None), _take(run, axis, 0, -step))
+            span += step
+        values = _take(run, axis, 0, length)
+    return values
+
+
+def _take(values: NDArray[Any], axis: int, start: int, stop: int | None) -> NDArray[Any]:
+    return values[start:stop] if axis == 0 else values[:, start:stop]

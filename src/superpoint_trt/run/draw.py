@@ -1,0 +1,160 @@
+"""Pictures of keypoints and matches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from superpoint_trt.core.files import PathLike, write_atomically
+from superpoint_trt.core.image import opencv_quiet
+from superpoint_trt.core.types import Float32, Keypoints, SuperPointError
+
+Picture = NDArray[np.uint8]
+"""(H, W, 3) RGB."""
+Colour = Sequence[int]
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
+_RIM = (0, 0, 0)
+_SUBPIXEL_BITS = 4
+"""OpenCV draws in fixed point: keypoints of shrunk images lie between pixels."""
+
+
+def draw_keypoints(image_rgb: NDArray[Any], keypoints: Keypoints) -> Picture:
+    """Dark-rimmed circles on a copy of the image, from the weakest score (blue) to the strongest (yellow), by rank.
+
+    Args:
+        image_rgb: (H, W, 3) uint8.
+        keypoints: in its pixels.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    colours = _ramp(len(keypoints))
+    # The strongest are drawn last, on top.
+    return draw_points(image_rgb, [(keypoints.xy[i : i + 1], colours[i]) for i in reversed(range(len(keypoints)))])
+
+
+def draw_points(image_rgb: NDArray[Any], layers: Iterable[tuple[Float32, Colour]], scale: float = 1.0) -> Picture:
+    """Dark-rimmed circles, layer by layer.
+
+    Args:
+        image_rgb: (H, W, 3) uint8.
+        layers: points (N, 2) in the image's pixels, and their colour.
+        scale: of the picture to the image.
+    """
+    import cv2
+
+    picture = _scaled(image_rgb, scale)
+    one = 1 << _SUBPIXEL_BITS
+    radius = max(3.0, max(picture.shape[:2]) / 240)
+    line = max(1, round(radius / 3))
+    for points, colour in layers:
+        for x, y in (points + 0.5) * scale - 0.5:
+            centre = (round(float(x) * one), round(float(y) * one))
+            for tone, thickness in ((_RIM, line + 2), (_ints(colour), line)):
+                cv2.circle(picture, centre, round(radius * one), tone, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
+    return picture
+
+
+INLIER, OUTLIER = (46, 204, 64), (255, 65, 54)
+_GAP_PX = 8
+
+
+def draw_matches(
+    first_rgb: NDArray[Any],
+    second_rgb: NDArray[Any],
+    first_xy: Float32,
+    second_xy: Float32,
+    inliers: NDArray[np.bool_],
+) -> Picture:
+    """Both images side by side, a line for every match: green inliers over fainter red outliers.
+
+    Args:
+        first_rgb: (H, W, 3) uint8.
+        second_rgb: (H', W', 3) uint8, drawn at the first's height.
+        first_xy: (M, 2) matched points in the first image's pixels.
+        second_xy: (M, 2) the same in the second's.
+        inliers: (M,) which matches the geometry keeps.
+    """
+    import cv2
+
+    scale = first_rgb.shape[0] / second_rgb.shape[0]
+    right = _scaled(second_rgb, scale)
+    left_width = first_rgb.shape[1] + _GAP_PX
+    picture: Picture = np.full((first_rgb.shape[0], left_width + right.shape[1], 3), 255, np.uint8)
+    picture[:, : first_rgb.shape[1]] = first_rgb
+    picture[:, left_width:] = right[: picture.shape[0]]
+    places = (second_xy + 0.5) * scale - 0.5 + np.array([left_width, 0])
+    for wanted, colour, weight in ((~inliers, OUTLIER, 0.3), (inliers, INLIER, 0.5)):
+        lines = picture.copy()  # half of a line does not hide what is under it
+        for start, end in zip(_fixed(first_xy[wanted]), _fixed(places[wanted])):
+            cv2.line(lines, start, end, colour, 1, cv2.LINE_AA, _SUBPIXEL_BITS)
+        picture = np.asarray(cv2.addWeighted(lines, weight, picture, 1 - weight, 0), dtype=np.uint8)
+        for centre in _fixed(first_xy[wanted]) + _fixed(places[wanted]):
+            cv2.circle(picture, centre, 2 << _SUBPIXEL_BITS, colour, -1, cv2.LINE_AA, _SUBPIXEL_BITS)
+    return picture
+
+
+def check_picture_name(path: PathLike) -> None:
+    """Refuses a file name whose ending is no image format that can be written.
+
+    Raises:
+        SuperPointError: naming usual endings.
+    """
+    import cv2
+
+    if Path(path).suffix.lower() not in PICTURE_SUFFIXES or not cv2.haveImageWriter(str(path)):
+        raise SuperPointError(f"{path}: a picture's name ends in .jpg, .png, .webp, .tiff or .bmp.")
+
+
+def save_picture(path: PathLike, picture: Picture) -> Path:
+    """Writes a picture; beside, then renamed."""
+    check_picture_name(path)
+    return write_atomically(path, encode_picture(picture, Path(path).suffix))
+
+
+def encode_picture(picture: Picture, suffix: str) -> bytes:
+    """A picture as the bytes of a file whose name ends so."""
+    import cv2
+
+    with opencv_quiet():
+        try:
+            done, data = cv2.imencode(suffix, picture[..., ::-1])
+        except cv2.error:
+            done = False
+    if not done:
+        raise SuperPointError(f"a picture of {picture.shape[1]}x{picture.shape[0]} px cannot be written as {suffix}.")
+    encoded: bytes = data.tobytes()
+    return encoded
+
+
+def _scaled(image_rgb: NDArray[Any], scale: float) -> Picture:
+    import cv2
+
+    if scale == 1.0:
+        return np.array(image_rgb, dtype=np.uint8, order="C")
+    size = (max(1, round(image_rgb.shape[1] * scale)), max(1, round(image_rgb.shape[0] * scale)))
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(np.ascontiguousarray(image_rgb), size, interpolation=method), dtype=np.uint8)
+
+
+def _ramp(count: int) -> NDArray[np.uint8]:
+    """(count, 3) RGB, the first bright, the last dark."""
+    import cv2
+
+    ranks = np.linspace(255, 0, max(count, 1)).astype(np.uint8)
+    ramp: NDArray[np.uint8] = np.asarray(cv2.applyColorMap(ranks[:, None], cv2.COLORMAP_PARULA)[:, 0, ::-1])
+    return ramp
+
+
+def _ints(colour: Colour) -> tuple[int, ...]:
+    return tuple(int(value) for value in colour)
+
+
+def _fixed(xy: NDArray[Any]) -> list[list[int]]:
+    rounded: list[list[int]] = np.round(xy * (1 << _SUBPIXEL_BITS)).astype(int).tolist()
+    return rounded

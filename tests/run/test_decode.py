@@ -1,0 +1,99 @@
+"""The numpy decode against known answers, and against the PyTorch reference, which shares no code with it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import KINDS, score_map
+
+from superpoint_trt.checkpoint import reference as network
+from superpoint_trt.core.types import DecodeOptions, Sampling
+from superpoint_trt.run import decode
+
+
+def in_torch(scores: np.ndarray, options: DecodeOptions) -> tuple[np.ndarray, np.ndarray]:
+    descriptors = torch.zeros(1, 4, scores.shape[0] // 8, scores.shape[1] // 8)
+    xy, found, _ = network.decode(torch.from_numpy(scores)[None], descriptors, options, Sampling.HALF_PIXEL)[0]
+    return xy.numpy(), found.numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("radius", [0, 1, 2, 4, 7])
+@pytest.mark.parametrize("border", [0, 4, 11])
+@pytest.mark.parametrize("number", [None, 17])
+def test_select_equals_the_reference(kind, radius, border, number):
+    for seed in range(3):
+        scores = score_map(kind, seed)
+        options = DecodeOptions(nms_radius_px=radius, remove_borders_px=border, max_keypoints=number)
+        xy, found = decode.select(scores, options)
+        reference_xy, reference_found = in_torch(scores, options)
+        np.testing.assert_array_equal(xy, reference_xy)
+        np.testing.assert_array_equal(found, reference_found)
+        assert (len(found) == 0) == (kind == "below threshold")
+
+
+def test_the_threshold_is_strict():
+    scores = np.zeros((16, 16), np.float32)
+    scores[5, 5], scores[5, 11] = 0.25, np.nextafter(np.float32(0.25), np.float32(1))
+    xy, found = decode.select(scores, DecodeOptions(nms_radius_px=1, threshold=0.25))
+    assert xy.tolist() == [[11, 5]]
+    assert len(found) == 1
+
+
+def test_the_border_goes_on_all_four_sides_after_the_suppression():
+    scores = np.zeros((32, 48), np.float32)
+    inside = [(4, 4), (43, 4), (4, 27), (43, 27)]  # x, y: the outermost allowed
+    outside = [(3, 15), (44, 15), (20, 3), (20, 28)]
+    for x, y in inside + outside:
+        scores[y, x] = 0.5
+    scores[16, 4] = 0.3  # loses to its stronger neighbour (3, 15), though that one is in the border
+    xy, _ = decode.select(scores, DecodeOptions())
+    assert {tuple(point) for point in xy.tolist()} == set(inside)
+
+
+def test_equal_scores_come_in_reading_order():
+    scores = np.zeros((40, 40), np.float32)
+    scores[30, 10] = scores[10, 30] = scores[10, 8] = 0.5
+    scores[20, 20] = 0.9
+    xy, _ = decode.select(scores, DecodeOptions())
+    assert xy.tolist() == [[20, 20], [8, 10], [30, 10], [10, 30]]
+    xy, _ = decode.select(scores, DecodeOptions(max_keypoints=2))
+    assert xy.tolist() == [[20, 20], [8, 10]]
+
+
+@pytest.mark.parametrize("sampling", Sampling)
+def test_sampled_descriptors_equal_the_reference(sampling):
+    """Every pixel, the outermost included, where the reference pads with zeros."""
+    rng = np.random.default_rng(1)
+    descriptors = decode.normalise(rng.normal(size=(16, 5, 7)), axis=0)
+    y, x = np.mgrid[0:40, 0:56]
+    xy = np.stack([x.ravel(), y.ravel()], axis=1).astype(np.float32)
+    sampled = decode.sample_descriptors(xy, descriptors, 8, sampling)
+    reference = network.sample_descriptors(torch.from_numpy(xy), torch.from_numpy(descriptors), 8, sampling)
+    np.testing.assert_allclose(sampled, reference.numpy(), atol=2e-6)
+    assert sampled.dtype == np.float32
+
+
+def test_heads_equal_the_reference_even_where_fp16_would_overflow():
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 40, (2, 65, 3, 4)).astype(np.float32)
+    coarse = rng.normal(0, 300, (2, 16, 3, 4)).astype(np.float32)
+    scores, descriptors = network.dense(torch.from_numpy(logits), torch.from_numpy(coarse))
+    np.testing.assert_allclose(decode.scores_from_logits(logits), scores.numpy(), atol=1e-6)
+    np.testing.assert_allclose(decode.normalise(coarse, axis=1), descriptors.numpy(), atol=1e-6)
+    # fp16 heads: squares beyond 65504 and exponentials beyond it must not reach infinity.
+    half = decode.normalise(coarse.astype(np.float16), axis=1)
+    assert np.isfinite(half).all()
+    np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-5)
+    assert np.isfinite(decode.scores_from_logits(logits.astype(np.float16))).all()
+
+
+def test_a_zero_descriptor_stays_zero():
+    assert decode.normalise(np.zeros((3, 2)), axis=1).tolist() == [[0, 0]] * 3
+
+
+def test_one_cell():
+    descriptors = np.ones((4, 1, 1), np.float32) / 2
+    sampled = decode.sample_descriptors(np.array([[0, 7]], np.float32), descriptors, 8, Sampling.HALF_PIXEL)
+    assert sampled.tolist() == [[0.5, 0.5, 0.5, 0.5]]
