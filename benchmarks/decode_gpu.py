@@ -122,7 +122,7 @@ class Timer:
         cuda.call("cudaEventRecord", self._events[0], self.stream.handle)
         work()
         cuda.call("cudaEventRecord", self._events[1], self.stream.handle)
-        self.stream.synchronise()
+        self.stream.synchronize()
         return float(cuda.call("cudaEventElapsedTime", *self._events))
 
 

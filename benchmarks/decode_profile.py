@@ -36,7 +36,7 @@ def main(calls: int) -> None:
             job = upload(np.frombuffer(rows.job(block.address, [(640, 480)] * batch), np.uint8))
             stream = cuda.Stream()
             decoder.queue(job.address, rows, stream)
-            stream.synchronise()
+            stream.synchronize()
             survivors = cuda.DeviceArray(block.address, (batch,), np.dtype(np.int32), 0, block)
             events = [cuda.call("cudaEventCreate") for _ in range(2)]
             for times in (1, 20):
@@ -48,7 +48,7 @@ def main(calls: int) -> None:
                     cuda.call("cudaEventRecord", events[0], stream.handle)
                     graph.launch(stream)
                     cuda.call("cudaEventRecord", events[1], stream.handle)
-                    stream.synchronise()
+                    stream.synchronize()
                     spans.append(float(cuda.call("cudaEventElapsedTime", *events)) / times * 1e3)
                 median, p95 = np.percentile(spans[20:], [50, 95])
                 print(

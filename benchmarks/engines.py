@@ -50,7 +50,7 @@ class Timed:
 
     def _network(self) -> None:
         self.shape._replay.graph.launch(self.backend._stream)
-        self.backend._stream.synchronise()
+        self.backend._stream.synchronize()
 
     def _with_copies(self) -> None:
         shape, stream = self.shape, self.backend._stream
@@ -58,7 +58,7 @@ class Timed:
         cuda.copy(shape._unit.address, source, self.pinned.nbytes, cuda.TO_DEVICE, stream)
         shape._replay.graph.launch(stream)
         cuda.copy(self.out.address, shape._device_out.address, self.out.nbytes, cuda.TO_HOST, stream)
-        stream.synchronise()
+        stream.synchronize()
 
     def turn(self) -> None:
         """Some calls of each way."""

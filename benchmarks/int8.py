@@ -130,7 +130,7 @@ class Runner:
         context.profiler = profiler = Profiler()
         for _ in range(runs):
             context.execute_async_v3(backend._stream.address)
-            backend._stream.synchronise()
+            backend._stream.synchronize()
         del profiler
         return sums
 

@@ -225,9 +225,9 @@ BAD_ANSWERS = {
 @pytest.mark.parametrize("what", BAD_ANSWERS)
 @pytest.mark.parametrize("before", [None, b"precious"], ids=["no-file", "old-file"])
 def test_bad_answer_changes_nothing(server, publish, tmp_path, capfd, what, before):
-    behaviour, *says = BAD_ANSWERS[what]
+    behavior, *says = BAD_ANSWERS[what]
     publish(server.address)
-    vars(server).update(behaviour)
+    vars(server).update(behavior)
     if before:
         (tmp_path / "mine.pth").write_bytes(before)
     message = refused(capfd, "v6", "--output", "mine.pth")
@@ -280,7 +280,7 @@ def test_output_is_checked_before_the_download(server, publish, tmp_path, capfd,
 @pytest.mark.parametrize(
     ("name", "says", "warned"), [("magicleap", "non-commercial research only", True), ("v6", "MIT", False)]
 )
-def test_the_licence_comes_before_the_download(publish, monkeypatch, capsys, name, says, warned):
+def test_the_license_comes_before_the_download(publish, monkeypatch, capsys, name, says, warned):
     printed_before = []
 
     def no_network(*_, **__):

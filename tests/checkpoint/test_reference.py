@@ -33,7 +33,7 @@ def test_suppression_works_in_two_rounds():
     assert network.suppress(scores, 1)[0, 1].tolist() == [0, 5, 0, 3, 0, 1, 0]
 
 
-def test_equal_neighbours_all_survive():
+def test_equal_neighbors_all_survive():
     scores = torch.zeros(1, 5, 5)
     scores[0, 2, 1:4] = 0.5
     assert torch.equal(network.suppress(scores, 4), scores)
@@ -58,7 +58,7 @@ def test_sampling_known_answers(sampling):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_are_recognised_with_their_conventions(layout, checkpoint):
+def test_layouts_are_recognized_with_their_conventions(layout, checkpoint):
     found = checkpoint(layout)
     expected = {
         "v6": (Family.V6, NormPlacement.AFTER_RELU, Sampling.HALF_PIXEL),

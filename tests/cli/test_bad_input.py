@@ -434,7 +434,7 @@ ENGINE_COMMANDS = [
 
 @pytest.fixture
 def no_tensorrt(monkeypatch):
-    monkeypatch.setattr(trt, "MODULES", {flavour: f"no_such_{flavour.value}" for flavour in trt.Flavour})
+    monkeypatch.setattr(trt, "MODULES", {flavor: f"no_such_{flavor.value}" for flavor in trt.Flavor})
 
 
 @pytest.mark.parametrize("line", ENGINE_COMMANDS)

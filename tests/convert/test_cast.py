@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from superpoint_trt.cli.main import cli, run
-from superpoint_trt.convert.cast import convolution_type, load_onnx, quantised_type, to_precision
+from superpoint_trt.convert.cast import convolution_type, load_onnx, quantized_type, to_precision
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import OutputType, Precision, SuperPointError
 from superpoint_trt.run.backends import open_backend
@@ -206,7 +206,7 @@ def test_a_convolution_is_computed_in_int8_if_input_and_weights_are(rounded, zer
     output = helper.make_tensor_value_info("b", TensorProto.FLOAT, [1, 2, 6, 6])
     graph = helper.make_graph(nodes, "g", [image], [output], [int8, full, last, one, zero])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    assert quantised_type(model) is Precision.INT8
+    assert quantized_type(model) is Precision.INT8
     typed = onnx.shape_inference.infer_shapes(to_precision(model, Precision.FP16), strict_mode=True)
     types = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
     assert types["a"] == (TensorProto.FLOAT if len(rounded) == 2 else TensorProto.FLOAT16)

@@ -21,11 +21,11 @@ from superpoint_trt.convert.export import NEWEST_OPSET, ExportOptions, export, t
 from superpoint_trt.core.types import DecodeOptions, OutputType, Precision, ShapeRange, SuperPointError
 from superpoint_trt.gpu import tensorrt_api as trt
 from superpoint_trt.gpu.engine_file import EngineMetadata, check_runs_here, read_plan, sidecar
-from superpoint_trt.gpu.tensorrt_api import Flavour
+from superpoint_trt.gpu.tensorrt_api import Flavor
 
 pytest.importorskip("tensorrt_rtx")
 
-RTX = {"runtime": Flavour.RTX, "targets": ("sm89",)}
+RTX = {"runtime": Flavor.RTX, "targets": ("sm89",)}
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,7 @@ def test_everything_builds(model_file, tmp_path, kind, precision, dynamic, opset
     source = model_file(kind, "v6" if opset % 2 else "magicleap", opset, dynamic)
     metadata = build(source, tmp_path / "a.engine", BuildOptions(Precision(precision), **RTX))
     plan, beside = read_plan(tmp_path / "a.engine")
-    assert beside == metadata and trt.flavour_of(plan) is Flavour.RTX and len(plan) > 10_000
+    assert beside == metadata and trt.flavor_of(plan) is Flavor.RTX and len(plan) > 10_000
     described = onnx.load(source)
     assert metadata.description.type is OutputType(kind)
     assert metadata.description.precision is Precision(precision)
@@ -68,7 +68,7 @@ def test_everything_builds(model_file, tmp_path, kind, precision, dynamic, opset
 @pytest.mark.parametrize("layout", ["packaged", "real-v6"])
 def test_the_network_has_the_types_of_the_graph(model_file, layout, kind):
     """What TensorRT's own parser makes of the typed graph: fp16 convolutions, three casts, nothing else fp16."""
-    tensorrt = trt.load(Flavour.RTX)
+    tensorrt = trt.load(Flavor.RTX)
     module = tensorrt.module
     builder = module.Builder(tensorrt.logger)
     network = tensorrt.create_network(builder)
@@ -119,7 +119,7 @@ def test_fp16_heads_stay_channels_last(
     monkeypatch.setattr(engines, "_leave_channels_last", noted)
     options = BuildOptions(Precision(precision), linear_heads=linear, **RTX)
     metadata = build(model_file(kind, layout, dynamic=dynamic), tmp_path / "a.engine", options)
-    only = 1 << int(trt.load(Flavour.RTX).module.TensorFormat.HWC8)
+    only = 1 << int(trt.load(Flavor.RTX).module.TensorFormat.HWC8)
     assert [name for name, formats in asked.items() if formats == only] == expected == metadata.build["channels_last"]
     assert ("--linear-heads" in metadata.rebuild) is linear
     assert run(cli, ["info", str(tmp_path / "a.engine")]) == 0
@@ -146,7 +146,7 @@ def test_an_already_typed_model_is_taken_as_it_is(model_file, tmp_path):
 def test_shapes_batches_and_several_targets(model_file, tmp_path):
     options = BuildOptions(
         min_shape_hw=(64, 64), opt_shape_hw=(240, 320), max_shape_hw=(320, 320), max_batch_size=4,
-        runtime=Flavour.RTX, targets=("sm86", "sm120"),
+        runtime=Flavor.RTX, targets=("sm86", "sm120"),
     )  # fmt: skip
     metadata = build(model_file(dynamic=True), tmp_path / "a.engine", options)
     assert metadata.profile == ShapeRange((1, 64, 64), (4, 240, 320), (4, 320, 320))
@@ -341,7 +341,7 @@ def test_a_truncated_plan_is_one_line(built, share, capsys):
 
 def test_truncated_without_a_json_carries_tensorrts_words(built):
     """The runtime itself refuses it, before it looks for a GPU."""
-    tensorrt = trt.load(Flavour.RTX)
+    tensorrt = trt.load(Flavor.RTX)
     plan = built.read_bytes()
     for wrong in (plan[:-100], b"ftrt" + plan[4:], b"garbage" * 100):
         with tensorrt.explaining("loading failed") as log:
@@ -361,11 +361,11 @@ def test_a_broken_json_is_refused_with_both_remedies(built, spoil):
 def test_what_was_made_elsewhere_is_refused_with_the_command(built):
     _, metadata = read_plan(built)
     assert isinstance(metadata, EngineMetadata)
-    check_runs_here(metadata, built, Flavour.RTX, "1.7.1.116", "sm89")
+    check_runs_here(metadata, built, Flavor.RTX, "1.7.1.116", "sm89")
     for here, told in (
-        ((Flavour.TENSORRT, "10.3.0", "sm89"), "was built by rtx 1.7.1.116, here is tensorrt 10.3.0"),
-        ((Flavour.RTX, "1.8.0", "sm89"), "here is rtx 1.8.0"),
-        ((Flavour.RTX, "1.7.1.116", "sm86"), "was built for sm89, this GPU is sm86"),
+        ((Flavor.TENSORRT, "10.3.0", "sm89"), "was built by rtx 1.7.1.116, here is tensorrt 10.3.0"),
+        ((Flavor.RTX, "1.8.0", "sm89"), "here is rtx 1.8.0"),
+        ((Flavor.RTX, "1.7.1.116", "sm86"), "was built for sm89, this GPU is sm86"),
     ):
         with pytest.raises(SuperPointError, match=told) as caught:
             check_runs_here(metadata, built, *here)

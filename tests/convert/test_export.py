@@ -127,7 +127,7 @@ def decode_graph(checkpoint, scores: np.ndarray, **options) -> dict[str, np.ndar
     opened = session(part)
     rng = np.random.default_rng(0)
     shape = (1, checkpoint.descriptor_dim, height // 8, width // 8)
-    descriptors = decode.normalise(rng.normal(size=shape), axis=1)
+    descriptors = decode.normalize(rng.normal(size=shape), axis=1)
     feeds = {"score_map": scores[None, None], "dense_descriptors": descriptors}
     return {**dict(zip(names, opened.run(names, feeds))), "dense": descriptors}
 
@@ -301,7 +301,7 @@ def test_folded_batch_norms_differ_near_the_border_alone(checkpoint):
     y, x = (grid.ravel() for grid in np.mgrid[30:114, 30:130])
     points = np.stack([x, y], axis=1).astype(np.float32)
     ours, truth = (
-        decode.sample_descriptors(points, decode.normalise(heads["coarse_descriptors"], axis=1)[0], 8, found.sampling)
+        decode.sample_descriptors(points, decode.normalize(heads["coarse_descriptors"], axis=1)[0], 8, found.sampling)
         for heads in (ours, truth)
     )
     off = np.abs(ours - truth).max(axis=1)

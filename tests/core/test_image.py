@@ -106,13 +106,13 @@ def save(path, pixels, mode=None, **options):
 
 
 @pytest.mark.parametrize("alpha", [255, 128, 0])
-def test_rgba_png_is_its_colours_whatever_the_alpha(tmp_path, alpha):
+def test_rgba_png_is_its_colors_whatever_the_alpha(tmp_path, alpha):
     path = save(tmp_path / "a.png", filled([255, 0, 0, alpha]))
     np.testing.assert_array_equal(load_image(path), filled([255, 0, 0]))
     np.testing.assert_allclose(to_gray(load_image(path)), 0.299, atol=1e-6)
 
 
-def test_palette_png_is_its_colours_not_its_indices(tmp_path):
+def test_palette_png_is_its_colors_not_its_indices(tmp_path):
     indices = np.array([[0, 1, 2, 3]], np.uint8).repeat(8, axis=0).repeat(2, axis=1)
     image = Image.frombytes("P", (8, 8), indices.tobytes())
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 255, 255, 255])
@@ -126,7 +126,7 @@ def test_gray_png_with_alpha(tmp_path):
     np.testing.assert_allclose(to_gray(load_image(path)), 90 / 255, atol=1e-6)
 
 
-def test_16_bit_colour_png(tmp_path):
+def test_16_bit_color_png(tmp_path):
     cv2.imwrite(str(tmp_path / "deep.png"), filled([1000, 2000, 40000], np.uint16))  # OpenCV's order: blue first
     found = load_image(tmp_path / "deep.png")
     assert found.dtype == np.uint16

@@ -47,13 +47,13 @@ def tensorrt():
     from superpoint_trt.gpu import cuda
     from superpoint_trt.gpu import tensorrt_api as trt
 
-    if trt.Flavour.TENSORRT not in trt.installed():
+    if trt.Flavor.TENSORRT not in trt.installed():
         pytest.skip("no tensorrt in this Python")
     try:
         cuda.current_device()
     except SuperPointError as error:
         pytest.skip(f"no GPU: {error}")
-    return trt.load(trt.Flavour.TENSORRT)
+    return trt.load(trt.Flavor.TENSORRT)
 
 
 @pytest.fixture(scope="session")

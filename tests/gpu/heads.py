@@ -139,7 +139,7 @@ def check(
     wanted = DecodeOptions(options.nms_radius_px, options.remove_borders_px, options.threshold, number)
     result = decode_heads(on_gpu, coarse_gpu, wanted, sampling=sampling, placed_wh=placed, half=half)
     told = {"score": error, "descriptor": 0.0, "points": 0, "points_off": 0}
-    unit = decode.normalise(coarse, axis=1)
+    unit = decode.normalize(coarse, axis=1)
     for image, (width, height) in enumerate(placed):
         xy, scores, descriptors = found_of(result, image)
         expected_xy, expected_scores = decode.select(ours[image, :height, :width], options)

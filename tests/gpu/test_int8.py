@@ -93,11 +93,11 @@ def test_int8_keeps_its_points(int8_engine, reference_model, proof, kind):
 
 def test_tensorrt_rounds_as_onnxruntime_does(int8_engine, reference_model, ranges, proof, tmp_path):
     """The same Q/DQ graph on the CPU in float32: nearer to it than the fp32 network is."""
-    quantised = quantize_file(reference_model, tmp_path / "int8.onnx", ranges, keep=(COARSE,))
+    quantized = quantize_file(reference_model, tmp_path / "int8.onnx", ranges, keep=(COARSE,))
     shares: dict[str, list[float]] = {"int8": [], "fp32": []}
     with SuperPoint(int8_engine("heads")) as engine:
         found = [engine.extract(gray(photo)) for photo in proof]
-    for name, model in (("int8", quantised), ("fp32", reference_model)):
+    for name, model in (("int8", quantized), ("fp32", reference_model)):
         with SuperPoint(model, device="cpu") as onnxruntime:
             for photo, ours in zip(proof, found):
                 shares[name].append(float(within(onnxruntime.extract(gray(photo)).xy, ours.xy).mean()))

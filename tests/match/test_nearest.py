@@ -15,13 +15,13 @@ A = np.array([[0.0], [10.0], [14.5]], np.float32)
 B = np.array([[1.0], [12.0], [40.0]], np.float32)
 
 
-def test_mutual_neighbours_by_hand():
+def test_mutual_neighbors_by_hand():
     found = match(A, B)
     assert found.rows.tolist() == [[0, 0], [1, 1]]
     assert found.distances.tolist() == pytest.approx([1.0, 2.0])
 
 
-def test_one_way_neighbours_by_hand():
+def test_one_way_neighbors_by_hand():
     assert match(A, B, MatchOptions(mutual=False)).rows.tolist() == [[0, 0], [1, 1], [2, 1]]
 
 

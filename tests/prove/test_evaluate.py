@@ -22,7 +22,7 @@ def model(checkpoint_file, tmp_path_factory):
     return export(checkpoint_file("v6"), tmp_path_factory.mktemp("m") / "m.onnx", ExportOptions(dynamic=True))
 
 
-def test_both_layouts_are_recognised(tmp_path):
+def test_both_layouts_are_recognized(tmp_path):
     write_sequence(tmp_path / "v_wall")
     write_sequence(tmp_path / "i_lamp")
     write_sequence(tmp_path / "leuven", oxford=True, suffix="png")
@@ -235,8 +235,8 @@ def test_resizing_keeps_points_on_what_they_mark(rule, size):
         place = to_view @ [x, y, 1]
         rows, columns = np.nonzero(resized > 0)
         weights = resized[rows, columns]
-        centre = np.array([(columns * weights).sum(), (rows * weights).sum()]) / weights.sum()
-        np.testing.assert_allclose(place[:2], centre, atol=0.05)
+        center = np.array([(columns * weights).sum(), (rows * weights).sum()]) / weights.sum()
+        np.testing.assert_allclose(place[:2], center, atol=0.05)
 
 
 @pytest.mark.skipif(not (SHARED / "data/homography").is_dir(), reason="the homography dataset is not here")

@@ -168,8 +168,8 @@ class Played:
         self.gate, self.enough = gate, enough
 
     def __call__(self, model, reference, images, limits, device, progress):
-        quantised = {n.name for n in load_onnx(model).graph.node if n.op_type == "Conv" and ".dq" in n.input[0]}
-        value = 0.0 if self.enough & quantised else 1.0
+        quantized = {n.name for n in load_onnx(model).graph.node if n.op_type == "Conv" and ".dq" in n.input[0]}
+        value = 0.0 if self.enough & quantized else 1.0
         return type("Found", (), {"gates": [Gate(self.gate, value, 0.9, True)]})
 
 

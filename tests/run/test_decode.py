@@ -66,7 +66,7 @@ def test_equal_scores_come_in_reading_order():
 def test_sampled_descriptors_equal_the_reference(sampling):
     """Every pixel, the outermost included, where the reference pads with zeros."""
     rng = np.random.default_rng(1)
-    descriptors = decode.normalise(rng.normal(size=(16, 5, 7)), axis=0)
+    descriptors = decode.normalize(rng.normal(size=(16, 5, 7)), axis=0)
     y, x = np.mgrid[0:40, 0:56]
     xy = np.stack([x.ravel(), y.ravel()], axis=1).astype(np.float32)
     sampled = decode.sample_descriptors(xy, descriptors, 8, sampling)
@@ -81,16 +81,16 @@ def test_heads_equal_the_reference_even_where_fp16_would_overflow():
     coarse = rng.normal(0, 300, (2, 16, 3, 4)).astype(np.float32)
     scores, descriptors = network.dense(torch.from_numpy(logits), torch.from_numpy(coarse))
     np.testing.assert_allclose(decode.scores_from_logits(logits), scores.numpy(), atol=1e-6)
-    np.testing.assert_allclose(decode.normalise(coarse, axis=1), descriptors.numpy(), atol=1e-6)
+    np.testing.assert_allclose(decode.normalize(coarse, axis=1), descriptors.numpy(), atol=1e-6)
     # fp16 heads: squares beyond 65504 and exponentials beyond it must not reach infinity.
-    half = decode.normalise(coarse.astype(np.float16), axis=1)
+    half = decode.normalize(coarse.astype(np.float16), axis=1)
     assert np.isfinite(half).all()
     np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-5)
     assert np.isfinite(decode.scores_from_logits(logits.astype(np.float16))).all()
 
 
 def test_a_zero_descriptor_stays_zero():
-    assert decode.normalise(np.zeros((3, 2)), axis=1).tolist() == [[0, 0]] * 3
+    assert decode.normalize(np.zeros((3, 2)), axis=1).tolist() == [[0, 0]] * 3
 
 
 def test_one_cell():

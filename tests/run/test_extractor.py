@@ -216,7 +216,7 @@ def test_the_same_image_in_another_form(model, photo, tmp_path, form):
 
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("scale", [1, 257], ids=["uint8", "uint16"])
-def test_gray_as_colour(model, photo, channels, scale):
+def test_gray_as_color(model, photo, channels, scale):
     """The luma weights add up to 1 only to seven digits, so scores move in the seventh."""
     image = photo[..., None].repeat(channels, axis=2).astype(np.uint8 if scale == 1 else np.uint16) * scale
     assert_same(extract(model(), image), extract(model(), photo))
@@ -263,7 +263,7 @@ def test_a_batch_is_its_images_one_by_one(model, album, kind, dynamic, largest):
         (False, 8, [8, 1]),
     ],
 )
-def test_neighbours_of_one_size_share_a_run(model, album, monkeypatch, dynamic, largest, runs):
+def test_neighbors_of_one_size_share_a_run(model, album, monkeypatch, dynamic, largest, runs):
     """A dynamic model runs each size by itself; into a static one everything fits."""
     with SuperPoint(model(dynamic=dynamic, max_batch_size=largest)) as superpoint:
         backend, seen = superpoint._backend, []

@@ -323,9 +323,9 @@ def test_rounding_costs_what_int8_costs(tmp_path):
     net = SuperPointNet((8, 8, 16, 16, 24), 32, NormPlacement.BEFORE_RELU).eval()
     gray = photograph(96, 128, "camera")
     onnx.save(to_onnx(fold(net), ExportOptions(OutputType.HEADS, height_px=96, width_px=128)), tmp_path / "net.onnx")
-    ranges = calibrate(tmp_path / "net.onnx", [("it", gray)], CalibrationOptions(Method.MAX, equalise=False))
-    quantised = quantize(onnx.load(tmp_path / "net.onnx"), ranges)
-    (tmp_path / "int8.onnx").write_bytes(quantised.SerializeToString())
+    ranges = calibrate(tmp_path / "net.onnx", [("it", gray)], CalibrationOptions(Method.MAX, equalize=False))
+    quantized = quantize(onnx.load(tmp_path / "net.onnx"), ranges)
+    (tmp_path / "int8.onnx").write_bytes(quantized.SerializeToString())
     image = gray[None, None] / np.float32(255)
     with open_backend(tmp_path / "int8.onnx", "cpu") as backend:
         theirs = backend.infer(image)["logits"]

@@ -140,7 +140,7 @@ def from_arrays(
         SuperPointError: unknown keys, missing layers, wrong shapes, values that are not finite.
     """
     metadata = metadata or {}
-    family, named = _recognise(arrays, metadata, source)
+    family, named = _recognize(arrays, metadata, source)
     layers = {name: _layer(name, parameters, source) for name, parameters in named.items()}
     _verify(layers, source)
     norm = _norm_placement(family, layers, metadata, source)
@@ -224,7 +224,7 @@ def _fingerprint(layers: Mapping[str, Layer]) -> str:
     return sha256(b"".join(layers[name].weight.tobytes() for name in sorted(layers)))
 
 
-def _recognise(
+def _recognize(
     arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str], source: str
 ) -> tuple[Family, dict[str, dict[str, NDArray[Any]]]]:
     """Finds the layout in which the most keys make sense, and renames them: layer -> parameter -> array."""

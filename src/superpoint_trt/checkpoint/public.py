@@ -25,7 +25,7 @@ class PublicWeights:
     url: str
     git_blob: str
     """`git hash-object FILE` of the right content."""
-    licence: str
+    license: str
     commercial_use: bool
     about: str
 
@@ -41,7 +41,7 @@ PUBLIC: tuple[PublicWeights, ...] = (
         family=Family.V6,
         url="https://raw.githubusercontent.com/rpautrat/SuperPoint/1411bbd68c50163555d39c1b26e9e046ebd48f27/weights/superpoint_v6_from_tf.pth",
         git_blob="f645e8db1b10a7be84d4e50d67a3c64dd240a49a",
-        licence="MIT",
+        license="MIT",
         commercial_use=True,
         about="trained on COCO by R. Pautrat and P.-E. Sarlin (rpautrat/SuperPoint)",
     ),
@@ -50,7 +50,7 @@ PUBLIC: tuple[PublicWeights, ...] = (
         family=Family.MAGICLEAP,
         url="https://raw.githubusercontent.com/magicleap/SuperPointPretrainedNetwork/master/superpoint_v1.pth",
         git_blob="107a444ca318d487390137d619d49f2f0a3b1ad8",
-        licence="Magic Leap: academic or non-profit, non-commercial research only",
+        license="Magic Leap: academic or non-profit, non-commercial research only",
         commercial_use=False,
         about="the paper's own weights, as SuperGlue and LightGlue use them",
     ),

@@ -21,9 +21,9 @@ from superpoint_trt.cli.quantize import (
 )
 from superpoint_trt.cli.terminal import builder_progress, open_model, print_info
 from superpoint_trt.core.types import ENGINE_SUFFIXES, Precision, SuperPointError
-from superpoint_trt.gpu.tensorrt_api import Flavour
+from superpoint_trt.gpu.tensorrt_api import Flavor
 
-_QUANTISED = (Precision.INT8.value, Precision.FP8.value)
+_QUANTIZED = (Precision.INT8.value, Precision.FP8.value)
 
 
 @click.command()
@@ -37,7 +37,7 @@ _QUANTISED = (Precision.INT8.value, Precision.FP8.value)
 @click.option("--max-batch-size", type=int, help="Most images a call.  [default: the model's own]")
 @click.option("--timing-cache", help="File of kernel timings, read and updated: later builds take seconds.")
 @click.option("--optimization-level", type=int, help="0 (fast build) to 5 (fast engine).  [default: TensorRT's, 3]")
-@click.option("--runtime", type=click.Choice(["auto", *(f.value for f in Flavour)]), default="auto", show_default=True)
+@click.option("--runtime", type=click.Choice(["auto", *(f.value for f in Flavor)]), default="auto", show_default=True)
 @click.option("--target", help="GPUs to build for, sm86,sm89 say; rtx only, needs no GPU.  [default: the GPU here]")
 @click.option("--linear-heads", is_flag=True, help="Raw fp16 heads as NCHW; for programs other than this one.")
 @click.option("--test", is_flag=True, help="Run the engine once it is built.")
@@ -72,7 +72,7 @@ def build(
         max_batch_size=max_batch_size,
         timing_cache=timing_cache,
         optimization_level=optimization_level,
-        runtime=None if runtime == "auto" else Flavour(runtime),
+        runtime=None if runtime == "auto" else Flavor(runtime),
         targets=parse_targets(target),
         linear_heads=linear_heads,
     )
@@ -88,8 +88,8 @@ def build_engine(onnx: str, engine: str, options: Any, test: bool, flags: Calibr
     """Builds, says what came out, runs it if asked, and proves an int8 or fp8 engine."""
     if Path(engine).suffix.lower() not in ENGINE_SUFFIXES:
         raise SuperPointError(f"{engine}: an engine's name ends in one of {', '.join(ENGINE_SUFFIXES)}.")
-    if options.precision.value in _QUANTISED:
-        _build_quantised(onnx, engine, options, test, flags)
+    if options.precision.value in _QUANTIZED:
+        _build_quantized(onnx, engine, options, test, flags)
         return
     if flags.given:
         raise SuperPointError(
@@ -99,13 +99,13 @@ def build_engine(onnx: str, engine: str, options: Any, test: bool, flags: Calibr
     _build(onnx, engine, options, test)
 
 
-def _build_quantised(onnx: str, engine: str, options: Any, test: bool, flags: CalibrationFlags) -> None:
+def _build_quantized(onnx: str, engine: str, options: Any, test: bool, flags: CalibrationFlags) -> None:
     """Calibrates, builds, verifies on held-out images; an .onnx that is quantised already is taken as it is."""
     from superpoint_trt.convert import engine as engines
-    from superpoint_trt.convert.cast import load_onnx, quantised_type
+    from superpoint_trt.convert.cast import load_onnx, quantized_type
     from superpoint_trt.convert.quantize.qdq import quantize_file
 
-    if quantised_type(load_onnx(onnx)):
+    if quantized_type(load_onnx(onnx)):
         for option, asked in {"--auto": flags.auto, "--rounding": flags.rounding}.items():
             if asked:
                 raise SuperPointError(f"{onnx} is quantised already, so {option} comes too late; use the fp32 .onnx.")
@@ -125,9 +125,9 @@ def _build_quantised(onnx: str, engine: str, options: Any, test: bool, flags: Ca
         return
     click.echo(f"{engine} is for another machine: its .onnx is verified here; verify the engine where it runs")
     with tempfile.TemporaryDirectory() as folder:
-        quantised = Path(folder) / f"{Path(engine).stem}.onnx"
-        quantize_file(onnx, quantised, ranges.path, options.precision, keep, flags.first)
-        prove(quantised, onnx, ranges.proof, gate_limits(flags.gates))
+        quantized = Path(folder) / f"{Path(engine).stem}.onnx"
+        quantize_file(onnx, quantized, ranges.path, options.precision, keep, flags.first)
+        prove(quantized, onnx, ranges.proof, gate_limits(flags.gates))
 
 
 def _build(onnx: str, engine: str, options: Any, test: bool) -> None:

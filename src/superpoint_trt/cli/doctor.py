@@ -38,8 +38,8 @@ def examine() -> Iterator[Finding]:
     yield _gpu()
     yield _cuda_driver()
     yield _module("cuda-bindings", "cuda.bindings", "pip install 'superpoint-trt[tensorrt]'")
-    for flavour, module in trt.MODULES.items():
-        yield _module(module.replace("_", "-"), module, f"pip install '{trt.EXTRAS[flavour]}' (docs/tensorrt.md)")
+    for flavor, module in trt.MODULES.items():
+        yield _module(module.replace("_", "-"), module, f"pip install '{trt.EXTRAS[flavor]}' (docs/tensorrt.md)")
 
 
 def abilities() -> Iterator[Finding]:
@@ -60,14 +60,14 @@ def _engines() -> Iterator[Finding]:
         gpu = cuda.current_device().capability
     except SuperPointError as error:
         why = str(error)
-    flavours = trt.installed()
-    if trt.Flavour.TENSORRT in flavours and gpu:
+    flavors = trt.installed()
+    if trt.Flavor.TENSORRT in flavors and gpu:
         builds = "superpoint build"
-    elif trt.Flavour.RTX in flavours:
+    elif trt.Flavor.RTX in flavors:
         builds = "superpoint build --runtime rtx" + ("" if gpu in trt.RTX_TARGETS else " --target sm89 (RTX GPUs)")
     else:
         builds = None
-    runs = gpu is not None and (trt.Flavour.TENSORRT in flavours or gpu in trt.RTX_TARGETS) and bool(flavours)
+    runs = gpu is not None and (trt.Flavor.TENSORRT in flavors or gpu in trt.RTX_TARGETS) and bool(flavors)
     no_gpu = f"no usable NVIDIA GPU: {why}" if why else "no NVIDIA GPU that the installed TensorRT runs on"
     lacking = trt.missing() or no_gpu
     yield Finding("build TensorRT engines", builds is not None, builds or lacking)

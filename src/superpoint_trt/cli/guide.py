@@ -16,7 +16,7 @@ from superpoint_trt.cli.terminal import WEIGHTS, print_found, print_info, save_d
 from superpoint_trt.core import image as images
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, read_bytes
 from superpoint_trt.core.types import DecodeOptions, Keypoints, OutputType, Precision, SuperPointError
-from superpoint_trt.gpu.tensorrt_api import Flavour
+from superpoint_trt.gpu.tensorrt_api import Flavor
 from superpoint_trt.run import decode
 from superpoint_trt.run.backends import open_backend
 
@@ -190,7 +190,7 @@ def convert_to_tensorrt(
         opt,
         high,
         max_batch_size,
-        runtime=Flavour.RTX if target else None,
+        runtime=Flavor.RTX if target else None,
         targets=parse_targets(target),
     )
     build_engine(onnx, engine, options, test, CalibrationFlags(images=calib_images))

@@ -9,7 +9,7 @@ from typing import Any
 from superpoint_trt.core.files import PathLike, git_blob_id, one_line, read_bytes, sha256
 from superpoint_trt.core.types import ModelDescription, OutputType, SuperPointError
 from superpoint_trt.gpu.engine_file import read_plan
-from superpoint_trt.gpu.tensorrt_api import flavour_of
+from superpoint_trt.gpu.tensorrt_api import flavor_of
 from superpoint_trt.run.backends import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 
 Rows = Iterable[tuple[str, str]]
@@ -46,7 +46,7 @@ def _checkpoint(path: Path) -> Iterator[tuple[str, str]]:
     yield "what", "SuperPoint checkpoint"
     yield "layout", checkpoint.family.value
     if published:
-        yield "published as", f"{published[0].name}, {published[0].about}; licence {published[0].licence}"
+        yield "published as", f"{published[0].name}, {published[0].about}; licence {published[0].license}"
     yield "batch norm", checkpoint.norm.value
     yield "sampling", checkpoint.sampling.value
     yield "channels", " ".join(str(count) for count in checkpoint.channels)
@@ -82,20 +82,20 @@ def _onnx_model(path: Path) -> Iterator[tuple[str, str]]:
 def _engine(path: Path) -> Iterator[tuple[str, str]]:
     """From the .json beside it, so that any machine can say; a bare plan is only opened where it runs."""
     plan, metadata = read_plan(path)
-    flavour = flavour_of(plan)
-    if flavour is None and metadata is None:
+    flavor = flavor_of(plan)
+    if flavor is None and metadata is None:
         raise SuperPointError(
             f"{path} is no TensorRT engine: it begins with {plan[:4]!r}; build one: superpoint build."
         )
     yield "file", f"{path} ({_size(path)})"
     if metadata is None:
-        yield "what", f"{flavour.value if flavour else 'unknown'} engine without a .json: superpoint infer opens it"
+        yield "what", f"{flavor.value if flavor else 'unknown'} engine without a .json: superpoint infer opens it"
         return
     yield from _description(metadata.description)
     yield "takes", str(metadata.profile)
     if metadata.build.get("channels_last"):
         yield "channels-last", ", ".join(metadata.build["channels_last"])
-    yield "runs on", f"{metadata.flavour.value} {metadata.tensorrt_version}, {', '.join(metadata.targets)}"
+    yield "runs on", f"{metadata.flavor.value} {metadata.tensorrt_version}, {', '.join(metadata.targets)}"
     yield "built on", metadata.gpu_name or "a machine without a GPU"
     yield "rebuild", metadata.rebuild
     yield "sha256", metadata.plan_sha256

@@ -304,7 +304,7 @@ def weights_list() -> None:
         click.echo(f"  {label:<10}{value}")
     for entry in PUBLIC:
         click.echo(f"{entry.name}: {entry.about}")
-        rows = {"licence": entry.licence, "layout": entry.family.value, "git blob": entry.git_blob, "url": entry.url}
+        rows = {"licence": entry.license, "layout": entry.family.value, "git blob": entry.git_blob, "url": entry.url}
         for label, value in rows.items():
             click.echo(f"  {label:<10}{value}")
 
@@ -320,7 +320,7 @@ def weights_fetch(name: str, output: str | None) -> None:
 
     entry = find(name)
     path = Path(output) if output else Path("weights") / entry.filename
-    click.echo(f"{entry.name}: {entry.about}. Licence: {entry.licence}.")
+    click.echo(f"{entry.name}: {entry.about}. Licence: {entry.license}.")
     if not entry.commercial_use:
         click.echo("NON-COMMERCIAL: by using these weights you accept that licence; v6 is free for any use.")
     if not output and not path.parent.is_dir():

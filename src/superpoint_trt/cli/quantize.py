@@ -158,7 +158,7 @@ def check_flags(onnx: str, flags: CalibrationFlags, precision: str, ranking: boo
             without photographs.
     """
     from superpoint_trt.convert.cast import load_onnx
-    from superpoint_trt.convert.quantize.calibrate import SYNTHETIC, check_quantisable
+    from superpoint_trt.convert.quantize.calibrate import SYNTHETIC, check_quantizable
     from superpoint_trt.convert.quantize.qdq import kept_layers
 
     gate_limits(flags.gates)
@@ -176,16 +176,16 @@ def check_flags(onnx: str, flags: CalibrationFlags, precision: str, ranking: boo
     if flags.file is not None and flags.rounding:
         raise SuperPointError(f"--rounding is for measuring anew: {flags.file} says how its weights are rounded.")
     model = load_onnx(onnx)
-    check_quantisable(model)
+    check_quantizable(model)
     kept_layers(model, flags.keep, Precision(precision), flags.first)
     _warn_of_batch_norms(model, onnx, precision)
 
 
 def _warn_of_batch_norms(model: ModelProto, onnx: str, precision: str) -> None:
     from superpoint_trt.convert.cast import described
-    from superpoint_trt.convert.quantize.qdq import normalisations_after_relu
+    from superpoint_trt.convert.quantize.qdq import normalizations_after_relu
 
-    apart, source = normalisations_after_relu(model), described(model, onnx)
+    apart, source = normalizations_after_relu(model), described(model, onnx)
     if not apart:
         return
     # Not of another tool's graph, nor where they are folded as far as that goes.

@@ -24,7 +24,7 @@ from superpoint_trt.core.types import OUTPUT_NAMES, ModelDescription, OutputType
 LOW_TYPES = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
 """What this stage can write; fp32 and tf32 are the fp32 graph itself."""
 
-QUANTISED_TYPES = {Precision.INT8: TensorProto.INT8, Precision.FP8: TensorProto.FLOAT8E4M3FN}
+QUANTIZED_TYPES = {Precision.INT8: TensorProto.INT8, Precision.FP8: TensorProto.FLOAT8E4M3FN}
 """What `quantize` writes, by the type of its Q/DQ's zero points."""
 
 _FULL_TYPE = TensorProto.FLOAT
@@ -121,7 +121,7 @@ def convolutions(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     return {name_of(node): node for node in model.graph.node if node.op_type == "Conv"}
 
 
-def quantised_type(model: onnx.ModelProto) -> Precision | None:
+def quantized_type(model: onnx.ModelProto) -> Precision | None:
     """INT8 or FP8 if a convolution reads through a Q/DQ pair of that type; None if none does."""
     # What has the pair's type: the zero point, or without one what is dequantised, if that is a constant.
     typed_by = {
@@ -136,7 +136,7 @@ def quantised_type(model: onnx.ModelProto) -> Precision | None:
         for name in node.input
         if typed_by.get(name) in types
     }
-    return next((precision for precision, element in QUANTISED_TYPES.items() if element in read), None)
+    return next((precision for precision, element in QUANTIZED_TYPES.items() if element in read), None)
 
 
 def convolution_type(model: onnx.ModelProto) -> Precision | None:
@@ -144,9 +144,9 @@ def convolution_type(model: onnx.ModelProto) -> Precision | None:
 
     A graph with Q/DQ pairs is of their type, whatever convolutions it leaves alone.
     """
-    quantised = quantised_type(model)
-    if quantised:
-        return quantised
+    quantized = quantized_type(model)
+    if quantized:
+        return quantized
     known_constants = constants(model.graph)
     types = {
         known_constants[node.input[1]].data_type
@@ -174,8 +174,8 @@ def to_precision(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProt
         SuperPointError: no convolutions, not fp32, weights beyond the type's range, or an unknown precision.
     """
     found = convolution_type(model)
-    quantised = found in QUANTISED_TYPES and not has_low_type(model)
-    if found is not Precision.FP32 and not quantised:
+    quantized = found in QUANTIZED_TYPES and not has_low_type(model)
+    if found is not Precision.FP32 and not quantized:
         what = "its convolutions are " + found.value if found else "no convolution with plain fp32 weights was found"
         raise SuperPointError(f"precision {precision.value} needs an fp32 .onnx, but {what}; export it with fp32.")
     if precision in (Precision.FP32, Precision.TF32):
@@ -184,7 +184,7 @@ def to_precision(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProt
         typed = _Retyped(model, precision).model()
     else:
         raise SuperPointError(f"precision {precision.value} is no plain type; expected fp32, tf32, fp16 or bf16.")
-    note_metadata(typed, precision=(found if found and quantised else precision).value)
+    note_metadata(typed, precision=(found if found and quantized else precision).value)
     return typed
 
 
@@ -262,13 +262,13 @@ class _Retyped:
     def model(self) -> onnx.ModelProto:
         outputs = {value.name for value in self._source.graph.output}
         low = _low_nodes(self._source.graph)
-        quantised = quantised_chain(self._source.graph)
+        quantized = quantized_chain(self._source.graph)
         for index, node in enumerate(self._source.graph.node):
             if index in low:
                 self._add_low(node)
             else:
                 self._add_full(node)
-        for name in sorted(outputs & quantised):  # a raw head: in the low type too, as of any other precision
+        for name in sorted(outputs & quantized):  # a raw head: in the low type too, as of any other precision
             self._lower_output(name)
         typed = copy.deepcopy(self._source)
         graph = typed.graph
@@ -350,12 +350,12 @@ def _low_nodes(graph: onnx.GraphProto) -> set[int]:
     What comes before the first convolution (an image's scaling) and after the last (softmax, norms, decode) stays out,
     and so do quantised convolutions: their kernels take what the Q/DQ pairs say.
     """
-    quantised = quantised_chain(graph)
+    quantized = quantized_chain(graph)
     after: set[str] = set()  # tensors computed from a convolution by nothing but castable nodes
     forward: set[int] = set()
     for index, node in enumerate(graph.node):
         reached = any(name in after for name in node.input)
-        if node.output[0] in quantised:
+        if node.output[0] in quantized:
             continue
         if node.op_type == "Conv" or (reached and node.op_type in _BETWEEN_CONVOLUTIONS):
             forward.add(index)
@@ -379,7 +379,7 @@ def _tails(graph: onnx.GraphProto, low: Iterable[int]) -> Iterator[int]:
             yield index
 
 
-def quantised_chain(graph: onnx.GraphProto) -> set[str]:
+def quantized_chain(graph: onnx.GraphProto) -> set[str]:
     """Tensors that quantised convolutions give, and what follows them up to the next Q, convolution or decode step."""
     pairs = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     chain: set[str] = set()

@@ -14,12 +14,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from superpoint_trt.convert.cast import (
-    QUANTISED_TYPES,
+    QUANTIZED_TYPES,
     convolution_type,
     described,
     has_low_type,
     load_onnx,
-    quantised_chain,
+    quantized_chain,
     to_precision,
 )
 from superpoint_trt.convert.quantize import calibrate as calibrations
@@ -38,7 +38,7 @@ from superpoint_trt.core.types import (
 )
 from superpoint_trt.gpu import cuda
 from superpoint_trt.gpu.engine_file import EngineMetadata, sidecar, with_profile
-from superpoint_trt.gpu.tensorrt_api import RTX_TARGETS, Flavour, TensorRT, load
+from superpoint_trt.gpu.tensorrt_api import RTX_TARGETS, Flavor, TensorRT, load
 
 PRECISIONS = tuple(Precision)
 
@@ -67,7 +67,7 @@ class BuildOptions:
     """Read if it is there, written afterwards: later builds take seconds."""
     optimization_level: int | None = None
     """0 (fastest build) to 5 (fastest engine); TensorRT's own default is 3."""
-    runtime: Flavour | None = None
+    runtime: Flavor | None = None
     targets: tuple[str, ...] = ()
     """Compute capabilities to build for, "sm89" say; RTX only."""
     calibration: PathLike | None = None
@@ -91,10 +91,10 @@ class BuildOptions:
         if unknown:
             raise SuperPointError(f"target {unknown[0]!r} is unknown; expected some of {','.join(RTX_TARGETS)}.")
 
-    def command(self, model: PathLike, engine: PathLike, flavour: Flavour) -> str:
+    def command(self, model: PathLike, engine: PathLike, flavor: Flavor) -> str:
         """The command that builds the same again."""
         words = ["superpoint", "build", "--onnx", str(model), "--engine", str(engine)]
-        words += ["--precision", self.precision.value, "--runtime", flavour.value]
+        words += ["--precision", self.precision.value, "--runtime", flavor.value]
         shapes = {"min": self.min_shape_hw, "opt": self.opt_shape_hw, "max": self.max_shape_hw}
         options: dict[str, Any] = {
             "workspace": self.workspace_gib,
@@ -147,14 +147,14 @@ def build(
         plan = builder.plan(typed, profile, targets, progress)
     metadata = EngineMetadata(
         description=description,
-        flavour=tensorrt.flavour,
+        flavor=tensorrt.flavor,
         tensorrt_version=tensorrt.version,
         targets=targets,
         gpu_name=gpu_name,
         profile=profile,
         plan_sha256=sha256(plan),
         onnx_sha256=sha256(read_bytes(model, "model")),
-        rebuild=options.command(model, engine, tensorrt.flavour),
+        rebuild=options.command(model, engine, tensorrt.flavor),
         build={
             "seconds": round(time.monotonic() - started, 1),
             "workspace_gib": options.workspace_gib,
@@ -206,10 +206,10 @@ class _Build:
     def plan(
         self, model: onnx.ModelProto, profile: ShapeRange, targets: tuple[str, ...], progress: Progress | None
     ) -> bytes:
-        quantised = convolution_type(model) in QUANTISED_TYPES
+        quantized = convolution_type(model) in QUANTIZED_TYPES
         if not self._tensorrt.strongly_typed:
             model = shift_windows(model)
-        elif quantised and not has_low_type(model):
+        elif quantized and not has_low_type(model):
             model = to_precision(model, Precision.FP16)
         network, parser = self._parse(model)
         network.name = _plan_name(model)
@@ -252,7 +252,7 @@ class _Build:
             fp16=options.precision in (Precision.FP16, Precision.INT8),
             int8=options.precision is Precision.INT8,
         )
-        if self._tensorrt.flavour is Flavour.RTX:
+        if self._tensorrt.flavor is Flavor.RTX:
             self._tensorrt.set_targets(config, targets)
         return config
 
@@ -295,7 +295,7 @@ def _typed(source: onnx.ModelProto, options: BuildOptions, path: PathLike) -> on
             f"{path} is already {found.value}, but {precision.value} was asked for; use --precision {found.value}, or "
             "the fp32 .onnx."
         )
-    if precision not in QUANTISED_TYPES:
+    if precision not in QUANTIZED_TYPES:
         if options.calibration is not None or options.keep_fp16 or options.first_convolution:
             raise SuperPointError(
                 "calibration, --keep-fp16 and --first-convolution are for int8 and fp8, but "
@@ -404,7 +404,7 @@ def _check_fits(model: onnx.ModelProto, options: BuildOptions, tensorrt: TensorR
         raise SuperPointError(
             f"{options.precision.value} needs TensorRT 10 or newer; here is {tensorrt}: use --precision {instead}."
         )
-    if tensorrt.flavour is not Flavour.RTX and options.targets:
+    if tensorrt.flavor is not Flavor.RTX and options.targets:
         raise SuperPointError(
             f"--target is TensorRT-RTX's: {tensorrt} builds for the GPU it runs on only. Use --runtime rtx, or leave "
             "--target away."
@@ -426,7 +426,7 @@ def _targets(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...]
     try:
         device = cuda.current_device()
     except SuperPointError as error:
-        if tensorrt.flavour is Flavour.RTX:
+        if tensorrt.flavor is Flavor.RTX:
             raise SuperPointError(
                 f"no GPU to build for was found here ({error}) Name what to build for: superpoint build --target "
                 f"sm86,sm89 (of {','.join(RTX_TARGETS)})."
@@ -435,7 +435,7 @@ def _targets(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...]
             f"{tensorrt} builds on the GPU that it builds for, and none was found: {error} Without a GPU, TensorRT-RTX "
             "builds for RTX GPUs: --runtime rtx --target sm89."
         ) from error
-    if tensorrt.flavour is Flavour.RTX and device.capability not in RTX_TARGETS:
+    if tensorrt.flavor is Flavor.RTX and device.capability not in RTX_TARGETS:
         raise SuperPointError(
             f"{device.name} is {device.capability}, which TensorRT-RTX does not run on (it takes "
             f"{', '.join(RTX_TARGETS)}): pip install 'superpoint-trt[tensorrt]' and --runtime tensorrt, or --target to "
@@ -479,9 +479,9 @@ def _constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
     for it, since a cast between convolution and Q/DQ pair would keep them from becoming one kernel; what its pairs
     touch is left to them.
     """
-    quantised = convolution_type(model) in QUANTISED_TYPES
-    free = quantised_chain(model.graph) if quantised else set()
-    low = _fp16_tensors(to_precision(model, Precision.FP16) if quantised else model)
+    quantized = convolution_type(model) in QUANTIZED_TYPES
+    free = quantized_chain(model.graph) if quantized else set()
+    low = _fp16_tensors(to_precision(model, Precision.FP16) if quantized else model)
     kinds = trt.LayerType
     untouched = (kinds.CONSTANT, kinds.SHAPE, kinds.CAST, kinds.QUANTIZE, kinds.DEQUANTIZE)
     floats = (trt.float32, trt.float16)
@@ -495,7 +495,7 @@ def _constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
         in_fp16 = any(output.name in low for output in outputs)
         # ReLU and pool in front of a Q may become part of its kernel, whatever type that has.
         if any(output.name in free for output in outputs) or (
-            quantised and in_fp16 and layer.type != kinds.CONVOLUTION
+            quantized and in_fp16 and layer.type != kinds.CONVOLUTION
         ):
             continue
         dtype = trt.float16 if in_fp16 else trt.float32
@@ -503,7 +503,7 @@ def _constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
         for i, output in enumerate(outputs):
             if output.dtype in floats:
                 layer.set_output_type(i, dtype)
-    if quantised:
+    if quantized:
         for index in range(network.num_outputs):
             output = network.get_output(index)
             if output.name in low:

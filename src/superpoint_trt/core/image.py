@@ -79,8 +79,8 @@ def to_picture(image: NDArray[Any]) -> NDArray[np.uint8]:
         SuperPointError: shape, dtype, range or size is not an image's.
     """
     full_scale = check(np.asarray(image))
-    colour = image[..., None] if image.ndim == 2 else image[..., :3]
-    scaled = colour if image.dtype == np.uint8 else np.round(colour.astype(np.float32) * (255.0 / full_scale))
+    color = image[..., None] if image.ndim == 2 else image[..., :3]
+    scaled = color if image.dtype == np.uint8 else np.round(color.astype(np.float32) * (255.0 / full_scale))
     picture: NDArray[np.uint8] = np.broadcast_to(scaled.astype(np.uint8), (*image.shape[:2], 3)).copy()
     return picture
 

@@ -122,7 +122,7 @@ class Stream:
         call("cudaEventRecord", self._event, self.handle)
         call("cudaStreamWaitEvent", stream, self._event, 0)
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Waits until everything queued here is done; errors of that work come up here."""
         (error,) = runtime().cudaStreamSynchronize(self.handle)
         if error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from superpoint_trt.core.files import PathLike, one_line, read_bytes, sha256
 from superpoint_trt.core.types import ModelDescription, ShapeRange, SuperPointError
-from superpoint_trt.gpu.tensorrt_api import Flavour
+from superpoint_trt.gpu.tensorrt_api import Flavor
 
 FORMAT = 1
 """Of the .json; a later one that cannot be read as this one counts up."""
@@ -21,7 +21,7 @@ class EngineMetadata:
 
     description: ModelDescription
     """The model's own; size and largest batch are the profile's."""
-    flavour: Flavour
+    flavor: Flavor
     tensorrt_version: str
     targets: tuple[str, ...]
     """Compute capabilities it runs on: ("sm90",)."""
@@ -41,7 +41,7 @@ class EngineMetadata:
             "format": FORMAT,
             **asdict(self),
             "description": self.description.to_metadata(),
-            "flavour": self.flavour.value,
+            "flavour": self.flavor.value,
         }
         return (json.dumps(flat, indent=1) + "\n").encode()
 
@@ -65,7 +65,7 @@ class EngineMetadata:
                 **{
                     **known,
                     "description": description,
-                    "flavour": Flavour(flat["flavour"]),
+                    "flavour": Flavor(flat["flavour"]),
                     "targets": tuple(flat["targets"]),
                     "profile": ShapeRange(**sizes),
                 }
@@ -104,20 +104,20 @@ def read_plan(engine: PathLike) -> tuple[bytes, EngineMetadata | None]:
     return data, metadata
 
 
-def check_runs_here(metadata: EngineMetadata, engine: PathLike, flavour: Flavour, version: str, target: str) -> None:
+def check_runs_here(metadata: EngineMetadata, engine: PathLike, flavor: Flavor, version: str, target: str) -> None:
     """Compares what an engine was made for with what is here.
 
     Args:
         metadata: the engine's.
         engine: for the error.
-        flavour: the TensorRT here.
+        flavor: the TensorRT here.
         version: its version.
         target: this GPU's compute capability, "sm90".
 
     Raises:
         SuperPointError: it cannot run here; the text names the difference and the command that rebuilds it.
     """
-    made, here = f"{metadata.flavour.value} {metadata.tensorrt_version}", f"{flavour.value} {version}"
+    made, here = f"{metadata.flavor.value} {metadata.tensorrt_version}", f"{flavor.value} {version}"
     differences = []
     if made != here:
         differences.append(f"was built by {made}, here is {here}")

@@ -17,7 +17,7 @@ from typing import Any
 from superpoint_trt.core.types import SuperPointError
 
 
-class Flavour(str, enum.Enum):
+class Flavor(str, enum.Enum):
     """NVIDIA's two TensorRTs; an engine belongs to one."""
 
     TENSORRT = "tensorrt"
@@ -25,10 +25,10 @@ class Flavour(str, enum.Enum):
     """TensorRT-RTX: for RTX GPUs (Turing and newer); builds without one, in under a second."""
 
 
-MODULES = {Flavour.TENSORRT: "tensorrt", Flavour.RTX: "tensorrt_rtx"}
-EXTRAS = {flavour: f"superpoint-trt[{flavour.value}]" for flavour in Flavour}
+MODULES = {Flavor.TENSORRT: "tensorrt", Flavor.RTX: "tensorrt_rtx"}
+EXTRAS = {flavor: f"superpoint-trt[{flavor.value}]" for flavor in Flavor}
 
-_MAGIC = {b"ftrt": Flavour.TENSORRT, b"vtrt": Flavour.RTX}
+_MAGIC = {b"ftrt": Flavor.TENSORRT, b"vtrt": Flavor.RTX}
 """The first four bytes of a plan."""
 
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -40,9 +40,9 @@ _CHANNELS_LAST = {"HWC": 1, "HWC8": 8, "HWC16": 16}
 _LOG_LINES = 400
 
 
-def installed() -> list[Flavour]:
+def installed() -> list[Flavor]:
     """The TensorRTs that can be imported here."""
-    return [flavour for flavour, module in MODULES.items() if util.find_spec(module)]
+    return [flavor for flavor, module in MODULES.items() if util.find_spec(module)]
 
 
 def missing() -> str | None:
@@ -57,36 +57,36 @@ def missing() -> str | None:
     )
 
 
-def load(flavour: Flavour | None = None) -> TensorRT:
+def load(flavor: Flavor | None = None) -> TensorRT:
     """The TensorRT asked for, or the first that is installed.
 
     Raises:
         SuperPointError: not installed, or its libraries do not load.
     """
     here = installed()
-    if flavour is None and here:
-        flavour = here[0]
-    if flavour is None or flavour not in here:
+    if flavor is None and here:
+        flavor = here[0]
+    if flavor is None or flavor not in here:
         absent = missing() or ""
-        if flavour and here:
-            absent = f"{MODULES[flavour]} is not installed here: pip install '{EXTRAS[flavour]}'."
+        if flavor and here:
+            absent = f"{MODULES[flavor]} is not installed here: pip install '{EXTRAS[flavor]}'."
         raise SuperPointError(absent)
-    if flavour not in _loaded:
+    if flavor not in _loaded:
         try:
-            _loaded[flavour] = TensorRT(flavour, import_module(MODULES[flavour]))
+            _loaded[flavor] = TensorRT(flavor, import_module(MODULES[flavor]))
         except (ImportError, OSError, AttributeError) as error:  # the last: half a library, or something of its name
             reason = " ".join(str(error).split())
             raise SuperPointError(
-                f"{MODULES[flavour]} is installed but does not load: {reason}; reinstall it: pip install "
-                f"'{EXTRAS[flavour]}' (Jetson: use JetPack's own, see docs/tensorrt.md)."
+                f"{MODULES[flavor]} is installed but does not load: {reason}; reinstall it: pip install "
+                f"'{EXTRAS[flavor]}' (Jetson: use JetPack's own, see docs/tensorrt.md)."
             ) from error
-    return _loaded[flavour]
+    return _loaded[flavor]
 
 
-_loaded: dict[Flavour, TensorRT] = {}
+_loaded: dict[Flavor, TensorRT] = {}
 
 
-def flavour_of(plan: bytes) -> Flavour | None:
+def flavor_of(plan: bytes) -> Flavor | None:
     """Which TensorRT made a plan; None if its first bytes are of neither."""
     return _MAGIC.get(plan[:4])
 
@@ -100,8 +100,8 @@ class TensorRT:
         version: "8.6.0", "10.13.3.9", "1.7.1.116", ...
     """
 
-    def __init__(self, flavour: Flavour, module: Any) -> None:
-        self.flavour = flavour
+    def __init__(self, flavor: Flavor, module: Any) -> None:
+        self.flavor = flavor
         self.module = module
         self.version: str = module.__version__
         self._major = int(self.version.split(".")[0])
@@ -109,7 +109,7 @@ class TensorRT:
         self.logger = _logger(module, self._lines)
 
     def __str__(self) -> str:
-        return f"{'TensorRT' if self.flavour is Flavour.TENSORRT else 'TensorRT-RTX'} {self.version}"
+        return f"{'TensorRT' if self.flavor is Flavor.TENSORRT else 'TensorRT-RTX'} {self.version}"
 
     # ---------------------------------------------------------------------------------------------------------- log
 
@@ -140,17 +140,17 @@ class TensorRT:
     @property
     def strongly_typed(self) -> bool:
         """Whether networks take their types from the graph; if not, precision flags and constraints are needed."""
-        return self.flavour is Flavour.RTX or self._major >= 10
+        return self.flavor is Flavor.RTX or self._major >= 10
 
     @property
     def newest_opset(self) -> int | None:
         """The newest ONNX opset the parser takes, where it is known to refuse."""
-        return 17 if self.flavour is Flavour.TENSORRT and self._major < 10 else None
+        return 17 if self.flavor is Flavor.TENSORRT and self._major < 10 else None
 
     @property
     def has_timing_cache(self) -> bool:
         """RTX times nothing when it builds."""
-        return self.flavour is not Flavour.RTX
+        return self.flavor is not Flavor.RTX
 
     def create_network(self, builder: Any) -> Any:
         """An empty network: strongly typed where there is such a thing, with an explicit batch where that is asked."""
@@ -224,7 +224,7 @@ class TensorRT:
     @property
     def captures(self) -> bool:
         """Whether runs can be recorded in a CUDA graph: TensorRT-RTX compiles while it runs, and records by itself."""
-        return self.flavour is Flavour.TENSORRT
+        return self.flavor is Flavor.TENSORRT
 
     def activation_bytes(self, engine: Any) -> int:
         """Scratch memory a context needs."""

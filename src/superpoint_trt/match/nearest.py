@@ -65,7 +65,7 @@ def match(first: Float32, second: Float32, options: MatchOptions | None = None) 
         raise SuperPointError(f"descriptors are {first.shape} and {second.shape}; expected (N, D) and (M, D), equal D.")
     if not len(first) or not len(second):
         return Matches(np.zeros((0, 2), np.int64), np.zeros(0, np.float32))
-    found = _neighbours(first.astype(np.float32, copy=False), second.astype(np.float32, copy=False))
+    found = _neighbors(first.astype(np.float32, copy=False), second.astype(np.float32, copy=False))
     rows = np.arange(len(first))
     keep = np.ones(len(first), dtype=bool)
     if options.mutual:
@@ -78,7 +78,7 @@ def match(first: Float32, second: Float32, options: MatchOptions | None = None) 
 
 
 @dataclass(frozen=True)
-class _Neighbours:
+class _Neighbors:
     nearest: NDArray[np.int64]
     distance: Float32
     second_distance: Float32
@@ -86,7 +86,7 @@ class _Neighbours:
     """(M,) nearest row of the first set to each of the second."""
 
 
-def _neighbours(first: Float32, second: Float32) -> _Neighbours:
+def _neighbors(first: Float32, second: Float32) -> _Neighbors:
     """Both directions in one pass over blocks of rows: |a - b|^2 = |a|^2 + |b|^2 - 2 a.b in float32."""
     n, m = len(first), len(second)
     nearest, best, runner_up = np.zeros(n, np.int64), np.zeros(n, np.float32), np.full(n, np.inf, np.float32)
@@ -112,7 +112,7 @@ def _neighbours(first: Float32, second: Float32) -> _Neighbours:
         if m > 1:
             distance[rows, columns] = np.inf
             runner_up[start : start + len(block)] = distance.min(axis=1)
-    return _Neighbours(nearest, _root(best), _root(runner_up), back)
+    return _Neighbors(nearest, _root(best), _root(runner_up), back)
 
 
 def _root(squared: Float32) -> Float32:

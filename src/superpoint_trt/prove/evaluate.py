@@ -21,7 +21,7 @@ from superpoint_trt.core.types import Float32, Keypoints, Matrix, OutputType, Su
 from superpoint_trt.match.nearest import Estimator
 from superpoint_trt.prove import metrics
 from superpoint_trt.prove.datasets import Pair, load_pairs
-from superpoint_trt.run.decode import normalise
+from superpoint_trt.run.decode import normalize
 from superpoint_trt.run.extractor import SuperPoint
 
 
@@ -284,7 +284,7 @@ def _opencv(name: str, count: int) -> Extractor:
         order = np.argsort(-scores, kind="stable")
         xy = np.array([point.pt for point in points], np.float32)[order]
         described = descriptors[order].astype(np.float32)
-        return Keypoints(xy, scores[order], described if name == "orb" else normalise(described, axis=1), size)
+        return Keypoints(xy, scores[order], described if name == "orb" else normalize(described, axis=1), size)
 
     return extract
 

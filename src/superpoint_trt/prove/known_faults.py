@@ -161,7 +161,7 @@ def warped_copy(gray: Float32) -> tuple[Float32, Matrix]:
 
     height, width = gray.shape
     angle, scale = np.deg2rad(8.0), 0.9
-    centre = np.array([[1, 0, -(width - 1) / 2], [0, 1, -(height - 1) / 2], [0, 0, 1]])
+    center = np.array([[1, 0, -(width - 1) / 2], [0, 1, -(height - 1) / 2], [0, 0, 1]])
     turn = np.array(
         [
             [scale * np.cos(angle), -scale * np.sin(angle), 0],
@@ -169,7 +169,7 @@ def warped_copy(gray: Float32) -> tuple[Float32, Matrix]:
             [0.1 / width, 0.05 / height, 1],
         ]
     )
-    homography: Matrix = np.linalg.inv(centre) @ turn @ centre
+    homography: Matrix = np.linalg.inv(center) @ turn @ center
     warped = cv2.warpPerspective(
         gray, homography, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
     )

@@ -99,7 +99,7 @@ def _picture(image: ImageResult) -> _Picture:
     new = ~within(image.model_xy, image.reference_xy)
     layers = ((image.reference_xy[kept], KEPT), (image.reference_xy[~kept], LOST), (image.model_xy[new], NEW))
     scale = min(1.0, WIDEST_PICTURE_PX / pixels.shape[1])
-    picture = draw_points(pixels, [(xy, colour) for xy, colour in layers], scale)
+    picture = draw_points(pixels, [(xy, color) for xy, color in layers], scale)
     data = _data_url(encode_picture(picture, ".jpg"), "image/jpeg")
     return _Picture(image.name, data, int(kept.sum()), int((~kept).sum()), int(new.sum()))
 

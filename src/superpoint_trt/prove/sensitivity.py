@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from superpoint_trt.convert.cast import convolutions, described, load_onnx, raw_heads
-from superpoint_trt.convert.quantize.calibrate import Calibration, check_quantisable, check_same_network
+from superpoint_trt.convert.quantize.calibrate import Calibration, check_quantizable, check_same_network
 from superpoint_trt.convert.quantize.qdq import FirstConvolution, kept_layers, quantize
 from superpoint_trt.core.files import PathLike
 from superpoint_trt.core.progress import Progress, Steps
@@ -176,7 +176,7 @@ class _Network:
         first: FirstConvolution | None = None,
     ) -> None:
         source = load_onnx(model)
-        check_quantisable(source)
+        check_quantizable(source)
         check_same_network(calibration, described(source, model), model)
         self.fp32 = raw_heads(source, model)
         self._calibration, self._precision, self._first = calibration, precision, first
@@ -192,12 +192,12 @@ class _Network:
         others = [glob.escape(name) for name in convolutions(self.fp32) if name != layer]
         alone = kept_layers(self.fp32, [], self._precision)
         first = FirstConvolution.WHOLE if layer in alone else None
-        quantised = quantize(self.fp32, self._calibration, self._precision, others, first)
-        return _write(quantised, folder, "quantised")
+        quantized = quantize(self.fp32, self._calibration, self._precision, others, first)
+        return _write(quantized, folder, "quantized")
 
     def write_without(self, patterns: Sequence[str], folder: str) -> Path:
-        quantised = quantize(self.fp32, self._calibration, self._precision, patterns, self._first)
-        return _write(quantised, folder, "quantised")
+        quantized = quantize(self.fp32, self._calibration, self._precision, patterns, self._first)
+        return _write(quantized, folder, "quantized")
 
 
 def _write(model: onnx.ModelProto, folder: str, name: str) -> Path:

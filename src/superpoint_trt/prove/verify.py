@@ -321,7 +321,7 @@ class _OnnxReference:
         outputs = dict(self._backend.infer(image))
         if self.description.type is OutputType.HEADS:
             outputs["scores"] = decode.scores_from_logits(outputs["logits"])
-            outputs["descriptors"] = decode.normalise(outputs["coarse_descriptors"], axis=1)
+            outputs["descriptors"] = decode.normalize(outputs["coarse_descriptors"], axis=1)
         return outputs
 
 

@@ -37,7 +37,7 @@ def scores_from_logits(logits: NDArray[Any]) -> Float32:
     return scores
 
 
-def normalise(descriptors: NDArray[Any], axis: int) -> Float32:
+def normalize(descriptors: NDArray[Any], axis: int) -> Float32:
     """Unit length along `axis`, float32."""
     descriptors = descriptors.astype(np.float32, copy=False)
     length = np.sqrt(np.square(descriptors).sum(axis=axis, keepdims=True, dtype=np.float32))
@@ -109,7 +109,7 @@ def sample_descriptors(xy: Float32, descriptors: Float32, stride_px: int, sampli
     table = np.ascontiguousarray(descriptors.reshape(dim, -1).T)
     upper = table[y0 * columns + x0] * (1 - fx) + table[y0 * columns + x1] * fx
     lower = table[y1 * columns + x0] * (1 - fx) + table[y1 * columns + x1] * fx
-    return normalise(upper * (1 - fy) + lower * fy, axis=1)
+    return normalize(upper * (1 - fy) + lower * fy, axis=1)
 
 
 def cell_position(xy: Float32, cells: Float32, stride_px: int, sampling: Sampling) -> Float32:

@@ -15,7 +15,7 @@ from superpoint_trt.core.types import Float32, Keypoints, SuperPointError
 
 Picture = NDArray[np.uint8]
 """(H, W, 3) RGB."""
-Colour = Sequence[int]
+Color = Sequence[int]
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
 _RIM = (0, 0, 0)
@@ -33,12 +33,12 @@ def draw_keypoints(image_rgb: NDArray[Any], keypoints: Keypoints) -> Picture:
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    colours = _ramp(len(keypoints))
+    colors = _ramp(len(keypoints))
     # The strongest are drawn last, on top.
-    return draw_points(image_rgb, [(keypoints.xy[i : i + 1], colours[i]) for i in reversed(range(len(keypoints)))])
+    return draw_points(image_rgb, [(keypoints.xy[i : i + 1], colors[i]) for i in reversed(range(len(keypoints)))])
 
 
-def draw_points(image_rgb: NDArray[Any], layers: Iterable[tuple[Float32, Colour]], scale: float = 1.0) -> Picture:
+def draw_points(image_rgb: NDArray[Any], layers: Iterable[tuple[Float32, Color]], scale: float = 1.0) -> Picture:
     """Dark-rimmed circles, layer by layer.
 
     Args:
@@ -52,11 +52,11 @@ def draw_points(image_rgb: NDArray[Any], layers: Iterable[tuple[Float32, Colour]
     one = 1 << _SUBPIXEL_BITS
     radius = max(3.0, max(picture.shape[:2]) / 240)
     line = max(1, round(radius / 3))
-    for points, colour in layers:
+    for points, color in layers:
         for x, y in (points + 0.5) * scale - 0.5:
-            centre = (round(float(x) * one), round(float(y) * one))
-            for tone, thickness in ((_RIM, line + 2), (_ints(colour), line)):
-                cv2.circle(picture, centre, round(radius * one), tone, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
+            center = (round(float(x) * one), round(float(y) * one))
+            for tone, thickness in ((_RIM, line + 2), (_ints(color), line)):
+                cv2.circle(picture, center, round(radius * one), tone, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
     return picture
 
 
@@ -89,13 +89,13 @@ def draw_matches(
     picture[:, : first_rgb.shape[1]] = first_rgb
     picture[:, left_width:] = right[: picture.shape[0]]
     places = (second_xy + 0.5) * scale - 0.5 + np.array([left_width, 0])
-    for wanted, colour, weight in ((~inliers, OUTLIER, 0.3), (inliers, INLIER, 0.5)):
+    for wanted, color, weight in ((~inliers, OUTLIER, 0.3), (inliers, INLIER, 0.5)):
         lines = picture.copy()  # half of a line does not hide what is under it
         for start, end in zip(_fixed(first_xy[wanted]), _fixed(places[wanted])):
-            cv2.line(lines, start, end, colour, 1, cv2.LINE_AA, _SUBPIXEL_BITS)
+            cv2.line(lines, start, end, color, 1, cv2.LINE_AA, _SUBPIXEL_BITS)
         picture = np.asarray(cv2.addWeighted(lines, weight, picture, 1 - weight, 0), dtype=np.uint8)
-        for centre in _fixed(first_xy[wanted]) + _fixed(places[wanted]):
-            cv2.circle(picture, centre, 2 << _SUBPIXEL_BITS, colour, -1, cv2.LINE_AA, _SUBPIXEL_BITS)
+        for center in _fixed(first_xy[wanted]) + _fixed(places[wanted]):
+            cv2.circle(picture, center, 2 << _SUBPIXEL_BITS, color, -1, cv2.LINE_AA, _SUBPIXEL_BITS)
     return picture
 
 
@@ -151,8 +151,8 @@ def _ramp(count: int) -> NDArray[np.uint8]:
     return ramp
 
 
-def _ints(colour: Colour) -> tuple[int, ...]:
-    return tuple(int(value) for value in colour)
+def _ints(color: Color) -> tuple[int, ...]:
+    return tuple(int(value) for value in color)
 
 
 def _fixed(xy: NDArray[Any]) -> list[list[int]]:

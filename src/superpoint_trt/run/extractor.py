@@ -279,7 +279,7 @@ class SuperPoint:
             return [self._unpad(outputs, index, placement) for index, placement in enumerate(placements)]
         if self.description.type is OutputType.HEADS:
             scores = decode.scores_from_logits(outputs["logits"])
-            descriptors = decode.normalise(outputs["coarse_descriptors"], axis=1)
+            descriptors = decode.normalize(outputs["coarse_descriptors"], axis=1)
         else:
             scores, descriptors = outputs["scores"], outputs["descriptors"]
         return [self._select(s, d, placement) for s, d, placement in zip(scores, descriptors, placements)]

@@ -108,7 +108,7 @@ class _Slot:
         return found
 
     def close(self) -> None:
-        self.stream.synchronise()
+        self.stream.synchronize()
         for lane in self._lanes.values():
             lane.close()
         self._lanes.clear()
@@ -223,7 +223,7 @@ class Lane:
 
     def collect(self) -> list[Found]:
         """Waits, and hands out the results of each image submitted."""
-        self._stream.synchronise()
+        self._stream.synchronize()
         sheet, self._flying = self._flying, None
         assert sheet is not None, "collect without submit"
         counts = sheet.counts.tolist()
@@ -243,13 +243,13 @@ class Lane:
         self.submit(placed_wh)  # once as usual: all is ready then
         self.collect()
         self.submit(placed_wh)
-        self._stream.synchronise()
+        self._stream.synchronize()
         spans = {}
         steps = {"host_to_device": self.queue_input, "network": self.queue_network, "decode": self.queue_decode}
         for name, step in steps.items():
             started = time.perf_counter()
             step()
-            self._stream.synchronise()
+            self._stream.synchronize()
             spans[name] = time.perf_counter() - started
         self.collect()
         return spans
@@ -266,7 +266,7 @@ class Lane:
             cuda.copy(
                 place, block.address + self._rows.places["num_keypoints"][0], counts.nbytes, cuda.TO_HOST, self._stream
             )
-            self._stream.synchronise()
+            self._stream.synchronize()
             if counts.max() <= self._rows.capacity:
                 break
             self._set_rows(self._decoder.rows(self._half, _power_of_two(int(counts.max()))))
@@ -319,7 +319,7 @@ class Lane:
 
     def close(self) -> None:
         """Frees the graph; memory goes with its last user."""
-        self._stream.synchronise()
+        self._stream.synchronize()
         self._replay.forget()
         self._context = None
 

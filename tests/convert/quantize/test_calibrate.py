@@ -27,7 +27,7 @@ from superpoint_trt.convert.quantize.calibrate import (
     save,
     split,
 )
-from superpoint_trt.convert.quantize.equalize import equalise
+from superpoint_trt.convert.quantize.equalize import equalize
 from superpoint_trt.core.types import OutputType, SuperPointError
 
 SIZE = (48, 64)
@@ -127,7 +127,7 @@ def test_the_largest_value_is_the_reference_evaluators(model, tmp_path):
     folder = write_photos(tmp_path / "photos", 2)
     paths = sorted(folder.iterdir())
     found = calibrate(model, paths, CalibrationOptions(Method.MAX))
-    source = equalise(load_onnx(model), found.channels)
+    source = equalize(load_onnx(model), found.channels)
     names = [name for name in found.ranges if name != "image"]
     del source.graph.output[:]
     source.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)

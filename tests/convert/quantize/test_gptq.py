@@ -45,7 +45,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranges(model, given):
-    return calibrate(model, given, CalibrationOptions(equalise=False))
+    return calibrate(model, given, CalibrationOptions(equalize=False))
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_convolutions_that_read_otherwise_are_left_to_the_nearest_step(model, ra
     assert "conv4b.weight" not in found.weights and len(found.weights) == 11
 
 
-def test_a_convolution_with_groups_is_quantised_as_it_is(model, given, tmp_path):
+def test_a_convolution_with_groups_is_quantized_as_it_is(model, given, tmp_path):
     """Another tool's network: its channels are not equalised, its weights go to the nearest step."""
     other = load_onnx(model)
     node = next(node for node in other.graph.node if node.op_type == "Conv" and "conv4b.weight" in node.input)
@@ -184,8 +184,8 @@ def test_a_convolution_with_groups_is_quantised_as_it_is(model, given, tmp_path)
     found = round_weights(path, ranges, given)
     assert "conv4b.weight" not in found.weights
     gray = photograph(96, 128, "astronaut").astype(np.float32) / np.float32(255)
-    full, quantised = (run_in_onnxruntime(graph, gray, tmp_path) for graph in (other, quantize(other, found)))
-    for truth, ours in zip(full, quantised):
+    full, quantized = (run_in_onnxruntime(graph, gray, tmp_path) for graph in (other, quantize(other, found)))
+    for truth, ours in zip(full, quantized):
         assert np.corrcoef(truth.ravel(), ours.ravel())[0, 1] > 0.99
 
 
@@ -231,9 +231,9 @@ def test_on_the_command_line(model, given, tmp_path, capsys):
 
 
 def test_rounding_where_nothing_is_rounded_is_refused(model, rounded, tmp_path, capsys):
-    quantised = tmp_path / "int8.onnx"
-    quantised.write_bytes(quantize(load_onnx(model), rounded).SerializeToString())
-    for source, precision, why in ((model, "fp16", "are for int8 and fp8"), (quantised, "int8", "comes too late")):
+    quantized = tmp_path / "int8.onnx"
+    quantized.write_bytes(quantize(load_onnx(model), rounded).SerializeToString())
+    for source, precision, why in ((model, "fp16", "are for int8 and fp8"), (quantized, "int8", "comes too late")):
         words = ["build", "--onnx", str(source), "--engine", str(tmp_path / "a.engine"), "--precision", precision]
         assert run(cli, [*words, "--rounding", "nearest"]) == 2
         assert why in capsys.readouterr().err

@@ -18,20 +18,20 @@ from superpoint_trt.convert.cast import convolutions, load_onnx, to_precision
 from superpoint_trt.convert.engine import BuildOptions, build
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.convert.quantize.calibrate import Calibration, Method, calibrate
-from superpoint_trt.convert.quantize.equalize import equalise
+from superpoint_trt.convert.quantize.equalize import equalize
 from superpoint_trt.convert.quantize.qdq import (
     COARSE,
     PARTS,
     FirstConvolution,
     handed_over,
     kept_layers,
-    normalisations_after_relu,
+    normalizations_after_relu,
     quantize,
     split_image,
 )
 from superpoint_trt.core.types import OutputType, Precision, SuperPointError
 from superpoint_trt.gpu import tensorrt_api as trt
-from superpoint_trt.gpu.tensorrt_api import Flavour
+from superpoint_trt.gpu.tensorrt_api import Flavor
 
 KINDS = ["dense", "keypoints", "heads"]
 
@@ -116,16 +116,16 @@ def simulate(
     ("precision", "first", "rounded"),
     [("int8", "parts", to_int8), ("int8", "fp16", to_int8), ("fp8", "fp16", to_fp8)],
 )
-def test_onnxruntime_computes_what_the_quantisation_says(checkpoint, tmp_path, layout, precision, first, rounded):
+def test_onnxruntime_computes_what_the_quantization_says(checkpoint, tmp_path, layout, precision, first, rounded):
     """Three ways: fp32, onnxruntime on the Q/DQ graph, and numpy on the fp32 graph with every rounding written out."""
     model = graph_of(checkpoint, "heads", layout, height_px=48, width_px=64)
     ranges = ranges_of(model)
-    quantised = quantize(model, ranges, Precision(precision), ["conv3b"], FirstConvolution(first))
+    quantized = quantize(model, ranges, Precision(precision), ["conv3b"], FirstConvolution(first))
     image = photograph(48, 64).astype(np.float32) / 255
     kept = {"conv3b"} if first == "parts" else {"conv1a", "conv3b"}
     expected = simulate(model, image[None], ranges.ranges, kept, rounded)
     full = run_in_onnxruntime(model, image, tmp_path)
-    for ours, truth, plain in zip(run_in_onnxruntime(quantised, image, tmp_path), expected, full):
+    for ours, truth, plain in zip(run_in_onnxruntime(quantized, image, tmp_path), expected, full):
         assert np.abs(truth - plain).mean() > 0.003 * truth.std(), "not so fine that nothing is tested"
         np.testing.assert_allclose(ours, truth, atol=1e-5)
 
@@ -136,13 +136,13 @@ def test_int8_goes_as_far_as_the_last_pool(checkpoint, tmp_path, keep, hand_over
     model = graph_of(checkpoint, "heads", "magicleap", height_px=48, width_px=64)
     ranges, image = ranges_of(model), photograph(48, 64).astype(np.float32) / 255
     kept = ["conv4a", "conv4b", "convPa", "convPb", "convDa", "convDb"]
-    quantised = quantize(model, ranges, keep=keep)
-    pairs = {node.output[0] for node in quantised.graph.node if node.op_type == "DequantizeLinear"}
-    reads = {name: [tensor in pairs for tensor in node.input[:2]] for name, node in convolutions(quantised).items()}
+    quantized = quantize(model, ranges, keep=keep)
+    pairs = {node.output[0] for node in quantized.graph.node if node.op_type == "DequantizeLinear"}
+    reads = {name: [tensor in pairs for tensor in node.input[:2]] for name, node in convolutions(quantized).items()}
     assert reads == {name: [name not in kept, name not in kept] for name in reads} | {"conv4a": [hand_over, False]}
     expected = simulate(model, image[None], ranges.ranges, kept, to_int8, ["conv4a"] if hand_over else [])
     other = simulate(model, image[None], ranges.ranges, kept, to_int8, [] if hand_over else ["conv4a"])
-    for ours, truth, wrong in zip(run_in_onnxruntime(quantised, image, tmp_path), expected, other):
+    for ours, truth, wrong in zip(run_in_onnxruntime(quantized, image, tmp_path), expected, other):
         assert np.abs(truth - wrong).mean() > 0.001 * truth.std(), "the two differ"
         np.testing.assert_allclose(ours, truth, atol=1e-5)
 
@@ -165,17 +165,17 @@ def test_what_int8_is_handed_over_to(checkpoint, layout, keep, handed):
 
 @pytest.mark.parametrize(("layout", "count"), [("v6", 8), ("magicleap", 0)])
 def test_batch_norms_that_int8_does_not_pay_for_are_counted(checkpoint, layout, count):
-    assert len(normalisations_after_relu(graph_of(checkpoint, "dense", layout))) == count
+    assert len(normalizations_after_relu(graph_of(checkpoint, "dense", layout))) == count
 
 
 @pytest.mark.parametrize("layout", ["v6", "magicleap"])
-def test_equalising_changes_no_result(checkpoint, tmp_path, layout):
+def test_equalizing_changes_no_result(checkpoint, tmp_path, layout):
     model = graph_of(checkpoint, "heads", layout, height_px=48, width_px=64)
     image = photograph(48, 64).astype(np.float32) / 255
     (tmp_path / "fp32.onnx").write_bytes(model.SerializeToString())
     factors = calibrate(tmp_path / "fp32.onnx", [("photo", photograph(48, 64))]).channels
     assert any(min(values) < 0.5 for values in factors.values()), "and there is something to bring together"
-    equal = run_in_onnxruntime(equalise(model, factors), image, tmp_path)
+    equal = run_in_onnxruntime(equalize(model, factors), image, tmp_path)
     for ours, plain in zip(equal, run_in_onnxruntime(model, image, tmp_path)):
         np.testing.assert_allclose(ours, plain, atol=1e-4)
 
@@ -229,10 +229,10 @@ def test_int8_costs_an_8_bit_image_nothing_but_its_white(checkpoint, tmp_path):
 def test_who_keeps_the_first_convolution_gets_it_in_fp16(checkpoint):
     model = graph_of(checkpoint, "heads", "v6")
     for chosen in ({"keep": ["conv1a"]}, {"keep": ["conv1*"]}, {"first": FirstConvolution.FP16}):
-        quantised = quantize(model, ranges_of(model), **chosen)
-        noted = {entry.key.rpartition(".")[2]: entry.value for entry in quantised.metadata_props}
+        quantized = quantize(model, ranges_of(model), **chosen)
+        noted = {entry.key.rpartition(".")[2]: entry.value for entry in quantized.metadata_props}
         assert noted["first_convolution"] == "fp16" and "conv1a" in noted["kept_layers"].split()
-        assert convolutions(quantised)["conv1a"].input[:2] == ["image", "conv1a.weight"]
+        assert convolutions(quantized)["conv1a"].input[:2] == ["image", "conv1a.weight"]
 
 
 def test_the_metadata_say_parts(checkpoint):
@@ -306,7 +306,7 @@ def test_tensorrt_rtx_builds_every_type(checkpoint_file, tmp_path, keep, layout,
         tmp_path / "a.engine",
         BuildOptions(
             Precision(precision),
-            runtime=Flavour.RTX,
+            runtime=Flavor.RTX,
             targets=("sm89",),
             calibration=tmp_path / "ranges.json",
             keep_fp16=(keep,),
@@ -324,7 +324,7 @@ def test_tensorrt_rtx_builds_every_type(checkpoint_file, tmp_path, keep, layout,
 def test_the_built_network_reads_int8(checkpoint_file, tmp_path, first, behind_pairs):
     """TensorRT's parser on the graph that is built: the convolutions behind int8 pairs, everything else fp16."""
     pytest.importorskip("tensorrt_rtx")
-    tensorrt = trt.load(Flavour.RTX)
+    tensorrt = trt.load(Flavor.RTX)
     module = tensorrt.module
     builder = module.Builder(tensorrt.logger)
     network = tensorrt.create_network(builder)
@@ -334,14 +334,14 @@ def test_the_built_network_reads_int8(checkpoint_file, tmp_path, first, behind_p
     assert parser.parse(typed.SerializeToString())
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     into = {layer.get_output(0).name: layer for layer in layers}
-    dequantised = 0
+    dequantized = 0
     for layer in layers:
         if layer.type == module.LayerType.CONVOLUTION:
             source = into.get(layer.get_input(0).name)
             if source is not None and source.type == module.LayerType.DEQUANTIZE:
                 assert source.get_input(0).dtype == module.int8
-                dequantised += 1
-    assert dequantised == behind_pairs
+                dequantized += 1
+    assert dequantized == behind_pairs
 
 
 # ----------------------------------------------------------------------------------------------------- what 8.6 is told
@@ -391,7 +391,7 @@ def constrained(model: onnx.ModelProto) -> tuple[dict[str, FakeLayer], dict[str,
     return {layer.name: layer for layer in layers}, {output.name: output.dtype for output in outputs}
 
 
-def test_tensorrt_8_is_told_nothing_about_quantised_convolutions(checkpoint):
+def test_tensorrt_8_is_told_nothing_about_quantized_convolutions(checkpoint):
     model = graph_of(checkpoint, "dense", "magicleap")
     layers, outputs = constrained(quantize(model, ranges_of(model), keep=["conv3b"]))
     assert {name for name, layer in layers.items() if layer.precision == "float16"} == {"conv3b"}

@@ -19,8 +19,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from superpoint_trt.convert.cast import convolution_type, convolutions, described, load_onnx, quantised_type
-from superpoint_trt.convert.quantize.equalize import equalise, factors, sites
+from superpoint_trt.convert.cast import convolution_type, convolutions, described, load_onnx, quantized_type
+from superpoint_trt.convert.quantize.equalize import equalize, factors, sites
 from superpoint_trt.core import image as images
 from superpoint_trt.core.files import (
     PathLike,
@@ -76,8 +76,8 @@ class CalibrationOptions:
     """At most so many images, evenly over the folder."""
     percentile: float = 99.99
     """Of all values, zeros included; for `Method.PERCENTILE`."""
-    equalise: bool = True
-    """Bring the channels of each tensor to like ranges first, which changes no result (`equalise`)."""
+    equalize: bool = True
+    """Bring the channels of each tensor to like ranges first, which changes no result (`equalize`)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MOST_IMAGES:
@@ -299,12 +299,12 @@ def calibrate(
     if not given:
         raise SuperPointError("no calibration image was given; expected 100 or more photographs like those to come.")
     source = load_onnx(model)
-    check_quantisable(source)
+    check_quantizable(source)
     description = described(source, model)
-    compared = evenly(given, CHANNEL_IMAGES) if options.equalise else []
+    compared = evenly(given, CHANNEL_IMAGES) if options.equalize else []
     steps = Steps(len(compared) + len(given), progress)
     channels = _channels(source, compared, description, model, steps) if compared else {}
-    activations = Activations(equalise(source, channels), model, _own(description))
+    activations = Activations(equalize(source, channels), model, _own(description))
     histograms = {name: Histogram() for name in activations.names}
     used: dict[str, str] = {}
     sizes: list[images.Placement] = []
@@ -428,13 +428,13 @@ def _doubts(sizes: Sequence[images.Placement]) -> Iterable[str]:
         )
 
 
-def check_quantisable(model: onnx.ModelProto) -> None:
+def check_quantizable(model: onnx.ModelProto) -> None:
     """Refuses what is no plain fp32 network.
 
     Raises:
         SuperPointError: saying what it is.
     """
-    if quantised_type(model):
+    if quantized_type(model):
         raise SuperPointError("the .onnx is already quantised; use the fp32 .onnx it was made from.")
     found = convolution_type(model)
     if found is not Precision.FP32:

@@ -59,7 +59,7 @@ def factors(model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.floating]]) 
     return found
 
 
-def equalise(model: onnx.ModelProto, by_tensor: Mapping[str, list[float]]) -> onnx.ModelProto:
+def equalize(model: onnx.ModelProto, by_tensor: Mapping[str, list[float]]) -> onnx.ModelProto:
     """The same network with channels scaled where they are made, and back where they are read.
 
     Args:

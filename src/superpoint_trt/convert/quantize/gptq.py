@@ -22,7 +22,7 @@ from superpoint_trt.convert.quantize.calibrate import (
     Activations,
     Calibration,
     Given,
-    check_quantisable,
+    check_quantizable,
     check_same_network,
     evenly,
     network_inputs,
@@ -59,7 +59,7 @@ def round_weights(
         SuperPointError: no fp32 model, ranges of another one, or no usable image.
     """
     source = load_onnx(model)
-    check_quantisable(source)
+    check_quantizable(source)
     description = described(source, model)
     check_same_network(calibration, description, model)
     graph = quantize(source, replace(calibration, weights={}))
@@ -121,11 +121,11 @@ def _layers(graph: onnx.ModelProto) -> list[_Layer]:
     known = constants(graph.graph)
     found = []
     for node in graph.graph.node:
-        dequantise = made_by.get(node.input[1]) if node.op_type == "Conv" else None
-        if dequantise is None or dequantise.op_type != "DequantizeLinear" or not _plain(node):
+        dequantize = made_by.get(node.input[1]) if node.op_type == "Conv" else None
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or not _plain(node):
             continue
-        name = made_by[dequantise.input[0]].input[0]
-        weight, steps = (numpy_helper.to_array(known[key]) for key in (name, dequantise.input[1]))
+        name = made_by[dequantize.input[0]].input[0]
+        weight, steps = (numpy_helper.to_array(known[key]) for key in (name, dequantize.input[1]))
         if weight.ndim == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] % 2:
             found.append(_Layer(name, weight, steps, node.input[0]))
     return found

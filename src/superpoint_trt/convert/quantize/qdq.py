@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from superpoint_trt.convert.cast import (
-    QUANTISED_TYPES,
+    QUANTIZED_TYPES,
     constants,
     convolutions,
     described,
@@ -41,12 +41,12 @@ from superpoint_trt.convert.cast import (
 )
 from superpoint_trt.convert.quantize.calibrate import (
     Calibration,
-    check_quantisable,
+    check_quantizable,
     check_same_network,
     load,
     weight_digest,
 )
-from superpoint_trt.convert.quantize.equalize import equalise, put
+from superpoint_trt.convert.quantize.equalize import equalize, put
 from superpoint_trt.core.files import PathLike, one_line, write_atomically
 from superpoint_trt.core.types import Precision, SuperPointError
 
@@ -135,7 +135,7 @@ def quantize(
         SuperPointError: not fp32, a pattern without a match, nothing left to quantise, a range is missing, or the image
             cannot be split.
     """
-    check_quantisable(model)
+    check_quantizable(model)
     if precision not in KINDS:
         raise SuperPointError(f"precision {precision.value} is not quantised; expected int8 or fp8.")
     if precision is not Precision.INT8:
@@ -148,18 +148,18 @@ def quantize(
     done = _resolved(model, precision, first) if front else FirstConvolution.FP16
     if done is FirstConvolution.PARTS:
         model, calibration = split_image(model, calibration)
-    quantised = with_opset(equalise(model, calibration.channels), KINDS[precision].opset)
+    quantized = with_opset(equalize(model, calibration.channels), KINDS[precision].opset)
     handed = handed_over(model, keep, kept) if precision is Precision.INT8 else []
-    _Insertion(quantised, calibration, precision).run(chosen, handed)
+    _Insertion(quantized, calibration, precision).run(chosen, handed)
     note_metadata(
-        quantised,
+        quantized,
         precision=precision.value,
         calibration=calibration.summary(),
         kept_layers=" ".join(kept),
         handed_over=" ".join(handed),
         first_convolution=done.value,
     )
-    return onnx.shape_inference.infer_shapes(quantised)
+    return onnx.shape_inference.infer_shapes(quantized)
 
 
 def handed_over(model: onnx.ModelProto, keep: Sequence[str], kept: Sequence[str]) -> list[str]:
@@ -187,7 +187,7 @@ def handed_over(model: onnx.ModelProto, keep: Sequence[str], kept: Sequence[str]
     return found
 
 
-def normalisations_after_relu(model: onnx.ModelProto) -> list[str]:
+def normalizations_after_relu(model: onnx.ModelProto) -> list[str]:
     """The BatchNorms that no convolution takes in (v6): each keeps those around it from passing int8 on."""
     makers = {name: node for node in model.graph.node for name in node.output}
     found = []
@@ -378,7 +378,7 @@ class _Insertion:
         self._graph = model.graph
         self._ranges, self._weights = calibration.ranges, calibration.weights
         self._rounded_from = calibration.rounded_from
-        self._element = QUANTISED_TYPES[precision]
+        self._element = QUANTIZED_TYPES[precision]
         self._largest = np.float32(KINDS[precision].largest)
         self._constants = constants(model.graph)
         self._nodes: list[onnx.NodeProto] = []

@@ -34,7 +34,7 @@ from superpoint_trt.core.types import (
 from superpoint_trt.gpu import cuda, kernels
 from superpoint_trt.gpu.cuda import DeviceArray, DeviceMemory, PinnedPool
 from superpoint_trt.gpu.engine_file import EngineMetadata, check_runs_here, read_plan, with_profile
-from superpoint_trt.gpu.tensorrt_api import TensorRT, flavour_of, load
+from superpoint_trt.gpu.tensorrt_api import TensorRT, flavor_of, load
 from superpoint_trt.run.backends.base import Backend, Image, Outputs, RuntimeInfo, as_unit_range
 from superpoint_trt.run.lanes import Lanes
 
@@ -77,10 +77,10 @@ class TensorRTBackend(Backend):
             raise SuperPointError(f"device is {device!r}; a TensorRT engine runs on cuda: --device auto or cuda.")
         path = Path(path)
         plan, metadata = read_plan(path)
-        tensorrt = load(metadata.flavour if metadata else flavour_of(plan))
+        tensorrt = load(metadata.flavor if metadata else flavor_of(plan))
         gpu = cuda.current_device()
         if metadata:
-            check_runs_here(metadata, path, tensorrt.flavour, tensorrt.version, gpu.capability)
+            check_runs_here(metadata, path, tensorrt.flavor, tensorrt.version, gpu.capability)
         self._shared = _shared_engine(plan, path, tensorrt, gpu.index)
         self._tensorrt = tensorrt
         engine = self._shared.engine
@@ -106,7 +106,7 @@ class TensorRTBackend(Backend):
         marks = [time.perf_counter()]
 
         def mark() -> None:
-            self._stream.synchronise()
+            self._stream.synchronize()
             marks.append(time.perf_counter())
 
         outputs = self._shape(image.shape, image.dtype).infer(image, mark)
@@ -141,7 +141,7 @@ class TensorRTBackend(Backend):
         self._stream.wait_for(cuda.LEGACY_STREAM if stream is None else stream)
         shape.run()
         if stream is None:
-            self._stream.synchronise()
+            self._stream.synchronize()
         else:
             self._stream.signal(stream)
         return shape.results()
@@ -176,7 +176,7 @@ class TensorRTBackend(Backend):
             context = self._tensorrt.create_context(self._shared.engine, scratch.address, scratch.nbytes)
             if context is None or not context.set_optimization_profile_async(profile, stream.address):
                 raise log.failed()
-            stream.synchronise()
+            stream.synchronize()
         if not context.set_input_shape(INPUT_NAME, shape):
             raise log.failed()
         return context
@@ -350,7 +350,7 @@ class _Shape:
         memory: Any = np.empty(self._output_bytes, np.uint8) if loan is None else np.asarray(loan)
         address = memory.__array_interface__["data"][0]
         cuda.copy(address, self._device_out.address, self._output_bytes, cuda.TO_HOST, self._stream)
-        self._stream.synchronise()
+        self._stream.synchronize()
         mark()
         return {tensor.name: tensor.of(memory) for tensor in self._outputs}
 
@@ -380,7 +380,7 @@ class _Shape:
 
     def close(self) -> None:
         """Frees the graph; memory goes with its last user."""
-        self._stream.synchronise()
+        self._stream.synchronize()
         self._replay.forget()
         self._context = None
 
