@@ -12,9 +12,10 @@ import pytest
 
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.export import ExportOptions, export
+from superpoint_trt.core.image import synthetic_photograph
 from superpoint_trt.core.types import OutputType, SuperPointError
 from superpoint_trt.prove import benchmark
-from superpoint_trt.prove.benchmark import STAGES, BenchOptions, bench, plot, synthetic_photograph
+from superpoint_trt.prove.benchmark import STAGES, BenchOptions, bench, plot
 from superpoint_trt.run.backends.onnxruntime import OnnxRuntimeBackend
 from superpoint_trt.run.extractor import SuperPoint
 

@@ -40,7 +40,7 @@ def test_repeatability_by_hand():
     # 3 shared of each; A and B are found within 3 px both ways: 4 of 6. Errors 0, 2, 0, 2.
     found = metrics.repeatability(first, second, SHIFT)
     assert found.share == pytest.approx(4 / 6)
-    assert found.localisation_error_px == pytest.approx(1.0)
+    assert found.localization_error_px == pytest.approx(1.0)
     # A limit of 1 px leaves A alone.
     assert metrics.repeatability(first, second, SHIFT, threshold_px=1.0).share == pytest.approx(2 / 6)
     # The best point of each only: A.
@@ -52,7 +52,7 @@ def test_repeatability_counts_at_the_threshold_and_not_mutually():
     first, second = keypoints([[10, 10]]), keypoints([[23, 10], [20, 11]])
     found = metrics.repeatability(first, second, SHIFT)
     assert found.share == 1.0
-    assert found.localisation_error_px == pytest.approx((1 + 3 + 1) / 3)
+    assert found.localization_error_px == pytest.approx((1 + 3 + 1) / 3)
 
 
 def test_repeatability_without_points():
