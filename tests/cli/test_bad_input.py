@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
 from superpoint_trt.cli import guide
-from superpoint_trt.cli.info import describe
+from superpoint_trt.cli.info import facts
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import DecodeOptions, OutputType, SuperPointError
@@ -441,7 +441,7 @@ def no_tensorrt(monkeypatch):
 @pytest.mark.parametrize("ending", ["engine", "trt", "plan"])
 def test_engine_without_tensorrt(refuse, desk, no_tensorrt, line, ending):
     (desk / f"model.{ending}").write_bytes(b"ftrt" + bytes(100))
-    says = ("TensorRT is not installed", "pip install 'superpoint-trt[tensorrt]'", ".onnx")
+    says = ("TensorRT is not installed", "pip install", "[tensorrt]", ".onnx")
     refuse(line.replace("FILE", f"model.{ending}"), *says)
 
 
@@ -577,7 +577,7 @@ def test_a_flipped_byte_is_an_error_or_harmless(desk, name, flip):
     for place in places[::5]:
         damaged.write_bytes(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
         try:
-            list(describe(damaged))
+            list(facts(damaged))
         except SuperPointError:
             pass
         except Exception as error:
