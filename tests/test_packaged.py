@@ -19,7 +19,7 @@ from superpoint_trt.core.types import Family, Sampling, SuperPointError
 from superpoint_trt.match.nearest import match_images
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

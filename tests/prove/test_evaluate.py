@@ -241,6 +241,7 @@ def test_resizing_keeps_points_on_what_they_mark(rule, size):
 
 
 @pytest.mark.skipif(not (SHARED / "data/homography").is_dir(), reason="the homography dataset is not here")
+@pytest.mark.exhaustive
 def test_pytorch_and_onnx_agree_to_the_third_decimal(checkpoint_file, tmp_path):
     """On a part of the real dataset; the whole table is in docs/evaluation.md."""
     weights = checkpoint_file("packaged")

@@ -73,6 +73,20 @@ def test_homography_error_by_hand():
     assert metrics.homography_error_px(first, low, SHIFT) == pytest.approx(4, abs=1e-2)
 
 
+def test_the_corners_are_the_centers_of_the_corner_pixels():
+    """Under a shear that moves x by y / 10, only the lower corners are wrong: by 7.9 px at y = 79, not 8 at y = 80."""
+    shear = np.array([[1.0, 0.1, 0], [0, 1, 0], [0, 0, 1]])
+    first = keypoints(GRID)
+    assert metrics.homography_error_px(first, keypoints(metrics.warp(first.xy, shear)), np.eye(3), 8) == pytest.approx(
+        (0 + 0 + 7.9 + 7.9) / 4, abs=1e-2
+    )
+    # x moves by x / 10: only the right corners are wrong, by 9.9 px at x = 99, not 10 at x = 100.
+    stretch = np.diag([1.1, 1, 1])
+    assert metrics.homography_error_px(first, keypoints(metrics.warp(first.xy, stretch)), np.eye(3), 8) == (
+        pytest.approx((0 + 9.9 + 0 + 9.9) / 4, abs=1e-2)
+    )
+
+
 def test_homography_error_without_enough_matches():
     three = keypoints(GRID[:3])
     assert metrics.homography_error_px(three, three, np.eye(3)) == float("inf")

@@ -52,7 +52,7 @@ class Bench:
         return verify(self.path, self.weights, find_images(self.folder), limits)
 
 
-@pytest.fixture(params=["v6", "packaged"])
+@pytest.fixture(params=["v6", pytest.param("packaged", marks=pytest.mark.exhaustive)])
 def bench(request, checkpoint_file, folder, tmp_path):
     return Bench(checkpoint_file(request.param), folder, tmp_path)
 
@@ -319,7 +319,9 @@ def blank(folder, count):
         cv2.imwrite(str(folder / f"blank{index}.png"), np.full((HEIGHT, WIDTH), 12 * index, np.uint8))
 
 
-@pytest.mark.parametrize("layout", ["v6", "packaged", "real-v6"])
+@pytest.mark.parametrize(
+    "layout", ["v6", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("packaged", "real-v6"))]
+)
 def test_blank_images_alone_prove_nothing(layout, checkpoint_file, tmp_path):
     """Networks find a few points on black: the padding's doing, and the same in every image."""
     blank(tmp_path, 20)
@@ -327,7 +329,7 @@ def test_blank_images_alone_prove_nothing(layout, checkpoint_file, tmp_path):
         Bench(checkpoint_file(layout), tmp_path, tmp_path).verify()
 
 
-@pytest.mark.parametrize("name", ["descriptor-sampling", "fp16-indices"])
+@pytest.mark.parametrize("name", ["descriptor-sampling", pytest.param("fp16-indices", marks=pytest.mark.exhaustive)])
 def test_a_fault_is_named_among_more_blank_images_than_photographs(name, checkpoint_file, tmp_path):
     blank(tmp_path, 5)
     for photo in ("astronaut", "chelsea"):
