@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Optional
 
 import click
 import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt.cli.build import build_engine, parse_targets
-from superpoint_trt.cli.options import WEIGHTS, ExtractArgs, GraphArgs
+from superpoint_trt.cli.options import WEIGHTS, ExtractArgs, GraphArgs, OptionGroup, option
 from superpoint_trt.cli.prove import print_bench
 from superpoint_trt.cli.quantize import CalibrationFlags
 from superpoint_trt.cli.terminal import (
@@ -38,9 +38,13 @@ from superpoint_trt.run.decode import sample_descriptors, select
 if TYPE_CHECKING:
     import torch
 
+    from superpoint_trt.convert.engine import BuildOptions
+
 GUIDE_OPSET = 11
 GUIDE_MAX_KEYPOINTS = 1000
 """The guide's default of --top-k."""
+
+Size = Optional[tuple[int, int]]
 
 _DECODE = DecodeOptions()
 
@@ -167,72 +171,79 @@ def convert_to_onnx(weights: str, output: str, arguments: GraphArgs) -> None:
     print_info(export(weights, output, replace(arguments.options(), dynamic=True)))
 
 
+@dataclass(frozen=True)
+class EngineArgs(OptionGroup):
+    """What engine to build, in the guide's options."""
+
+    fp16: bool = option("--fp16", is_flag=True, help="FP16 precision.")
+    int8: bool = option("--int8", is_flag=True, help="INT8 precision (needs --calib-images).")
+    calib_images: str | None = option("--calib-images", help="With --int8: folder of photographs like those to come.")
+    max_batch_size: int = option("--max-batch-size", type=int, default=1)
+    workspace: float = option("--workspace", type=float, default=1.0, help="Builder's workspace in GiB.")
+    dynamic_shapes: bool = option("--dynamic-shapes", is_flag=True, help="Sizes from min to max, tuned for opt.")
+    min_height: int = option("--min-height", type=int, default=240)
+    min_width: int = option("--min-width", type=int, default=320)
+    opt_height: int = option("--opt-height", type=int, default=480)
+    opt_width: int = option("--opt-width", type=int, default=640)
+    max_height: int = option("--max-height", type=int, default=960)
+    max_width: int = option("--max-width", type=int, default=1280)
+    target: str | None = option(
+        "--target", help="Not in the guide: GPUs to build for with TensorRT-RTX, for example sm86,sm89; needs no GPU."
+    )
+
+    def options(self, onnx: str) -> BuildOptions:
+        """The options of `build` for an .onnx.
+
+        Raises:
+            SuperPointError: int8 without images to calibrate on, or such images without int8.
+        """
+        from superpoint_trt.convert.engine import BuildOptions
+
+        if self.int8 and not self.calib_images:
+            raise SuperPointError(
+                "--int8 needs calibration: --calib-images FOLDER, 100 or more photographs like those to come (or, only "
+                "to try it out, --calib-images synthetic)."
+            )
+        if self.calib_images and not self.int8:
+            raise SuperPointError("--calib-images is for --int8.")
+        smallest, usual, largest = self._sizes_hw(onnx)
+        return BuildOptions(
+            Precision.INT8 if self.int8 else Precision.FP16 if self.fp16 else Precision.FP32,
+            self.workspace,
+            smallest,
+            usual,
+            largest,
+            self.max_batch_size,
+            runtime=Flavor.RTX if self.target else None,
+            targets=parse_targets(self.target),
+        )
+
+    def _sizes_hw(self, onnx: str) -> tuple[Size, Size, Size]:
+        """The smallest, usual and largest (height, width) of the engine; None: the one size of a static .onnx.
+
+        Without --dynamic-shapes the guide's engine takes one size: the one that a dynamic .onnx was exported for.
+        """
+        from superpoint_trt.convert.cast import load_onnx
+        from superpoint_trt.convert.engine import is_dynamic, usual_size
+
+        usual = (self.opt_height, self.opt_width)
+        if self.dynamic_shapes:
+            return (self.min_height, self.min_width), usual, (self.max_height, self.max_width)
+        model = load_onnx(onnx)
+        one = (usual_size(model) or usual) if is_dynamic(model) else None
+        return one, one, one
+
+
 @click.command()
 @click.option("--onnx", required=True, help="The .onnx to convert.")
 @click.option("--engine", default="superpoint.trt", show_default=True, help="The engine to write.")
-@click.option("--fp16", is_flag=True, help="FP16 precision.")
-@click.option("--int8", is_flag=True, help="INT8 precision (needs --calib-images).")
-@click.option("--calib-images", help="With --int8: folder of photographs like those to come.")
-@click.option("--max-batch-size", type=int, default=1, show_default=True)
-@click.option("--workspace", type=float, default=1.0, show_default=True, help="Builder's workspace in GiB.")
-@click.option("--dynamic-shapes", is_flag=True, help="Sizes from min to max, tuned for opt.")
-@click.option("--min-height", type=int, default=240, show_default=True)
-@click.option("--min-width", type=int, default=320, show_default=True)
-@click.option("--opt-height", type=int, default=480, show_default=True)
-@click.option("--opt-width", type=int, default=640, show_default=True)
-@click.option("--max-height", type=int, default=960, show_default=True)
-@click.option("--max-width", type=int, default=1280, show_default=True)
+@EngineArgs.declare("arguments")
 @click.option("--test", is_flag=True, help="Run the engine once after building.")
-@click.option("--target", help="Not the guide's: build with TensorRT-RTX for these GPUs, sm86,sm89 say; needs no GPU.")
-def convert_to_tensorrt(
-    onnx: str,
-    engine: str,
-    fp16: bool,
-    int8: bool,
-    calib_images: str | None,
-    max_batch_size: int,
-    workspace: float,
-    dynamic_shapes: bool,
-    test: bool,
-    target: str | None,
-    **sides: int,
-) -> None:
+def convert_to_tensorrt(onnx: str, engine: str, arguments: EngineArgs, test: bool) -> None:
     """Convert ONNX to a TensorRT engine."""
-    from superpoint_trt.convert.engine import BuildOptions
-
     read_bytes(onnx, "model")
     check_writable(engine)
-    if int8 and not calib_images:
-        raise SuperPointError(
-            "--int8 needs calibration: --calib-images FOLDER, 100 or more photographs like those to come (or, only to "
-            "try it out, --calib-images synthetic)."
-        )
-    if calib_images and not int8:
-        raise SuperPointError("--calib-images is for --int8.")
-    least, usual, most = ((sides[f"{name}_height"], sides[f"{name}_width"]) for name in ("min", "opt", "max"))
-    # Without --dynamic-shapes the guide's engine takes one size: the one that a dynamic .onnx is tuned for.
-    shapes = (least, usual, most) if dynamic_shapes else _one_size(onnx, usual)
-    low, opt, high = shapes
-    options = BuildOptions(
-        Precision.INT8 if int8 else Precision.FP16 if fp16 else Precision.FP32,  # int8 with fp16 beside it
-        workspace,
-        low,
-        opt,
-        high,
-        max_batch_size,
-        runtime=Flavor.RTX if target else None,
-        targets=parse_targets(target),
-    )
-    build_engine(onnx, engine, options, test, CalibrationFlags(images=calib_images))
-
-
-def _one_size(onnx: str, usual: tuple[int, int]) -> tuple[Any, ...]:
-    """The one size of an engine that is not to be dynamic: the size exported for, which a static .onnx just has."""
-    from superpoint_trt.convert.cast import load_onnx
-    from superpoint_trt.convert.engine import is_dynamic, usual_size
-
-    model = load_onnx(onnx)
-    return (usual_size(model) or usual,) * 3 if is_dynamic(model) else (None,) * 3
+    build_engine(onnx, engine, arguments.options(onnx), test, CalibrationFlags(images=arguments.calib_images))
 
 
 @click.command()
