@@ -327,7 +327,7 @@ def test_info_reads_the_json_anywhere(built, capsys):
     assert "rtx engine without a .json" in capsys.readouterr().out
     built.write_bytes(b"\x7fELF" + bytes(100))
     assert run(cli, ["info", str(built)]) == 2
-    assert "is no TensorRT engine" in capsys.readouterr().err
+    assert "is not a TensorRT engine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.5, 0.9999])
