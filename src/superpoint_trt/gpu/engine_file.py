@@ -37,9 +37,10 @@ class EngineMetadata:
 
     def to_json(self) -> bytes:
         """As it lies beside the plan."""
+        fields = {"flavour" if name == "flavor" else name: value for name, value in asdict(self).items()}
         flat = {
             "format": FORMAT,
-            **asdict(self),
+            **fields,
             "description": self.description.to_metadata(),
             "flavour": self.flavor.value,
         }
@@ -60,12 +61,12 @@ class EngineMetadata:
             if description is None:
                 raise ValueError("no description")
             sizes = {name: (int(b), int(h), int(w)) for name, (b, h, w) in flat["profile"].items()}
-            known = {name: flat[name] for name in cls.__dataclass_fields__}
+            known = {name: flat[name] for name in cls.__dataclass_fields__ if name != "flavor"}
             return cls(
                 **{
                     **known,
                     "description": description,
-                    "flavour": Flavor(flat["flavour"]),
+                    "flavor": Flavor(flat["flavour"]),
                     "targets": tuple(flat["targets"]),
                     "profile": ShapeRange(**sizes),
                 }
