@@ -24,11 +24,14 @@ from engines import SIZE_HW, Timed
 from precision_accuracy import measure, print_row
 
 from superpoint_trt.checkpoint.layouts import load as load_checkpoint
-from superpoint_trt.convert import engine as engines
-from superpoint_trt.convert.cast import load_onnx
-from superpoint_trt.convert.export import ExportOptions, describe, export
-from superpoint_trt.convert.quantize import calibrate as calibrations
-from superpoint_trt.convert.quantize.qdq import COARSE, FirstConvolution, quantize
+from superpoint_trt.convert.engine import BuildOptions
+from superpoint_trt.convert.engine import build as build_engine
+from superpoint_trt.convert.export import export, exported_description
+from superpoint_trt.convert.export_options import ExportOptions
+from superpoint_trt.convert.onnx_file import load_onnx
+from superpoint_trt.convert.quantize.options import COARSE, FirstConvolution
+from superpoint_trt.convert.quantize.qdq import quantize
+from superpoint_trt.convert.quantize.ranges_file import check_same_network, load_calibration
 from superpoint_trt.core.types import OutputType, Precision
 
 CALLS_PER_TURN = 50
@@ -59,17 +62,19 @@ def build(folder: Path, weights: str, fold: bool, ranges, variant: str, batch: i
         if variant != "fp16":
             precision = Precision.INT8
             model.write_bytes(VARIANTS[variant](load_onnx(model), ranges).SerializeToString())
-        options = engines.BuildOptions(
+        options = BuildOptions(
             precision, workspace_gib=4.0, timing_cache=folder / "timing.cache", optimization_level=level
         )
-        metadata = engines.build(model, path, options)
+        metadata = build_engine(model, path, options)
         print(f"built {path.name} in {metadata.build['seconds']} s", flush=True)
     return path
 
 
 def network(weights: str, fold: bool):
     """What an .onnx of it says of itself."""
-    return describe(load_checkpoint(weights), ExportOptions(OutputType.HEADS, *SIZE_HW, fold_batchnorm=fold))
+    return exported_description(
+        load_checkpoint(weights), ExportOptions(OutputType.HEADS, *SIZE_HW, fold_batchnorm=fold)
+    )
 
 
 def fix_batch(path: Path, batch: int) -> None:
@@ -265,8 +270,8 @@ def main(
     started = time.monotonic()
     folder = Path(folder)
     folder.mkdir(exist_ok=True, parents=True)
-    ranges = calibrations.load(calibration)
-    calibrations.check_same_network(ranges, network(weights, fold), weights)
+    ranges = load_calibration(calibration)
+    check_same_network(ranges, network(weights, fold), weights)
     report: dict = {"timings": {}, "layers": {}, "gates": {}, "accuracy": {}, "calibration": ranges.summary()}
 
     def built(variant: str, batch: int) -> Path:

@@ -12,8 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from superpoint_trt.cli.main import cli, run
-from superpoint_trt.convert.cast import convolution_type, load_onnx, quantized_type, to_precision
+from superpoint_trt.convert.cast import to_precision
 from superpoint_trt.convert.export import ExportOptions, export
+from superpoint_trt.convert.onnx_file import convolution_type, load_onnx, quantized_type
 from superpoint_trt.core.types import OutputType, Precision, SuperPointError
 from superpoint_trt.run.backends import open_backend
 from superpoint_trt.run.extractor import SuperPoint

@@ -15,10 +15,11 @@ import pytest
 
 from superpoint_trt.convert import engine as engines
 from superpoint_trt.convert.export import ExportOptions, export
-from superpoint_trt.convert.quantize import calibrate as calibrations
 from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.gptq import round_weights
-from superpoint_trt.convert.quantize.qdq import COARSE, quantize_file
+from superpoint_trt.convert.quantize.options import COARSE
+from superpoint_trt.convert.quantize.qdq import quantize_file
+from superpoint_trt.convert.quantize.ranges_file import ranges_path, save_calibration
 from superpoint_trt.core import image as images
 from superpoint_trt.core.types import OutputType, Precision
 from superpoint_trt.prove.verify import verify, within
@@ -41,7 +42,7 @@ def ranges(reference_model, photos) -> Path:
     if GIVEN:
         return Path(GIVEN)
     found = round_weights(reference_model, calibrate(reference_model, photos[PROOF:]), photos[PROOF:])
-    return calibrations.save(found, calibrations.beside(reference_model))
+    return save_calibration(found, ranges_path(reference_model))
 
 
 @pytest.fixture(scope="module")

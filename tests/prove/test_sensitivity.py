@@ -17,11 +17,12 @@ from onnx import numpy_helper
 
 from superpoint_trt import packaged
 from superpoint_trt.cli.main import cli, run
-from superpoint_trt.convert.cast import convolutions, load_onnx
 from superpoint_trt.convert.export import ExportOptions, export
-from superpoint_trt.convert.quantize import calibrate as calibrations
-from superpoint_trt.convert.quantize.calibrate import Calibration, calibrate
-from superpoint_trt.convert.quantize.qdq import FirstConvolution, quantize
+from superpoint_trt.convert.onnx_file import convolutions, load_onnx
+from superpoint_trt.convert.quantize.calibrate import calibrate
+from superpoint_trt.convert.quantize.options import FirstConvolution
+from superpoint_trt.convert.quantize.qdq import quantize
+from superpoint_trt.convert.quantize.ranges_file import Calibration, save_calibration
 from superpoint_trt.core.types import OutputType, SuperPointError
 from superpoint_trt.gpu.engine_file import read_plan
 from superpoint_trt.prove import sensitivity
@@ -209,7 +210,7 @@ def test_black_pictures_rank_nothing(folder, ranges, tmp_path):
 @pytest.fixture
 def loose(folder, ranges, tmp_path) -> list[str]:
     """Words of the command line: ranges, one photograph, and gates that hold at once."""
-    calibrations.save(ranges, tmp_path / "r.json")
+    save_calibration(ranges, tmp_path / "r.json")
     limits = {**dict.fromkeys(GATE_NAMES, 0), "findings": 9, "score_error_max": 1}
     gates = [word for name, limit in limits.items() for word in ("--gate", f"{name}={limit}")]
     photo = folder / "photos" / "camera.png"

@@ -102,7 +102,7 @@ def build_engine(onnx: str, engine: str, options: Any, test: bool, flags: Calibr
 def _build_quantized(onnx: str, engine: str, options: Any, test: bool, flags: CalibrationFlags) -> None:
     """Calibrates, builds, verifies on held-out images; an .onnx that is quantised already is taken as it is."""
     from superpoint_trt.convert import engine as engines
-    from superpoint_trt.convert.cast import load_onnx, quantized_type
+    from superpoint_trt.convert.onnx_file import load_onnx, quantized_type
     from superpoint_trt.convert.quantize.qdq import quantize_file
 
     if quantized_type(load_onnx(onnx)):

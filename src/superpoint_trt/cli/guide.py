@@ -198,8 +198,8 @@ def convert_to_tensorrt(
 
 def _one_size(onnx: str, usual: tuple[int, int]) -> tuple[Any, ...]:
     """The one size of an engine that is not to be dynamic: the size exported for, which a static .onnx just has."""
-    from superpoint_trt.convert.cast import load_onnx
     from superpoint_trt.convert.engine import is_dynamic, usual_size
+    from superpoint_trt.convert.onnx_file import load_onnx
 
     model = load_onnx(onnx)
     return (usual_size(model) or usual,) * 3 if is_dynamic(model) else (None,) * 3

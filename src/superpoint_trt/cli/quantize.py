@@ -14,13 +14,15 @@ from rich.table import Table
 
 from superpoint_trt.cli.prove import GATE_FAILED, gate_limits, print_verification
 from superpoint_trt.cli.terminal import JSON, console, print_info, progress_bar, write_json
+from superpoint_trt.convert.quantize.options import SYNTHETIC, CalibrationOptions, Method
+from superpoint_trt.convert.quantize.ranges_file import load_calibration, ranges_path, save_calibration
 from superpoint_trt.core.types import Precision, SuperPointError
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from superpoint_trt.convert.quantize.calibrate import Given
-    from superpoint_trt.convert.quantize.qdq import FirstConvolution
+    from superpoint_trt.convert.quantize.calibrate import CalibrationImage
+    from superpoint_trt.convert.quantize.options import FirstConvolution
     from superpoint_trt.prove.sensitivity import Choice, LayerCost
 
 METHODS = ["entropy", "max", "percentile"]
@@ -64,14 +66,14 @@ class CalibrationFlags:
     @property
     def keep(self) -> tuple[str, ...]:
         """As asked, or by default the coarse layers; --auto starts with none."""
-        from superpoint_trt.convert.quantize.qdq import COARSE
+        from superpoint_trt.convert.quantize.options import COARSE
 
         return self.kept_as_asked if self.keep_fp16 or self.auto else (COARSE,)
 
     @property
     def first(self) -> FirstConvolution | None:
         """How the convolution that reads the image is to run."""
-        from superpoint_trt.convert.quantize.qdq import FirstConvolution
+        from superpoint_trt.convert.quantize.options import FirstConvolution
 
         return FirstConvolution(self.first_convolution) if self.first_convolution else None
 
@@ -157,8 +159,8 @@ def check_flags(onnx: str, flags: CalibrationFlags, precision: str, ranking: boo
         SuperPointError: neither images nor ranges, an unknown gate or layer, no fp32 network, or layers to be chosen
             without photographs.
     """
-    from superpoint_trt.convert.cast import load_onnx
-    from superpoint_trt.convert.quantize.calibrate import SYNTHETIC, check_quantizable
+    from superpoint_trt.convert.onnx_file import check_quantizable, load_onnx
+    from superpoint_trt.convert.quantize.options import SYNTHETIC
     from superpoint_trt.convert.quantize.qdq import kept_layers
 
     gate_limits(flags.gates)
@@ -182,10 +184,10 @@ def check_flags(onnx: str, flags: CalibrationFlags, precision: str, ranking: boo
 
 
 def _warn_of_batch_norms(model: ModelProto, onnx: str, precision: str) -> None:
-    from superpoint_trt.convert.cast import described
+    from superpoint_trt.convert.onnx_file import model_description
     from superpoint_trt.convert.quantize.qdq import normalizations_after_relu
 
-    apart, source = normalizations_after_relu(model), described(model, onnx)
+    apart, source = normalizations_after_relu(model), model_description(model, onnx)
     if not apart:
         return
     # Not of another tool's graph, nor where they are folded as far as that goes.
@@ -209,10 +211,10 @@ def calibrated(onnx: str, flags: CalibrationFlags, precision: str) -> Calibrated
 
     given, proof = _images(onnx, flags)
     if flags.file is not None:
-        if precision == "int8" and not calibrations.load(flags.file).weights:
+        if precision == "int8" and not load_calibration(flags.file).weights:
             click.echo(f"{'weights':<14}to the nearest step: {flags.file} has none rounded with feedback")
         return Calibrated(Path(flags.file), proof)
-    options = calibrations.CalibrationOptions(calibrations.Method(flags.method), flags.count)
+    options = CalibrationOptions(Method(flags.method), flags.count)
     with progress_bar("calibrating") as progress:
         found = calibrations.calibrate(onnx, given, options, progress)
     for note in found.notes:
@@ -222,24 +224,24 @@ def calibrated(onnx: str, flags: CalibrationFlags, precision: str) -> Calibrated
             found = round_weights(onnx, found, given, progress)
     if proof and proof[0] in given:
         click.echo("warning: too few to hold any out: verified on the images of calibration", err=True)
-    path = calibrations.save(found, calibrations.beside(onnx))
+    path = save_calibration(found, ranges_path(onnx))
     click.echo(f"{'calibration':<14}{path} ({found.summary()})")
     return Calibrated(path, proof)
 
 
-def _images(onnx: str, flags: CalibrationFlags) -> tuple[Sequence[Given], Sequence[Path]]:
+def _images(onnx: str, flags: CalibrationFlags) -> tuple[Sequence[CalibrationImage], Sequence[Path]]:
     """What to calibrate on, and what to prove on."""
-    from superpoint_trt.convert.cast import described, load_onnx
+    from superpoint_trt.convert.onnx_file import load_onnx, model_description
     from superpoint_trt.convert.quantize import calibrate as calibrations
 
     if flags.images is None:
         return [], []
-    if flags.images == calibrations.SYNTHETIC:
-        model = described(load_onnx(onnx), onnx)
+    if flags.images == SYNTHETIC:
+        model = model_description(load_onnx(onnx), onnx)
         click.echo("warning: synthetic pictures: the ranges of photographs differ; do not ship this model", err=True)
         size = (model.height_px or 480, model.width_px or 640)
         return calibrations.synthetic_images(min(flags.count, FEW_SYNTHETIC), size), []
-    chosen = calibrations.split(flags.images, flags.count)
+    chosen = calibrations.split_images(flags.images, flags.count)
     return chosen.calibration, chosen.held_out or chosen.calibration[: calibrations.MOST_HELD_OUT]
 
 
@@ -248,14 +250,13 @@ FEW_SYNTHETIC = 32
 
 def ranked(onnx: str, ranges: Calibrated, precision: str) -> list[LayerCost]:
     """Ranks the layers on a few of the images, and prints them."""
-    from superpoint_trt.convert.cast import load_onnx
-    from superpoint_trt.convert.quantize import calibrate as calibrations
+    from superpoint_trt.convert.onnx_file import load_onnx
     from superpoint_trt.convert.quantize.qdq import first_convolutions
     from superpoint_trt.prove.sensitivity import FEW_IMAGES, rank
 
     few = ranges.proof[:FEW_IMAGES]
     with progress_bar("quantising one layer at a time") as progress:
-        costs = rank(onnx, calibrations.load(ranges.path), few, Precision(precision), progress)
+        costs = rank(onnx, load_calibration(ranges.path), few, Precision(precision), progress)
     first = first_convolutions(load_onnx(onnx))
     how = "its image in parts; fp16 with --first-convolution fp16" if precision == "int8" else "stays fp16"
     table = Table(f"only this layer in {precision}", "points within 1 px", "descriptor cosine", "")
@@ -272,13 +273,12 @@ def chosen(onnx: str, flags: CalibrationFlags, ranges: Calibrated, precision: st
     Raises:
         click.exceptions.Exit: with exit code 1, if no choice meets the gates.
     """
-    from superpoint_trt.convert.quantize import calibrate as calibrations
     from superpoint_trt.prove.sensitivity import fewest_kept
 
     with progress_bar("verifying a choice of layers") as progress:
         found = fewest_kept(
             onnx,
-            calibrations.load(ranges.path),
+            load_calibration(ranges.path),
             ranges.proof,
             costs,
             Precision(precision),
@@ -316,7 +316,7 @@ def prove(model: Path, onnx: str, proof: Sequence[Path], gates: dict[str, float]
     Raises:
         click.exceptions.Exit: with exit code 1, if a gate fails.
     """
-    from superpoint_trt.convert.cast import load_onnx, raw_heads
+    from superpoint_trt.convert.onnx_file import load_onnx, raw_heads
     from superpoint_trt.prove.verify import verify
 
     if not proof:
@@ -380,7 +380,7 @@ def quantize(
 def _check_outputs(
     onnx: str, output: str | None, json_path: str | None, sensitivity: bool, flags: CalibrationFlags
 ) -> None:
-    from superpoint_trt.convert.quantize.calibrate import weights_path
+    from superpoint_trt.convert.quantize.ranges_file import rounded_weights_path
     from superpoint_trt.core.files import check_distinct, check_writable
 
     if output is None and not (sensitivity or flags.auto):
@@ -391,5 +391,5 @@ def _check_outputs(
         raise SuperPointError("--json holds the figures of --sensitivity or --auto; give one of them.")
     for path, other in ((output, json_path), (json_path, None)):
         if path is not None:
-            weights = weights_path(flags.file) if flags.file else None
+            weights = rounded_weights_path(flags.file) if flags.file else None
             check_distinct(check_writable(path), onnx, flags.file, weights, other)

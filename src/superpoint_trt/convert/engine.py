@@ -9,28 +9,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
-import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
 
-from superpoint_trt.convert.cast import (
+from superpoint_trt.convert.cast import to_precision
+from superpoint_trt.convert.engine_trt86 import constrain_types, shift_windows
+from superpoint_trt.convert.onnx_file import (
     QUANTIZED_TYPES,
     convolution_type,
-    described,
     has_low_type,
     load_onnx,
-    quantized_chain,
-    to_precision,
+    model_description,
+    own_description,
 )
-from superpoint_trt.convert.quantize import calibrate as calibrations
-from superpoint_trt.convert.quantize.qdq import FirstConvolution, quantize
+from superpoint_trt.convert.quantize.options import FirstConvolution
+from superpoint_trt.convert.quantize.qdq import quantize
+from superpoint_trt.convert.quantize.ranges_file import check_same_network, load_calibration
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, read_bytes, sha256, write_atomically
 from superpoint_trt.core.types import (
     CELL_PX,
     INPUT_NAME,
     OUTPUT_NAMES,
     TENSORRT_MAX_TOPK,
-    ModelDescription,
     OutputType,
     Precision,
     ShapeRange,
@@ -140,7 +139,7 @@ def build(
     engine = Path(engine)
     typed = _typed(source, options, model)
     profile = _profile(typed, options)
-    description = with_profile(replace(described(typed, model), precision=options.precision), profile)
+    description = with_profile(replace(model_description(typed, model), precision=options.precision), profile)
     started = time.monotonic()
     with tensorrt.explaining(f"building {engine} of {model} failed") as log:
         builder = _Build(tensorrt, options, log)
@@ -186,7 +185,7 @@ def check(
     source = load_onnx(model)
     tensorrt = load(options.runtime)
     _profile(source, options)
-    described(source, model)
+    model_description(source, model)
     _check_fits(source, options, tensorrt, model)
     return source, tensorrt, _targets(options, tensorrt)
 
@@ -214,7 +213,7 @@ class _Build:
         network, parser = self._parse(model)
         network.name = _plan_name(model)
         if not self._tensorrt.strongly_typed:
-            _constrain_types(self._tensorrt.module, network, model)
+            constrain_types(self._tensorrt.module, network, model)
         if not self._options.linear_heads:
             self.channels_last = _leave_channels_last(self._tensorrt, network)
         config = self._config(targets)
@@ -307,8 +306,8 @@ def _typed(source: onnx.ModelProto, options: BuildOptions, path: PathLike) -> on
             f"precision {precision.value} needs ranges measured on images: give --calibration-images FOLDER (100 or "
             "more photographs like those to come), or --calibration FILE of an earlier run."
         )
-    ranges = calibrations.load(options.calibration)
-    calibrations.check_same_network(ranges, _description(source), path)
+    ranges = load_calibration(options.calibration)
+    check_same_network(ranges, own_description(source), path)
     return quantize(source, ranges, precision, options.keep_fp16, options.first_convolution)
 
 
@@ -351,18 +350,14 @@ def is_dynamic(model: onnx.ModelProto) -> bool:
 
 def usual_size(model: onnx.ModelProto) -> tuple[int, int] | None:
     """(height, width) a model of ours was exported for; None for other tools' models."""
-    described = _description(model)
+    described = own_description(model)
     return (
         (described.height_px, described.width_px) if described and described.height_px and described.width_px else None
     )
 
 
-def _description(model: onnx.ModelProto) -> ModelDescription | None:
-    return ModelDescription.from_metadata({entry.key: entry.value for entry in model.metadata_props})
-
-
 def _dynamic_shapes(model: onnx.ModelProto, options: BuildOptions) -> list[tuple[int, int]]:
-    described, usual = _description(model), usual_size(model)
+    described, usual = own_description(model), usual_size(model)
     low = options.min_shape_hw or MIN_SHAPE_HW
     high = options.max_shape_hw or MAX_SHAPE_HW
     inside = [min(max(side, a), b) for side, a, b in zip(usual or high, low, high)]
@@ -387,7 +382,7 @@ def _whole(shape: tuple[int, int], stride_px: int) -> str:
 
 
 def _largest_batch(model: onnx.ModelProto) -> int:
-    described = _description(model)
+    described = own_description(model)
     return described.max_batch_size if described else 1
 
 
@@ -411,7 +406,7 @@ def _check_fits(model: onnx.ModelProto, options: BuildOptions, tensorrt: TensorR
         )
     if options.timing_cache is not None and not tensorrt.has_timing_cache:
         raise SuperPointError(f"{tensorrt} times nothing when it builds; leave --timing-cache away.")
-    described = _description(model)
+    described = own_description(model)
     if described and described.type is OutputType.KEYPOINTS and (described.max_keypoints or 0) > TENSORRT_MAX_TOPK:
         raise SuperPointError(
             f"{path} finds {described.max_keypoints} keypoints in its graph; TensorRT's TopK takes "
@@ -446,7 +441,7 @@ def _targets(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...]
 
 def _plan_name(model: onnx.ModelProto) -> str:
     """The description inside the plan itself, as the network's name: it survives the loss of the .json."""
-    described = _description(model)
+    described = own_description(model)
     return json.dumps(described.to_metadata()) if described else "superpoint"
 
 
@@ -467,119 +462,3 @@ def _leave_channels_last(tensorrt: TensorRT, network: Any) -> list[str]:
     for output in heads:
         tensorrt.allow_channels_last(output)
     return [output.name for output in heads]
-
-
-# -------------------------------------------------------------------------------------------- what TensorRT 8.6 wants
-
-
-def _constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
-    """Says in layers what 10 and newer read off the graph: which compute in fp16, and that the others do not.
-
-    Without, TensorRT 8.6 is free to run softmax, norms and coordinates in fp16 as well. A quantised graph stays fp32
-    for it, since a cast between convolution and Q/DQ pair would keep them from becoming one kernel; what its pairs
-    touch is left to them.
-    """
-    quantized = convolution_type(model) in QUANTIZED_TYPES
-    free = quantized_chain(model.graph) if quantized else set()
-    low = _fp16_tensors(to_precision(model, Precision.FP16) if quantized else model)
-    kinds = trt.LayerType
-    untouched = (kinds.CONSTANT, kinds.SHAPE, kinds.CAST, kinds.QUANTIZE, kinds.DEQUANTIZE)
-    floats = (trt.float32, trt.float16)
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
-        # A comparison has no float output, and must not be made in fp16 either.
-        if layer.type in untouched or not any(tensor and tensor.dtype in floats for tensor in (*inputs, *outputs)):
-            continue
-        in_fp16 = any(output.name in low for output in outputs)
-        # ReLU and pool in front of a Q may become part of its kernel, whatever type that has.
-        if any(output.name in free for output in outputs) or (
-            quantized and in_fp16 and layer.type != kinds.CONVOLUTION
-        ):
-            continue
-        dtype = trt.float16 if in_fp16 else trt.float32
-        layer.precision = dtype
-        for i, output in enumerate(outputs):
-            if output.dtype in floats:
-                layer.set_output_type(i, dtype)
-    if quantized:
-        for index in range(network.num_outputs):
-            output = network.get_output(index)
-            if output.name in low:
-                output.dtype = trt.float16
-
-
-def _fp16_tensors(model: onnx.ModelProto) -> set[str]:
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    values = [*graph.value_info, *graph.output]
-    return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
-
-
-_MOST_SHIFT_PX = 8
-"""NMS radius up to which `shift_windows` takes over: beyond, the copies are too many."""
-
-
-def shift_windows(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The sliding maxima of our own decode as maxima of shifted copies, which TensorRT 8.6 fuses with what is around.
-
-    48 us for the suppression at radius 4, 640x480, with pools 62 (H100). Newer versions fuse pools themselves, and
-    TensorRT-RTX takes seconds to compile this form; where the size is free it does not come to an end.
-
-    Args:
-        model: left as it is; another tool's, a dynamic or an undecoded one comes back the same.
-    """
-    described = _description(model)
-    if described is None or described.type is not OutputType.KEYPOINTS or described.dynamic:
-        return model
-    shifted = onnx.ModelProto()
-    shifted.CopyFrom(model)
-    nodes = list(shifted.graph.node)
-    readers = {name: node for node in nodes for name in node.input}
-    del shifted.graph.node[:]
-    replaced: set[str] = set()
-    for node in nodes:
-        below = readers.get(node.output[0])
-        if _slides(node, 3) and below is not None and _slides(below, 2):
-            shifted.graph.node.extend(_shifts(node, below.output[0], shifted.graph))
-            replaced.update(below.output)
-        elif node.output[0] not in replaced:
-            shifted.graph.node.append(node)
-    return shifted
-
-
-def _slides(node: onnx.NodeProto, axis: int) -> bool:
-    """Whether a node is the suppression's maximum along one axis (2 or 3)."""
-    sizes = {attribute.name: list(attribute.ints) for attribute in node.attribute}
-    kernel = sizes.get("kernel_shape", [])
-    across = [kernel[i] for i in (0, 1) if i != axis - 2] if len(kernel) == 2 else []
-    return (
-        node.op_type == "MaxPool"
-        and across == [1]
-        and max(kernel) <= 2 * _MOST_SHIFT_PX + 1
-        and not sizes.get("strides")
-    )
-
-
-def _shifts(pool: onnx.NodeProto, output: str, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Along columns, then rows, the largest of 2 r + 1 copies; no score is below the zeros around."""
-    reach = next(max(attribute.ints) for attribute in pool.attribute if attribute.name == "kernel_shape") - 1
-    known = {constant.name for constant in graph.initializer}
-
-    def integers(*values: int) -> str:
-        name = "shift_" + "_".join(str(value).replace("-", "m") for value in values)
-        if name not in known:
-            known.add(name)
-            graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
-        return name
-
-    x = f"{output}.padded"
-    nodes = [helper.make_node("Pad", [pool.input[0], integers(*[0, 0, reach // 2, reach // 2] * 2)], [x], name=x)]
-    for axis, largest in ((3, f"{output}.rows"), (2, output)):
-        copies = [f"{largest}.{k}" for k in range(reach + 1)]
-        for k, copy in enumerate(copies):
-            end = k - reach if k < reach else 2**31 - 1
-            nodes.append(helper.make_node("Slice", [x, *map(integers, (k, end, axis))], [copy], name=copy))
-        nodes.append(helper.make_node("Max", copies, [largest], name=largest))
-        x = largest
-    return nodes

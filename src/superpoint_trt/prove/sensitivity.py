@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from superpoint_trt.convert.cast import convolutions, described, load_onnx, raw_heads
-from superpoint_trt.convert.quantize.calibrate import Calibration, check_quantizable, check_same_network
-from superpoint_trt.convert.quantize.qdq import FirstConvolution, kept_layers, quantize
+from superpoint_trt.convert.onnx_file import check_quantizable, convolutions, load_onnx, model_description, raw_heads
+from superpoint_trt.convert.quantize.options import FirstConvolution
+from superpoint_trt.convert.quantize.qdq import kept_layers, quantize
+from superpoint_trt.convert.quantize.ranges_file import Calibration, check_same_network
 from superpoint_trt.core.files import PathLike
 from superpoint_trt.core.progress import Progress, Steps
 from superpoint_trt.core.types import Keypoints, Precision, SuperPointError
@@ -177,7 +178,7 @@ class _Network:
     ) -> None:
         source = load_onnx(model)
         check_quantizable(source)
-        check_same_network(calibration, described(source, model), model)
+        check_same_network(calibration, model_description(source, model), model)
         self.fp32 = raw_heads(source, model)
         self._calibration, self._precision, self._first = calibration, precision, first
 

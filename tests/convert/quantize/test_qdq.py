@@ -13,22 +13,23 @@ from helpers import graph_of, run_in_onnxruntime
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import numpy_helper
 
-from superpoint_trt.convert import engine as engines
-from superpoint_trt.convert.cast import convolutions, load_onnx, to_precision
+from superpoint_trt.convert.cast import to_precision
 from superpoint_trt.convert.engine import BuildOptions, build
+from superpoint_trt.convert.engine_trt86 import constrain_types
 from superpoint_trt.convert.export import ExportOptions, export
-from superpoint_trt.convert.quantize.calibrate import Calibration, Method, calibrate
+from superpoint_trt.convert.onnx_file import convolutions, load_onnx
+from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.equalize import equalize
+from superpoint_trt.convert.quantize.options import COARSE, FirstConvolution, Method
 from superpoint_trt.convert.quantize.qdq import (
-    COARSE,
     PARTS,
-    FirstConvolution,
-    handed_over,
+    fp16_with_int8_input,
     kept_layers,
     normalizations_after_relu,
     quantize,
     split_image,
 )
+from superpoint_trt.convert.quantize.ranges_file import Calibration
 from superpoint_trt.core.types import OutputType, Precision, SuperPointError
 from superpoint_trt.gpu import tensorrt_api as trt
 from superpoint_trt.gpu.tensorrt_api import Flavor
@@ -160,7 +161,7 @@ def test_int8_goes_as_far_as_the_last_pool(checkpoint, tmp_path, keep, hand_over
 )
 def test_what_int8_is_handed_over_to(checkpoint, layout, keep, handed):
     model = graph_of(checkpoint, "heads", layout)
-    assert handed_over(model, keep, kept_layers(model, keep)) == handed
+    assert fp16_with_int8_input(model, keep, kept_layers(model, keep)) == handed
 
 
 @pytest.mark.parametrize(("layout", "count"), [("v6", 8), ("magicleap", 0)])
@@ -387,7 +388,7 @@ def constrained(model: onnx.ModelProto) -> tuple[dict[str, FakeLayer], dict[str,
         get_output=outputs.__getitem__,
     )
     trt = SimpleNamespace(LayerType=Layer, float32="float32", float16="float16")
-    engines._constrain_types(trt, network, model)
+    constrain_types(trt, network, model)
     return {layer.name: layer for layer in layers}, {output.name: output.dtype for output in outputs}
 
 

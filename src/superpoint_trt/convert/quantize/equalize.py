@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from superpoint_trt.convert.cast import constants, convolutions
+from superpoint_trt.convert.onnx_file import constants, convolutions, set_initializers
 from superpoint_trt.core.types import Float32, SuperPointError
 
 _SMALLEST = 1e-3
@@ -83,7 +83,7 @@ def equalize(model: onnx.ModelProto, by_tensor: Mapping[str, list[float]]) -> on
             _scale(tensor, factor, 0, known, changed)
         for reader in readers:
             _scale(reader.input[1], np.float32(1) / factor, 1, known, changed)
-    put(scaled.graph, changed)
+    set_initializers(scaled.graph, changed)
     return scaled
 
 
@@ -98,16 +98,6 @@ def _scale(
     shape = [1] * values.ndim
     shape[axis] = len(factor)
     changed[name] = np.asarray(values * factor.reshape(shape), np.float32)
-
-
-def put(graph: onnx.GraphProto, values: Mapping[str, Float32]) -> None:
-    """Puts new values into initializers and Constant nodes."""
-    for constant in graph.initializer:
-        if constant.name in values:
-            constant.CopyFrom(numpy_helper.from_array(values[constant.name], constant.name))
-    for node in graph.node:
-        if node.op_type == "Constant" and node.output[0] in values:
-            node.attribute[0].t.CopyFrom(numpy_helper.from_array(values[node.output[0]], node.output[0]))
 
 
 def _sites(model: onnx.ModelProto) -> dict[str, _Site]:

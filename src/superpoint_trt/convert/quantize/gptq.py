@@ -17,18 +17,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from superpoint_trt.convert.cast import constants, described, load_onnx
-from superpoint_trt.convert.quantize.calibrate import (
-    Activations,
-    Calibration,
-    Given,
-    check_quantizable,
-    check_same_network,
-    evenly,
-    network_inputs,
-    weight_digest,
-)
+from superpoint_trt.convert.onnx_file import check_quantizable, constants, load_onnx, model_description
+from superpoint_trt.convert.quantize.calibrate import Activations, CalibrationImage, network_inputs, spread_evenly
 from superpoint_trt.convert.quantize.qdq import INT8_LARGEST, quantize
+from superpoint_trt.convert.quantize.ranges_file import Calibration, check_same_network, weight_digest
 from superpoint_trt.core.files import PathLike
 from superpoint_trt.core.progress import Progress, Steps
 from superpoint_trt.core.types import Float32, SuperPointError
@@ -42,7 +34,7 @@ DAMPING = 0.01
 
 
 def round_weights(
-    model: PathLike, calibration: Calibration, given: Sequence[Given], progress: Progress | None = None
+    model: PathLike, calibration: Calibration, given: Sequence[CalibrationImage], progress: Progress | None = None
 ) -> Calibration:
     """Rounds every weight that int8 would round, with error feedback.
 
@@ -60,11 +52,11 @@ def round_weights(
     """
     source = load_onnx(model)
     check_quantizable(source)
-    description = described(source, model)
+    description = model_description(source, model)
     check_same_network(calibration, description, model)
     graph = quantize(source, replace(calibration, weights={}))
     layers = _layers(graph)
-    few = evenly(given, min(IMAGES, len(given)))
+    few = spread_evenly(given, min(IMAGES, len(given)))
     steps = Steps(len(few) + len(layers), progress)
     activations = Activations(graph, model, description.checkpoint_sha256 is not None)
     moments = {layer.reads: np.zeros((layer.size, layer.size)) for layer in layers}

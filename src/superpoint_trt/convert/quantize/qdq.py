@@ -11,14 +11,13 @@ does it for other builders). Placement, and why:
 - Symmetric, zero points 0: zero padding stays exact, and TensorRT takes nothing else.
 - `COARSE` leaves the convolutions behind the last pooling alone, as the command line does by default: at an eighth of
   the size they take little time, outputs in fp16 need no step from int8, and what they round stays in the result.
-  Their input is rounded all the same if a pool gives it (`handed_over`): else TensorRT 8.6 pools in float32.
+  Their input is rounded all the same if a pool gives it (`fp16_with_int8_input`): else TensorRT 8.6 pools in float32.
 - The first convolution reads the image, whose 8 bits need more than int8's 7: in parts (`split_image`), or fp16.
 """
 
 from __future__ import annotations
 
 import copy
-import enum
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,39 +29,22 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from superpoint_trt.convert.cast import (
+from superpoint_trt.convert.onnx_file import (
     QUANTIZED_TYPES,
+    check_quantizable,
     constants,
     convolutions,
-    described,
     load_onnx,
-    name_of,
+    model_description,
+    node_name,
     note_metadata,
+    set_initializers,
 )
-from superpoint_trt.convert.quantize.calibrate import (
-    Calibration,
-    check_quantizable,
-    check_same_network,
-    load,
-    weight_digest,
-)
-from superpoint_trt.convert.quantize.equalize import equalize, put
+from superpoint_trt.convert.quantize.equalize import equalize
+from superpoint_trt.convert.quantize.options import COARSE, FirstConvolution
+from superpoint_trt.convert.quantize.ranges_file import Calibration, check_same_network, load_calibration, weight_digest
 from superpoint_trt.core.files import PathLike, one_line, write_atomically
 from superpoint_trt.core.types import Precision, SuperPointError
-
-COARSE = "coarse"
-"""In place of a name pattern: the convolutions at the coarsest scale (`coarse_convolutions`)."""
-
-
-class FirstConvolution(str, enum.Enum):
-    """What becomes of the convolution that reads the image."""
-
-    FP16 = "fp16"
-    """Left alone."""
-    PARTS = "parts"
-    """int8, its image as the sum of several (`split_image`)."""
-    WHOLE = "whole"
-    """As the others: an image's 255 steps in 127, or in fp8. To be measured, not to be used."""
 
 
 def quantize_file(
@@ -87,8 +69,8 @@ def quantize_file(
         SuperPointError: as `quantize`, or the ranges are of another network; nothing is written then.
     """
     source = load_onnx(model)
-    found = load(ranges)
-    check_same_network(found, described(source, model), model)
+    found = load_calibration(ranges)
+    check_same_network(found, model_description(source, model), model)
     return write_atomically(output, quantize(source, found, precision, keep, first).SerializeToString())
 
 
@@ -123,7 +105,7 @@ def quantize(
         model: fp32 graph; left as it is.
         calibration: a range for the input of each convolution that is to be quantised; int8 weights, if it has them.
         precision: INT8 or FP8 (E4M3, opset 19 or newer).
-        keep: name patterns (`conv4*`) of convolutions to leave alone, inputs too; or `COARSE`, see `handed_over`.
+        keep: name patterns (`conv4*`) of convolutions to leave alone, inputs too; or `COARSE`, see `fp16_with_int8_input`.
         first: what becomes of the convolution that reads the image, if `keep` does not name it. None: PARTS of int8
             where the graph allows it, else FP16.
 
@@ -149,7 +131,7 @@ def quantize(
     if done is FirstConvolution.PARTS:
         model, calibration = split_image(model, calibration)
     quantized = with_opset(equalize(model, calibration.channels), KINDS[precision].opset)
-    handed = handed_over(model, keep, kept) if precision is Precision.INT8 else []
+    handed = fp16_with_int8_input(model, keep, kept) if precision is Precision.INT8 else []
     _Insertion(quantized, calibration, precision).run(chosen, handed)
     note_metadata(
         quantized,
@@ -162,7 +144,7 @@ def quantize(
     return onnx.shape_inference.infer_shapes(quantized)
 
 
-def handed_over(model: onnx.ModelProto, keep: Sequence[str], kept: Sequence[str]) -> list[str]:
+def fp16_with_int8_input(model: onnx.ModelProto, keep: Sequence[str], kept: Sequence[str]) -> list[str]:
     """Those left alone that read int8: `COARSE`, not named besides, behind the max-pool of a quantised convolution.
 
     Args:
@@ -182,7 +164,7 @@ def handed_over(model: onnx.ModelProto, keep: Sequence[str], kept: Sequence[str]
         while maker is not None and maker.op_type in ("Relu", "MaxPool"):
             pooled |= maker.op_type == "MaxPool"
             maker = makers.get(maker.input[0])
-        if pooled and maker is not None and maker.op_type == "Conv" and name_of(maker) not in kept:
+        if pooled and maker is not None and maker.op_type == "Conv" and node_name(maker) not in kept:
             found.append(name)
     return found
 
@@ -196,7 +178,7 @@ def normalizations_after_relu(model: onnx.ModelProto) -> list[str]:
         while maker is not None and maker.op_type == "MaxPool":
             maker = makers.get(maker.input[0])
         if maker is not None and maker.op_type == "Relu":
-            found.append(name_of(node))
+            found.append(node_name(node))
     return found
 
 
@@ -206,7 +188,7 @@ def first_convolutions(model: onnx.ModelProto) -> list[str]:
     first = []
     for node in model.graph.node:
         if node.op_type == "Conv" and node.input[0] not in behind:
-            first.append(name_of(node))
+            first.append(node_name(node))
         if node.op_type == "Conv" or any(name in behind for name in node.input):
             behind.update(node.output)
     return first
@@ -219,7 +201,7 @@ def coarse_convolutions(model: onnx.ModelProto) -> list[str]:
     for node in model.graph.node:
         above = max((halvings.get(name, 0) for name in node.input), default=0)
         if node.op_type == "Conv":
-            before[name_of(node)] = above
+            before[node_name(node)] = above
         strides = next((a.ints for a in node.attribute if a.name == "strides"), [1])
         for name in node.output:
             halvings[name] = above + (max(strides) > 1)
@@ -387,7 +369,7 @@ class _Insertion:
     def run(self, chosen: Sequence[str], handed: Sequence[str]) -> None:
         """Quantises the convolutions that are `chosen`, and the inputs alone of those `handed` over to."""
         for node in list(self._graph.node):
-            name = name_of(node) if node.op_type == "Conv" else None
+            name = node_name(node) if node.op_type == "Conv" else None
             if name in chosen or name in handed:
                 node = copy.deepcopy(node)
                 node.input[0] = self._pair(node.input[0], np.float32(self._range(node)))
@@ -401,7 +383,7 @@ class _Insertion:
     def _range(self, node: onnx.NodeProto) -> float:
         if node.input[0] not in self._ranges:
             raise SuperPointError(
-                f"the calibration has no range for {node.input[0]}, the input of {name_of(node)}; it knows "
+                f"the calibration has no range for {node.input[0]}, the input of {node_name(node)}; it knows "
                 f"{', '.join(self._ranges)}: calibrate this model with --calibration-images FOLDER."
             )
         return self._ranges[node.input[0]]
@@ -419,7 +401,7 @@ class _Insertion:
                     "--calibration-images FOLDER."
                 )
             values = steps * (largest / self._largest).reshape(-1, 1, 1, 1)
-            put(self._graph, {name: values.astype(np.float32)})
+            set_initializers(self._graph, {name: values.astype(np.float32)})
         return largest
 
     def _pair(self, name: str, largest: NDArray[np.float32] | np.float32) -> str:
