@@ -29,7 +29,7 @@ from superpoint_trt.convert.engine import build as build_engine
 from superpoint_trt.convert.export import export, exported_description
 from superpoint_trt.convert.export_options import ExportOptions
 from superpoint_trt.convert.onnx_file import load_onnx
-from superpoint_trt.convert.quantize.options import COARSE, FirstConvolution
+from superpoint_trt.convert.quantize.options import COARSE, FirstConvolution, QuantizeOptions
 from superpoint_trt.convert.quantize.qdq import quantize
 from superpoint_trt.convert.quantize.ranges_file import check_same_network, load_calibration
 from superpoint_trt.core.types import OutputType, Precision
@@ -39,13 +39,12 @@ TARGETS = {1: 1.3, 8: 1.4}
 """fp16 time over int8 time, by batch."""
 
 VARIANTS = {
-    # name: what to do with the fp32 graph and its ranges
-    "int8": lambda model, ranges: quantize(model, ranges),
-    "int8-fp16-first": lambda model, ranges: quantize(model, ranges, first=FirstConvolution.FP16),
-    "int8-fp16-outputs": lambda model, ranges: quantize(model, ranges, keep=("conv[PD]b",)),
-    "int8-coarse": lambda model, ranges: quantize(model, ranges, keep=(COARSE,)),
-    "int8-fp16-detector": lambda model, ranges: quantize(model, ranges, keep=("convP*",)),
-    "int8-fp16-conv4-detector": lambda model, ranges: quantize(model, ranges, keep=("conv4*", "convP*")),
+    "int8": QuantizeOptions(),
+    "int8-fp16-first": QuantizeOptions(first_convolution=FirstConvolution.FP16),
+    "int8-fp16-outputs": QuantizeOptions(keep_fp16=("conv[PD]b",)),
+    "int8-coarse": QuantizeOptions(keep_fp16=(COARSE,)),
+    "int8-fp16-detector": QuantizeOptions(keep_fp16=("convP*",)),
+    "int8-fp16-conv4-detector": QuantizeOptions(keep_fp16=("conv4*", "convP*")),
 }
 
 
@@ -61,7 +60,7 @@ def build(folder: Path, weights: str, fold: bool, ranges, variant: str, batch: i
         precision = Precision.FP16
         if variant != "fp16":
             precision = Precision.INT8
-            model.write_bytes(VARIANTS[variant](load_onnx(model), ranges).SerializeToString())
+            model.write_bytes(quantize(load_onnx(model), ranges, VARIANTS[variant]).SerializeToString())
         options = BuildOptions(
             precision, workspace_gib=4.0, timing_cache=folder / "timing.cache", optimization_level=level
         )

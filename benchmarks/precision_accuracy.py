@@ -24,11 +24,11 @@ import click
 from superpoint_trt import packaged
 from superpoint_trt.convert.cast import cast
 from superpoint_trt.convert.export import ExportOptions, export
-from superpoint_trt.convert.onnx_file import load_onnx
+from superpoint_trt.convert.onnx_file import QUANTIZED_TYPES, load_onnx
 from superpoint_trt.convert.quantize.calibrate import calibrate, split_images
 from superpoint_trt.convert.quantize.gptq import round_weights
-from superpoint_trt.convert.quantize.options import CalibrationOptions
-from superpoint_trt.convert.quantize.qdq import KINDS, quantize
+from superpoint_trt.convert.quantize.options import CalibrationOptions, QuantizeOptions
+from superpoint_trt.convert.quantize.qdq import quantize
 from superpoint_trt.convert.quantize.ranges_file import load_calibration, ranges_path
 from superpoint_trt.core.types import OutputType, Precision
 from superpoint_trt.prove.datasets import load_pairs
@@ -47,8 +47,8 @@ def model_of(weights: str, precision: Precision, ranges, keep, folder: Path) -> 
     full, path = folder / "fp32.onnx", folder / f"{precision.value}.onnx"
     if not full.exists():
         export(weights, full, ExportOptions(OutputType.HEADS))
-    if precision in KINDS:
-        path.write_bytes(quantize(load_onnx(full), ranges, precision, keep).SerializeToString())
+    if precision in QUANTIZED_TYPES:
+        path.write_bytes(quantize(load_onnx(full), ranges, QuantizeOptions(precision, tuple(keep))).SerializeToString())
     elif precision is not Precision.FP32:
         cast(full, path, precision)
     return path

@@ -77,9 +77,9 @@ def test_bf16_weights_are_rounded_to_the_nearest(checkpoint):
         # 8 significant bits: half a unit of the last place is 2^-9 of the value's power of two.
         assert (np.abs(values - original) <= 2.0**-9 * 2 ** np.ceil(np.log2(np.abs(original) + 1e-30))).all()
     for given, expected in ((1.00390625, 1.0), (1.01171875, 1.015625), (-3.0, -3.0)):  # ties go to the even one
-        from superpoint_trt.convert.cast import _bfloat16_bits
+        from superpoint_trt.convert.cast import bfloat16_bits
 
-        bits = _bfloat16_bits(np.array([given], np.float32)).astype(np.uint32) << 16
+        bits = bfloat16_bits(np.array([given], np.float32)).astype(np.uint32) << 16
         assert bits.view(np.float32)[0] == expected
 
 

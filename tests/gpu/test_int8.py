@@ -17,7 +17,7 @@ from superpoint_trt.convert import engine as engines
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.gptq import round_weights
-from superpoint_trt.convert.quantize.options import COARSE
+from superpoint_trt.convert.quantize.options import COARSE, QuantizeOptions
 from superpoint_trt.convert.quantize.qdq import quantize_file
 from superpoint_trt.convert.quantize.ranges_file import ranges_path, save_calibration
 from superpoint_trt.core import image as images
@@ -94,7 +94,9 @@ def test_int8_keeps_its_points(int8_engine, reference_model, proof, kind):
 
 def test_tensorrt_rounds_as_onnxruntime_does(int8_engine, reference_model, ranges, proof, tmp_path):
     """The same Q/DQ graph on the CPU in float32: nearer to it than the fp32 network is."""
-    quantized = quantize_file(reference_model, tmp_path / "int8.onnx", ranges, keep=(COARSE,))
+    quantized = quantize_file(
+        reference_model, tmp_path / "int8.onnx", ranges, options=QuantizeOptions(keep_fp16=(COARSE,))
+    )
     shares: dict[str, list[float]] = {"int8": [], "fp32": []}
     with SuperPoint(int8_engine("heads")) as engine:
         found = [engine.extract(gray(photo)) for photo in proof]

@@ -1,4 +1,4 @@
-"""What only TensorRT 8.6 needs: types in layer constraints, and sliding maxima in a form that it fuses."""
+"""What only TensorRT 8.6 needs: types as layer constraints, and sliding maxima in a form that it fuses."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from superpoint_trt.core.types import OutputType, Precision
 
 
 def constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
-    """Says in layers what 10 and newer read off the graph: which compute in fp16, and that the others do not.
+    """Sets each layer's precision. TensorRT 10 and newer read it off the graph; 8.6 needs it as layer constraints.
 
-    Without, TensorRT 8.6 is free to run softmax, norms and coordinates in fp16 as well. A quantised graph stays fp32
-    for it, since a cast between convolution and Q/DQ pair would keep them from becoming one kernel; what its pairs
-    touch is left to them.
+    Without constraints, TensorRT 8.6 may also run softmax, norms and coordinates in fp16. It gets a quantized graph in
+    fp32, because a cast between convolution and Q/DQ pair would keep the two from becoming one kernel. Layers that the
+    pairs touch get no constraint.
+
+    Args:
+        trt: TensorRT's module.
+        network: the parsed network; changed in place.
+        model: the graph that it was parsed from.
     """
     quantized = convolution_type(model) in QUANTIZED_TYPES
     free = quantized_chain(model.graph) if quantized else set()
@@ -34,7 +39,7 @@ def constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
         if layer.type in untouched or not any(tensor and tensor.dtype in floats for tensor in (*inputs, *outputs)):
             continue
         in_fp16 = any(output.name in low for output in outputs)
-        # ReLU and pool in front of a Q may become part of its kernel, whatever type that has.
+        # ReLU and pool in front of a Q may become part of its kernel, so they get no constraint either.
         if any(output.name in free for output in outputs) or (
             quantized and in_fp16 and layer.type != kinds.CONVOLUTION
         ):
@@ -52,26 +57,30 @@ def constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
 
 
 def _fp16_tensors(model: onnx.ModelProto) -> set[str]:
+    """Names of the tensors that are fp16."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     values = [*graph.value_info, *graph.output]
     return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
 
 
 _MOST_SHIFT_PX = 8
-"""NMS radius up to which `shift_windows` takes over: beyond, the copies are too many."""
+"""Largest NMS radius that `shift_windows` rewrites. A larger one would need too many copies."""
 
 
 def shift_windows(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The sliding maxima of our own decode as maxima of shifted copies, which TensorRT 8.6 fuses with what is around.
+    """Rewrites the sliding maxima of a `keypoints` graph as maxima of shifted copies, which TensorRT 8.6 fuses.
 
-    48 us for the suppression at radius 4, 640x480, with pools 62 (H100). Newer versions fuse pools themselves, and
-    TensorRT-RTX takes seconds to compile this form; where the size is free it does not come to an end.
+    Suppression at radius 4 and 640x480 takes 48 us in this form and 62 us with pools (H100). Newer versions fuse pools
+    themselves. TensorRT-RTX takes seconds to compile this form, and with free sizes does not come to an end.
 
     Args:
-        model: left as it is; another tool's, a dynamic or an undecoded one comes back the same.
+        model: not changed.
+
+    Returns:
+        A new model; or `model` itself if another tool made it, its size is free, or it does not decode.
     """
-    described = own_description(model)
-    if described is None or described.type is not OutputType.KEYPOINTS or described.dynamic:
+    own = own_description(model)
+    if own is None or own.type is not OutputType.KEYPOINTS or own.dynamic:
         return model
     shifted = onnx.ModelProto()
     shifted.CopyFrom(model)
@@ -103,7 +112,10 @@ def _slides(node: onnx.NodeProto, axis: int) -> bool:
 
 
 def _shifts(pool: onnx.NodeProto, output: str, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Along columns, then rows, the largest of 2 r + 1 copies; no score is below the zeros around."""
+    """The nodes in place of a pool: along columns, then rows, the largest of 2 r + 1 copies, padded with zeros.
+
+    Zeros change no maximum, because no score is negative.
+    """
     reach = next(max(attribute.ints) for attribute in pool.attribute if attribute.name == "kernel_shape") - 1
     known = {constant.name for constant in graph.initializer}
 

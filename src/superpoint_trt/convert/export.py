@@ -1,7 +1,7 @@
 """Checkpoint -> fp32 .onnx, written node by node rather than traced.
 
-Twelve convolutions and two heads are a page of ONNX; written by hand they come out the same at every opset, under
-stable names, in one file, without torch. Tests hold the result equal to `network.py`.
+Twelve convolutions and two heads are a page of ONNX. Written by hand they are the same at every opset, have stable
+names, lie in one file and need no torch. Tests compare the result with `checkpoint/reference.py`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from superpoint_trt._version import __version__
-from superpoint_trt.checkpoint.layouts import Checkpoint, NormPlacement, load
+from superpoint_trt.checkpoint.layouts import Checkpoint, load
 from superpoint_trt.convert.export_options import ExportOptions
 from superpoint_trt.convert.fold import (
     FoldedLayer,
-    backbone_layers,
-    fold_batch_norms,
-    move_batch_norm_on,
+    folded_layers,
     reach_of_padding_px,
 )
 from superpoint_trt.convert.graph_decode import write_keypoints, write_score_map, write_unit_length
@@ -46,8 +44,8 @@ def export(
     """Converts a checkpoint file to one .onnx file.
 
     Args:
-        weights: checkpoint of any known layout (checkpoint.load).
-        output: the .onnx; written beside and renamed.
+        weights: checkpoint of any known layout (`checkpoint.layouts.load`).
+        output: the .onnx to write.
         options: type, size, decode, opset.
         sampling: overrides the descriptor sampling that the checkpoint's family implies.
 
@@ -55,7 +53,7 @@ def export(
         The path written.
 
     Raises:
-        SuperPointError: unusable checkpoint, options or output path; nothing is written then.
+        SuperPointError: the checkpoint, an option or the output path is unusable. Nothing is written then.
     """
     output = check_writable(output)
     if output.suffix.lower() != ".onnx":
@@ -66,7 +64,14 @@ def export(
 
 
 def to_onnx(checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
-    """The checked, shape-inferred graph of a checkpoint, with this package's metadata."""
+    """Converts a checkpoint in memory.
+
+    Returns:
+        The checked, shape-inferred model with this package's metadata.
+
+    Raises:
+        SuperPointError: an option is out of range, or the checkpoint has no BatchNorm to fold as asked.
+    """
     options.validate(checkpoint.stride_px)
     graph = GraphWriter(options.opset)
     logits, coarse = _network(graph, checkpoint, options)
@@ -88,22 +93,8 @@ def to_onnx(checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
 
 
 def _network(graph: GraphWriter, checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, str]:
-    """Backbone and both heads (DeTone et al. 2018, section 3) -> names of the raw head tensors."""
-    layers = fold_batch_norms(checkpoint)
-    for name in options.shift_channels:
-        if name not in backbone_layers(checkpoint):
-            raise SuperPointError(
-                f"shift_channels names {name!r}; expected some of {', '.join(backbone_layers(checkpoint))}."
-            )
-    if options.fold_batchnorm and checkpoint.norm is not NormPlacement.AFTER_RELU:
-        has = "none" if checkpoint.norm is NormPlacement.NONE else "it before the ReLU, where it folds exactly"
-        raise SuperPointError(
-            f"folding BatchNorm is for checkpoints that have it after the ReLU (v6); this one has {has}: leave "
-            "--fold-batchnorm out."
-        )
-    for name in backbone_layers(checkpoint):  # from front to back: each sees the channels that it was given
-        if options.fold_batchnorm or name in options.shift_channels:
-            move_batch_norm_on(layers, name, checkpoint, exact=not options.fold_batchnorm)
+    """Writes backbone and both heads (DeTone et al. 2018, section 3); returns the names of the two raw heads."""
+    layers = folded_layers(checkpoint, options)
     x = INPUT_NAME
     for stage in range(1, checkpoint.stages + 1):
         pool = stage < checkpoint.stages
@@ -117,10 +108,10 @@ def _network(graph: GraphWriter, checkpoint: Checkpoint, options: ExportOptions)
 
 
 def _block(graph: GraphWriter, x: str, name: str, layers: dict[str, FoldedLayer], pool: bool = False) -> str:
-    """Convolution, ReLU, what is left of BatchNorm, and the stage's max-pool."""
+    """Writes convolution, ReLU, the BatchNorm that could not be folded, and the stage's max-pool."""
     layer = layers[name]
     x = graph.node("Relu", [_convolution(graph, x, name, layer)], output=f"{name}.relu")
-    # A rising affine map commutes with the maximum, so BatchNorm may follow the pool, on a quarter of the pixels.
+    # A rising affine map commutes with the maximum: BatchNorm may follow the pool and run on a quarter of the pixels.
     pool_first = pool and layer.scale is not None and bool((layer.scale > 0).all())
     if pool_first:
         x = _max_pool(graph, x, name)
@@ -204,7 +195,7 @@ def _outputs(checkpoint: Checkpoint, options: ExportOptions, batch: Any) -> list
 
 
 def exported_description(checkpoint: Checkpoint, options: ExportOptions) -> ModelDescription:
-    """What the file that `to_onnx` makes says of itself."""
+    """The description that `to_onnx` writes into the model's metadata."""
     decodes = options.type is OutputType.KEYPOINTS
     return ModelDescription(
         type=options.type,

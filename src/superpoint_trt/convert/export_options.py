@@ -1,4 +1,4 @@
-"""What an export can be told."""
+"""The options of `convert.export.export`, and their limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OLDEST_OPSET = 11
 NEWEST_OPSET: int = onnx.defs.onnx_opset_version()
 
 DEFAULT_OPSET = 17
-"""The newest that TensorRT 8.6's parser takes."""
+"""The newest opset that TensorRT 8.6's parser takes."""
 
 LARGEST_SIDE_PX = 32768
 
@@ -24,30 +24,30 @@ MOST_KEYPOINTS = 1_000_000
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to write. Defaults are the guide's and the MIT reference's."""
+    """What graph to write. Defaults are the guide's and the MIT reference's."""
 
     type: OutputType = OutputType.DENSE
     height_px: int = 480
     width_px: int = 640
     dynamic: bool = False
-    """Free height, width and batch; height_px and width_px are then the size to expect most."""
+    """Height, width and batch are free; height_px and width_px are then the most usual size."""
     max_batch_size: int = 1
-    """Above 1 the batch axis is free, up to this many images."""
+    """Above 1, the batch axis is free up to this many images."""
     max_keypoints: int = 1024
     """N of a `keypoints` model."""
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     """NMS radius, border and threshold of a `keypoints` model."""
     opset: int = DEFAULT_OPSET
     shift_channels: tuple[str, ...] = ()
-    """Layers ("conv1a", ...) whose BatchNorm after the ReLU goes into the next convolution, its shift through one more
-    channel: exact, see `_fold_shift`. Worth it where that channel costs less than the normalisation."""
+    """Layers ("conv1a", ...) whose BatchNorm after the ReLU is folded into the next convolution exactly, its shift in
+    one more channel (convert/fold.py). Pays where that channel costs less than the BatchNorm."""
     fold_batchnorm: bool = False
-    """BatchNorms after a ReLU go into the next convolutions, their shifts as biases: an approximation near the border
-    of the input (`reach_of_padding_px`), where a convolution then reads the shift in place of the padding's zeros. One
-    in front of a max-pool stays if a scale is not positive."""
+    """Folds every BatchNorm after a ReLU into the next convolutions, its shift as a bias. This is an approximation near
+    the input's border (`reach_of_padding_px`): there a convolution reads the shift where the padding has zeros. A
+    BatchNorm in front of a max-pool stays if one of its scales is not positive."""
 
     def validate(self, stride_px: int) -> None:
-        """Refuses what no graph can be written for.
+        """Refuses options that no graph can be written for.
 
         Raises:
             SuperPointError: naming the first option out of range, and the range.

@@ -1,4 +1,7 @@
-"""Raw heads to dense outputs and keypoints, as nodes of a graph."""
+"""Writes the nodes that make score map, unit descriptors and keypoints of the raw heads.
+
+`run/decode.py` does the same in numpy, `checkpoint/reference.py` in torch; tests compare all three.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,12 @@ NORM_EPS = 1e-12
 
 
 def write_score_map(graph: GraphWriter, logits: str, stride_px: int) -> str:
-    """Softmax with the dustbin, dustbin dropped, cells unfolded -> (B, 1, H, W).
+    """Softmax over the cell and the dustbin, the dustbin dropped, cells unfolded.
 
-    The softmax runs over the last axis: below opset 13 the operator flattens everything behind its axis.
+    The softmax runs over the last axis, because below opset 13 the operator flattens all axes from its own on.
+
+    Returns:
+        Name of the map (B, 1, H, W).
     """
     last = graph.node("Transpose", [logits], perm=[0, 2, 3, 1])
     probabilities = graph.node("Softmax", [last], output="cell_probabilities", axis=3)
@@ -28,6 +34,7 @@ def write_score_map(graph: GraphWriter, logits: str, stride_px: int) -> str:
 
 
 def write_unit_length(graph: GraphWriter, x: str, axis: int, name: str) -> str:
+    """Divides by the L2 norm along an axis; `name` is the result's."""
     length = graph.reduce("ReduceL2", x, axis)
     floor = graph.constant("norm_eps", np.array(NORM_EPS, np.float32))
     return graph.node("Div", [x, graph.node("Max", [length, floor])], output=name)
@@ -36,7 +43,15 @@ def write_unit_length(graph: GraphWriter, x: str, axis: int, name: str) -> str:
 def write_keypoints(
     graph: GraphWriter, score_map: str, descriptors: str, checkpoint: Checkpoint, options: ExportOptions
 ) -> None:
-    """NMS, border, top-k, threshold and descriptor sampling; padded to N (design: the graph contract)."""
+    """Writes NMS, border, top-k, threshold and descriptor sampling: the four outputs of a `keypoints` model.
+
+    Args:
+        graph: to add to.
+        score_map: name of (B, 1, H, W).
+        descriptors: name of (B, D, H/8, W/8), of unit length along D.
+        checkpoint: stride and sampling.
+        options: sizes, decode, N.
+    """
     shape = _GridShape.of(graph, score_map, descriptors, checkpoint.stride_px, options)
     survivors = _survivors(graph, score_map, shape, options.decode)
     best, pixel = _top_scores(graph, survivors, checkpoint, options)
@@ -57,7 +72,7 @@ def write_keypoints(
 
 @dataclass(frozen=True)
 class _GridShape:
-    """Names of int64 scalars: known numbers in a static graph, read off the tensors in a dynamic one."""
+    """Names of int64 scalars: constants in a static graph, read off the tensors in a dynamic one."""
 
     height: str
     width: str
@@ -76,7 +91,7 @@ class _GridShape:
 
 
 def _survivors(graph: GraphWriter, scores: str, shape: _GridShape, decode: DecodeOptions) -> str:
-    """(B, 1, H, W) -> same: what suppression and border leave keeps its score, the rest is 0."""
+    """The score map (B, 1, H, W) with 0 wherever suppression or border removes a pixel."""
     kept = [_suppress(graph, scores, decode.nms_radius_px)] if decode.nms_radius_px else []
     if decode.remove_borders_px:
         kept += [_inside(graph, shape.height, 2, decode), _inside(graph, shape.width, 3, decode)]
@@ -91,7 +106,7 @@ def _survivors(graph: GraphWriter, scores: str, shape: _GridShape, decode: Decod
 def _inside(graph: GraphWriter, size: str, axis: int, decode: DecodeOptions) -> str:
     """Which rows (axis 2) or columns (3) lie inside the border: bool, (H, 1) or (W,)."""
     border = decode.remove_borders_px
-    if size in graph.constants:  # static: known already
+    if size in graph.constants:  # a static graph: computed here
         index = np.arange(int(numpy_helper.to_array(graph.constants[size])))
         known = (index >= border) & (index < len(index) - border)
         return graph.constant(f"inside_{axis}", known[:, None] if axis == 2 else known)
@@ -125,9 +140,9 @@ def _suppress(graph: GraphWriter, scores: str, radius_px: int) -> str:
 def _top_scores(graph: GraphWriter, scores: str, checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, str]:
     """The N best scores of each map and their flat pixel indices, both (B, N): an exact top-k by knock-out.
 
-    The map in reading order is cut into rows; each row's N best go on to the next round, where the rows left are fewer.
-    A pixel that is not among the N best of its row is not among the N best. Rows stay in reading order and TopK breaks
-    ties by the lower index, so equal scores come out in reading order, on plateaus too.
+    The map in reading order is cut into rows. Each row's N best go on to the next round, which has fewer rows. A pixel
+    that is not among the N best of its row is not among the N best of the map. Rows stay in reading order and TopK
+    breaks ties by the lower index, so equal scores come out in reading order, on plateaus too.
     """
     n = options.max_keypoints
     rounds, missing = _rounds(checkpoint.stride_px, options)
@@ -145,14 +160,14 @@ def _top_scores(graph: GraphWriter, scores: str, checkpoint: Checkpoint, options
 
 
 _ROW = 3072
-"""Scores a row may have: TensorRT sorts each row on one multiprocessor, all rows at once, in 13 us up to here; one row
-of a whole 640x480 map takes 1.1 ms (TensorRT 8.6, H100)."""
+"""Most scores in a row. TensorRT sorts each row on one multiprocessor, all rows at once: 13 us up to this length. One
+row of a whole 640x480 map takes 1.1 ms (TensorRT 8.6, H100)."""
 
 
 def _rounds(stride_px: int, options: ExportOptions) -> tuple[list[int], int]:
-    """Number of rows in each round of the knock-out, and how many scores to append to fill the first round's rows."""
+    """Number of rows in each round of the knock-out, and how many scores to append so that the first rows are full."""
     n = options.max_keypoints
-    if options.dynamic:  # the size is a multiple of the cell's; N more in each row, lest a small map have too few
+    if options.dynamic:  # H * W is a multiple of the cell's pixels; N more in each row, in case a small map has too few
         rounds = [rows for rows in (64, 16, 4, 1) if stride_px**2 % rows == 0]
         return rounds, rounds[0] * n
     length = options.height_px * options.width_px
@@ -162,7 +177,7 @@ def _rounds(stride_px: int, options: ExportOptions) -> tuple[list[int], int]:
 
 
 def _rounds_to(last: int, merged: int, length: int, n: int) -> list[int]:
-    """Rounds that end with `last` rows becoming one, `merged` rows before; no row is to have fewer than N scores."""
+    """Rounds that merge `merged` rows into one, in the last round `last`; no row has fewer than N scores."""
     rounds, rows = [1], last
     while length > rounds[0] * _ROW and length >= rows * n:
         rounds.insert(0, rows)
@@ -173,8 +188,8 @@ def _rounds_to(last: int, merged: int, length: int, n: int) -> list[int]:
 def _sample_descriptors(
     graph: GraphWriter, xy: str, descriptors: str, checkpoint: Checkpoint, shape: _GridShape, options: ExportOptions
 ) -> str:
-    """(B, N, 2) pixels and (B, D, H/8, W/8) -> (B, N, D) of unit length, by the checkpoint's sampling."""
-    cells = graph.node("Concat", [graph.as_scalar1(shape.columns), graph.as_scalar1(shape.rows)], axis=0)
+    """Samples (B, D, H/8, W/8) at pixels (B, N, 2) the checkpoint's way -> (B, N, D) of unit length."""
+    cells = graph.node("Concat", [graph.as_vector(shape.columns), graph.as_vector(shape.rows)], axis=0)
     cells = graph.node("Cast", [cells], output="cells_xy", to=TensorProto.FLOAT)
     position = _cell_position(graph, xy, cells, checkpoint)
     sample = _sample_by_grid if options.opset >= 16 else _sample_by_gather
@@ -182,7 +197,7 @@ def _sample_descriptors(
 
 
 def _cell_position(graph: GraphWriter, xy: str, cells: str, checkpoint: Checkpoint) -> str:
-    """As `decode.cell_position`, then held inside the grid: outside, the nearest cells continue."""
+    """Pixels (B, N, 2) -> positions in cells, as `run.decode.cell_position`, then clipped to the grid."""
     stride, half = checkpoint.stride_px, checkpoint.stride_px / 2
 
     def number(value: float) -> str:
@@ -201,7 +216,7 @@ def _cell_position(graph: GraphWriter, xy: str, cells: str, checkpoint: Checkpoi
 
 
 def _sample_by_grid(graph: GraphWriter, position: str, descriptors: str, cells: str, shape: _GridShape) -> str:
-    """GridSample (opset 16 and newer), whose grid runs from -1 to 1 across the cells' outer edges."""
+    """Samples by GridSample (opset 16 and newer), whose grid runs from -1 to 1 across the cells' outer edges."""
     half, one = (graph.constant(f"{v:g}f", np.array(v, np.float32)) for v in (0.5, 1))
     unit = graph.node("Div", [graph.node("Add", [position, half]), cells])
     grid = graph.node("Sub", [graph.node("Add", [unit, unit]), one])
@@ -212,14 +227,14 @@ def _sample_by_grid(graph: GraphWriter, position: str, descriptors: str, cells: 
 
 
 def _sample_by_gather(graph: GraphWriter, position: str, descriptors: str, cells: str, shape: _GridShape) -> str:
-    """Bilinear interpolation by four gathers, for opsets without GridSample."""
+    """Samples by four gathers, for opsets without GridSample."""
     one_f = graph.constant("1f", np.array(1, np.float32))
     one = graph.constant("one", np.array(1, np.int64))
-    # Rows of one long table: image b's cells start at b * rows * columns.
+    # One long table of cells: image b's cells start at row b * rows * columns.
     by_cell = graph.node("Transpose", [descriptors], perm=[0, 2, 3, 1])
     dim = graph.dim(descriptors, 1)
     minus_one = graph.constant("minus_one", np.array([-1], np.int64))
-    table = graph.node("Reshape", [by_cell, graph.node("Concat", [minus_one, graph.as_scalar1(dim)], axis=0)])
+    table = graph.node("Reshape", [by_cell, graph.node("Concat", [minus_one, graph.as_vector(dim)], axis=0)])
     batch = graph.dim(descriptors, 0)
     zero = graph.constant("zero", np.array(0, np.int64))
     images = graph.unsqueeze(graph.node("Range", [zero, batch, one]), 1)

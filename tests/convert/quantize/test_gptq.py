@@ -20,7 +20,7 @@ from superpoint_trt.convert.onnx_file import load_onnx
 from superpoint_trt.convert.quantize import gptq as rounding
 from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.gptq import _feed_back, _Layer, _patches, round_weights
-from superpoint_trt.convert.quantize.options import CalibrationOptions
+from superpoint_trt.convert.quantize.options import CalibrationOptions, QuantizeOptions
 from superpoint_trt.convert.quantize.qdq import quantize, quantize_file
 from superpoint_trt.convert.quantize.ranges_file import load_calibration, save_calibration
 from superpoint_trt.core.files import sha256
@@ -104,7 +104,7 @@ def test_the_graph_differs_in_its_integers_only(model, ranges, rounded):
 
 
 def test_layers_that_are_kept_keep_their_weights(model, rounded):
-    kept = quantize(load_onnx(model), rounded, keep=["conv3b"])
+    kept = quantize(load_onnx(model), rounded, QuantizeOptions(keep_fp16=("conv3b",)))
     exact, got = (
         {w.name: numpy_helper.to_array(w) for w in graph.graph.initializer} for graph in (load_onnx(model), kept)
     )
@@ -112,7 +112,7 @@ def test_layers_that_are_kept_keep_their_weights(model, rounded):
 
 
 def test_fp8_has_no_use_for_steps_of_int8(model, ranges, rounded):
-    one, other = (quantize(load_onnx(model), found, Precision.FP8) for found in (ranges, rounded))
+    one, other = (quantize(load_onnx(model), found, QuantizeOptions(Precision.FP8)) for found in (ranges, rounded))
     assert one.SerializeToString() == other.SerializeToString()
 
 

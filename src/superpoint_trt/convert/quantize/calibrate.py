@@ -1,13 +1,13 @@
-"""How large a network's activations get on real images: the ranges that int8 and fp8 scales are made of.
+"""Measures how large a network's activations get on real images: the ranges that int8 and fp8 scales are made of.
 
-onnxruntime runs the fp32 graph on the CPU, one image at a time, through the same preprocessing as inference. Of every
-convolution's input a histogram of the absolute values is kept; three methods read one range off it.
+onnxruntime runs the fp32 graph on the CPU, one image at a time, with the same preprocessing as inference. A histogram
+of the absolute values is kept for every convolution's input, and one of three methods reads a range off it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, Union
@@ -17,8 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from superpoint_trt.convert.onnx_file import check_quantizable, convolutions, load_onnx, model_description
-from superpoint_trt.convert.quantize.equalize import equalize, factors, sites
+from superpoint_trt.convert.onnx_file import OnnxFile, OnnxSource, check_quantizable, convolutions, read_onnx
+from superpoint_trt.convert.quantize.equalize import equalize, factors, scalable_tensors
 from superpoint_trt.convert.quantize.histogram import Histogram, entropy_range, percentile_range
 from superpoint_trt.convert.quantize.options import SYNTHETIC, CalibrationOptions, Method
 from superpoint_trt.convert.quantize.ranges_file import Calibration
@@ -35,15 +35,27 @@ from superpoint_trt.core.progress import Progress, Steps
 from superpoint_trt.core.types import INPUT_NAME, Float32, ModelDescription, SuperPointError
 
 FEW_IMAGES = 32
-"""Below, the ranges depend on which images they are; published practice is a few hundred."""
+"""With fewer, the ranges depend on which images they are; published practice is a few hundred."""
+
 MOST_HELD_OUT = 16
+"""Images that are kept for the proof."""
+
 CHANNEL_IMAGES = 16
-"""On so many the channels are compared; the factors are a balance, not a limit, so few are enough."""
+"""Images that channels are compared on. A factor is a balance, not a limit, so few are enough."""
+
 LONGEST_SIDE_PX = 1024
-"""A network of free size measures on no more: larger photographs take longer and show the same ranges."""
+"""Larger photographs are shrunk to this for a network of free size: they take longer and show the same ranges."""
+
 _BLANK = 2.0 / 255.0
-"""An image whose brightest and darkest pixel differ by no more than this holds nothing."""
+"""An image whose brightest and darkest pixel differ by no more than this shows nothing."""
+
+_FATAL_ONLY = 4
+"""onnxruntime's log level: its errors also come as exceptions."""
+
 _T = TypeVar("_T")
+
+CalibrationImage = Union[Path, tuple[str, NDArray[Any]]]
+"""An image file; or a name and an array, (H, W) or (H, W, 3), as `SuperPoint.extract` takes it."""
 
 
 # ----------------------------------------------------------------------------------------------------------- the images
@@ -55,16 +67,16 @@ class ImageSet:
 
     calibration: list[Path]
     held_out: list[Path]
-    """Up to 16 that calibration does not see; empty if there are too few to spare any."""
+    """Up to 16 images that calibration does not see; empty if the folder has fewer than 10."""
 
 
 def split_images(folder: PathLike, count: int) -> ImageSet:
-    """Chooses images evenly over a folder's sorted names: the same folder, the same choice.
+    """Divides a folder's images: every tenth, 16 at most, is held out; of the rest at most `count` are used.
 
-    Every tenth is held out, 16 at most; of the rest, at most `count` are to calibrate on.
+    Both parts are spread evenly over the sorted names, so the same folder always gives the same choice.
 
     Raises:
-        SuperPointError: no folder, or no image in it.
+        SuperPointError: there is no such folder, or no image in it.
     """
     found = images.find_images(folder)
     held_out = spread_evenly(found, min(MOST_HELD_OUT, len(found) // 10))
@@ -73,25 +85,82 @@ def split_images(folder: PathLike, count: int) -> ImageSet:
 
 
 def spread_evenly(items: Sequence[_T], count: int) -> list[_T]:
-    """So many of them, spread evenly."""
+    """At most `count` of the items, evenly spread over them."""
     if count >= len(items):
         return list(items)
     return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
 
 
-def synthetic_images(count: int, size_hw: tuple[int, int]) -> list[tuple[str, NDArray[np.uint8]]]:
-    """Dead-leaves pictures, each its own; for trying the machinery without photographs."""
+def synthetic_images(count: int, size_hw: tuple[int, int]) -> list[CalibrationImage]:
+    """Makes dead-leaves pictures, (H, W) uint8, all different; to try the workflow without photographs."""
     return [(f"{SYNTHETIC}-{seed}", images.synthetic_photograph(*size_hw, seed=seed)) for seed in range(count)]
+
+
+def network_inputs(
+    calibration_images: Sequence[CalibrationImage], description: ModelDescription
+) -> Iterator[Float32 | None]:
+    """Yields each image as the network reads it, (H, W) float32 in [0, 1]; None for an image that cannot be used."""
+    for name, image in zip(_image_names(calibration_images), calibration_images):
+        try:
+            gray = _read_gray(image, name)[1]
+            pixels = images.to_input(gray, _without_padding(_place(gray, description), description))
+        except SuperPointError:
+            yield None
+        else:
+            yield pixels
+
+
+def _place(gray: Float32, description: ModelDescription) -> images.Placement:
+    """Where inference puts an image in the network's input; shrunk to `LONGEST_SIDE_PX` if the size is free."""
+    return images.place(gray.shape[:2], description, LONGEST_SIDE_PX if description.dynamic else None)
+
+
+def _without_padding(placement: images.Placement, description: ModelDescription) -> images.Placement:
+    """Pads to whole cells only. More padding repeats the last row and column, which takes time and shows nothing."""
+    if not is_own(description):
+        return placement
+    stride = description.stride_px
+    height, width = (-(-side // stride) * stride for side in (placement.placed_height_px, placement.placed_width_px))
+    return replace(placement, input_height_px=height, input_width_px=width)
+
+
+def is_own(description: ModelDescription) -> bool:
+    """Whether this package wrote the graph: then its convolutions take images of any size."""
+    return description.checkpoint_sha256 is not None
+
+
+def _image_names(calibration_images: Sequence[CalibrationImage]) -> list[str]:
+    """Each image's name in the ranges file: its path below the folder that all share, so no machine's own paths."""
+    below = iter(names_below([image for image in calibration_images if isinstance(image, Path)]))
+    return [next(below) if isinstance(image, Path) else image[0] for image in calibration_images]
+
+
+def _read_gray(image: CalibrationImage, name: str) -> tuple[str, Float32]:
+    """Reads one image: the SHA-256 of its file or array, and (H, W) float32 in [0, 1].
+
+    Raises:
+        SuperPointError: it cannot be read, or is blank.
+    """
+    if isinstance(image, tuple):
+        digest = sha256(np.ascontiguousarray(image[1]).tobytes())
+        gray = images.to_gray(image[1])
+    else:
+        digest = sha256(read_bytes(image, "image"))
+        try:
+            gray = images.to_gray(images.load_image(image))
+        except SuperPointError as error:
+            raise SuperPointError(named(error, image)) from error
+    if np.ptp(gray) <= _BLANK:
+        raise SuperPointError(f"{image if isinstance(image, Path) else name} is blank: one gray everywhere.")
+    return digest, gray
 
 
 # ---------------------------------------------------------------------------------------------------------- calibration
 
-CalibrationImage = Union[Path, tuple[str, NDArray[Any]]]
-
 
 def calibrate(
-    model: PathLike,
-    given: Iterable[CalibrationImage],
+    model: OnnxSource,
+    calibration_images: Iterable[CalibrationImage],
     options: CalibrationOptions | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -99,36 +168,36 @@ def calibrate(
 
     Args:
         model: fp32 SuperPoint .onnx of any type.
-        given: image files; or (name, array) as `SuperPoint.extract` takes arrays.
-        options: method.
-        progress: called with (images done, in all); those that channels are compared on count twice.
+        calibration_images: files, or arrays with names.
+        options: method and percentile. `count` is not read here: all images are used.
+        progress: called with (images done, in all). Images that channels are compared on count twice.
 
     Returns:
-        The ranges. `notes` says which images could not be used, and what makes the set doubtful.
+        The ranges. `notes` lists the images that could not be used and what makes the set doubtful.
 
     Raises:
-        SuperPointError: no usable model, no usable image, or images that leave a tensor at zero.
+        SuperPointError: the model is not fp32, no image can be used, or a tensor is 0 on all of them.
     """
     options = options or CalibrationOptions()
-    given = list(given)
+    given = list(calibration_images)
     if not given:
         raise SuperPointError("no calibration image was given; expected 100 or more photographs like those to come.")
-    source = load_onnx(model)
-    check_quantizable(source)
-    description = model_description(source, model)
+    source = read_onnx(model)
+    check_quantizable(source.model)
+    description = source.description
     compared = spread_evenly(given, CHANNEL_IMAGES) if options.equalize else []
     steps = Steps(len(compared) + len(given), progress)
-    channels = _channels(source, compared, description, model, steps) if compared else {}
-    activations = Activations(equalize(source, channels), model, _own(description))
+    channels = _channel_factors(source, compared, steps) if compared else {}
+    activations = Activations(equalize(source.model, channels), source.path, any_size=is_own(description))
     histograms = {name: Histogram() for name in activations.names}
     used: dict[str, str] = {}
     sizes: list[images.Placement] = []
     notes: list[str] = []
-    for name, one in zip(_names(given), given):
+    for name, image in zip(_image_names(given), given):
         try:
-            digest, gray = _read(one, name)
+            digest, gray = _read_gray(image, name)
             placement = _place(gray, description)
-            for tensor, values in activations(images.to_input(gray, _cropped(placement, description))):
+            for tensor, values in activations(images.to_input(gray, _without_padding(placement, description))):
                 histograms[tensor].add(values)
             used[name] = digest
             sizes.append(placement)
@@ -150,86 +219,27 @@ def calibrate(
     )
 
 
-def _place(gray: Float32, description: ModelDescription) -> images.Placement:
-    """As inference places an image; bounded where the network would take any size."""
-    return images.place(gray.shape[:2], description, LONGEST_SIDE_PX if description.dynamic else None)
-
-
-def _cropped(placement: images.Placement, description: ModelDescription) -> images.Placement:
-    """Padded to whole cells only: the rest would be the last row and column over and over, at the price of pixels."""
-    if not _own(description):
-        return placement
-    stride = description.stride_px
-    height, width = (-(-side // stride) * stride for side in (placement.placed_height_px, placement.placed_width_px))
-    return replace(placement, input_height_px=height, input_width_px=width)
-
-
-def _own(description: ModelDescription) -> bool:
-    """Whether this package wrote the graph, so that nothing in front of a last convolution depends on the size."""
-    return description.checkpoint_sha256 is not None
-
-
-def network_inputs(given: Sequence[CalibrationImage], description: ModelDescription) -> Iterable[Float32 | None]:
-    """(H, W) of each image as the network reads it; None of one that cannot be used, which `calibrate` says."""
-    for name, one in zip(_names(given), given):
-        try:
-            gray = _read(one, name)[1]
-            image = images.to_input(gray, _cropped(_place(gray, description), description))
-        except SuperPointError:
-            yield None
-        else:
-            yield image
-
-
-def _channels(
-    source: onnx.ModelProto,
-    few: Sequence[CalibrationImage],
-    description: ModelDescription,
-    path: PathLike,
-    steps: Steps,
-) -> dict[str, list[float]]:
-    """Factors that equalise channels, from their largest magnitudes on a few of the images."""
-    wanted = sites(source)
-    activations = Activations(source, path, _own(description))
+def _channel_factors(source: OnnxFile, compared: Sequence[CalibrationImage], steps: Steps) -> dict[str, list[float]]:
+    """The factors that equalize channels, from each channel's largest magnitude on a few images."""
+    wanted = scalable_tensors(source.model)
+    activations = Activations(source.model, source.path, any_size=is_own(source.description))
     largest: dict[str, NDArray[np.floating]] = {}
-    for image in network_inputs(few, description):
+    for image in network_inputs(compared, source.description):
         steps.advance()
         if image is None:
             continue
         try:
             tensors = dict(activations(image))
-        except SuperPointError:  # the second pass over the images says so
+        except SuperPointError:  # the pass that measures ranges notes the image
             continue
         for tensor in wanted:
             peak = np.abs(tensors[tensor]).max(axis=(0, 2, 3))
             largest[tensor] = np.maximum(largest.get(tensor, peak), peak)
-    return factors(source, largest) if largest else {}
+    return factors(source.model, largest) if largest else {}
 
 
-def _names(given: Sequence[CalibrationImage]) -> list[str]:
-    """What each image is called in the ranges file: below the folder that all share, so no machine's own paths."""
-    below = iter(names_below([one for one in given if isinstance(one, Path)]))
-    return [next(below) if isinstance(one, Path) else one[0] for one in given]
-
-
-def _read(one: CalibrationImage, name: str) -> tuple[str, Float32]:
-    """SHA-256 and pixels of one image that is worth measuring."""
-    if isinstance(one, tuple):
-        digest = sha256(np.ascontiguousarray(one[1]).tobytes())
-        gray = images.to_gray(one[1])
-    else:
-        digest = sha256(read_bytes(one, "image"))
-        try:
-            gray = images.to_gray(images.load_image(one))
-        except SuperPointError as error:
-            raise SuperPointError(named(error, one)) from error
-    if np.ptp(gray) <= _BLANK:
-        raise SuperPointError(f"{one if isinstance(one, Path) else name} is blank: one gray everywhere.")
-    return digest, gray
-
-
-def _doubts(sizes: Sequence[images.Placement]) -> Iterable[str]:
-    """What makes a set of images doubtful."""
+def _doubts(sizes: Sequence[images.Placement]) -> Iterator[str]:
+    """Yields what makes a set of images doubtful: too few, all shrunk, or all padded."""
     if len(sizes) < FEW_IMAGES:
         yield (
             f"only {len(sizes)} image{'s' if len(sizes) != 1 else ''}: what they do not show will be clipped; use 100 "
@@ -253,34 +263,56 @@ def convolution_inputs(model: onnx.ModelProto) -> list[str]:
 
 
 class Activations:
-    """A float32 graph, Q/DQ pairs or not, in onnxruntime, cut down to what computes the convolutions' inputs."""
+    """Computes the tensors that a graph's convolutions read, in onnxruntime on the CPU.
 
-    def __init__(self, source: onnx.ModelProto, path: PathLike, any_size: bool) -> None:
+    Args:
+        model: float32 graph, with or without Q/DQ pairs; not changed.
+        path: its file, for the error.
+        any_size: frees the size of the input.
+
+    Attributes:
+        names: of the tensors, in the graph's order.
+
+    Raises:
+        SuperPointError: onnxruntime cannot load the graph.
+    """
+
+    def __init__(self, model: onnx.ModelProto, path: PathLike, any_size: bool) -> None:
         import onnxruntime as ort
 
-        self.names = convolution_inputs(source)
-        inner = [name for name in self.names if name != INPUT_NAME]
-        cut = copy.deepcopy(source)
+        self.names = convolution_inputs(model)
+        self._computed = [name for name in self.names if name != INPUT_NAME]
+        cut = copy.deepcopy(model)
         del cut.graph.output[:]
-        cut.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inner)
+        values = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in self._computed)
+        cut.graph.output.extend(values)
         if any_size:
             for dim, name in zip(cut.graph.input[0].type.tensor_type.shape.dim[2:], ("height", "width")):
                 dim.dim_param = name
             del cut.graph.value_info[:]
         settings = ort.SessionOptions()
-        settings.log_severity_level = 4
+        settings.log_severity_level = _FATAL_ONLY
         try:
             self._session = ort.InferenceSession(cut.SerializeToString(), settings, ["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no public base
             raise SuperPointError(f"{path} is not a model onnxruntime can load: {one_line(error)}.") from error
-        self._inner = inner
 
-    def __call__(self, image: Float32) -> Iterable[tuple[str, Float32]]:
-        """(H, W) -> name and values of each tensor."""
+    def __call__(self, image: Float32) -> list[tuple[str, Float32]]:
+        """Runs the graph.
+
+        Args:
+            image: (H, W) float32 in [0, 1].
+
+        Returns:
+            Name and values (1, C, h, w) of each tensor.
+
+        Raises:
+            SuperPointError: onnxruntime failed.
+        """
         batch = image[None, None]
         try:
-            values = dict(zip(self._inner, self._session.run(self._inner, {INPUT_NAME: batch})))
-        except Exception as error:  # as above
+            values = dict(zip(self._computed, self._session.run(self._computed, {INPUT_NAME: batch})))
+        except Exception as error:  # onnxruntime's exceptions share no public base
             raise SuperPointError(
                 f"onnxruntime failed on {image.shape[1]}x{image.shape[0]}: {one_line(error)}."
             ) from error
@@ -288,6 +320,11 @@ class Activations:
 
 
 def _range(name: str, histogram: Histogram, options: CalibrationOptions) -> float:
+    """The range of one tensor, rounded to four digits.
+
+    Raises:
+        SuperPointError: the tensor is 0 on every image.
+    """
     if histogram.largest == 0.0:
         raise SuperPointError(
             f"{name} is 0 on every calibration image, so it has no range; use photographs like those to come."
@@ -298,5 +335,5 @@ def _range(name: str, histogram: Histogram, options: CalibrationOptions) -> floa
         found = entropy_range(histogram)
     else:
         found = percentile_range(histogram, options.percentile)
-    # Four digits are far below what a range is known to, and the same on every processor.
+    # Far finer than a range is known, and the same on every processor.
     return float(f"{found:.4g}")

@@ -1,4 +1,4 @@
-"""Histograms of magnitudes, and the range that is read off one."""
+"""Histograms of magnitudes, and the ranges that percentile and entropy read off them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ BINS = 4096
 LEVELS = 128
 """Magnitudes that int8 has for either sign, 0 included."""
 
-_CHUNK = 1 << 20
+_CHUNK_VALUES = 1 << 20
+"""Values counted at a time, so that temporaries stay in the processor's cache."""
 
 
 class Histogram:
     """Counts of magnitudes in equal bins from 0 up, in one pass and bounded memory.
 
-    The upper end is a power of two and doubles when a value lies beyond it, two bins becoming one; so the counts do not
-    depend on the order of the values.
+    The upper end is a power of two. It doubles when a value lies beyond it, and pairs of bins become one. So the counts
+    do not depend on the order of the values.
     """
 
     def __init__(self) -> None:
         self.counts = np.zeros(BINS, np.int64)
-        """Of values that are not 0."""
+        """How many values lie in each bin, zeros left out."""
         self.zeros = 0
         self.end = 0.0
         """Upper end of the last bin."""
@@ -37,8 +38,8 @@ class Histogram:
             SuperPointError: a value is not finite.
         """
         flat = values.reshape(-1)
-        for start in range(0, flat.size, _CHUNK):  # temporaries stay in the cache
-            self._add(np.abs(flat[start : start + _CHUNK]))
+        for start in range(0, flat.size, _CHUNK_VALUES):
+            self._add(np.abs(flat[start : start + _CHUNK_VALUES]))
 
     def _add(self, magnitudes: NDArray[np.floating]) -> None:
         largest = float(magnitudes.max(initial=0.0))
@@ -65,12 +66,12 @@ class Histogram:
 
     @property
     def bin_width(self) -> float:
-        """Of each bin."""
+        """In the values' own unit."""
         return self.end / BINS
 
 
 def percentile_range(histogram: Histogram, percentile: float) -> float:
-    """The smallest bin edge that the share of all values, zeros included, lies below."""
+    """The smallest bin edge with `percentile` percent of all values, zeros included, below it."""
     total = histogram.zeros + int(histogram.counts.sum())
     below = histogram.zeros + np.cumsum(histogram.counts)
     bins = int(np.searchsorted(below, total * percentile / 100.0)) + 1
@@ -80,9 +81,9 @@ def percentile_range(histogram: Histogram, percentile: float) -> float:
 def entropy_range(histogram: Histogram) -> float:
     """The range whose 128 levels lose least of the distribution (Migacz, "8-bit inference with TensorRT", GTC 2017).
 
-    For each candidate the clipped distribution P has everything beyond the range in its last bin; Q is what 128 levels
-    make of it, each level's mass spread over its occupied bins. The candidate with the smallest Kullback-Leibler
-    divergence of P from Q wins. Exact zeros are left out: every symmetric quantiser keeps them.
+    For each candidate range, P is the distribution with everything beyond the range in its last bin. Q is P in 128
+    levels, each level's mass spread over its occupied bins. The candidate with the smallest Kullback-Leibler divergence
+    of P from Q wins. Exact zeros are left out, because every symmetric quantizer keeps them.
     """
     counts = histogram.counts.astype(np.float64)
     used = int(np.flatnonzero(counts)[-1]) + 1
@@ -94,6 +95,15 @@ def entropy_range(histogram: Histogram) -> float:
 
 
 def divergence(counts: NDArray[np.float64], bins: int) -> float:
+    """Kullback-Leibler divergence of a distribution clipped to its first `bins` bins from its 128 levels.
+
+    Args:
+        counts: (BINS,) mass of each bin.
+        bins: how many bins the range covers.
+
+    Returns:
+        0 or more; infinite if P has mass where Q has none.
+    """
     kept = counts[:bins]
     clipped = kept.copy()
     clipped[-1] += counts[bins:].sum()
@@ -103,7 +113,7 @@ def divergence(counts: NDArray[np.float64], bins: int) -> float:
     places = np.bincount(level, weights=occupied, minlength=LEVELS)
     spread = np.where(occupied, (mass / np.maximum(places, 1))[level], 0.0)
     there = clipped > 0
-    if not spread[there].all():  # mass where the levels have none: infinitely far
+    if not spread[there].all():
         return float("inf")
     p, q = clipped[there] / clipped.sum(), spread[there] / spread.sum()
     return float((p * np.log(p / q)).sum())

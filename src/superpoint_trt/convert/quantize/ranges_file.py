@@ -1,4 +1,4 @@
-"""Measured ranges and rounded weights, in memory and as files beside the .onnx."""
+"""What calibration finds: ranges and rounded weights, in memory and as two files beside the .onnx."""
 
 from __future__ import annotations
 
@@ -15,43 +15,45 @@ from superpoint_trt.core.files import PathLike, check_writable, one_line, read_b
 from superpoint_trt.core.types import ModelDescription, SuperPointError
 
 FORMAT = 1
+"""Version of the .json; a reader refuses any other."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Ranges, and what they were measured on. No dates and no absolute paths: equal work gives equal bytes."""
+    """Ranges, and what they were measured on. It has no dates and no absolute paths: equal work gives equal bytes."""
 
     method: Method
     percentile: float | None
-    """None: not that method."""
+    """Share in percent of all values; None for the other methods."""
     size: str
-    """Of the network's input while measuring: "480x640" (HxW), or "any"."""
+    """The network's input size while measuring: "480x640" (HxW), or "any"."""
     checkpoint_sha256: str | None
-    """Of the network; None: another tool's model, which does not say."""
+    """The checkpoint the network was made from; None: another tool's model, which does not say."""
     images: dict[str, str]
-    """Name of each image below its folder -> SHA-256 of the file, or of the pixels of a synthetic one."""
+    """Name of each image below its folder -> SHA-256 of the file, or of the pixels of a synthetic image."""
     ranges: dict[str, float]
-    """Tensor name -> largest magnitude to represent, in the graph's order."""
+    """Tensor name -> largest magnitude that the quantized tensor represents, in the graph's order."""
     channels: dict[str, list[float]] = field(default_factory=dict)
-    """Tensor name -> factor of each channel (`equalise.factors`), which the ranges are measured with."""
+    """Tensor name -> factor of each channel (`equalize.factors`). The ranges are those of the scaled channels."""
     weights: dict[str, NDArray[np.int8]] = field(default_factory=dict, compare=False)
-    """Name of a convolution's weights -> (O, I, K, K) steps of int8 (`rounding.round_weights`), after equalisation;
-    others are rounded to the nearest. Written as .safetensors beside the ranges, which name it by its SHA-256."""
+    """Name of a convolution's weights -> (O, I, K, K) int8, rounded with feedback (`gptq.round_weights`) after the
+    channels were scaled. Weights that are missing here are rounded to the nearest step. They are written as
+    .safetensors beside the ranges, which name that file by its SHA-256."""
     rounded_from: dict[str, str] = field(default_factory=dict, compare=False)
-    """Name of each of `weights` -> `weight_digest` of the float32 weights that it was made from."""
+    """Name of rounded weights -> `weight_digest` of the float32 weights that they were made from."""
     approximation: str | None = None
-    """Of the network, as `ModelDescription` has it."""
+    """The network's approximation, as in `ModelDescription`."""
     notes: tuple[str, ...] = field(default=(), compare=False)
-    """What the user should know of the images; not written."""
+    """Warnings about the images: which could not be used, what makes the set doubtful. Not written."""
 
     def summary(self) -> str:
-        """For metadata and people: "percentile 99.99, 144 images"."""
+        """The method and the number of images, for metadata and people: "percentile 99.99, 144 images"."""
         method = self.method.value + (f" {self.percentile:g}" if self.percentile is not None else "")
         rounded = ", weights rounded with feedback" if self.weights else ""
         return f"{method}, {len(self.images)} image{'s' if len(self.images) != 1 else ''}{rounded}"
 
     def to_json(self) -> bytes:
-        """As it lies beside the .onnx: one range or image a line, so that two compare with diff."""
+        """The ranges file: one range or image a line, so that diff compares two files."""
         flat = {
             "format": FORMAT,
             "method": self.method.value,
@@ -69,11 +71,11 @@ class Calibration:
 
     @classmethod
     def from_json(cls, data: bytes, path: PathLike) -> Calibration:
-        """Reads what `to_json` wrote, and the weights that it names beside `path`.
+        """Reads what `to_json` wrote, and the rounded weights beside `path` if it names any.
 
         Raises:
-            SuperPointError: damaged, of a later format, with a range that is no positive number, or weights are named
-                that are not there.
+            SuperPointError: the file is damaged or of a later format, a range is no positive number, or the rounded
+                weights are missing.
         """
         try:
             flat = json.loads(data)
@@ -105,12 +107,16 @@ class Calibration:
 
 
 def ranges_path(model: PathLike) -> Path:
-    """Where a model's ranges lie: superpoint.onnx -> superpoint.calibration.json."""
+    """Path of a model's ranges: superpoint.onnx -> superpoint.calibration.json."""
     return Path(model).with_suffix(".calibration.json")
 
 
 def save_calibration(calibration: Calibration, path: PathLike) -> Path:
-    """Writes the ranges, and rounded weights beside them; each beside, then renamed."""
+    """Writes the ranges to `path`, and rounded weights to `rounded_weights_path(path)`.
+
+    Raises:
+        SuperPointError: a file cannot be written.
+    """
     path = check_writable(path)
     if calibration.weights:
         write_atomically(rounded_weights_path(path), _weights_file(calibration.weights))
@@ -118,7 +124,7 @@ def save_calibration(calibration: Calibration, path: PathLike) -> Path:
 
 
 def rounded_weights_path(ranges: PathLike) -> Path:
-    """Where rounded weights lie: superpoint.calibration.json -> superpoint.calibration.int8.safetensors."""
+    """Path of rounded weights: superpoint.calibration.json -> superpoint.calibration.int8.safetensors."""
     return Path(ranges).with_suffix(".int8.safetensors")
 
 
@@ -129,7 +135,7 @@ def _weights_file(weights: Mapping[str, NDArray[np.int8]]) -> bytes:
 
 
 def _read_weights(ranges: PathLike, digest: str | None) -> dict[str, NDArray[np.int8]]:
-    """Those that a ranges file names; none if it names none."""
+    """The rounded weights that a ranges file names by their SHA-256; empty if it names none."""
     from safetensors import SafetensorError
     from safetensors.numpy import load as from_bytes
 
@@ -149,32 +155,37 @@ def _read_weights(ranges: PathLike, digest: str | None) -> dict[str, NDArray[np.
 
 
 def weight_digest(weight: NDArray[np.floating]) -> str:
-    """Tells weights apart: SHA-256 of their float32 values."""
+    """SHA-256 of weights as float32 values, to tell networks apart."""
     return sha256(np.ascontiguousarray(weight, np.float32).tobytes())
 
 
 def load_calibration(path: PathLike) -> Calibration:
-    """Reads ranges.
+    """Reads what `save_calibration` wrote.
 
     Raises:
-        SuperPointError: missing, damaged or of a later format.
+        SuperPointError: a file is missing, damaged or of a later format.
     """
     return Calibration.from_json(read_bytes(path, "calibration"), path)
 
 
-def check_same_network(calibration: Calibration, description: ModelDescription | None, path: PathLike) -> None:
+def check_same_network(calibration: Calibration, description: ModelDescription, path: PathLike) -> None:
     """Refuses ranges of another network.
 
+    Args:
+        calibration: the ranges.
+        description: of the network they are to be used for.
+        path: that network's file, for the error.
+
     Raises:
-        SuperPointError: both name a checkpoint, and not the same, or not with the same approximation.
+        SuperPointError: the two name different checkpoints, or different approximations.
     """
-    theirs, ours = calibration.checkpoint_sha256, description.checkpoint_sha256 if description else None
+    theirs, ours = calibration.checkpoint_sha256, description.checkpoint_sha256
     if theirs and ours and theirs != ours:
         raise SuperPointError(
             f"the calibration is of checkpoint {theirs[:12]}, {path} of checkpoint {ours[:12]}: ranges belong to one "
             "network; calibrate this one with --calibration-images FOLDER."
         )
-    if description and calibration.approximation != description.approximation:
+    if calibration.approximation != description.approximation:
         theirs, ours = (told or "no approximation" for told in (calibration.approximation, description.approximation))
         raise SuperPointError(
             f"the calibration is of a network with {theirs}, {path} with {ours}: ranges belong to one network; "
