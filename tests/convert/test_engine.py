@@ -14,9 +14,8 @@ from helpers import cases, foreign
 from onnx import TensorProto, helper, numpy_helper
 
 from superpoint_trt.cli.main import cli, run
-from superpoint_trt.convert import engine as engines
 from superpoint_trt.convert.cast import to_precision
-from superpoint_trt.convert.engine import BuildOptions, build
+from superpoint_trt.convert.engine import BuildOptions, _leave_channels_last, _plan_name, build
 from superpoint_trt.convert.engine_trt86 import shift_windows
 from superpoint_trt.convert.export import export, to_onnx
 from superpoint_trt.convert.export_options import NEWEST_OPSET, ExportOptions
@@ -124,15 +123,14 @@ def test_fp16_heads_stay_channels_last(
 ):
     """What the network asks for; what an engine says of itself needs a GPU: tests/gpu/test_lanes.py."""
     asked = {}
-    leave = engines._leave_channels_last
 
     def noted(tensorrt, network):
-        found = leave(tensorrt, network)
+        found = _leave_channels_last(tensorrt, network)
         outputs = [network.get_output(index) for index in range(network.num_outputs)]
         asked.update({output.name: output.allowed_formats for output in outputs})
         return found
 
-    monkeypatch.setattr(engines, "_leave_channels_last", noted)
+    monkeypatch.setattr("superpoint_trt.convert.engine._leave_channels_last", noted)
     options = BuildOptions(Precision(precision), linear_heads=linear, **RTX)
     metadata = build(model_file(kind, layout, dynamic=dynamic), tmp_path / "a.engine", options)
     only = 1 << int(trt.load(Flavor.RTX).module.TensorFormat.HWC8)
@@ -259,7 +257,7 @@ def test_a_model_that_is_no_superpoint_is_refused_before_the_build(tmp_path, mon
     graph = helper.make_graph([node], "g", [image], [out], [weights])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     (tmp_path / "other.onnx").write_bytes(model.SerializeToString())
-    monkeypatch.setattr(engines, "_Builder", None)
+    monkeypatch.setattr("superpoint_trt.convert.engine._Builder", None)
     with pytest.raises(SuperPointError, match=r"other\.onnx is not one of this project's models.*out\[1, 4, 64, 64\]"):
         build(tmp_path / "other.onnx", tmp_path / "a.engine", BuildOptions(**RTX))
 
@@ -409,5 +407,5 @@ def test_an_engine_without_a_gpu_says_so(built, capsys, tmp_path):
 def test_the_model_describes_itself_inside_the_plan(model_file):
     """The .json may get lost; the network's name says the same."""
     model = onnx.load(model_file("keypoints"))
-    inside = json.loads(engines._plan_name(model))
+    inside = json.loads(_plan_name(model))
     assert inside["superpoint_trt.type"] == "keypoints" and inside["superpoint_trt.max_keypoints"] == "1024"

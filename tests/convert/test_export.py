@@ -14,7 +14,7 @@ from conftest import LAYOUTS, photograph
 from helpers import KINDS, cases, score_map
 from onnx.utils import Extractor
 
-from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint import reference as network
 from superpoint_trt.cli.main import cli
 from superpoint_trt.cli.main import run as run_cli
@@ -113,7 +113,7 @@ def test_parity_at_full_size_with_more_slots_than_points(layout, checkpoint):
 @pytest.mark.parametrize("sampling", Sampling)
 @pytest.mark.parametrize("opset", [11, 17])
 def test_sampling_belongs_to_the_checkpoint_and_can_be_overridden(sampling, opset, checkpoint_file):
-    found = checkpoints.load(checkpoint_file("magicleap"), sampling)
+    found = layouts.load(checkpoint_file("magicleap"), sampling)
     image = photographs(1)
     outputs = run(to_onnx(found, ExportOptions(OutputType.KEYPOINTS, 120, 160, opset=opset)), image)
     *_, scores, descriptors = reference(found, image)
@@ -249,7 +249,7 @@ def test_exact_folding_only(checkpoint):
 
 
 def test_batch_norm_before_the_relu_folds_away(checkpoint):
-    found = replace(checkpoint("v6"), norm=checkpoints.NormPlacement.BEFORE_RELU)
+    found = replace(checkpoint("v6"), norm=layouts.NormPlacement.BEFORE_RELU)
     model = to_onnx(found, ExportOptions(height_px=120, width_px=160))
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
     image = photographs(1)

@@ -16,7 +16,6 @@ from onnx import helper, numpy_helper
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.convert.onnx_file import load_onnx
-from superpoint_trt.convert.quantize import gptq as rounding
 from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.gptq import _feed_back, _Layer, _patches, round_weights
 from superpoint_trt.convert.quantize.options import CalibrationOptions, QuantizeOptions
@@ -208,7 +207,7 @@ def test_another_networks_ranges_are_refused(model, ranges, given):
 
 def test_few_images_are_enough(model, ranges, given, monkeypatch):
     seen = []
-    monkeypatch.setattr(rounding, "IMAGES", 2)
+    monkeypatch.setattr("superpoint_trt.convert.quantize.gptq.IMAGES", 2)
     round_weights(model, ranges, given, lambda done, total: seen.append((done, total)))
     assert seen[-1] == (14, 14), "two images and twelve layers"
 
