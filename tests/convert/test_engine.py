@@ -230,7 +230,7 @@ GIB_TOO_SMALL = 0.01
         ({"dynamic": True}, {"opt_shape_hw": (200, 320)}, "240x320 over 200x320 to 960x1280.*min <= opt <= max"),
         ({"dynamic": True}, {"workspace_gib": GIB_TOO_SMALL}, "TensorRT-RTX 1.7.*OutOfMemory.*--workspace"),
         ({"kind": "keypoints", "max_keypoints": 4000}, {}, "4000 keypoints.*TopK takes 3840 at most"),
-        ({}, {"timing_cache": "cache"}, "leave --timing-cache away"),
+        ({}, {"timing_cache": "cache"}, "leave out --timing-cache"),
         ({}, {"targets": ()}, "no GPU to build for.*--target sm86,sm89"),
     ],
 )

@@ -284,8 +284,8 @@ def end(result: LowPrecisionResult) -> None:
         return
     if not result.chosen:
         click.echo(
-            f"no choice of layers meets the gates: whatever is left in {result.quantize.precision.value} costs nothing "
-            "alone; use --precision fp16, or a looser --gate",
+            "no choice of layers meets the gates: none of the layers still in "
+            f"{result.quantize.precision.value} costs anything alone; use --precision fp16, or a looser --gate",
             err=True,
         )
     else:

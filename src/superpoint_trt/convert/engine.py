@@ -361,7 +361,7 @@ def _profile(model: onnx.ModelProto, options: BuildOptions) -> ShapeRange:
         if any(shape not in (None, (height, width)) for shape in asked):
             raise SuperPointError(
                 f"the .onnx takes {height}x{width} (HxW) only, so there is no other shape to build for; export it with "
-                "--dynamic, or leave --min-shape, --opt-shape and --max-shape away."
+                "--dynamic, or leave out --min-shape, --opt-shape and --max-shape."
             )
         shapes = [(height, width)] * 3
     else:
@@ -441,10 +441,10 @@ def _check_fits(source: OnnxFile, options: BuildOptions, tensorrt: TensorRT) -> 
     if tensorrt.flavor is not Flavor.RTX and options.targets:
         raise SuperPointError(
             f"--target is TensorRT-RTX's: {tensorrt} builds for the GPU it runs on only. Use --runtime rtx, or leave "
-            "--target away."
+            "out --target."
         )
     if options.timing_cache is not None and not tensorrt.has_timing_cache:
-        raise SuperPointError(f"{tensorrt} times nothing when it builds; leave --timing-cache away.")
+        raise SuperPointError(f"{tensorrt} times nothing when it builds; leave out --timing-cache.")
     if description.type is OutputType.KEYPOINTS and (description.max_keypoints or 0) > TENSORRT_MAX_TOPK:
         raise SuperPointError(
             f"{path} finds {description.max_keypoints} keypoints in its graph; TensorRT's TopK takes "

@@ -11,7 +11,7 @@ fp16 (`cast.cast` does it for other builders). Where the pairs lie, and why:
 - Scales are symmetric, with zero points 0: zero padding stays exact, and TensorRT takes nothing else.
 - `COARSE` keeps the convolutions behind the last pooling in fp16; the command line does so by default. At an eighth of
   the size they take little time, their fp16 outputs need no conversion, and what they round would stay in the result.
-  If they read a max-pool, its output is int8 all the same (`fp16_with_int8_input`): else TensorRT 8.6 pools in float32.
+  If they read a max-pool, its output is still int8 (`fp16_with_int8_input`): else TensorRT 8.6 pools in float32.
 - The first convolution reads the image, whose 255 steps are more than int8's 127: the image is split into several int8
   channels (`split_image`), or the convolution stays in fp16.
 """
