@@ -6,9 +6,9 @@
 
 Static `heads` engines are timed in turn. Each call launches the plan's CUDA graph and waits for it. --calibration is
 the file that `superpoint build` or `quantize` wrote beside an .onnx of the same checkpoint. Accuracy compares the
-engines of batch 1 with fp32 in onnxruntime: with --photos by the gates of `superpoint verify`, with --dataset by the rows of
-benchmarks/precision_accuracy.py. With --fold-batchnorm a v6 checkpoint is folded, and still compared with its exact
-network. Engines and timing cache stay in FOLDER. Results are printed as they come.
+engines of batch 1 with fp32 in onnxruntime: with --photos by the gates of `superpoint verify`, with --dataset by the
+rows of benchmarks/precision_accuracy.py. With --fold-batchnorm a v6 checkpoint is folded, and still compared with its
+exact network. Engines and timing cache stay in FOLDER. Results are printed as they come.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 The models are `heads` of 640x480. Points within 1 px (the smaller of both directions) and cosine are the gates of
 `superpoint verify` against fp32, on up to 12 of the dataset's images. MMA@3, H@3 and repeatability are those of
 `superpoint evaluate` with its default protocol, homographies averaged over the orders of the matches. Ranges are
-99.99th percentiles, as `superpoint quantize` takes them; a .calibration.json beside the weights is used instead of measuring.
-Exit code 1 if a model loses more than MOST_LOST or finds fewer points than LEAST_FOUND.
+99.99th percentiles, as `superpoint quantize` takes them; a .calibration.json beside the weights is used instead of
+measuring. Exit code 1 if a model loses more than MOST_LOST or finds fewer points than LEAST_FOUND.
 """
 
 from __future__ import annotations
