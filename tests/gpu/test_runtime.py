@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.gpu import cuda
+from superpoint_trt.gpu import arrays, cuda
 from superpoint_trt.gpu.engine_file import sidecar
 from superpoint_trt.run.backends.tensorrt import MOST_LOANS, MOST_SHAPES, TensorRTBackend
 from superpoint_trt.run.extractor import SuperPoint
@@ -18,14 +18,14 @@ PAGE = 2 << 20
 """Of GPU memory, bytes. cudaMemGetInfo counts for the whole GPU: nothing else may run on it."""
 
 
-def upload(values: np.ndarray) -> cuda.DeviceArray:
+def upload(values: np.ndarray) -> arrays.DeviceArray:
     memory = cuda.DeviceMemory(values.nbytes)
     kind = cuda.runtime().cudaMemcpyKind.cudaMemcpyHostToDevice
     cuda.call("cudaMemcpy", memory.address, values.ctypes.data, values.nbytes, kind)
-    return cuda.DeviceArray(memory.address, values.shape, values.dtype, 0, memory)
+    return arrays.DeviceArray(memory.address, values.shape, values.dtype, 0, memory)
 
 
-def download(array: cuda.DeviceArray) -> np.ndarray:
+def download(array: arrays.DeviceArray) -> np.ndarray:
     values = np.empty(array.shape, array.dtype)
     kind = cuda.runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost
     cuda.call("cudaMemcpy", values.ctypes.data, array.address, values.nbytes, kind)

@@ -11,7 +11,7 @@ import pytest
 from superpoint_trt.core.files import cache_folder
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.gpu import kernels
-from superpoint_trt.gpu.cuda import BFLOAT16
+from superpoint_trt.gpu.arrays import BFLOAT16
 from superpoint_trt.gpu.kernels import compiler
 from superpoint_trt.gpu.kernels.compiler import cubin
 from superpoint_trt.gpu.kernels.decode import Head, is_tiled

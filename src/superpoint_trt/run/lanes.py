@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from superpoint_trt.core.types import INPUT_NAME, DecodeOptions, Float32, SuperPointError
 from superpoint_trt.gpu import cuda, kernels
-from superpoint_trt.gpu.cuda import BFLOAT16, DeviceArray, DeviceMemory, PinnedMemory, PinnedPool
+from superpoint_trt.gpu.arrays import BFLOAT16, DeviceArray
+from superpoint_trt.gpu.cuda import DeviceMemory, PinnedMemory, PinnedPool
 from superpoint_trt.gpu.kernels.decode import TARGET_NBYTES, Decoder, DeviceKeypoints, Head, Rows, device_keypoints
 
 if TYPE_CHECKING:

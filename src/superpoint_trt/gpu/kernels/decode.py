@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt.core.types import DecodeOptions, Sampling, SuperPointError
-from superpoint_trt.gpu import cuda
-from superpoint_trt.gpu.cuda import BFLOAT16, DeviceArray, DeviceMemory
+from superpoint_trt.gpu import arrays, cuda
+from superpoint_trt.gpu.arrays import BFLOAT16, DeviceArray
+from superpoint_trt.gpu.cuda import DeviceMemory
 from superpoint_trt.gpu.kernels import Argument, address, blocks, function, launch
 
 LARGEST_TILE_PX = 88
@@ -47,7 +48,7 @@ class Head:
     address: int
     shape: tuple[int, int, int, int]
     dtype: np.dtype[Any]
-    """float32, float16 or cuda.BFLOAT16."""
+    """float32, float16 or arrays.BFLOAT16."""
     pixel_pitch: int = 0
     """Values from one cell to the next if the channels of a cell lie together (NHWC); 0: cells do (NCHW)."""
 
@@ -284,7 +285,7 @@ def decode_heads(
     Raises:
         SuperPointError: not in GPU memory, shapes or types that are no heads, or NVRTC is missing.
     """
-    first, second = cuda.view(logits, gaps=True), cuda.view(coarse_descriptors, gaps=True)
+    first, second = arrays.view(logits, gaps=True), arrays.view(coarse_descriptors, gaps=True)
     decoder = Decoder(_head(first), _head(second), options or DecodeOptions(), sampling)
     rows = decoder.rows(half)
     placed = placed_wh or [(decoder.width_px, decoder.height_px)] * decoder.batch
@@ -326,10 +327,10 @@ def _head(array: DeviceArray) -> Head:
     if array.strides is None:
         return head
     pitch = array.strides[3] // array.dtype.itemsize
-    wanted = cuda.channels_last(array.shape, pitch, array.dtype.itemsize)
+    wanted = arrays.channels_last(array.shape, pitch, array.dtype.itemsize)
     differs = any(size > 1 and a != b for size, a, b in zip(array.shape, array.strides, wanted))
     if pitch < channels or differs:
-        raise SuperPointError(f"a head is neither contiguous nor channels-last: {cuda.NOT_CONTIGUOUS}")
+        raise SuperPointError(f"a head is neither contiguous nor channels-last: {arrays.NOT_CONTIGUOUS}")
     return replace(head, pixel_pitch=pitch)
 
 

@@ -31,8 +31,9 @@ from superpoint_trt.core.types import (
     ShapeRange,
     SuperPointError,
 )
-from superpoint_trt.gpu import cuda, kernels
-from superpoint_trt.gpu.cuda import DeviceArray, DeviceMemory, PinnedPool
+from superpoint_trt.gpu import arrays, cuda, kernels
+from superpoint_trt.gpu.arrays import DeviceArray
+from superpoint_trt.gpu.cuda import DeviceMemory, PinnedPool
 from superpoint_trt.gpu.engine_file import EngineMetadata, check_runs_here, read_plan, with_profile
 from superpoint_trt.gpu.tensorrt_api import TensorRT, flavor_of, load
 from superpoint_trt.run.backends.base import Backend, Image, Outputs, RuntimeInfo, as_unit_range
@@ -132,11 +133,11 @@ class TensorRTBackend(Backend):
         Raises:
             SuperPointError: shape, type or memory is not what the engine takes, or the run failed.
         """
-        source = cuda.view(image)
+        source = arrays.view(image)
         self.check(source.shape)
         if source.dtype != np.float32:
             raise SuperPointError(f"{INPUT_NAME} is {source.dtype} on the GPU; expected float32 in [0, 1].")
-        targets = {name: cuda.view(array) for name, array in (out or {}).items()}
+        targets = {name: arrays.view(array) for name, array in (out or {}).items()}
         shape = self._shape(source.shape, source.dtype, source, targets)
         self._stream.wait_for(cuda.LEGACY_STREAM if stream is None else stream)
         shape.run()
@@ -270,7 +271,7 @@ class _Tensor:
     @property
     def strides(self) -> tuple[int, ...] | None:
         """Bytes, as numpy's and DeviceArray's; None: contiguous."""
-        return cuda.channels_last(self.shape, self.pixel_pitch, self.dtype.itemsize) if self.pixel_pitch else None
+        return arrays.channels_last(self.shape, self.pixel_pitch, self.dtype.itemsize) if self.pixel_pitch else None
 
     def of(self, block: NDArray[Any]) -> NDArray[Any]:
         """This output in the block, in the order of its shape, as numpy can hold it: bfloat16 becomes float32."""
