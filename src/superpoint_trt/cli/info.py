@@ -113,8 +113,8 @@ def _description(model: ModelDescription) -> Iterator[tuple[str, str]]:
     if model.calibration:
         yield "calibration", model.calibration
         yield "not quantised", model.kept_layers or "nothing"
-        if model.handed_over:
-            yield "reads int8", model.handed_over
+        if model.fp16_with_int8_input:
+            yield "reads int8", model.fp16_with_int8_input
         if model.first_convolution == "parts":
             yield "image", "the sum of four of 7 bits: exact for 8-bit images but for white; float images get 9 bits"
     if model.type is OutputType.KEYPOINTS:

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from superpoint_trt.core.contract import describe
+from superpoint_trt.core.contract import recognize
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, one_line, read_bytes, write_atomically
 from superpoint_trt.core.types import OUTPUT_NAMES, ModelDescription, OutputType, Precision, SuperPointError
 
@@ -108,7 +108,7 @@ def described(model: onnx.ModelProto, path: PathLike) -> ModelDescription:
         {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
         for values in (model.graph.input, model.graph.output)
     )
-    return own or describe(Path(path), None, takes, gives, remedy="make one with superpoint export")
+    return own or recognize(Path(path), None, takes, gives, remedy="make one with superpoint export")
 
 
 def name_of(node: onnx.NodeProto) -> str:

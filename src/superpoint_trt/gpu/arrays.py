@@ -13,15 +13,15 @@ from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.gpu.cuda import LEGACY_STREAM, call
 
 BFLOAT16 = np.dtype("V2")
-"""numpy has no bfloat16; this is what torch's CUDA interface calls it."""
+"""numpy has no bfloat16; torch's CUDA array interface names it so."""
 
 
 def channels_last(shape: tuple[int, ...], pixel_pitch: int, itemsize: int) -> tuple[int, ...]:
-    """Strides in bytes that show memory [B, H, W, pixel_pitch] as [B, C, H, W], what is behind the C channels left out.
+    """Strides in bytes that show memory [B, H, W, pixel_pitch] as an array [B, C, H, W].
 
     Args:
         shape: (B, C, H, W).
-        pixel_pitch: values a pixel has in memory, C or more.
+        pixel_pitch: values that a pixel has in memory; C, or more if it is padded.
         itemsize: bytes of a value.
     """
     _, _, rows, columns = shape
@@ -31,19 +31,21 @@ def channels_last(shape: tuple[int, ...], pixel_pitch: int, itemsize: int) -> tu
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """An array in GPU memory, for torch (`torch.as_tensor`, `torch.from_dlpack`), CuPy, JAX and the like.
+    """An array in GPU memory, for torch (`torch.as_tensor`, `torch.from_dlpack`), CuPy, JAX and others.
 
-    It is a view: what it shows is documented where it is made.
+    It is a view; the function that returns it says how long the memory stays valid.
     """
 
     address: int
+    """Of the first value."""
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     device: int
+    """Number of the GPU."""
     owner: Any
-    """Keeps the memory alive."""
+    """The object that keeps the memory alive."""
     strides: tuple[int, ...] | None = None
-    """Bytes from one value to the next along each axis, as numpy's; None: contiguous."""
+    """Bytes from one value to the next along each axis, as in numpy; None: contiguous."""
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +54,7 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        # No stream: the work behind it is done, or ordered by the caller's own stream.
+        # No stream: the work that fills the array is done, or the caller's own stream orders it.
         return {
             "data": (self.address, False),
             "shape": self.shape,
@@ -70,18 +72,18 @@ class DeviceArray:
 
 
 def view(source: Any, gaps: bool = False) -> DeviceArray:
-    """An array of another library as a DeviceArray, without a copy.
+    """Another library's array as a DeviceArray, without a copy.
 
     Args:
         source: anything with `__cuda_array_interface__` or a CUDA `__dlpack__`, not tracked by autograd.
-        gaps: take what is not contiguous, too, and say how it lies (`strides`).
+        gaps: whether arrays that are not contiguous are taken, too; their `strides` say how they lie.
 
     Raises:
-        SuperPointError: not in GPU memory, or with gaps between its values.
+        SuperPointError: the array is not in GPU memory, or not contiguous.
     """
     try:
         interface = getattr(source, "__cuda_array_interface__", None)
-    except (TypeError, KeyError):  # torch: a type the interface has no name for, bfloat16 before 2.5
+    except (TypeError, KeyError):  # torch before 2.5: the interface has no name for bfloat16
         interface = None
     if interface is None:
         return _from_dlpack(source, gaps)
@@ -91,7 +93,7 @@ def view(source: Any, gaps: bool = False) -> DeviceArray:
 
 
 def is_on_gpu(source: Any) -> bool:
-    """Whether `view` is for it."""
+    """Whether the array is in GPU memory, so that `view` takes it."""
     if isinstance(source, np.ndarray):
         return False
     if hasattr(type(source), "__dlpack_device__"):
@@ -99,11 +101,11 @@ def is_on_gpu(source: Any) -> bool:
     return hasattr(source, "__cuda_array_interface__")
 
 
-NOT_CONTIGUOUS = "the CUDA array is not contiguous; make it so (torch: .contiguous())."
+NOT_CONTIGUOUS = "the CUDA array is not contiguous; make it contiguous (torch: .contiguous())."
 
 
 def _strides(strides: Any, shape: tuple[int, ...], itemsize: int, gaps: bool) -> tuple[int, ...] | None:
-    """Those of an array with gaps, where such are taken; None of a contiguous one."""
+    """The strides of an array that is not contiguous; None for a contiguous one."""
     if _contiguous(strides, shape, itemsize):
         return None
     if not gaps:
@@ -122,7 +124,7 @@ def _contiguous(strides: Any, shape: tuple[int, ...], itemsize: int) -> bool:
     return True
 
 
-# The structures of DLPack 0.8 (dlpack.h, github.com/dmlc/dlpack), which every library's __dlpack__ still speaks.
+# The structures of DLPack 0.8 (dlpack.h, github.com/dmlc/dlpack), which every library's __dlpack__ still supports.
 _DLPACK_CUDA = 2
 _DLPACK_NAME = b"dltensor"
 _DLPACK_KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}
@@ -157,7 +159,7 @@ _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
 _exported: dict[int, Any] = {}
-"""What a consumer still holds: address of the managed tensor -> everything it points to."""
+"""Tensors that another library still holds: address of the managed tensor -> everything it points to."""
 
 
 def _release(managed: Any) -> None:
@@ -179,7 +181,7 @@ def _dlpack_capsule(array: DeviceArray) -> Any:
     )
     managed = _DLManagedTensor(tensor, None, _deleter)
     _exported[ctypes.addressof(managed)] = (managed, sizes, array, strides)
-    # Nobody took it: then it stays until the process ends, which no library known to us does.
+    # A capsule that nobody consumes stays until the process ends; every known library consumes it.
     return _capsule_new(ctypes.addressof(managed), _DLPACK_NAME, None)
 
 

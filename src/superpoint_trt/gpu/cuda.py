@@ -1,6 +1,6 @@
-"""The CUDA calls this package makes, each checked: memory, streams, graphs, arrays of other libraries.
+"""The CUDA calls of this package, each checked for errors: devices, memory, streams and graphs.
 
-On NVIDIA's own `cuda.bindings`, the runtime API, which shares the device's primary context with torch and CuPy.
+Uses the runtime API of NVIDIA's `cuda.bindings`, which shares the device's primary context with torch and CuPy.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from superpoint_trt.core.types import SuperPointError
 
 LEGACY_STREAM = 1
-"""cudaStreamLegacy: what libraries that name no stream work on."""
+"""cudaStreamLegacy: the stream of libraries that name none."""
 
 TO_DEVICE, TO_HOST = 1, 2
 """cudaMemcpyKind."""
 
 _ALIGNMENT = 256
-"""Bytes; what cudaMalloc guarantees and TensorRT asks for."""
+"""Bytes. cudaMalloc guarantees this alignment, and TensorRT asks for it."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,10 +49,13 @@ def runtime() -> Any:
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """Calls one function of the CUDA runtime and hands back its value, or the tuple of its values.
+    """Calls a function of the CUDA runtime.
+
+    Returns:
+        Its value, or the tuple of its values.
 
     Raises:
-        SuperPointError: it failed; the text is CUDA's own, with what to do where we know.
+        SuperPointError: it failed; the text is CUDA's own, and what to do where that is known.
     """
     error, *values = getattr(runtime(), function)(*arguments)
     if int(error):
@@ -85,19 +88,64 @@ class Device:
     capability: str
     """"sm90", "sm87", ..."""
     processors: int = 1
-    """Multiprocessors."""
+    """Number of multiprocessors."""
 
 
 def current_device() -> Device:
-    """The GPU that work of this thread goes to.
+    """The calling thread's current GPU.
 
     Raises:
         SuperPointError: no driver or no GPU.
     """
-    index = call("cudaGetDevice")
+    return device(call("cudaGetDevice"))
+
+
+def device(index: int) -> Device:
+    """The GPU of that number.
+
+    Raises:
+        SuperPointError: no driver, or no such GPU; the text lists the GPUs there are.
+    """
+    count = call("cudaGetDeviceCount")
+    if index >= count:
+        raise SuperPointError(f"device cuda:{index} was asked for, but this machine has {gpu_list()}.")
     properties = call("cudaGetDeviceProperties", index)
     capability = f"sm{properties.major}{properties.minor}"
     return Device(index, properties.name.decode(), capability, int(properties.multiProcessorCount))
+
+
+def gpu_list() -> str:
+    """The GPUs that CUDA sees, for messages: "only cuda:0 (NVIDIA H200)"; or why none is seen."""
+    try:
+        found = [device(index) for index in range(call("cudaGetDeviceCount"))]
+    except SuperPointError as error:
+        return f"no usable GPU ({str(error).rstrip('.')})"
+    return f"only {', '.join(f'cuda:{one.index} ({one.name})' for one in found)}" if found else "no GPU"
+
+
+class DeviceScope:
+    """Makes one GPU the calling thread's current GPU inside `with`, and the caller's current again afterwards.
+
+    On a machine with one GPU there is nothing to change, and nothing is done. One instance serves one thread at a
+    time; it may be entered again inside itself.
+
+    Args:
+        index: number of the GPU.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._is_only_gpu = call("cudaGetDeviceCount") == 1
+        self._callers: list[int] = []
+
+    def __enter__(self) -> None:
+        if not self._is_only_gpu:
+            self._callers.append(int(call("cudaGetDevice")))
+            call("cudaSetDevice", self.index)
+
+    def __exit__(self, *_: object) -> None:
+        if not self._is_only_gpu:
+            call("cudaSetDevice", self._callers.pop())
 
 
 class Stream:
@@ -109,46 +157,61 @@ class Stream:
         self._event = call("cudaEventCreateWithFlags", runtime().cudaEventDisableTiming)
 
     def wait_for(self, stream: int) -> None:
-        """Whatever is queued here from now on runs after what is queued on another stream (a handle) by now."""
+        """Orders work queued here from now on after the work already queued on another stream.
+
+        Args:
+            stream: the other stream's handle.
+        """
         call("cudaEventRecord", self._event, stream)
         call("cudaStreamWaitEvent", self.handle, self._event, 0)
 
     def signal(self, stream: int) -> None:
-        """The other way round: the other stream's next work runs after what is queued here by now."""
+        """Orders work queued on another stream from now on after the work already queued here.
+
+        Args:
+            stream: the other stream's handle.
+        """
         call("cudaEventRecord", self._event, self.handle)
         call("cudaStreamWaitEvent", stream, self._event, 0)
 
     def synchronize(self) -> None:
-        """Waits until everything queued here is done; errors of that work come up here."""
+        """Waits until all queued work is done.
+
+        Raises:
+            SuperPointError: that work failed.
+        """
         (error,) = runtime().cudaStreamSynchronize(self.handle)
         if error:
             raise _failed("cudaStreamSynchronize", error)
 
     def close(self) -> None:
-        """Frees stream and event."""
+        """Frees the stream."""
         call("cudaEventDestroy", self._event)
         call("cudaStreamDestroy", self.handle)
 
     @contextmanager
     def capture(self) -> Iterator[Callable[[], Graph]]:
-        """Records instead of running what is queued inside; the yielded function, called afterwards, gives the graph.
+        """Records the work queued inside `with` instead of running it.
+
+        Yields:
+            A function that gives the graph; call it after the `with`.
 
         Raises:
-            SuperPointError: something inside cannot be recorded. The stream is usable again.
+            SuperPointError: some of the work cannot be recorded. The stream stays usable.
         """
-        # Thread-local: another thread's allocation must not spoil it.
+        # Thread-local: an allocation by another thread does not end the recording.
         call("cudaStreamBeginCapture", self.handle, runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         recorded: list[Any] = []
         try:
             yield lambda: Graph(recorded[0])
         except BaseException:
-            runtime().cudaStreamEndCapture(self.handle)  # its own error would hide the first
+            runtime().cudaStreamEndCapture(self.handle)  # unchecked: its error would hide the first
             raise
         recorded.append(call("cudaStreamEndCapture", self.handle))
 
 
 class Graph:
-    """Recorded GPU work, launched as one."""
+    """Recorded GPU work that is launched in one call."""
 
     def __init__(self, graph: Any) -> None:
         try:
@@ -168,11 +231,11 @@ class Graph:
 
 
 class Replay:
-    """Work that is queued over and over: plainly the first time, which readies it, then as one CUDA graph.
+    """Repeated GPU work. The first run queues it plainly, which prepares it; the second records it as a CUDA graph.
 
     Args:
-        stream: where.
-        may_capture: whether to record at all.
+        stream: the stream that the work is queued on.
+        may_capture: whether the work may be recorded; if not, every run queues it plainly.
         name: of the work, for the log.
     """
 
@@ -185,7 +248,7 @@ class Replay:
         """Queues the work.
 
         Args:
-            queue: queues it plainly; the same work each time. It is not kept, so it may belong to this object's owner.
+            queue: queues the work plainly; the same work at each call. It is not kept after the call.
         """
         if self.graph is None and self._may_capture and self._ready:
             self._capture(queue)
@@ -212,7 +275,7 @@ class Replay:
 
 
 class _Memory:
-    """Memory of CUDA's, freed with the object."""
+    """Memory that CUDA allocates; freed with the object."""
 
     _allocate: str
     _free: str
@@ -228,40 +291,45 @@ class _Memory:
 
 
 class DeviceMemory(_Memory):
-    """On the GPU."""
+    """Memory on the GPU."""
 
     _allocate, _free = "cudaMalloc", "cudaFree"
 
 
 class PinnedMemory(_Memory):
-    """On the host and page-locked: copies to and from the GPU run at full speed."""
+    """Page-locked memory on the host. The GPU copies to and from it at full speed."""
 
     _allocate, _free = "cudaMallocHost", "cudaFreeHost"
 
 
 def _alive() -> bool:
-    """Whether the interpreter still is: at its end its modules are gone, and the process's memory goes anyway."""
+    """Whether the interpreter is running. While it shuts down, modules are gone and memory is freed anyway."""
     return sys is not None and sys.meta_path is not None and not sys.is_finalizing()
 
 
 class PinnedPool:
-    """Page-locked blocks of one size, lent to arrays: a block comes back when the last array on it is gone."""
+    """Page-locked blocks of one size that arrays borrow. A block returns when the last array on it is gone.
+
+    Args:
+        nbytes: size of a block.
+        most: largest number of blocks.
+    """
 
     def __init__(self, nbytes: int, most: int) -> None:
         self._nbytes = nbytes
         self._free = [PinnedMemory(nbytes)]
-        self._unmade = most - 1
+        self._left_to_make = most - 1
 
     def lend(self) -> _Loan | None:
-        """A block as a uint8 array-like (`np.asarray`); None while all are lent."""
-        if not self._free and self._unmade:
-            self._unmade -= 1
+        """A block, as something that `np.asarray` makes a uint8 array of; None while all blocks are lent."""
+        if not self._free and self._left_to_make:
+            self._left_to_make -= 1
             self._free.append(PinnedMemory(self._nbytes))
         return _Loan(self._free) if self._free else None
 
 
 class _Loan:
-    """Owns a block as numpy sees it, and so lives as long as any array on it."""
+    """Holds a block while arrays use it: every array on the block keeps this object alive."""
 
     def __init__(self, free: list[PinnedMemory]) -> None:
         self._free = free
@@ -285,9 +353,9 @@ def copy(to: int, source: int, nbytes: int, kind: int, stream: Stream) -> None:
 
 
 def pinned_array(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """A host array in page-locked memory: the GPU reads it directly, three times as fast as any other.
+    """An array in page-locked host memory, which the GPU reads three times as fast as ordinary memory.
 
-    Fill it again and again (a camera's frames, say) and hand it to `infer`.
+    Use it for images that are filled in again and again, such as a camera's frames, and pass it to `infer`.
     """
     pool = PinnedPool(math.prod(shape) * np.dtype(dtype).itemsize, 1)
     array: NDArray[Any] = np.ndarray(shape, dtype, np.asarray(pool.lend()))
@@ -295,5 +363,5 @@ def pinned_array(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
 
 
 def aligned(nbytes: int) -> int:
-    """Rounded up, so that what follows starts where the GPU wants it."""
+    """Rounds a size up to a multiple of 256 bytes, so that data behind it is aligned for the GPU."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -95,13 +95,13 @@ def read_plan(engine: PathLike) -> tuple[bytes, EngineMetadata | None]:
         SuperPointError: a file is missing or damaged, or the .json describes another plan.
     """
     data = read_bytes(engine, "engine")
-    metadata_path = sidecar(engine)
-    if not metadata_path.exists():
+    json_path = sidecar(engine)
+    if not json_path.exists():
         return data, None
-    metadata = EngineMetadata.from_json(read_bytes(metadata_path, "engine metadata"), metadata_path)
+    metadata = EngineMetadata.from_json(read_bytes(json_path, "engine metadata"), json_path)
     if sha256(data) != metadata.plan_sha256:
         raise SuperPointError(
-            f"{engine} is not the plan that {metadata_path.name} describes (cut short, or replaced by another); build it "
+            f"{engine} is not the plan that {json_path.name} describes (cut short, or replaced by another); build it "
             f"again: {metadata.rebuild} (or remove the .json to run the plan without it)."
         )
     return data, metadata

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from superpoint_trt.core.contract import REQUIRED_RANKS, describe
+from superpoint_trt.core.contract import REQUIRED_RANKS, recognize
 from superpoint_trt.core.files import PathLike, one_line, read_bytes
 from superpoint_trt.core.types import INPUT_NAME, ModelDescription, Precision, SuperPointError
 from superpoint_trt.run.backends.base import Backend, Image, Outputs, RuntimeInfo, as_unit_range
@@ -116,7 +116,7 @@ def _describe(session: Any, path: Path) -> ModelDescription:
     except UnicodeDecodeError:
         raise SuperPointError(f"{path} has metadata that is no text; export it again.") from None
     takes, gives = ({tensor.name: list(tensor.shape) for tensor in tensors} for tensors in (inputs, outputs))
-    description = describe(path, described, takes, gives, remedy="make one with: superpoint export")
+    description = recognize(path, described, takes, gives, remedy="make one with: superpoint export")
     if inputs[0].type != "tensor(float)":
         raise SuperPointError(
             f"{path} takes {inputs[0].type}; expected float32 images. Export it with superpoint export."

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.core.contract import describe
+from superpoint_trt.core.contract import recognize
 from superpoint_trt.core.files import PathLike, sha256
 from superpoint_trt.core.types import (
     INPUT_NAME,
@@ -489,7 +489,7 @@ def _introspected(engine: Any, path: Path) -> ModelDescription:
     modes = {name: engine.get_tensor_mode(name).name for name in names}
     inputs, outputs = ({name: shapes[name] for name in names if modes[name] == mode} for mode in ("INPUT", "OUTPUT"))
     inside = _described_inside(engine)
-    found = describe(path, inside, inputs, outputs, remedy="build one with: superpoint build")
+    found = recognize(path, inside, inputs, outputs, remedy="build one with: superpoint build")
     return found if inside else replace(found, precision=Precision.FP32)
 
 
