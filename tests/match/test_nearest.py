@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.match.nearest import Estimator, MatchOptions, Model, estimate, match
+from superpoint_trt.match.geometry import Estimator, Model, estimate
+from superpoint_trt.match.nearest import MatchOptions, match
 
 # On a line: a0 - b0 are 1 apart, a1 - b1 2, a2 is nearest to b1 but b1 prefers a1.
 A = np.array([[0.0], [10.0], [14.5]], np.float32)

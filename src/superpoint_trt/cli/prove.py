@@ -151,7 +151,7 @@ def evaluate(
     """Repeatability, homographies and matching on pairs with known homographies, as the literature defines them."""
     from superpoint_trt.core.files import check_distinct, check_writable
     from superpoint_trt.core.image import parse_size
-    from superpoint_trt.match.nearest import Estimator
+    from superpoint_trt.match.geometry import Estimator
     from superpoint_trt.prove.datasets import input_files
     from superpoint_trt.prove.evaluate import BASELINES, Protocol, Resize, evaluate
 

@@ -18,7 +18,7 @@ from superpoint_trt.core import image as images
 from superpoint_trt.core.files import PathLike, named
 from superpoint_trt.core.progress import Progress, Steps
 from superpoint_trt.core.types import Float32, Keypoints, Matrix, OutputType, SuperPointError
-from superpoint_trt.match.nearest import Estimator
+from superpoint_trt.match.geometry import Estimator
 from superpoint_trt.prove import metrics
 from superpoint_trt.prove.datasets import Pair, load_pairs
 from superpoint_trt.run.decode import normalize
