@@ -13,7 +13,7 @@ from superpoint_trt.gpu import arrays
 from superpoint_trt.gpu import tensorrt_api as trt
 from superpoint_trt.gpu.arrays import DeviceArray
 from superpoint_trt.gpu.kernels.decode import Head, _head
-from superpoint_trt.run.backends.tensorrt import _check_formats, _Tensor
+from superpoint_trt.gpu.engine import OutputTensor, check_formats
 from superpoint_trt.run.decode import scores_from_logits
 
 ELSEWHERE = 1 << 20
@@ -22,8 +22,8 @@ ELSEWHERE = 1 << 20
 PADDING = 99
 
 
-def tensor(shape: tuple[int, ...], pitch: int, dtype: type = np.float16, bfloat16: bool = False) -> _Tensor:
-    return _Tensor("logits", shape, np.dtype(dtype), 256, bfloat16, pitch)
+def tensor(shape: tuple[int, ...], pitch: int, dtype: type = np.float16, bfloat16: bool = False) -> OutputTensor:
+    return OutputTensor("logits", shape, np.dtype(dtype), 256, bfloat16, pitch)
 
 
 def test_padding_is_left_out():
@@ -125,7 +125,7 @@ def tensorrt() -> trt.TensorRT:
 def test_pitches_of_tensorrts_formats(tensorrt, format_, channels, pitch):
     engine = Engine(image=IMAGE, logits=(format_, (-1, channels, -1, -1)))
     assert tensorrt.pixel_pitch(engine, "logits") == pitch
-    _check_formats(tensorrt, engine, Path("a.engine"))
+    check_formats(tensorrt, engine, Path("a.engine"))
 
 
 @pytest.mark.parametrize(
@@ -141,5 +141,5 @@ def test_pitches_of_tensorrts_formats(tensorrt, format_, channels, pitch):
 )
 def test_other_formats_are_refused(tensorrt, tensors, says):
     with pytest.raises(SuperPointError, match=rf"^a\.engine: {says}") as caught:
-        _check_formats(tensorrt, Engine(**tensors), Path("a.engine"))
+        check_formats(tensorrt, Engine(**tensors), Path("a.engine"))
     assert "\n" not in str(caught.value)

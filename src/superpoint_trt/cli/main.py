@@ -142,7 +142,7 @@ def info(file: str) -> None:
 @click.option("--threshold", type=float, help="Scores must be greater.  [default: 0.005, or the model's own]")
 @click.option("--top-k", type=int, help="Keep the best K.  [default: all]")
 @click.option("--max-side", type=int, help="Shrink larger images to this many px first.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@DEVICE
 @click.option("--threads", type=int, help="CPU threads.")
 def infer(
     model: str | None,
@@ -216,9 +216,11 @@ def match(
     """Match two images and draw the inliers of one geometry."""
     from superpoint_trt.core.files import check_distinct, check_writable
     from superpoint_trt.core.image import load_image, to_picture
-    from superpoint_trt.match.nearest import Estimator, MatchOptions, Model, match_images
+    from superpoint_trt.match.geometry import Estimator, Model
+    from superpoint_trt.match.images import match_images, save_matches
+    from superpoint_trt.match.nearest import MatchOptions
     from superpoint_trt.run.draw import check_picture_name, draw_matches, save_picture
-    from superpoint_trt.run.store import check_npz, save_matches
+    from superpoint_trt.run.store import check_npz
 
     if output:
         check_picture_name(check_writable(output))

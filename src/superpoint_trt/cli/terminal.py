@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from superpoint_trt import packaged
+from superpoint_trt.core.device import DeviceChoice
 from superpoint_trt.core.types import SuperPointError
 
 BAD_INPUT = 2
@@ -27,7 +28,18 @@ WEIGHTS = click.option(
 MODEL = click.option(
     "--model", help=".onnx, engine, or a checkpoint (runs in PyTorch).  [default: the packaged weights]"
 )
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+
+
+def _device_name(_: click.Context, parameter: click.Parameter, value: str) -> str:
+    try:
+        return str(DeviceChoice.parse(value))
+    except SuperPointError as error:
+        raise click.BadParameter(str(error), param=parameter) from error
+
+
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, callback=_device_name, help="auto, cpu, cuda or cuda:N."
+)
 JSON = click.option("--json", "json_path", help="File to write the figures to.")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,9 +156,19 @@ class Placement:
     input_height_px: int
 
     @property
+    def image_wh(self) -> tuple[int, int]:
+        """(width, height) in px of the caller's image."""
+        return self.image_width_px, self.image_height_px
+
+    @property
+    def placed_wh(self) -> tuple[int, int]:
+        """(width, height) in px of the image inside the input, without padding."""
+        return self.placed_width_px, self.placed_height_px
+
+    @property
     def resized(self) -> bool:
         """Whether the image was shrunk to fit."""
-        return (self.placed_width_px, self.placed_height_px) != (self.image_width_px, self.image_height_px)
+        return self.placed_wh != self.image_wh
 
     def to_image(self, xy: Float32) -> Float32:
         """Pixels of the network's input (N, 2) -> pixels of the caller's image.
@@ -173,6 +183,14 @@ class Placement:
         half = np.float32(0.5)
         scaled: Float32 = (xy + half) * scale - half
         return scaled
+
+
+class PreparedImage(NamedTuple):
+    """An image on its way into a network's input."""
+
+    pixels: NDArray[Any]
+    """(H, W) uint8, or float32 in [0, 1]: the whole input, or only the image, still to be padded."""
+    placement: Placement
 
 
 def place(image_hw: tuple[int, int], model: ModelDescription, max_side_px: int | None = None) -> Placement:

@@ -154,7 +154,7 @@ class ModelDescription:
     METADATA_PREFIX = "superpoint_trt."
 
     def to_metadata(self) -> dict[str, str]:
-        """The description as flat strings; every key begins with `superpoint_trt.`, and fields that are None are left out."""
+        """The description as flat strings with keys `superpoint_trt.*`; fields that are None are left out."""
         return {
             self.METADATA_PREFIX + _METADATA_KEYS.get(key, key): value.value
             if isinstance(value, enum.Enum)

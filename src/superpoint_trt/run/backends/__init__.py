@@ -1,4 +1,4 @@
-"""Backends, one module each, opened from a path by `open_backend`."""
+"""Backends, one module for each runtime. `open_backend` chooses by the file's ending."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def open_backend(path: PathLike, device: str = "auto", threads: int | None = None) -> Backend:
-    """Opens a model with the backend its kind of file asks for.
+    """Opens a model with the backend for its kind of file.
 
     Args:
         path: `.onnx` (onnxruntime), `.pth`/`.safetensors` (the PyTorch reference), `.engine`/`.trt`/`.plan` (TensorRT).
-        device: "auto" (the best that works, named in `Backend.runtime`), "cpu" or "cuda" (that or an error).
+        device: "auto" (the best that works; `Backend.runtime` names it), or "cpu", "cuda" or "cuda:N": that device or
+            an error.
         threads: CPU threads; None leaves the choice to the runtime.
 
     Raises:
