@@ -12,8 +12,8 @@ from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.gpu import arrays
 from superpoint_trt.gpu import tensorrt_api as trt
 from superpoint_trt.gpu.arrays import DeviceArray
-from superpoint_trt.gpu.kernels.decode import Head, _head
 from superpoint_trt.gpu.engine import OutputTensor, check_formats
+from superpoint_trt.gpu.kernels.decode import Head, _head
 from superpoint_trt.run.decode import scores_from_logits
 
 ELSEWHERE = 1 << 20

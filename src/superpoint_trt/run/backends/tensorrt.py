@@ -55,6 +55,7 @@ class TensorRTBackend(Backend):
 
     Attributes:
         engine: the opened engine.
+        stream: where it runs.
 
     Raises:
         SuperPointError: no such GPU, no TensorRT, or the plan was made for another GPU, TensorRT or model.
@@ -71,8 +72,8 @@ class TensorRTBackend(Backend):
         self.runtime = RuntimeInfo(str(self.engine.tensorrt), self.engine.device, self.engine.precision)
         with self.engine.on_gpu:
             self._scratch: DeviceMemory | None = self.engine.new_scratch()
-            self._stream = cuda.Stream()
-        self._shapes: OrderedDict[tuple[Any, ...], _ShapeRunner] = OrderedDict()
+            self.stream = cuda.Stream()
+        self._shapes: OrderedDict[tuple[Any, ...], ShapeRunner] = OrderedDict()
 
     def _infer(self, image: Image) -> Outputs:
         with self.engine.on_gpu:
@@ -88,7 +89,7 @@ class TensorRTBackend(Backend):
         marks = [time.perf_counter()]
 
         def mark() -> None:
-            self._stream.synchronize()
+            self.stream.synchronize()
             marks.append(time.perf_counter())
 
         with self.engine.on_gpu:
@@ -122,12 +123,12 @@ class TensorRTBackend(Backend):
         targets = {name: view(array) for name, array in (out or {}).items()}
         with self.engine.on_gpu:
             runner = self._runner(source.shape, source.dtype, source, targets)
-            self._stream.wait_for(cuda.LEGACY_STREAM if stream is None else stream)
+            self.stream.wait_for(cuda.LEGACY_STREAM if stream is None else stream)
             runner.run()
             if stream is None:
-                self._stream.synchronize()
+                self.stream.synchronize()
             else:
-                self._stream.signal(stream)
+                self.stream.signal(stream)
             return runner.results(self.engine.gpu.index)
 
     def _runner(
@@ -136,7 +137,7 @@ class TensorRTBackend(Backend):
         dtype: np.dtype[Any],
         source: DeviceArray | None = None,
         targets: Mapping[str, DeviceArray] = MappingProxyType({}),
-    ) -> _ShapeRunner:
+    ) -> ShapeRunner:
         """The runner of a shape and type; of the caller's own arrays, also for their addresses."""
         if self._scratch is None:
             raise SuperPointError("this model was closed; open it again.")
@@ -147,10 +148,15 @@ class TensorRTBackend(Backend):
             return self._shapes[key]
         while len(self._shapes) >= MOST_SHAPES:
             self._shapes.popitem(last=False)[1].close()
-        execution = self.engine.prepare(shape, self._stream, self._scratch)
-        made = _ShapeRunner(execution, self._stream, shape, dtype, source, targets)
+        execution = self.engine.prepare(shape, self.stream, self._scratch)
+        made = ShapeRunner(execution, self.stream, shape, dtype, source, targets)
         self._shapes[key] = made
         return made
+
+    @property
+    def runners(self) -> list[ShapeRunner]:
+        """The runners made so far, one for each kind of input; the one used last is at the end."""
+        return list(self._shapes.values())
 
     def lanes(self, options: DecodeOptions, half: bool) -> Lanes | None:
         """Opens the way from image to keypoints on the GPU, for `heads` engines; None for other types.
@@ -174,11 +180,15 @@ class TensorRTBackend(Backend):
             self._shapes.clear()
             if self._scratch is not None:
                 self._scratch = None
-                self._stream.close()
+                self.stream.close()
 
 
-class _ShapeRunner:
-    """Runs one input shape and type: its execution, its buffers, and from the second run on its CUDA graph."""
+class ShapeRunner:
+    """Runs one input shape and type.
+
+    Attributes:
+        execution: the execution context and the outputs' memory.
+    """
 
     def __init__(
         self,
@@ -189,7 +199,7 @@ class _ShapeRunner:
         source: DeviceArray | None,
         targets: Mapping[str, DeviceArray],
     ) -> None:
-        self._execution = execution
+        self.execution = execution
         self._stream = stream
         self._count = math.prod(shape)
         self._convert = dtype == np.uint8 and _can_convert()
@@ -205,7 +215,7 @@ class _ShapeRunner:
         self._replay = execution.replay()
 
     def _check_targets(self) -> None:
-        by_name = {tensor.name: tensor for tensor in self._execution.outputs}
+        by_name = {tensor.name: tensor for tensor in self.execution.outputs}
         for name, array in self._targets.items():
             if name not in by_name:
                 raise SuperPointError(f"out names {name!r}; this engine's outputs are {', '.join(by_name)}.")
@@ -231,14 +241,14 @@ class _ShapeRunner:
         mark()
         self.run()
         mark()
-        nbytes = self._execution.memory.nbytes
+        nbytes = self.execution.memory.nbytes
         loan = self._loans.lend() if self._loans else None
         memory: Any = np.empty(nbytes, np.uint8) if loan is None else np.asarray(loan)
         address = memory.__array_interface__["data"][0]
-        cuda.copy(address, self._execution.memory.address, nbytes, cuda.TO_HOST, self._stream)
+        cuda.copy(address, self.execution.memory.address, nbytes, cuda.TO_HOST, self._stream)
         self._stream.synchronize()
         mark()
-        return {tensor.name: tensor.of(memory) for tensor in self._execution.outputs}
+        return {tensor.name: tensor.of(memory) for tensor in self.execution.outputs}
 
     def run(self) -> None:
         """Queues the network."""
@@ -247,13 +257,23 @@ class _ShapeRunner:
     def _queue(self) -> None:
         if self._pixels:
             kernels.unit_range(self._pixels.address, self._unit.address, self._count, self._stream)
-        self._execution.queue()
+        self.execution.queue()
+
+    @property
+    def graph(self) -> cuda.Graph | None:
+        """The recorded run, from the second run on."""
+        return self._replay.graph
+
+    @property
+    def input_address(self) -> int:
+        """Of the network's float32 input on the GPU."""
+        return self._unit.address
 
     def results(self, device_index: int) -> dict[str, DeviceArray]:
         """The outputs where they lie on the GPU."""
-        memory = self._execution.memory
+        memory = self.execution.memory
         found = {}
-        for tensor in self._execution.outputs:
+        for tensor in self.execution.outputs:
             address = memory.address + tensor.offset
             own = DeviceArray(address, tensor.shape, tensor.dtype, device_index, memory, tensor.strides)
             found[tensor.name] = self._targets.get(tensor.name, own)
@@ -263,4 +283,4 @@ class _ShapeRunner:
         """Frees the graph and the context; memory is freed with its last user."""
         self._stream.synchronize()
         self._replay.forget()
-        self._execution.close()
+        self.execution.close()
