@@ -107,7 +107,12 @@ class FakeEngine(Engine):
         self.on_gpu = cuda.DeviceScope(index)
         self.profiles = [ShapeRange((1, 16, 16), (1, 32, 32), (most_batch, 64, 64))]
         self.description = ModelDescription(
-            OutputType.HEADS, height_px=32, width_px=32, dynamic=True, max_batch_size=most_batch, descriptor_dim=self.DIM
+            OutputType.HEADS,
+            height_px=32,
+            width_px=32,
+            dynamic=True,
+            max_batch_size=most_batch,
+            descriptor_dim=self.DIM,
         )
         self.precision = "fp32"
         self.refuses = False

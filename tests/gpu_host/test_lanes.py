@@ -6,12 +6,14 @@ import gc
 
 import numpy as np
 import pytest
-import fake_gpu
+from gpu_host import fake_gpu
 
 from superpoint_trt.core.types import DecodeOptions, SuperPointError
 from superpoint_trt.run.lanes import MOST_LANES, MOST_LOANS, Lanes
 from superpoint_trt.run.runner import DeviceRunner
 from superpoint_trt.run.stream import StreamOptions, stream_keypoints
+
+pytest_plugins = ["gpu_host.gpu_fixtures"]
 
 
 def opened(engine, half: bool = False, **options) -> DeviceRunner:

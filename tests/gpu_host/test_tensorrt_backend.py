@@ -1,12 +1,12 @@
-"""`TensorRTBackend` on a stand-in for the GPU and the engine: copies, buffers, whose arrays are used, what is refused."""
+"""`TensorRTBackend` on a stand-in for the GPU and the engine: copies, buffers, the caller's arrays, refusals."""
 
 from __future__ import annotations
 
 import gc
 
-import fake_gpu
 import numpy as np
 import pytest
+from gpu_host import fake_gpu
 
 from superpoint_trt import SuperPoint
 from superpoint_trt.core.types import SuperPointError
@@ -14,6 +14,8 @@ from superpoint_trt.gpu import cuda
 from superpoint_trt.gpu.arrays import DeviceArray
 from superpoint_trt.run.backends import tensorrt
 from superpoint_trt.run.backends.tensorrt import MOST_LOANS, MOST_SHAPES, TensorRTBackend
+
+pytest_plugins = ["gpu_host.gpu_fixtures"]
 
 
 @pytest.fixture()
@@ -59,7 +61,7 @@ def test_uint8_is_the_float_image(backend):
 
 def test_steps_are_timed(backend):
     outputs, spans = backend.infer_timed(image(0))
-    assert list(spans) == ["host_to_device", "network", "device_to_host"] and list(outputs)[0] == "logits"
+    assert list(spans) == ["host_to_device", "network", "device_to_host"] and next(iter(outputs)) == "logits"
 
 
 def test_arrays_on_the_gpu_are_used_where_they_lie(backend):
@@ -106,10 +108,9 @@ def test_superpoint_decodes_on_the_gpu_and_says_so(gpu, engine, monkeypatch, tmp
     monkeypatch.setattr(tensorrt, "Engine", lambda path, index: engine)
     picture = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
     with SuperPoint("model.engine", max_keypoints=3) as superpoint:
-        assert repr(superpoint) == (
-            f"SuperPoint('model.engine', heads, TensorRT, cuda:{engine.gpu.index} (GPU {engine.gpu.index}, sm90), fp32, "
-            "decode on the GPU (CUDA))"
-        )
+        gpu_name = f"cuda:{engine.gpu.index} (GPU {engine.gpu.index}, sm90)"
+        expected = f"SuperPoint('model.engine', heads, TensorRT, {gpu_name}, fp32, decode on the GPU (CUDA))"
+        assert repr(superpoint) == expected
         assert len(superpoint.extract(picture)) == 3
         assert len(superpoint.extract_device(picture).scores.shape) == 1
         assert [len(one) for one in superpoint.extract_many([picture] * 5, 2)] == [3] * 5
@@ -123,6 +124,6 @@ def test_superpoint_decodes_on_the_gpu_and_says_so(gpu, engine, monkeypatch, tmp
     with SuperPoint("model.engine") as superpoint:
         assert "decode on the CPU (numpy): compiling kernels needs NVRTC" in repr(superpoint)
         superpoint.extract(picture)
-        with pytest.raises(SuperPointError, match="heads engine only.*needs NVRTC"):
+        with pytest.raises(SuperPointError, match=r"heads engine only.*needs NVRTC"):
             superpoint.extract_device(picture)
     tensorrt._can_convert.cache_clear()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 
-import fake_gpu
 import pytest
+from gpu_host import fake_gpu
 
 from superpoint_trt.gpu import cuda, kernels
 from superpoint_trt.run import lanes
