@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import onnx
+import pytest
 from conftest import photograph
 from onnx import helper, numpy_helper
 
@@ -17,6 +18,11 @@ from superpoint_trt.run.backends import open_backend
 KINDS = ("random", "smooth", "plateaus", "few levels", "below threshold")
 MOVE = np.array([[1.0, 0, 24], [0, 1, 8], [0, 0, 1]])
 SAME = np.eye(3)
+
+
+def rarely(*values):
+    """Parameters that only `make test-all` runs."""
+    return [pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=pytest.mark.exhaustive) for one in values]
 
 
 def score_map(kind: str, seed: int = 0, height: int = 64, width: int = 96) -> np.ndarray:

@@ -16,6 +16,14 @@ from superpoint_trt.run.backends import onnxruntime as onnxruntime_backend
 from superpoint_trt.run.backends import open_backend
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """The packaged model is exported once for this file, not into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUPERPOINT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def test_without_a_model_the_packaged_weights_are_opened():
     image = load_image(packaged.PHOTO)
     with SuperPoint(max_keypoints=200) as superpoint, SuperPoint(default_model(), max_keypoints=200) as named:
