@@ -16,7 +16,7 @@ from superpoint_trt.core.image import (
     Placement,
     PreparedImage,
     as_array,
-    check,
+    check_image,
     place,
     shrink,
     to_gray,
@@ -248,7 +248,7 @@ class DeviceRunner(Runner):
         array = as_array(image)
         placement = self._placements.get(array.shape)
         if placement is None:
-            check(array)
+            check_image(array)
             placement = place(array.shape[:2], self._model, self._max_side_px)
             if len(self._placements) >= _MOST_PLACEMENTS:
                 self._placements.clear()
