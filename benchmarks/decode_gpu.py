@@ -29,9 +29,9 @@ import numpy as np
 from superpoint_trt import SuperPoint
 from superpoint_trt.convert import engine as engines
 from superpoint_trt.convert.export import ExportOptions, export
+from superpoint_trt.core.image import synthetic_photograph
 from superpoint_trt.core.types import OutputType, Precision
 from superpoint_trt.gpu import cuda
-from superpoint_trt.prove.benchmark import synthetic_photograph
 from superpoint_trt.run.lanes import Slot
 
 N = 1024

@@ -20,7 +20,8 @@ from superpoint_trt.convert.quantize.gptq import round_weights
 from superpoint_trt.convert.quantize.qdq import COARSE, quantize_file
 from superpoint_trt.core.image import load_image, to_gray
 from superpoint_trt.core.types import OutputType, Precision
-from superpoint_trt.prove.verify import verify, within
+from superpoint_trt.prove.agreement import within
+from superpoint_trt.prove.verify import verify
 from superpoint_trt.run.extractor import SuperPoint
 
 SIZE_HW = (480, 640)
