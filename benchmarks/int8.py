@@ -24,11 +24,14 @@ from engines import SIZE_HW, Timed
 from precision_accuracy import measure, print_row
 
 from superpoint_trt.checkpoint.layouts import load as load_checkpoint
-from superpoint_trt.convert import engine as engines
-from superpoint_trt.convert.cast import load_onnx
-from superpoint_trt.convert.export import ExportOptions, describe, export
-from superpoint_trt.convert.quantize import calibrate as calibrations
-from superpoint_trt.convert.quantize.qdq import COARSE, FirstConvolution, quantize
+from superpoint_trt.convert.engine import BuildOptions
+from superpoint_trt.convert.engine import build as build_engine
+from superpoint_trt.convert.export import export, exported_description
+from superpoint_trt.convert.export_options import ExportOptions
+from superpoint_trt.convert.onnx_file import load_onnx
+from superpoint_trt.convert.quantize.options import COARSE, FirstConvolution, QuantizeOptions
+from superpoint_trt.convert.quantize.qdq import quantize
+from superpoint_trt.convert.quantize.ranges_file import check_same_network, load_calibration
 from superpoint_trt.core.types import OutputType, Precision
 
 CALLS_PER_TURN = 50
@@ -36,13 +39,12 @@ TARGETS = {1: 1.3, 8: 1.4}
 """fp16 time over int8 time, by batch."""
 
 VARIANTS = {
-    # name: what to do with the fp32 graph and its ranges
-    "int8": lambda model, ranges: quantize(model, ranges),
-    "int8-fp16-first": lambda model, ranges: quantize(model, ranges, first=FirstConvolution.FP16),
-    "int8-fp16-outputs": lambda model, ranges: quantize(model, ranges, keep=("conv[PD]b",)),
-    "int8-coarse": lambda model, ranges: quantize(model, ranges, keep=(COARSE,)),
-    "int8-fp16-detector": lambda model, ranges: quantize(model, ranges, keep=("convP*",)),
-    "int8-fp16-conv4-detector": lambda model, ranges: quantize(model, ranges, keep=("conv4*", "convP*")),
+    "int8": QuantizeOptions(),
+    "int8-fp16-first": QuantizeOptions(first_convolution=FirstConvolution.FP16),
+    "int8-fp16-outputs": QuantizeOptions(keep_fp16=("conv[PD]b",)),
+    "int8-coarse": QuantizeOptions(keep_fp16=(COARSE,)),
+    "int8-fp16-detector": QuantizeOptions(keep_fp16=("convP*",)),
+    "int8-fp16-conv4-detector": QuantizeOptions(keep_fp16=("conv4*", "convP*")),
 }
 
 
@@ -58,18 +60,20 @@ def build(folder: Path, weights: str, fold: bool, ranges, variant: str, batch: i
         precision = Precision.FP16
         if variant != "fp16":
             precision = Precision.INT8
-            model.write_bytes(VARIANTS[variant](load_onnx(model), ranges).SerializeToString())
-        options = engines.BuildOptions(
+            model.write_bytes(quantize(load_onnx(model), ranges, VARIANTS[variant]).SerializeToString())
+        options = BuildOptions(
             precision, workspace_gib=4.0, timing_cache=folder / "timing.cache", optimization_level=level
         )
-        metadata = engines.build(model, path, options)
+        metadata = build_engine(model, path, options)
         print(f"built {path.name} in {metadata.build['seconds']} s", flush=True)
     return path
 
 
 def network(weights: str, fold: bool):
     """What an .onnx of it says of itself."""
-    return describe(load_checkpoint(weights), ExportOptions(OutputType.HEADS, *SIZE_HW, fold_batchnorm=fold))
+    return exported_description(
+        load_checkpoint(weights), ExportOptions(OutputType.HEADS, *SIZE_HW, fold_batchnorm=fold)
+    )
 
 
 def fix_batch(path: Path, batch: int) -> None:
@@ -263,8 +267,8 @@ def main(
     started = time.monotonic()
     folder = Path(folder)
     folder.mkdir(exist_ok=True, parents=True)
-    ranges = calibrations.load(calibration)
-    calibrations.check_same_network(ranges, network(weights, fold), weights)
+    ranges = load_calibration(calibration)
+    check_same_network(ranges, network(weights, fold), weights)
     report: dict = {"timings": {}, "layers": {}, "gates": {}, "accuracy": {}, "calibration": ranges.summary()}
 
     def built(variant: str, batch: int) -> Path:

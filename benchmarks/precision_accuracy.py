@@ -22,11 +22,14 @@ from pathlib import Path
 import click
 
 from superpoint_trt import packaged
-from superpoint_trt.convert.cast import cast, load_onnx
+from superpoint_trt.convert.cast import cast
 from superpoint_trt.convert.export import ExportOptions, export
-from superpoint_trt.convert.quantize import calibrate as calibrations
+from superpoint_trt.convert.onnx_file import QUANTIZED_TYPES, load_onnx
+from superpoint_trt.convert.quantize.calibrate import calibrate, split_images
 from superpoint_trt.convert.quantize.gptq import round_weights
-from superpoint_trt.convert.quantize.qdq import KINDS, quantize
+from superpoint_trt.convert.quantize.options import CalibrationOptions, QuantizeOptions
+from superpoint_trt.convert.quantize.qdq import quantize
+from superpoint_trt.convert.quantize.ranges_file import load_calibration, ranges_path
 from superpoint_trt.core.types import OutputType, Precision
 from superpoint_trt.prove.datasets import load_pairs
 from superpoint_trt.prove.evaluate import evaluate
@@ -45,8 +48,8 @@ def model_of(weights: str, precision: Precision, ranges, keep, folder: Path) -> 
     full, path = folder / "fp32.onnx", folder / f"{precision.value}.onnx"
     if not full.exists():
         export(weights, full, ExportOptions(OutputType.HEADS))
-    if precision in KINDS:
-        path.write_bytes(quantize(load_onnx(full), ranges, precision, keep).SerializeToString())
+    if precision in QUANTIZED_TYPES:
+        path.write_bytes(quantize(load_onnx(full), ranges, QuantizeOptions(precision, tuple(keep))).SerializeToString())
     elif precision is not Precision.FP32:
         cast(full, path, precision)
     return path
@@ -54,15 +57,13 @@ def model_of(weights: str, precision: Precision, ranges, keep, folder: Path) -> 
 
 def ranges_of(weights: str, images: str, count: int, rounding: str, folder: Path):
     """Those that lie beside the checkpoint, or measured now."""
-    beside = calibrations.beside(weights)
+    beside = ranges_path(weights)
     if beside.exists():
         print(f"ranges of {beside}", flush=True)
-        return calibrations.load(beside)
+        return load_calibration(beside)
     started = time.perf_counter()
-    chosen = calibrations.split(images, count)
-    found = calibrations.calibrate(
-        folder / "fp32.onnx", chosen.calibration, calibrations.CalibrationOptions(count=count)
-    )
+    chosen = split_images(images, count)
+    found = calibrate(folder / "fp32.onnx", chosen.calibration, CalibrationOptions(count=count))
     if rounding == "feedback":
         found = round_weights(folder / "fp32.onnx", found, chosen.calibration)
     print(f"{found.summary()}, in {time.perf_counter() - started:.0f} s", flush=True)

@@ -17,7 +17,9 @@ from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert import engine as engines
 from superpoint_trt.convert.cast import to_precision
 from superpoint_trt.convert.engine import BuildOptions, build
-from superpoint_trt.convert.export import NEWEST_OPSET, ExportOptions, export, to_onnx
+from superpoint_trt.convert.engine_trt86 import shift_windows
+from superpoint_trt.convert.export import export, to_onnx
+from superpoint_trt.convert.export_options import NEWEST_OPSET, ExportOptions
 from superpoint_trt.core.types import DecodeOptions, OutputType, Precision, ShapeRange, SuperPointError
 from superpoint_trt.gpu import tensorrt_api as trt
 from superpoint_trt.gpu.engine_file import EngineMetadata, check_runs_here, read_plan, sidecar
@@ -178,7 +180,7 @@ def test_progress_comes_from_the_builder(model_file, tmp_path):
 def test_the_form_for_tensorrt_8_finds_the_same(model_file, radius):
     """Run in onnxruntime; on the GPU tests/gpu hold it against PyTorch."""
     source = onnx.load(model_file("keypoints", "packaged", decode=DecodeOptions(nms_radius_px=radius)))
-    shifted = engines.shift_windows(source)
+    shifted = shift_windows(source)
     pools = [node for node in shifted.graph.node if node.op_type == "MaxPool" and "pool_" in node.name]
     assert len(pools) == (10 if radius == 9 else 0)
     onnx.checker.check_model(shifted, full_check=True)
@@ -195,9 +197,9 @@ def test_the_form_for_tensorrt_8_finds_the_same(model_file, radius):
 def test_other_models_keep_their_form_for_tensorrt_8(model_file, checkpoint):
     for kind, dynamic in (("dense", False), ("heads", False), ("keypoints", True)):
         source = onnx.load(model_file(kind, dynamic=dynamic))
-        assert engines.shift_windows(source) is source
+        assert shift_windows(source) is source
     theirs = foreign(to_onnx(checkpoint("magicleap"), ExportOptions(OutputType.KEYPOINTS)))
-    assert engines.shift_windows(theirs) is theirs
+    assert shift_windows(theirs) is theirs
 
 
 # ------------------------------------------------------------------------------------------------------------- refused

@@ -18,7 +18,9 @@ from superpoint_trt.checkpoint import layouts as checkpoints
 from superpoint_trt.checkpoint import reference as network
 from superpoint_trt.cli.main import cli
 from superpoint_trt.cli.main import run as run_cli
-from superpoint_trt.convert.export import NEWEST_OPSET, ExportOptions, export, reach_of_padding_px, to_onnx
+from superpoint_trt.convert.export import export, to_onnx
+from superpoint_trt.convert.export_options import NEWEST_OPSET, ExportOptions
+from superpoint_trt.convert.fold import reach_of_padding_px
 from superpoint_trt.core.types import DecodeOptions, ModelDescription, OutputType, Sampling, SuperPointError
 from superpoint_trt.run import decode
 

@@ -14,10 +14,11 @@ import pytest
 
 from superpoint_trt.convert import engine as engines
 from superpoint_trt.convert.export import ExportOptions, export
-from superpoint_trt.convert.quantize import calibrate as calibrations
 from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.gptq import round_weights
-from superpoint_trt.convert.quantize.qdq import COARSE, quantize_file
+from superpoint_trt.convert.quantize.options import COARSE, QuantizeOptions
+from superpoint_trt.convert.quantize.qdq import quantize_file
+from superpoint_trt.convert.quantize.ranges_file import ranges_path, save_calibration
 from superpoint_trt.core.image import load_image, to_gray
 from superpoint_trt.core.types import OutputType, Precision
 from superpoint_trt.prove.agreement import within
@@ -41,7 +42,7 @@ def ranges(reference_model, photos) -> Path:
     if GIVEN:
         return Path(GIVEN)
     found = round_weights(reference_model, calibrate(reference_model, photos[PROOF:]), photos[PROOF:])
-    return calibrations.save(found, calibrations.beside(reference_model))
+    return save_calibration(found, ranges_path(reference_model))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,9 @@ def test_int8_keeps_its_points(int8_engine, reference_model, proof, kind):
 
 def test_tensorrt_rounds_as_onnxruntime_does(int8_engine, reference_model, ranges, proof, tmp_path):
     """The same Q/DQ graph on the CPU in float32: nearer to it than the fp32 network is."""
-    quantized = quantize_file(reference_model, tmp_path / "int8.onnx", ranges, keep=(COARSE,))
+    quantized = quantize_file(
+        reference_model, tmp_path / "int8.onnx", ranges, options=QuantizeOptions(keep_fp16=(COARSE,))
+    )
     shares: dict[str, list[float]] = {"int8": [], "fp32": []}
     with SuperPoint(int8_engine("heads")) as engine:
         found = [engine.extract(gray(photo)) for photo in proof]

@@ -74,7 +74,7 @@ def _checkpoint(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _onnx_model(path: Path) -> Iterator[tuple[str, str]]:
-    from superpoint_trt.convert.cast import parse_onnx
+    from superpoint_trt.convert.onnx_file import parse_onnx
 
     data = read_bytes(path, "model")
     model = parse_onnx(data, path)

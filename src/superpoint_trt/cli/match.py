@@ -65,8 +65,8 @@ def match(
     runtime: RuntimeArgs,
 ) -> None:
     """Match two images and draw the inliers of one geometry."""
-    from superpoint_trt.run.store import check_npz
     from superpoint_trt.run.draw import check_picture_name
+    from superpoint_trt.run.store import check_npz
 
     check_outputs((output, save), (first, second, model))
     if output:

@@ -15,13 +15,15 @@ from onnx import helper, numpy_helper
 
 from superpoint_trt import packaged
 from superpoint_trt.cli.main import cli, run
-from superpoint_trt.convert.cast import load_onnx
 from superpoint_trt.convert.export import ExportOptions, export
-from superpoint_trt.convert.quantize import calibrate as calibrations
+from superpoint_trt.convert.onnx_file import load_onnx
 from superpoint_trt.convert.quantize import gptq as rounding
-from superpoint_trt.convert.quantize.calibrate import CalibrationOptions, calibrate
+from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.gptq import _feed_back, _Layer, _patches, round_weights
+from superpoint_trt.convert.quantize.options import CalibrationOptions, QuantizeOptions
 from superpoint_trt.convert.quantize.qdq import quantize, quantize_file
+from superpoint_trt.convert.quantize.ranges_file import load_calibration, save_calibration
+from superpoint_trt.core.files import sha256
 from superpoint_trt.core.types import OutputType, Precision, SuperPointError
 
 NAMES = ("camera", "coffee", "brick", "grass")
@@ -102,7 +104,7 @@ def test_the_graph_differs_in_its_integers_only(model, ranges, rounded):
 
 
 def test_layers_that_are_kept_keep_their_weights(model, rounded):
-    kept = quantize(load_onnx(model), rounded, keep=["conv3b"])
+    kept = quantize(load_onnx(model), rounded, QuantizeOptions(keep_fp16=("conv3b",)))
     exact, got = (
         {w.name: numpy_helper.to_array(w) for w in graph.graph.initializer} for graph in (load_onnx(model), kept)
     )
@@ -110,14 +112,14 @@ def test_layers_that_are_kept_keep_their_weights(model, rounded):
 
 
 def test_fp8_has_no_use_for_steps_of_int8(model, ranges, rounded):
-    one, other = (quantize(load_onnx(model), found, Precision.FP8) for found in (ranges, rounded))
+    one, other = (quantize(load_onnx(model), found, QuantizeOptions(Precision.FP8)) for found in (ranges, rounded))
     assert one.SerializeToString() == other.SerializeToString()
 
 
 def test_files_give_the_same_model_byte_for_byte(model, rounded, given, tmp_path):
-    path = calibrations.save(rounded, tmp_path / "net.calibration.json")
+    path = save_calibration(rounded, tmp_path / "net.calibration.json")
     assert {found.name for found in tmp_path.iterdir()} == {"net.calibration.json", "net.calibration.int8.safetensors"}
-    again = calibrations.load(path)
+    again = load_calibration(path)
     assert again.summary().endswith("weights rounded with feedback")
     quantize_file(model, tmp_path / "from_files.onnx", path)
     expected = quantize(load_onnx(model), rounded).SerializeToString()
@@ -127,14 +129,14 @@ def test_files_give_the_same_model_byte_for_byte(model, rounded, given, tmp_path
 
 
 def test_weights_that_are_missing_or_others_are_refused(rounded, tmp_path):
-    path = calibrations.save(rounded, tmp_path / "net.calibration.json")
+    path = save_calibration(rounded, tmp_path / "net.calibration.json")
     weights = tmp_path / "net.calibration.int8.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
     with pytest.raises(SuperPointError, match=r"is not the file that .*net.calibration.json was written with"):
-        calibrations.load(path)
+        load_calibration(path)
     weights.unlink()
     with pytest.raises(SuperPointError, match=r"net\.calibration\.int8\.safetensors"):
-        calibrations.load(path)
+        load_calibration(path)
 
 
 def test_weights_of_another_network_are_refused(model, rounded):
@@ -148,13 +150,13 @@ def test_weights_of_another_network_are_refused(model, rounded):
 
 
 def test_damaged_weights_of_the_right_digest_are_refused(rounded, tmp_path):
-    path = calibrations.save(rounded, tmp_path / "net.calibration.json")
+    path = save_calibration(rounded, tmp_path / "net.calibration.json")
     (tmp_path / "net.calibration.int8.safetensors").write_bytes(b"no tensors")
-    digest = calibrations.sha256((tmp_path / "net.calibration.int8.safetensors").read_bytes())
+    digest = sha256((tmp_path / "net.calibration.int8.safetensors").read_bytes())
     flat = json.loads(path.read_text())
     path.write_text(json.dumps({**flat, "weights_sha256": digest}))
     with pytest.raises(SuperPointError, match="cannot be read as rounded weights"):
-        calibrations.load(path)
+        load_calibration(path)
 
 
 def test_convolutions_that_read_otherwise_are_left_to_the_nearest_step(model, ranges, given, tmp_path):
@@ -221,7 +223,7 @@ def test_on_the_command_line(model, given, tmp_path, capsys):
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
     assert run(cli, [*words, str(tmp_path / "c.onnx"), *from_images, "--rounding", "nearest"]) == 0
     assert "feedback" not in capsys.readouterr().out.splitlines()[-1]
-    assert calibrations.load(tmp_path / "net.calibration.json").weights == {}
+    assert load_calibration(tmp_path / "net.calibration.json").weights == {}
     (tmp_path / "net.calibration.int8.safetensors").unlink()
     assert run(cli, [*words, str(tmp_path / "d.onnx"), *from_files]) == 0
     assert "to the nearest step: " in capsys.readouterr().out
