@@ -16,16 +16,21 @@ NEEDS := click, cv2, numpy, onnx, onnxruntime, rich, safetensors
 DEMO_PYTHON = $(shell $(PYTHON) -c "import $(NEEDS)" 2>/dev/null && echo $(PYTHON) || echo $(DEMO_VENV)/bin/python)
 SUPERPOINT = PYTHONPATH=src $(DEMO_PYTHON) -m superpoint_trt
 
-.PHONY: test check bench test-gpu bench-gpu demo train clean
+.PHONY: test check docs bench test-gpu bench-gpu demo train clean
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest
 
-check: $(VENV)/.ready
+check: $(VENV)/.ready docs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# The site in build/site; --strict: a broken link fails.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/extract_overhead.py $(if $(WEIGHTS),--weights $(WEIGHTS))
@@ -53,7 +58,7 @@ demo:
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) '$(TORCH)'
-	$(VENV)/bin/python $(PIP) -e '.[dev,torch,report]'
+	$(VENV)/bin/python $(PIP) -e '.[dev,docs,torch,report]'
 	@touch $@
 
 $(DEMO_VENV)/.ready: pyproject.toml
