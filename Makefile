@@ -29,7 +29,7 @@ check: $(VENV)/.ready docs
 
 # The site in build/site; --strict: a broken link fails.
 docs: $(VENV)/.ready
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 
 bench: $(VENV)/.ready

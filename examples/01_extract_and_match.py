@@ -12,9 +12,8 @@ import sys
 import cv2
 import numpy as np
 
-from superpoint_trt import SuperPoint, packaged
+from superpoint_trt import MatchOptions, SuperPoint, match_images, packaged
 from superpoint_trt.core.image import load_image
-from superpoint_trt.match.nearest import MatchOptions, match_images
 from superpoint_trt.run.draw import draw_matches, save_picture
 
 OUTPUT = "example_matches.jpg"

@@ -102,6 +102,24 @@ def test_torch_zero_copy_says_what_it_needs(tmp_path):
     run(tmp_path, sys.executable, EXAMPLES / "04_torch_zero_copy.py", code=1)
 
 
+def test_int8(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    picture = cv2.imread(str(packaged.PHOTO))
+    for index in range(12):  # different parts of the photograph, at different sizes
+        top, left = 16 * (index // 4), 32 * (index % 4)
+        cv2.imwrite(str(photos / f"{index:02d}.png"), picture[top : top + 300 + 16 * index, left : left + 400])
+    onnx = tmp_path / "heads.onnx"
+    export(packaged.WEIGHTS, onnx, ExportOptions(type=OutputType.HEADS, height_px=240, width_px=320))
+
+    printed = run(tmp_path, sys.executable, EXAMPLES / "05_int8.py", onnx, photos)
+    assert "warning: " in printed  # twelve images are few
+    assert re.search(r"keypoints_found_share\s+0\.9\d+  limit 0\.9  passed", printed), printed
+    with SuperPoint(tmp_path / "example_int8.onnx") as superpoint:
+        assert "int8" in repr(superpoint)
+        assert len(superpoint.extract(packaged.PHOTO)) > 200
+
+
 def compiler_flags(folder: Path) -> list[str]:
     """How to compile and link with ONNX Runtime here; skips the test where that is not possible."""
     if shutil.which("g++") is None:
