@@ -16,7 +16,7 @@ NEEDS := click, cv2, numpy, onnx, onnxruntime, rich, safetensors
 DEMO_PYTHON = $(shell $(PYTHON) -c "import $(NEEDS)" 2>/dev/null && echo $(PYTHON) || echo $(DEMO_VENV)/bin/python)
 SUPERPOINT = PYTHONPATH=src $(DEMO_PYTHON) -m superpoint_trt
 
-.PHONY: test check docs bench test-gpu bench-gpu demo train clean
+.PHONY: test check bench test-gpu bench-gpu demo train clean
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest
@@ -28,6 +28,7 @@ check: $(VENV)/.ready docs
 	$(VENV)/bin/lint-imports
 
 # The site in build/site; --strict: a broken link fails.
+.PHONY: docs
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
