@@ -28,7 +28,8 @@ def main(onnx: str, images: str, engine: str | None = None) -> int:
         print("not verified: too few images")
         return 0
     for gate in result.verification.gates:
-        print(f"{gate.name:<28}{gate.value:8.4f}  limit {gate.limit:g}  {'passed' if gate.passed else 'FAILED'}")
+        value = "not defined" if gate.value is None else f"{gate.value:.4f}"
+        print(f"{gate.name:<26}{value:>12}  limit {gate.limit:<6g}{'passed' if gate.passed else 'FAILED'}")
     return 0 if result.passed else 1
 
 
