@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module, util
-from typing import Any
+from typing import Any, Callable
 
 from superpoint_trt.core.types import SuperPointError
 
@@ -40,6 +40,9 @@ _CHANNELS_LAST = {"HWC": 1, "HWC8": 8, "HWC16": 16}
 
 _MOST_MESSAGES = 400
 """Log messages kept for one exception; beyond, the oldest go."""
+
+BuildProgress = Callable[[str, int, int], None]
+"""Called with the phase's name, the steps done and the steps in all."""
 
 LogMessage = tuple[int, str]
 """TensorRT's severity (0 is the worst) and the text."""
@@ -195,8 +198,8 @@ class TensorRT:
         for index, target in enumerate(targets):
             config.set_compute_capability(getattr(self.module.ComputeCapability, target.upper()), index)
 
-    def set_progress(self, config: Any, report: Any) -> bool:
-        """Reports (phase, step, steps) while building; False where TensorRT has no progress monitor (8.6)."""
+    def set_progress(self, config: Any, report: BuildProgress) -> bool:
+        """Has a build report its progress; False where TensorRT has no progress monitor (8.6)."""
         if not hasattr(self.module, "IProgressMonitor"):
             return False
         # In some versions the config does not keep the monitor alive. A build stays on one thread.
@@ -405,7 +408,7 @@ def _logger(module: Any, log: _ThreadLog) -> Any:
     return Log()
 
 
-def _progress_monitor(module: Any, report: Any) -> Any:
+def _progress_monitor(module: Any, report: BuildProgress) -> Any:
     class Monitor(module.IProgressMonitor):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)

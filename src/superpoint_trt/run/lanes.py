@@ -67,15 +67,15 @@ class Lanes:
         """Slots for one caller, as a context manager that takes them back at its end."""
         return BorrowedSlots(self, count)
 
-    def take(self, count: int) -> list[Slot]:
+    def _take(self, count: int) -> list[Slot]:
         """Takes slots out of the free ones, and makes those that are missing."""
-        with self._engine.on_gpu:
-            while len(self._free) < count:
+        while len(self._free) < count:
+            with self._engine.on_gpu:
                 self._slots.append(Slot(self._engine, self.options, self.half))
-                self._free.append(self._slots[-1])
+            self._free.append(self._slots[-1])
         return [self._free.pop(0) for _ in range(count)]
 
-    def give_back(self, slots: Sequence[Slot]) -> None:
+    def _give_back(self, slots: Sequence[Slot]) -> None:
         """Returns slots, in which no run may be under way."""
         self._free[:0] = slots
 
@@ -95,11 +95,11 @@ class BorrowedSlots:
         self._slots: list[Slot] = []
 
     def __enter__(self) -> list[Slot]:
-        self._slots = self._lanes.take(self._count)
+        self._slots = self._lanes._take(self._count)
         return self._slots
 
     def __exit__(self, *_: object) -> None:
-        self._lanes.give_back(self._slots)
+        self._lanes._give_back(self._slots)
 
 
 class Slot:
