@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import cv2
@@ -23,6 +24,14 @@ SAME = np.eye(3)
 def rarely(*values):
     """Parameters that only `make test-all` runs."""
     return [pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=pytest.mark.exhaustive) for one in values]
+
+
+def cases(*axes, fast):
+    """Every combination of the axes' values, for `parametrize`; those that are not `fast` are marked exhaustive."""
+    return [
+        pytest.param(*values, marks=() if fast(*values) else pytest.mark.exhaustive)
+        for values in itertools.product(*axes)
+    ]
 
 
 def score_map(kind: str, seed: int = 0, height: int = 64, width: int = 96) -> np.ndarray:
