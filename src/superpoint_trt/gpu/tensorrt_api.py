@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from importlib import import_module, util
 from typing import Any, Callable
 
+from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import SuperPointError
 
 
@@ -27,7 +28,6 @@ class Flavor(str, enum.Enum):
 
 
 MODULES = {Flavor.TENSORRT: "tensorrt", Flavor.RTX: "tensorrt_rtx"}
-EXTRAS = {flavor: f"superpoint-trt[{flavor.value}]" for flavor in Flavor}
 
 _MAGIC = {b"ftrt": Flavor.TENSORRT, b"vtrt": Flavor.RTX}
 """The first four bytes of a plan."""
@@ -57,7 +57,7 @@ def missing() -> str | None:
     """What to do if no TensorRT is installed; None if one is."""
     if installed():
         return None
-    commands = " or ".join(f"pip install '{extra}'" for extra in EXTRAS.values())
+    commands = install_hint(*(flavor.value for flavor in Flavor))
     return (
         f"TensorRT is not installed here: {commands} on a machine with an NVIDIA GPU (the second builds engines for "
         "RTX GPUs on any machine; superpoint doctor says what this one has). Without it the .onnx runs everywhere: "
@@ -80,7 +80,7 @@ def load(flavor: Flavor | None = None) -> TensorRT:
     if flavor is None or flavor not in here:
         absent = missing() or ""
         if flavor and here:
-            absent = f"{MODULES[flavor]} is not installed here: pip install '{EXTRAS[flavor]}'."
+            absent = f"{MODULES[flavor]} is not installed here: {install_hint(flavor.value)}."
         raise SuperPointError(absent)
     if flavor not in _loaded:
         try:
@@ -88,8 +88,8 @@ def load(flavor: Flavor | None = None) -> TensorRT:
         except (ImportError, OSError, AttributeError) as error:  # AttributeError: another library of that name
             reason = " ".join(str(error).split())
             raise SuperPointError(
-                f"{MODULES[flavor]} is installed but does not load: {reason}; reinstall it: pip install "
-                f"'{EXTRAS[flavor]}' (Jetson: use JetPack's own, see docs/tensorrt.md)."
+                f"{MODULES[flavor]} is installed but does not load: {reason}; reinstall it: "
+                f"{install_hint(flavor.value)}. On a Jetson use JetPack's own, see docs/tensorrt.md."
             ) from error
     return _loaded[flavor]
 

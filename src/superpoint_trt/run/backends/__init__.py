@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from superpoint_trt.core.files import PathLike
+from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import ENGINE_SUFFIXES, SuperPointError
 from superpoint_trt.run.backends.base import Backend, Outputs, RuntimeInfo
 
@@ -36,7 +37,7 @@ def open_backend(path: PathLike, device: str = "auto", threads: int | None = Non
             from superpoint_trt.run.backends.torch import TorchBackend
         except ImportError:
             raise SuperPointError(
-                f"running the checkpoint {path} itself needs PyTorch: pip install 'superpoint-trt[torch]'. Without: "
+                f"running the checkpoint {path} itself needs PyTorch: {install_hint('torch')}. Without: "
                 "superpoint export makes an .onnx of it."
             ) from None
         return TorchBackend(path, device, threads)
