@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench: each sets up what it needs in an environment of its own.
+# make demo | make test | make test-all | make check | make bench: each sets up its own environment.
 PYTHON ?= python3
 # The tests compare with PyTorch, and .pth checkpoints need it. 2.13.0 has no build for Python 3.9.
 TORCH ?= $(shell $(PYTHON) -c "import sys; print('torch==2.13.0' if sys.version_info >= (3, 10) else 'torch>=2.6')")
@@ -16,16 +16,28 @@ NEEDS := click, cv2, numpy, onnx, onnxruntime, rich, safetensors
 DEMO_PYTHON = $(shell $(PYTHON) -c "import $(NEEDS)" 2>/dev/null && echo $(PYTHON) || echo $(DEMO_VENV)/bin/python)
 SUPERPOINT = PYTHONPATH=src $(DEMO_PYTHON) -m superpoint_trt
 
-.PHONY: test check bench test-gpu bench-gpu demo train clean
+.PHONY: test test-all check bench test-gpu bench-gpu demo train clean
+
+# One process a core; each holds PyTorch, so not more than eight.
+PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python $(PYTEST) -m "not exhaustive"
 
-check: $(VENV)/.ready
+test-all: $(VENV)/.ready
+	$(VENV)/bin/python $(PYTEST)
+
+check: $(VENV)/.ready docs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# The site in build/site; --strict: a broken link fails.
+.PHONY: docs
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/extract_overhead.py $(if $(WEIGHTS),--weights $(WEIGHTS))
@@ -53,7 +65,7 @@ demo:
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) '$(TORCH)'
-	$(VENV)/bin/python $(PIP) -e '.[dev,torch,report]'
+	$(VENV)/bin/python $(PIP) -e '.[dev,docs,torch,report]'
 	@touch $@
 
 $(DEMO_VENV)/.ready: pyproject.toml

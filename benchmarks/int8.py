@@ -114,13 +114,11 @@ class Runner:
 
     def layers(self) -> list[dict]:
         """What TensorRT's inspector says of each layer."""
-        inspector = self.timed.backend._shared.engine.create_engine_inspector()
-        text = inspector.get_engine_information(self.timed.backend._tensorrt.module.LayerInformationFormat.JSON)
-        return [layer for layer in json.loads(text, strict=False)["Layers"] if isinstance(layer, dict)]
+        return self.timed.backend.engine.layers()
 
     def profile(self, runs: int = 20) -> dict[str, float]:
         """Mean microseconds of each layer, run one after the other; together they take longer than the graph."""
-        trt, backend = self.timed.backend._tensorrt.module, self.timed.backend
+        trt, backend = self.timed.backend.engine.tensorrt.module, self.timed.backend
         sums: dict[str, float] = {}
 
         class Profiler(trt.IProfiler):
@@ -130,11 +128,11 @@ class Runner:
             def report_layer_time(self, name: str, ms: float) -> None:
                 sums[name] = sums.get(name, 0.0) + ms * 1e3 / runs
 
-        context = self.timed.shape._context
+        context = self.timed.runner.execution.context
         context.profiler = profiler = Profiler()
         for _ in range(runs):
-            context.execute_async_v3(backend._stream.address)
-            backend._stream.synchronize()
+            context.execute_async_v3(backend.stream.address)
+            backend.stream.synchronize()
         del profiler
         return sums
 

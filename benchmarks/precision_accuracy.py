@@ -32,7 +32,8 @@ from superpoint_trt.convert.quantize.qdq import quantize
 from superpoint_trt.convert.quantize.ranges_file import load_calibration, ranges_path
 from superpoint_trt.core.types import OutputType, Precision
 from superpoint_trt.prove.datasets import load_pairs
-from superpoint_trt.prove.evaluate import Protocol, evaluate
+from superpoint_trt.prove.evaluate import evaluate
+from superpoint_trt.prove.protocol import Protocol
 from superpoint_trt.prove.verify import verify
 
 PROOF_IMAGES = 12

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from superpoint_trt.checkpoint import layouts as checkpoints
 from superpoint_trt.checkpoint.reference import SuperPoint, SuperPointNet
-from superpoint_trt.prove.benchmark import synthetic_photograph
+from superpoint_trt.core.image import synthetic_photograph
 
 N, RADIUS, BORDER, THRESHOLD = 1024, 4, 4, 0.005
 SIZE_HW = (480, 640)

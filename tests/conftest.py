@@ -1,17 +1,24 @@
-"""Shared fixtures: real photographs, real and random checkpoints of every layout."""
+"""Shared fixtures: real photographs, real and random checkpoints of every layout, and models exported from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# One thread in each process: the tests run in as many processes as there are cores (pytest -n auto), and the networks
+# here are small. Set before numpy and torch are imported, which read it once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
 from superpoint_trt import packaged
 from superpoint_trt.checkpoint import layouts as checkpoints
 from superpoint_trt.checkpoint.layouts import Checkpoint
+from superpoint_trt.convert.export import ExportOptions, export
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WEIGHTS = SHARED / "data" / "weights"
@@ -104,6 +111,30 @@ def write_checkpoint(layout: str, folder: Path, seed: int = 0, **shape) -> Path:
     return path
 
 
+class _OneThread(onnxruntime.SessionOptions):
+    """Session options whose default is one thread; onnxruntime has no environment variable for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.intra_op_num_threads = 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Keeps the processes that run tests side by side from taking each other's cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", _OneThread)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory) -> Iterator[None]:
+    """A cache of this session's own: no test reads the user's, and the packaged model is exported once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUPERPOINT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def photo() -> np.ndarray:
     return photograph()
@@ -133,3 +164,18 @@ def checkpoint_file(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def checkpoint(checkpoint_file) -> Callable[[str], Checkpoint]:
     return lambda layout: checkpoints.load(checkpoint_file(layout))
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint_file, tmp_path_factory) -> Callable[..., Path]:
+    """Checkpoint name and fields of `ExportOptions` -> the .onnx, exported once a session. Do not write to it."""
+    folder = tmp_path_factory.mktemp("exported")
+    made: dict[tuple[str, ExportOptions], Path] = {}
+
+    def get(layout: str, *arguments, **options) -> Path:
+        key = layout, ExportOptions(*arguments, **options)
+        if key not in made:
+            made[key] = export(checkpoint_file(layout), folder / f"{layout}{len(made)}.onnx", key[1])
+        return made[key]
+
+    return get

@@ -21,6 +21,11 @@ MOVE = np.array([[1.0, 0, 24], [0, 1, 8], [0, 0, 1]])
 SAME = np.eye(3)
 
 
+def rarely(*values):
+    """Parameters that only `make test-all` runs."""
+    return [pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=pytest.mark.exhaustive) for one in values]
+
+
 def cases(*axes, fast):
     """Every combination of the axes' values, for `parametrize`; those that are not `fast` are marked exhaustive."""
     return [

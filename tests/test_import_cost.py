@@ -9,27 +9,57 @@ import pytest
 
 
 def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return done.stdout
 
 
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="needs sys.stdlib_module_names")
-def test_importing_the_package_imports_numpy_and_nothing_else():
-    code = "import sys; before = set(sys.modules); import superpoint_trt; print(*(set(sys.modules) - before))"
+def test_the_package_and_all_its_names_import_numpy_and_nothing_else():
+    code = (
+        "import sys; before = set(sys.modules); import superpoint_trt as package; assert 'numpy' not in sys.modules\n"
+        "every = [getattr(package, name) for name in dir(package)]\n"
+        "from superpoint_trt import Keypoints, SuperPoint, match_images\n"
+        "print(*(set(sys.modules) - before))"
+    )
     roots = {name.split(".")[0] for name in python(code).split()}
     assert roots - set(sys.stdlib_module_names) == {"numpy", "superpoint_trt"}
+
+
+def test_public_names():
+    import superpoint_trt
+
+    assert set(superpoint_trt.__all__) == {*superpoint_trt._HOMES, "__version__"}
+    assert set(superpoint_trt.__all__) <= set(dir(superpoint_trt))
+    with pytest.raises(AttributeError, match="no attribute 'Superpoint'"):
+        _ = superpoint_trt.Superpoint
 
 
 HEAVY = ("torch", "onnx", "onnxruntime", "cv2", "safetensors", "tensorrt", "tensorrt_rtx", "cuda", "skimage")
 
 
-@pytest.mark.parametrize(
-    "command", ["", "export", "build", "cast", "info", "infer", "weights", "weights fetch", "doctor"]
-)
-def test_help_needs_no_heavy_library(command):
-    block = "".join(f"sys.modules[{name!r}] = None; " for name in HEAVY)
-    command = [*command.split(), "-h"]
-    code = f"import sys; {block}from superpoint_trt.cli.main import run, cli; sys.exit(run(cli, {command!r}))"
-    assert "Usage:" in python(code)
+def test_help_needs_no_heavy_library():
+    """Of every command and every script of the guide."""
+    code = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in HEAVY)
+    code += """
+import click
+from superpoint_trt.cli import guide
+from superpoint_trt.cli.main import cli, run
+
+def show(command, *names):
+    print(">>", *names, flush=True)
+    assert run(command, ["--help"]) == 0
+    for name, inner in getattr(command, "commands", {}).items():
+        show(inner, *names, name)
+
+show(cli, "superpoint")
+for script in (guide.convert_to_onnx, guide.convert_to_tensorrt, guide.tensorrt_inference):
+    show(script, script.name)
+"""
+    told = python(code)
+    shown = [line[3:] for line in told.splitlines() if line.startswith(">> ")]
+    assert {"superpoint export", "superpoint match", "superpoint weights fetch", "superpoint quantize"} < set(shown)
+    assert told.count("Usage:") == len(shown) > 18
 
 
 def test_the_extractor_runs_without_torch(checkpoint_file, tmp_path, photo):

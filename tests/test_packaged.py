@@ -11,15 +11,15 @@ from conftest import photograph
 from superpoint_trt import SuperPoint, packaged
 from superpoint_trt.checkpoint import layouts as checkpoints
 from superpoint_trt.checkpoint.layouts import NormPlacement
-from superpoint_trt.cli.demo import demo
+from superpoint_trt.cli.demo import match_with_warped_copy
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert import default_model as ready
 from superpoint_trt.core.files import sha256
 from superpoint_trt.core.types import Family, Sampling, SuperPointError
-from superpoint_trt.match.nearest import match_images
+from superpoint_trt.match.images import match_images
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -61,7 +61,7 @@ def test_a_cache_that_cannot_be_made_is_said(tmp_path, monkeypatch):
 
 def test_the_demo_finds_the_warp_that_is_known(tmp_path):
     with SuperPoint(ready.default_model()) as superpoint:
-        shown = demo(superpoint, tmp_path)
+        shown = match_with_warped_copy(superpoint, tmp_path)
     assert len(shown.found.matches) > 300
     assert shown.correct > 0.75
     assert shown.corner_error_px < 3

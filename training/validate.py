@@ -45,7 +45,7 @@ def _pair(net: SuperPointNet, bank: Bank, index: int) -> tuple[float, float, flo
     again = metrics.repeatability(*few, matrix, 300)
     return (
         again.share or 0.0,
-        np.nan if again.localisation_error_px is None else again.localisation_error_px,
+        np.nan if again.localization_error_px is None else again.localization_error_px,
         metrics.matching_accuracy(*many, matrix, (3,))[0],
         float(metrics.homography_error_px(*many, matrix) <= 3),
     )

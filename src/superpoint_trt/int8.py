@@ -63,8 +63,9 @@ from superpoint_trt.core.files import PathLike, check_distinct, check_writable
 from superpoint_trt.core.progress import Progress
 from superpoint_trt.core.types import Precision, SuperPointError
 from superpoint_trt.gpu.engine_file import EngineMetadata
+from superpoint_trt.prove.gates import check_limits
 from superpoint_trt.prove.sensitivity import FEW_IMAGES, Choice, LayerCost, fewest_kept, rank
-from superpoint_trt.prove.verify import Verification, check_limits, verify
+from superpoint_trt.prove.verify import Verification, verify
 
 __all__ = [
     "COARSE",

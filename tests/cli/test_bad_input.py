@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
 from superpoint_trt.cli import guide
-from superpoint_trt.cli.info import describe
+from superpoint_trt.cli.info import facts
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import DecodeOptions, OutputType, SuperPointError
@@ -182,11 +182,26 @@ CHECKPOINT_COMMANDS = {
     "convert_to_onnx": "convert_to_onnx --weights BAD --output precious.onnx",
     "tensorrt_inference": "tensorrt_inference --engine BAD --image good.png --output precious.jpg",
 }
-with_checkpoint = pytest.mark.parametrize("line", CHECKPOINT_COMMANDS.values(), ids=CHECKPOINT_COMMANDS)
 
 
-@with_checkpoint
-@pytest.mark.parametrize("fault", STATES)
+def with_checkpoint(name, faults, everywhere):
+    """Each fault by `info`, and by the other commands those that are to be seen everywhere; all in `make test-all`."""
+    return pytest.mark.parametrize(
+        ("line", name),
+        [
+            pytest.param(
+                line,
+                fault,
+                id=f"{command}-{fault}",
+                marks=() if command == "info" or fault in everywhere else pytest.mark.exhaustive,
+            )
+            for command, line in CHECKPOINT_COMMANDS.items()
+            for fault in faults
+        ],
+    )
+
+
+@with_checkpoint("fault", STATES, ("layer-missing", "not-arrays"))
 def test_checkpoint_with_a_fault(refuse, line, fault):
     change, *says = STATES[fault]
     torch.save(change(random_state("v6")), "bad.pth")
@@ -238,8 +253,7 @@ FILES = {
 }
 
 
-@with_checkpoint
-@pytest.mark.parametrize("name", FILES)
+@with_checkpoint("name", FILES, ("missing.pth", "half.safetensors"))
 def test_file_that_is_no_checkpoint(refuse, desk, line, name):
     make, *says = FILES[name]
     make(desk / name)
@@ -259,8 +273,7 @@ PICKLES = {
 }
 
 
-@pytest.mark.parametrize("kind", PICKLES)
-@with_checkpoint
+@with_checkpoint("kind", PICKLES, ("zip",))
 def test_code_in_a_checkpoint_is_not_executed(refuse, desk, line, kind):
     state = {**random_state("v6"), "backbone.0.0.conv.weight": Trap(desk / "executed")}
     PICKLES[kind](state, desk / "evil.pth")
@@ -363,8 +376,14 @@ OTHER_MODEL = {
 }
 
 
+INFER_AND_GUIDE = [
+    "superpoint infer --model",
+    pytest.param("tensorrt_inference --engine", marks=pytest.mark.exhaustive),
+]
+
+
 @pytest.mark.parametrize("name", [*NO_MODEL, *OTHER_MODEL])
-@pytest.mark.parametrize("program", ["superpoint infer --model", "tensorrt_inference --engine"])
+@pytest.mark.parametrize("program", INFER_AND_GUIDE)
 def test_model_that_cannot_be_run(refuse, desk, program, name):
     make, *says = {**NO_MODEL, **OTHER_MODEL}[name]
     make(desk / name)
@@ -441,7 +460,7 @@ def no_tensorrt(monkeypatch):
 @pytest.mark.parametrize("ending", ["engine", "trt", "plan"])
 def test_engine_without_tensorrt(refuse, desk, no_tensorrt, line, ending):
     (desk / f"model.{ending}").write_bytes(b"ftrt" + bytes(100))
-    says = ("TensorRT is not installed", "pip install 'superpoint-trt[tensorrt]'", ".onnx")
+    says = ("TensorRT is not installed", "pip install", "[tensorrt]", ".onnx")
     refuse(line.replace("FILE", f"model.{ending}"), *says)
 
 
@@ -503,8 +522,8 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("name", IMAGES)
-@pytest.mark.parametrize("program", ["superpoint infer --model", "tensorrt_inference --engine"])
-@pytest.mark.parametrize("model", ["dense.onnx", "good.pth"])
+@pytest.mark.parametrize("program", INFER_AND_GUIDE)
+@pytest.mark.parametrize("model", ["dense.onnx", pytest.param("good.pth", marks=pytest.mark.exhaustive)])
 def test_file_that_is_no_image(refuse, desk, program, model, name):
     make, *says = IMAGES[name]
     make(desk / name)
@@ -565,19 +584,22 @@ HEAD_AND_TAIL = 1500
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("flip", [0xFF, 0x01])
+@pytest.mark.parametrize(
+    ("flip", "step"),
+    [(0xFF, 35), *(pytest.param(flip, 5, marks=pytest.mark.exhaustive) for flip in (0xFF, 0x01))],
+)
 @pytest.mark.parametrize("name", GOOD_FILES)
-def test_a_flipped_byte_is_an_error_or_harmless(desk, name, flip):
+def test_a_flipped_byte_is_an_error_or_harmless(desk, name, flip, step):
     """Nothing but SuperPointError may come out of a damaged file."""
     GOOD_FILES[name](desk / name)
     data = (desk / name).read_bytes()
     damaged = desk / f"damaged{Path(name).suffix}"
     escaped = {}
     places = [place for place in range(len(data)) if not HEAD_AND_TAIL < place < len(data) - HEAD_AND_TAIL]
-    for place in places[::5]:
+    for place in places[::step]:
         damaged.write_bytes(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
         try:
-            list(describe(damaged))
+            list(facts(damaged))
         except SuperPointError:
             pass
         except Exception as error:
@@ -772,14 +794,18 @@ def test_fetch_where_weights_is_a_file(refuse, desk):
 # ------------------------------------------------------------------------------------------------- as real processes
 
 
+def exhaustive(*values):
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
         ("convert_to_onnx.py --weights page.pth --output precious.onnx", "page.pth"),
-        ("convert_to_onnx.py --weights good.pth --output precious.onnx --opset 10", "opset"),
+        exhaustive("convert_to_onnx.py --weights good.pth --output precious.onnx --opset 10", "opset"),
         ("convert_to_tensorrt.py --onnx missing.onnx --engine precious.trt", "missing.onnx"),
         ("tensorrt_inference.py --engine dense.onnx --image page.jpg --output precious.jpg", "page.jpg"),
-        ("-m superpoint_trt infer --model odd.onnx --image good.png", "odd.onnx"),
+        exhaustive("-m superpoint_trt infer --model odd.onnx --image good.png", "odd.onnx"),
         ("-m superpoint_trt export --weights evil.pth --output precious.onnx", "execute code"),
     ],
 )

@@ -65,9 +65,9 @@ def test_doctor_names_the_command_for_what_is_missing(without, monkeypatch, capf
     assert run(cli, ["doctor"]) == 0
     out = capfd.readouterr().out
     for command in (
-        "pip install 'superpoint-trt[torch]'",
-        "pip install 'superpoint-trt[tensorrt]'",
-        "pip install 'superpoint-trt[rtx]'",
+        "pip install '.[torch]' (in your clone",
+        "pip install '.[tensorrt]' (in your clone",
+        "pip install '.[rtx]' (in your clone",
         "no nvidia-smi; with an NVIDIA GPU, install its driver",
     ):
         assert command in out

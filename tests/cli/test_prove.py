@@ -224,7 +224,7 @@ def test_a_report_that_cannot_be_made_is_said_before_the_work(package, desk, cap
     monkeypatch.setitem(sys.modules, package, None)
     words = [*(word.replace("DESK", str(desk)) for word in VERIFY), "--report", tmp_path / "v.html"]
     _, err = text(desk, capsys, *words, code=2)
-    assert err == f"error: the report needs {package}: pip install 'superpoint-trt[report]'.\n"
+    assert err == f"error: the report needs {package}: pip install '.[report]' (in your clone of superpoint-trt).\n"
 
 
 @pytest.mark.parametrize("gate", ["findings=nan", "findings=-inf", "findings=", "findings", "a=1", "=1"])

@@ -14,7 +14,8 @@ from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.prove import evaluate as evaluation_module
 from superpoint_trt.prove.datasets import ILLUMINATION, OTHER, VIEWPOINT, load_pairs
-from superpoint_trt.prove.evaluate import Protocol, Resize, _resize, evaluate
+from superpoint_trt.prove.evaluate import _resize, evaluate
+from superpoint_trt.prove.protocol import Protocol, Resize
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_odd_sizes(name, size, model, tmp_path):
     np.savetxt(folder / "H_1_2", np.eye(3))
     protocol = Protocol(detector_size_hw=size, descriptor_size_hw=size)
     (result,) = evaluate(model if name == "model" else name, tmp_path, protocol).pairs
-    assert (result.repeatability, result.localisation_error_px, result.mma[0]) == (1.0, 0.0, 1.0)
+    assert (result.repeatability, result.localization_error_px, result.mma[0]) == (1.0, 0.0, 1.0)
     assert result.homography_errors_px == pytest.approx([0.0], abs=1e-3)
 
 
@@ -198,7 +199,7 @@ def test_the_detector_s_stage_keeps_no_descriptors(model, tmp_path, monkeypatch)
     honest = evaluation_module._score
 
     def noted(pair, detected, described, protocol):
-        seen.append((detected[0].descriptors.size, described[0].descriptors.shape[1]))
+        seen.append((detected.first.descriptors.size, described.first.descriptors.shape[1]))
         return honest(pair, detected, described, protocol)
 
     monkeypatch.setattr(evaluation_module, "_score", noted)
@@ -240,6 +241,7 @@ def test_resizing_keeps_points_on_what_they_mark(rule, size):
 
 
 @pytest.mark.skipif(not (SHARED / "data/homography").is_dir(), reason="the homography dataset is not here")
+@pytest.mark.exhaustive
 def test_pytorch_and_onnx_agree_to_the_third_decimal(checkpoint_file, tmp_path):
     """On a part of the real dataset; the whole table is in docs/evaluation.md."""
     weights = checkpoint_file("packaged")

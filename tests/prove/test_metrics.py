@@ -40,7 +40,7 @@ def test_repeatability_by_hand():
     # 3 shared of each; A and B are found within 3 px both ways: 4 of 6. Errors 0, 2, 0, 2.
     found = metrics.repeatability(first, second, SHIFT)
     assert found.share == pytest.approx(4 / 6)
-    assert found.localisation_error_px == pytest.approx(1.0)
+    assert found.localization_error_px == pytest.approx(1.0)
     # A limit of 1 px leaves A alone.
     assert metrics.repeatability(first, second, SHIFT, threshold_px=1.0).share == pytest.approx(2 / 6)
     # The best point of each only: A.
@@ -52,7 +52,7 @@ def test_repeatability_counts_at_the_threshold_and_not_mutually():
     first, second = keypoints([[10, 10]]), keypoints([[23, 10], [20, 11]])
     found = metrics.repeatability(first, second, SHIFT)
     assert found.share == 1.0
-    assert found.localisation_error_px == pytest.approx((1 + 3 + 1) / 3)
+    assert found.localization_error_px == pytest.approx((1 + 3 + 1) / 3)
 
 
 def test_repeatability_without_points():
@@ -71,6 +71,20 @@ def test_homography_error_by_hand():
     # Everything 4 px too low: the estimate is that shift, so each corner is off by 4 px.
     low = keypoints(np.array(GRID) + np.array([10, 4]))
     assert metrics.homography_error_px(first, low, SHIFT) == pytest.approx(4, abs=1e-2)
+
+
+def test_the_corners_are_the_centers_of_the_corner_pixels():
+    """Under a shear that moves x by y / 10, only the lower corners are wrong: by 7.9 px at y = 79, not 8 at y = 80."""
+    shear = np.array([[1.0, 0.1, 0], [0, 1, 0], [0, 0, 1]])
+    first = keypoints(GRID)
+    assert metrics.homography_error_px(first, keypoints(metrics.warp(first.xy, shear)), np.eye(3), 8) == pytest.approx(
+        (0 + 0 + 7.9 + 7.9) / 4, abs=1e-2
+    )
+    # x moves by x / 10: only the right corners are wrong, by 9.9 px at x = 99, not 10 at x = 100.
+    stretch = np.diag([1.1, 1, 1])
+    assert metrics.homography_error_px(first, keypoints(metrics.warp(first.xy, stretch)), np.eye(3), 8) == (
+        pytest.approx((0 + 9.9 + 0 + 9.9) / 4, abs=1e-2)
+    )
 
 
 def test_homography_error_without_enough_matches():

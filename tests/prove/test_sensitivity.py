@@ -26,8 +26,9 @@ from superpoint_trt.convert.quantize.ranges_file import Calibration, save_calibr
 from superpoint_trt.core.types import OutputType, SuperPointError
 from superpoint_trt.gpu.engine_file import read_plan
 from superpoint_trt.prove import sensitivity
+from superpoint_trt.prove.gates import GATE_NAMES, Gate
 from superpoint_trt.prove.sensitivity import LayerCost, fewest_kept, rank
-from superpoint_trt.prove.verify import GATE_NAMES, Gate, Verification, verify
+from superpoint_trt.prove.verify import Verification, verify
 
 SIZE = (240, 320)
 SEEN = ("coffee", "chelsea", "coins", "brick", "gravel", "rocket")
@@ -248,7 +249,7 @@ def test_first_convolution_in_fp16_on_the_command_line(folder, loose, tmp_path, 
     words = ["--onnx", folder / "fp32.onnx", "--calibration", loose[1], "--first-convolution", "fp16"]
     words += ["--keep-fp16", "none"]
     assert run(cli, ["quantize", "--output", str(tmp_path / "q.onnx"), *map(str, words)]) == 0
-    assert "not quantised conv1a\n" in capsys.readouterr().out
+    assert "kept in fp16  conv1a\n" in capsys.readouterr().out
     words += ["--engine", tmp_path / "a.engine", "--precision", "int8", "--runtime", "rtx", "--target", "sm89"]
     assert run(cli, ["build", *map(str, words)]) == 0
     built = read_plan(tmp_path / "a.engine")[1]
@@ -263,7 +264,7 @@ def test_the_coarse_layers_stay_in_fp16_unless_told_otherwise(folder, loose, tmp
     for patterns, layers in kept.items():
         assert run(cli, [*words, *(word for pattern in patterns for word in ("--keep-fp16", pattern))]) == 0
         told = capsys.readouterr().out
-        assert f"not quantised {layers}\n" in told and ("reads int8    conv4a\n" in told) is (patterns == ())
+        assert f"kept in fp16  {layers}\n" in told and ("reads int8    conv4a (" in told) is (patterns == ())
     words = ["build", "--onnx", str(folder / "fp32.onnx"), "--engine", str(tmp_path / "a.engine"), *loose[:2]]
     words += ["--precision", "int8", "--runtime", "rtx", "--target", "sm89"]
     for option, again in (("coarse", "--keep-fp16 coarse"), ("none", "--keep-fp16 none")):
@@ -297,7 +298,7 @@ def test_auto_leaves_coarse_what_it_means(folder, ranges, monkeypatch):
 def test_parts_say_so(folder, loose, tmp_path, capsys):
     words = ["--onnx", folder / "fp32.onnx", "--output", tmp_path / "q.onnx", "--calibration", loose[1]]
     assert run(cli, ["quantize", *map(str, words)]) == 0
-    assert "the sum of four of 7 bits: exact for 8-bit images but for white" in capsys.readouterr().out
+    assert "split into 4 int8 channels; 8-bit images: exact except for the value 255" in capsys.readouterr().out
     assert run(cli, ["quantize", *map(str, words), "--precision", "fp8", "--first-convolution", "parts"]) == 2
     assert "parts make an image fit for int8" in capsys.readouterr().err
 

@@ -15,8 +15,12 @@ from onnx import TensorProto, helper, numpy_helper
 from superpoint_trt.checkpoint import layouts as checkpoints
 from superpoint_trt.convert.export import ExportOptions, to_onnx
 from superpoint_trt.core.files import sha256
+from superpoint_trt.core.image import find_images
 from superpoint_trt.core.types import DecodeOptions, ModelDescription, OutputType, Sampling, SuperPointError
-from superpoint_trt.prove.verify import GATE_NAMES, _Comparison, _notes, _open_reference, _spearman, find_images, verify
+from superpoint_trt.prove.comparison import Comparison
+from superpoint_trt.prove.gates import GATE_NAMES
+from superpoint_trt.prove.references import open_reference
+from superpoint_trt.prove.verify import _notes, verify
 from superpoint_trt.run.extractor import SuperPoint
 
 HEIGHT, WIDTH = 120, 160
@@ -48,7 +52,7 @@ class Bench:
         return verify(self.path, self.weights, find_images(self.folder), limits)
 
 
-@pytest.fixture(params=["v6", "packaged"])
+@pytest.fixture(params=["v6", pytest.param("packaged", marks=pytest.mark.exhaustive)])
 def bench(request, checkpoint_file, folder, tmp_path):
     return Bench(checkpoint_file(request.param), folder, tmp_path)
 
@@ -315,7 +319,9 @@ def blank(folder, count):
         cv2.imwrite(str(folder / f"blank{index}.png"), np.full((HEIGHT, WIDTH), 12 * index, np.uint8))
 
 
-@pytest.mark.parametrize("layout", ["v6", "packaged", "real-v6"])
+@pytest.mark.parametrize(
+    "layout", ["v6", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("packaged", "real-v6"))]
+)
 def test_blank_images_alone_prove_nothing(layout, checkpoint_file, tmp_path):
     """Networks find a few points on black: the padding's doing, and the same in every image."""
     blank(tmp_path, 20)
@@ -323,7 +329,7 @@ def test_blank_images_alone_prove_nothing(layout, checkpoint_file, tmp_path):
         Bench(checkpoint_file(layout), tmp_path, tmp_path).verify()
 
 
-@pytest.mark.parametrize("name", ["descriptor-sampling", "fp16-indices"])
+@pytest.mark.parametrize("name", ["descriptor-sampling", pytest.param("fp16-indices", marks=pytest.mark.exhaustive)])
 def test_a_fault_is_named_among_more_blank_images_than_photographs(name, checkpoint_file, tmp_path):
     blank(tmp_path, 5)
     for photo in ("astronaut", "chelsea"):
@@ -420,32 +426,11 @@ def test_no_descriptors_and_no_maps_are_kept(checkpoint_file, folder):
         kept = len(pickle.dumps(image))
         assert kept < 30 * max(image.reference_keypoints, image.model_keypoints) + 3000
     with SuperPoint(weights) as superpoint:
-        comparison = _Comparison(superpoint, _open_reference(weights))
+        comparison = Comparison(superpoint, open_reference(weights))
         comparison.run("a", find_images(folder)[0])
         samples = [part for parts in comparison._samples.values() for part in parts]
         assert samples
         assert all(part.base is None for part in samples), "a view keeps the whole map in memory"
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [
-        ([0.1, 0.2, 0.3], [10, 20, 30], 1.0),
-        ([0.1, 0.2, 0.3], [30, 20, 10], -1.0),
-        ([3, 1, 2], [1, 2, 3], -0.5),
-        # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: deviations' product 4.5, squares 4.5 and 5.
-        ([1, 2, 2, 3], [1, 2, 3, 4], 4.5 / (4.5 * 5) ** 0.5),
-        # Ranks 2, 2, 2, 4 against 4, 2.5, 2.5, 1.
-        ([5, 5, 5, 9], [8, 7, 7, 6], -3 / (3 * 4.5) ** 0.5),
-        ([1, 2, 3], [7, 7, 7], None),
-        ([7, 7, 7], [1, 2, 3], None),
-        ([1, 2], [1, 2], None),
-        ([], [], None),
-    ],
-)
-def test_rank_correlation_by_hand(a, b, expected):
-    found = _spearman(np.array(a, np.float32), np.array(b, np.float32))
-    assert found == (None if expected is None else pytest.approx(expected, abs=1e-12))
 
 
 def test_find_images(folder, tmp_path):

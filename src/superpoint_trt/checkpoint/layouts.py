@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt.core.files import PathLike, one_line, read_bytes, sha256, write_atomically
+from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import Family, Float32, Sampling, SuperPointError
 
 FEWEST_STAGES, MOST_STAGES = 3, 6
@@ -398,7 +399,7 @@ def _read_torch(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
         import torch
     except ImportError:
         raise SuperPointError(
-            f"reading {path} needs PyTorch: pip install 'superpoint-trt[torch]' (a .safetensors file does not)."
+            f"reading {path} needs PyTorch: {install_hint('torch')}. A .safetensors file does not."
         ) from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
         raise SuperPointError(

@@ -142,7 +142,7 @@ def _try_engine(engine: str) -> None:
 
     with open_model(engine) as superpoint:
         model = superpoint.description
-        picture = synthetic_photograph(model.height_px, model.width_px)
+        picture = synthetic_photograph(model.height_px or 480, model.width_px or 640)
         superpoint.extract(picture)
         started = time.perf_counter()
         keypoints = superpoint.extract(picture)

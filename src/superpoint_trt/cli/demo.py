@@ -1,17 +1,20 @@
-"""A first look: a photograph and a warped, darker copy of it, matched, and held against the warp that is known."""
+"""The command demo: matches a photograph with a warped, darker copy of it, and compares with the known warp."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 
 from superpoint_trt import packaged
-from superpoint_trt.core.files import PathLike
+from superpoint_trt.cli.options import MODEL, RuntimeArgs
+from superpoint_trt.cli.terminal import open_model, print_row
+from superpoint_trt.core.files import PathLike, make_folder
 from superpoint_trt.core.image import load_image
 from superpoint_trt.core.types import Matrix
-from superpoint_trt.match.nearest import ImageMatches, match_images
+from superpoint_trt.match.images import ImageMatches, match_images
 from superpoint_trt.prove import metrics
 from superpoint_trt.run import draw
 from superpoint_trt.run.extractor import SuperPoint
@@ -21,6 +24,29 @@ CORRECT_PX = 3.0
 WARP: Matrix = np.array([[0.84, -0.27, 92.0], [0.23, 0.80, 14.0], [2.2e-4, -1.5e-4, 1.0]])
 """Pixels of the photograph to pixels of its copy: a turn, a zoom and a tilt."""
 EXPOSURE = 0.55
+"""How bright the copy is."""
+
+
+@click.command()
+@MODEL
+@click.option("--output", default="demo", show_default=True, help="Folder for the two pictures.")
+@RuntimeArgs.declare("runtime")
+def demo(model: str | None, output: str, runtime: RuntimeArgs) -> None:
+    """Match a photograph with a warped copy of it; offline, nothing needed."""
+    with open_model(model, runtime) as superpoint:
+        print_demo(match_with_warped_copy(superpoint, make_folder(output)))
+
+
+def print_demo(demo: Demo) -> None:
+    """Prints what was found and how much of it is right."""
+    found = demo.found
+    inliers = int(found.geometry.inliers.sum())
+    print_row("keypoints", f"{len(found.first)} in the photograph, {len(found.second)} in its warped, darker copy")
+    print_row("matches", f"{len(found.matches)}, {inliers} inliers of one homography")
+    print_row("correct", f"{demo.correct:.1%} of the matches within {CORRECT_PX:g} px of where the true warp puts them")
+    print_row("homography", f"its corners are off by {demo.corner_error_px:.2f} px")
+    for picture in demo.pictures:
+        print_row("look at", picture)
 
 
 @dataclass(frozen=True)
@@ -29,15 +55,15 @@ class Demo:
 
     found: ImageMatches
     correct: float
-    """Share of the matches that the known warp confirms to within `CORRECT_PX`."""
+    """Share of the matches within `CORRECT_PX` of their true place."""
     corner_error_px: float
     """Mean distance of the photograph's corners under the estimated and the true homography."""
     pictures: tuple[Path, Path]
     """The photograph with its keypoints; both images with their matches."""
 
 
-def demo(superpoint: SuperPoint, folder: PathLike) -> Demo:
-    """Runs a model on the packaged photograph and its copy, and writes `keypoints.jpg` and `matches.jpg` to a folder.
+def match_with_warped_copy(superpoint: SuperPoint, folder: PathLike) -> Demo:
+    """Matches the packaged photograph with its copy, and writes `keypoints.jpg` and `matches.jpg` to a folder.
 
     Raises:
         SuperPointError: the folder cannot be written.

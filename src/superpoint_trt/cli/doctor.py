@@ -1,4 +1,4 @@
-"""What this machine can do, and the command that adds what it cannot."""
+"""The command doctor, and what it finds: what this machine can do, and the command that adds what it cannot."""
 
 from __future__ import annotations
 
@@ -7,43 +7,66 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata, util
 from pathlib import Path
 
+import click
+from rich.table import Table
+
 from superpoint_trt._version import __version__
+from superpoint_trt.cli.terminal import console
 from superpoint_trt.core.files import one_line
+from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.gpu import cuda
-from superpoint_trt.gpu import tensorrt_api as trt
+from superpoint_trt.gpu.tensorrt_api import MODULES, RTX_TARGETS, Flavor, installed, missing
+
+_ADD_CUDA = "pip uninstall onnxruntime, then pip install onnxruntime-gpu (NVIDIA GPU with CUDA)"
+_ADD_TORCH = install_hint("torch")
+
+
+@click.command()
+def doctor() -> None:
+    """Say what this machine can do, and the command that adds what it cannot."""
+    print_findings("this machine", examine())
+    print_findings("what you can do", abilities())
+
+
+def print_findings(title: str, findings: Iterable[Finding]) -> None:
+    """Prints findings as a table."""
+    table = Table(title, "", "version, or how to add it")
+    for finding in findings:
+        table.add_row(finding.name, "yes" if finding.present else "no", finding.detail)
+    console().print(table, markup=False)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report."""
+    """One row of the report."""
 
     name: str
     present: bool
     detail: str
-    """Version and what was found; for what is missing, the command that adds it."""
+    """What was found and its version; if it is missing, the command that adds it."""
 
 
 def examine() -> Iterator[Finding]:
-    """Looks at this machine; imports what it reports on, so that "present" means it works."""
+    """Looks at this machine. Imports the libraries that it reports on, so that "present" means that they load."""
     yield Finding("Python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("superpoint-trt", True, f"{__version__} ({Path(__file__).parent})")
     yield from _core()
     yield _torch()
     yield _gpu()
     yield _cuda_driver()
-    yield _module("cuda-bindings", "cuda.bindings", "pip install 'superpoint-trt[tensorrt]'")
-    for flavor, module in trt.MODULES.items():
-        yield _module(module.replace("_", "-"), module, f"pip install '{trt.EXTRAS[flavor]}' (docs/tensorrt.md)")
+    yield _module("cuda-bindings", "cuda.bindings", install_hint("tensorrt"))
+    for flavor, module in MODULES.items():
+        yield _module(module.replace("_", "-"), module, f"{install_hint(flavor.value)}; docs/tensorrt.md")
 
 
 def abilities() -> Iterator[Finding]:
-    """What a user can do with that."""
+    """Tells what a user can do on this machine."""
     has_torch = _torch().present
     yield Finding("export .safetensors to .onnx", True, "superpoint export")
     yield Finding("export .pth to .onnx", has_torch, "superpoint export" if has_torch else _ADD_TORCH)
@@ -54,28 +77,24 @@ def abilities() -> Iterator[Finding]:
 
 
 def _engines() -> Iterator[Finding]:
-    """Building and running, asked of the libraries themselves."""
+    """Asks the libraries themselves whether engines can be built and run here."""
     gpu, why = None, ""
     try:
         gpu = cuda.current_device().capability
     except SuperPointError as error:
         why = str(error)
-    flavors = trt.installed()
-    if trt.Flavor.TENSORRT in flavors and gpu:
+    flavors = installed()
+    if Flavor.TENSORRT in flavors and gpu:
         builds = "superpoint build"
-    elif trt.Flavor.RTX in flavors:
-        builds = "superpoint build --runtime rtx" + ("" if gpu in trt.RTX_TARGETS else " --target sm89 (RTX GPUs)")
+    elif Flavor.RTX in flavors:
+        builds = "superpoint build --runtime rtx" + ("" if gpu in RTX_TARGETS else " --target sm89 (RTX GPUs)")
     else:
         builds = None
-    runs = gpu is not None and (trt.Flavor.TENSORRT in flavors or gpu in trt.RTX_TARGETS) and bool(flavors)
+    runs = gpu is not None and (Flavor.TENSORRT in flavors or gpu in RTX_TARGETS) and bool(flavors)
     no_gpu = f"no usable NVIDIA GPU: {why}" if why else "no NVIDIA GPU that the installed TensorRT runs on"
-    lacking = trt.missing() or no_gpu
+    lacking = missing() or no_gpu
     yield Finding("build TensorRT engines", builds is not None, builds or lacking)
     yield Finding("run TensorRT engines", runs, "superpoint infer --model X.engine" if runs else lacking)
-
-
-_ADD_CUDA = "pip uninstall onnxruntime, then pip install onnxruntime-gpu (NVIDIA GPU with CUDA)"
-_ADD_TORCH = "pip install 'superpoint-trt[torch]'"
 
 
 def _core() -> Iterator[Finding]:
@@ -107,7 +126,7 @@ def _torch() -> Finding:
 
 
 def _gpu() -> Finding:
-    """nvidia-smi, or on a Jetson without it, the board's own release file."""
+    """Asks nvidia-smi; on a Jetson without it, reads the board's release file."""
     tegra = Path("/etc/nv_tegra_release")
     if shutil.which("nvidia-smi") is None:
         if tegra.exists():
@@ -147,6 +166,6 @@ def _module(name: str, module: str, add: str) -> Finding:
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and (error.name or "") in (module, module.split(".")[0])
         return Finding(name, False, add if missing else f"installed but does not import: {one_line(error)}")
-    except Exception as error:  # its libraries do not load, say
+    except Exception as error:  # for example, its libraries do not load
         return Finding(name, False, f"installed but does not import: {one_line(error)}")
     return Finding(name, True, str(getattr(found, "__version__", "present")))

@@ -1,25 +1,42 @@
-"""What any of our files is, in words."""
+"""The command info, and what it tells: what a file of this project is, in words."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import click
+
+from superpoint_trt.cli.terminal import print_info
 from superpoint_trt.core.files import PathLike, git_blob_id, one_line, read_bytes, sha256
 from superpoint_trt.core.types import ModelDescription, OutputType, SuperPointError
 from superpoint_trt.gpu.engine_file import read_plan
 from superpoint_trt.gpu.tensorrt_api import flavor_of
 from superpoint_trt.run.backends import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 
-Rows = Iterable[tuple[str, str]]
+if TYPE_CHECKING:
+    from onnx import ValueInfoProto
+
+Facts = Iterable[tuple[str, str]]
+"""Rows of a label and a value."""
+
+IMAGE_IN_PARTS = "split into 4 int8 channels; 8-bit images: exact except for the value 255; float images: 9 bits"
+"""How int8 reads the image where the first convolution is quantized too."""
 
 
-def describe(path: PathLike) -> Rows:
-    """Label and value rows about a checkpoint, an .onnx or a feature file.
+@click.command()
+@click.argument("file")
+def info(file: str) -> None:
+    """Say what a checkpoint, an .onnx, an engine or a feature file is."""
+    print_info(file)
+
+
+def facts(path: PathLike) -> Facts:
+    """Tells what a checkpoint, an .onnx, an engine or a feature file is.
 
     Raises:
-        SuperPointError: not one of our files, or damaged.
+        SuperPointError: not a file of this project, or damaged.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -36,10 +53,10 @@ def describe(path: PathLike) -> Rows:
 
 
 def _checkpoint(path: Path) -> Iterator[tuple[str, str]]:
-    from superpoint_trt.checkpoint import layouts as checkpoints
+    from superpoint_trt.checkpoint.layouts import load
     from superpoint_trt.checkpoint.public import PUBLIC
 
-    checkpoint = checkpoints.load(path)
+    checkpoint = load(path)
     blob = git_blob_id(read_bytes(path, "checkpoint"))
     published = [weights for weights in PUBLIC if weights.git_blob == blob]
     yield "file", f"{path} ({_size(path)})"
@@ -64,34 +81,34 @@ def _onnx_model(path: Path) -> Iterator[tuple[str, str]]:
     try:
         metadata = {str(entry.key): str(entry.value) for entry in model.metadata_props}
         tensors = ["; ".join(map(_tensor, values)) for values in (model.graph.input, model.graph.output)]
-    except (ValueError, TypeError) as error:  # text that is none
+    except (ValueError, TypeError) as error:  # text that is not UTF-8
         raise SuperPointError(f"{path} is not an ONNX model, or is damaged: {one_line(error)}.") from error
     yield "file", f"{path} ({_size(path)})"
     yield "made by", f"{model.producer_name or 'unknown'} {model.producer_version}".strip()
     yield "opset", ", ".join(str(opset.version) for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
     yield "inputs", tensors[0]
     yield "outputs", tensors[1]
-    described = ModelDescription.from_metadata(metadata)
-    if described:
-        yield from _description(described)
+    description = ModelDescription.from_metadata(metadata)
+    if description:
+        yield from _model(description)
     else:
         yield "what", "another tool's model: no superpoint_trt metadata"
     yield "sha256", sha256(data)
 
 
 def _engine(path: Path) -> Iterator[tuple[str, str]]:
-    """From the .json beside it, so that any machine can say; a bare plan is only opened where it runs."""
+    """Reads the .json next to the engine, so that any machine can tell. A plan without one opens only where it runs."""
     plan, metadata = read_plan(path)
     flavor = flavor_of(plan)
     if flavor is None and metadata is None:
         raise SuperPointError(
-            f"{path} is no TensorRT engine: it begins with {plan[:4]!r}; build one: superpoint build."
+            f"{path} is not a TensorRT engine: it begins with {plan[:4]!r}; build one: superpoint build."
         )
     yield "file", f"{path} ({_size(path)})"
     if metadata is None:
         yield "what", f"{flavor.value if flavor else 'unknown'} engine without a .json: superpoint infer opens it"
         return
-    yield from _description(metadata.description)
+    yield from _model(metadata.description)
     yield "takes", str(metadata.profile)
     if metadata.build.get("channels_last"):
         yield "channels-last", ", ".join(metadata.build["channels_last"])
@@ -101,7 +118,7 @@ def _engine(path: Path) -> Iterator[tuple[str, str]]:
     yield "sha256", metadata.plan_sha256
 
 
-def _description(model: ModelDescription) -> Iterator[tuple[str, str]]:
+def _model(model: ModelDescription) -> Iterator[tuple[str, str]]:
     yield "what", f"SuperPoint, {model.type.value} outputs, {model.precision.value}"
     size = f"{model.width_px}x{model.height_px} px"
     yield "size", f"any (multiples of {model.stride_px} px, {size} expected)" if model.dynamic else size
@@ -112,11 +129,11 @@ def _description(model: ModelDescription) -> Iterator[tuple[str, str]]:
         yield "approximation", model.approximation
     if model.calibration:
         yield "calibration", model.calibration
-        yield "not quantised", model.kept_layers or "nothing"
-        if model.handed_over:
-            yield "reads int8", model.handed_over
+        yield "kept in fp16", model.kept_layers or "nothing"
+        if model.fp16_with_int8_input:
+            yield "reads int8", f"{model.fp16_with_int8_input} (fp16 layers whose input is int8)"
         if model.first_convolution == "parts":
-            yield "image", "the sum of four of 7 bits: exact for 8-bit images but for white; float images get 9 bits"
+            yield "image", IMAGE_IN_PARTS
     if model.type is OutputType.KEYPOINTS:
         yield (
             "decode",
@@ -140,7 +157,7 @@ def _features(path: Path) -> Iterator[tuple[str, str]]:
         yield "scores", f"{found.scores.min():.4f} to {found.scores.max():.4f}"
 
 
-def _tensor(value: Any) -> str:
+def _tensor(value: ValueInfoProto) -> str:
     import onnx
 
     kind = value.type.tensor_type

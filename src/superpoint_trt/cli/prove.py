@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 
-from superpoint_trt import packaged
-from superpoint_trt.cli.terminal import DEVICE, JSON, console, or_default, progress_bar, write_json
-from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.cli.options import JSON, WEIGHTS, OptionGroup, RuntimeArgs, option
+from superpoint_trt.cli.terminal import (
+    check_outputs,
+    console,
+    model_or_packaged,
+    print_row,
+    progress_bar,
+    write_json,
+)
+from superpoint_trt.core.image import find_images, load_image, parse_size
+from superpoint_trt.match.geometry import Estimator
+from superpoint_trt.prove.benchmark import METHOD, STAGES, BenchOptions, BenchReport
+from superpoint_trt.prove.gates import parse_limits
+from superpoint_trt.prove.protocol import Protocol, Resize
+
+if TYPE_CHECKING:
+    from superpoint_trt.prove.evaluate import Evaluation, Summary
+    from superpoint_trt.prove.verify import Verification
 
 GATE_FAILED = 1
+"""Exit code."""
+
+_PROTOCOL = Protocol()
+_BENCH = BenchOptions()
+
+
+# --------------------------------------------------------------------------------------------------------------- verify
 
 
 @click.command()
 @click.option("--model", required=True, help="The model to prove.")
-@click.option(
-    "--weights",
-    default=str(packaged.WEIGHTS),
-    show_default="the packaged ones",
-    help="Its checkpoint, or an fp32 dense or heads .onnx, as the reference.",
-)
+@WEIGHTS
 @click.option("--images", required=True, help="Folder of real images.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first so many images.")
 @click.option("--gate", "gates", multiple=True, metavar="NAME=LIMIT", help="Another limit than the precision's own.")
 @click.option("--report", "report_path", help="HTML report to write.")
 @JSON
-@DEVICE
+@RuntimeArgs.declare("runtime")
 def verify(
     model: str,
     weights: str,
@@ -37,57 +55,41 @@ def verify(
     gates: tuple[str, ...],
     report_path: str | None,
     json_path: str | None,
-    device: str,
+    runtime: RuntimeArgs,
 ) -> None:
-    """Prove that a converted model finds the points of its fp32 reference; exit code 1 if a gate fails."""
-    from superpoint_trt.core.files import check_distinct, check_writable
-    from superpoint_trt.core.image import find_images
-    from superpoint_trt.prove.verify import verify
+    """Prove that a converted model finds the points of its fp32 reference; exit code 1 if a gate fails.
 
-    for path, other in ((report_path, json_path), (json_path, None)):
-        if path:
-            check_distinct(check_writable(path), model, weights, other, *find_images(images))
+    The reference is the checkpoint that --weights names, or an fp32 dense or heads .onnx.
+    """
+    from superpoint_trt.prove.report import check_report, write_report
+    from superpoint_trt.prove.verify import verify as run_verify
+
+    limits = parse_limits(gates)
+    check_outputs((report_path, json_path), (model, weights, *find_images(images)))
     if report_path:
-        from superpoint_trt.prove.report import check_report
-
         check_report()
     with progress_bar("verifying") as progress:
-        found = verify(model, weights, images, gate_limits(gates), device, progress, limit)
+        found = run_verify(model, weights, images, limits, runtime.device, progress, limit, runtime.threads)
     print_verification(found)
     if json_path:
         write_json(json_path, found.to_json())
     if report_path:
-        from superpoint_trt.prove.report import write_report
-
-        click.echo(f"{'report':<14}{write_report(report_path, found)}")
+        print_row("report", write_report(report_path, found))
     if not found.passed:
         raise click.exceptions.Exit(GATE_FAILED)
 
 
 def gate_limits(gates: Sequence[str]) -> dict[str, float]:
-    """Splits NAME=NUMBER of each --gate.
-
-    Raises:
-        SuperPointError: not of that form, or no gate is called so.
-    """
-    from superpoint_trt.prove.verify import GATE_NAMES, check_limits
-
-    limits = {}
-    for text in gates:
-        name, _, value = text.partition("=")
-        try:
-            limits[name] = float(value)
-        except ValueError:
-            names = ", ".join(GATE_NAMES)
-            raise SuperPointError(f"--gate {text}: expected NAME=NUMBER; gates are: {names}.") from None
-    check_limits(limits)
-    return limits
+    """Reads NAME=LIMIT of each --gate, as `parse_limits`."""
+    return parse_limits(gates)
 
 
-def print_verification(found: Any) -> None:
+def print_verification(found: Verification) -> None:
     """Prints the gates, what else was noticed, and the verdict."""
-    click.echo(f"{'model':<14}{found.model}\n{'ran on':<14}{found.model_runtime}\n{'reference':<14}{found.reference}")
-    click.echo(f"{'images':<14}{len(found.images)}")
+    print_row("model", found.model)
+    print_row("ran on", found.model_runtime)
+    print_row("reference", found.reference)
+    print_row("images", len(found.images))
     table = Table(f"gate ({found.precision.value})", "measured", "limit", "")
     for gate in found.gates:
         value = "-" if gate.value is None else f"{gate.value:.6g}"
@@ -100,108 +102,147 @@ def print_verification(found: Any) -> None:
         click.echo(f"note: {note}")
     for problem in found.problems:
         click.echo(f"left out: {problem}", err=True)
-    click.echo("PASSED" if found.passed else "FAILED: " + ", ".join(g.name for g in found.gates if not g.passed))
+    click.echo("PASSED" if found.passed else "FAILED: " + ", ".join(gate.name for gate in found.failed))
+
+
+# ------------------------------------------------------------------------------------------------------------- evaluate
+
+
+def _size(size_hw: tuple[int, int]) -> str:
+    return f"{size_hw[0]}x{size_hw[1]}"
+
+
+@dataclass(frozen=True)
+class ProtocolArgs(OptionGroup):
+    """The evaluation protocol."""
+
+    resize: str = option("--resize", type=click.Choice([rule.value for rule in Resize]), default=_PROTOCOL.resize.value)
+    detector_size: str = option(
+        "--detector-size", default=_size(_PROTOCOL.detector_size_hw), help="HxW for repeatability."
+    )
+    descriptor_size: str = option(
+        "--descriptor-size", default=_size(_PROTOCOL.descriptor_size_hw), help="HxW for everything that matches."
+    )
+    detector_keypoints: int = option(
+        "--detector-keypoints", type=click.IntRange(1), default=_PROTOCOL.detector_keypoints
+    )
+    descriptor_keypoints: int = option(
+        "--descriptor-keypoints", type=click.IntRange(1), default=_PROTOCOL.descriptor_keypoints
+    )
+    detector_nms_radius: int = option(
+        "--detector-nms-radius", type=click.IntRange(0), default=_PROTOCOL.detector_nms_radius_px, help="px"
+    )
+    descriptor_nms_radius: int = option(
+        "--descriptor-nms-radius", type=click.IntRange(0), default=_PROTOCOL.descriptor_nms_radius_px, help="px"
+    )
+    threshold: float = option("--threshold", type=float, default=_PROTOCOL.threshold, help="Detection threshold.")
+    matching_px: float = option(
+        "--matching-px", type=float, default=_PROTOCOL.matching_px, help="For repeatability, matching score, NN mAP."
+    )
+    estimator: str = option(
+        "--estimator", type=click.Choice([name.value for name in Estimator]), default=_PROTOCOL.estimator.value
+    )
+    inlier_px: float = option(
+        "--inlier-px", type=float, default=_PROTOCOL.ransac_px, help="How far an inlier of the estimator may lie."
+    )
+    ransac_orders: int = option(
+        "--ransac-orders",
+        type=int,
+        default=_PROTOCOL.ransac_orders,
+        help="Average homography correctness over so many orders of the matches.",
+    )
+
+    def protocol(self) -> Protocol:
+        """The protocol that the options describe."""
+        return Protocol(
+            resize=Resize(self.resize),
+            detector_size_hw=parse_size(self.detector_size),
+            detector_nms_radius_px=self.detector_nms_radius,
+            detector_keypoints=self.detector_keypoints,
+            repeatability_px=self.matching_px,
+            descriptor_size_hw=parse_size(self.descriptor_size),
+            descriptor_nms_radius_px=self.descriptor_nms_radius,
+            descriptor_keypoints=self.descriptor_keypoints,
+            matching_px=self.matching_px,
+            threshold=self.threshold,
+            estimator=Estimator(self.estimator),
+            ransac_px=self.inlier_px,
+            ransac_orders=self.ransac_orders,
+        )
 
 
 @click.command()
 @click.option("--model", help="A model file, or sift or orb.  [default: the packaged weights]")
 @click.option("--dataset", required=True, help="Folder of HPatches or Oxford sequences.")
-@click.option("--baselines/--no-baselines", default=True, show_default=True, help="SIFT and ORB beside it, for scale.")
-@click.option("--resize", type=click.Choice(["crop", "fit", "none"]), default="crop", show_default=True)
-@click.option("--detector-size", default="240x320", show_default=True, help="HxW for repeatability.")
-@click.option("--descriptor-size", default="480x640", show_default=True, help="HxW for everything that matches.")
-@click.option("--detector-keypoints", type=click.IntRange(1), default=300, show_default=True)
-@click.option("--descriptor-keypoints", type=click.IntRange(1), default=1000, show_default=True)
-@click.option("--detector-nms-radius", type=click.IntRange(0), default=4, show_default=True, help="px")
-@click.option("--descriptor-nms-radius", type=click.IntRange(0), default=8, show_default=True, help="px")
-@click.option("--threshold", type=float, default=0.001, show_default=True, help="Detection threshold.")
-@click.option(
-    "--matching-px", type=float, default=3.0, show_default=True, help="Repeatability, matching score, NN mAP."
-)
-@click.option("--estimator", type=click.Choice(["ransac", "magsac"]), default="ransac", show_default=True)
-@click.option("--inlier-px", type=float, default=3.0, show_default=True, help="Of the estimator.")
-@click.option(
-    "--ransac-orders",
-    type=int,
-    default=1,
-    show_default=True,
-    help="Average homography correctness over so many orders of the matches.",
-)
+@click.option("--baselines/--no-baselines", default=True, show_default=True, help="SIFT and ORB for comparison.")
+@ProtocolArgs.declare("arguments")
 @JSON
-@DEVICE
+@RuntimeArgs.declare("runtime")
 def evaluate(
     model: str | None,
     dataset: str,
     baselines: bool,
-    resize: str,
-    detector_size: str,
-    descriptor_size: str,
-    detector_keypoints: int,
-    descriptor_keypoints: int,
-    detector_nms_radius: int,
-    descriptor_nms_radius: int,
-    threshold: float,
-    matching_px: float,
-    estimator: str,
-    inlier_px: float,
-    ransac_orders: int,
+    arguments: ProtocolArgs,
     json_path: str | None,
-    device: str,
+    runtime: RuntimeArgs,
 ) -> None:
     """Repeatability, homographies and matching on pairs with known homographies, as the literature defines them."""
-    from superpoint_trt.core.files import check_distinct, check_writable
-    from superpoint_trt.core.image import parse_size
-    from superpoint_trt.match.nearest import Estimator
     from superpoint_trt.prove.datasets import input_files
-    from superpoint_trt.prove.evaluate import BASELINES, Protocol, Resize, evaluate
+    from superpoint_trt.prove.evaluate import BASELINES, report_with_baselines
+    from superpoint_trt.prove.evaluate import evaluate as run_evaluate
 
-    model = or_default(model)
-    if json_path:
-        check_distinct(check_writable(json_path), model, *input_files(dataset))
-    protocol = Protocol(
-        resize=Resize(resize),
-        detector_size_hw=parse_size(detector_size),
-        detector_nms_radius_px=detector_nms_radius,
-        detector_keypoints=detector_keypoints,
-        repeatability_px=matching_px,
-        descriptor_size_hw=parse_size(descriptor_size),
-        descriptor_nms_radius_px=descriptor_nms_radius,
-        descriptor_keypoints=descriptor_keypoints,
-        matching_px=matching_px,
-        threshold=threshold,
-        estimator=Estimator(estimator),
-        ransac_px=inlier_px,
-        ransac_orders=ransac_orders,
-    )
-    names = [model, *(name for name in BASELINES if baselines and name != model)]
-    reports = []
-    for name in names:
+    model, protocol = model_or_packaged(model), arguments.protocol()
+    check_outputs((json_path,), (model, *input_files(dataset)))
+    evaluations = []
+    for name in (model, *(name for name in BASELINES if baselines and name != model)):
         with progress_bar(f"evaluating {name}") as progress:
-            reports.append(evaluate(name, dataset, protocol, device, progress=progress).to_json())
-    _print_evaluation(reports)
+            evaluations.append(run_evaluate(name, dataset, protocol, runtime.device, runtime.threads, progress))
+    print_evaluations(evaluations)
     if json_path:
-        others = {report["model"]: report for report in reports[1:]}
-        write_json(json_path, {**reports[0], "baselines": others} if others else reports[0])
+        write_json(json_path, report_with_baselines(*evaluations))
 
 
-def _print_evaluation(reports: Sequence[dict[str, Any]]) -> None:
-    for problem in dict.fromkeys(problem for report in reports for problem in report["problems"]):
+def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
+    """Prints one table per model: its sequences, kinds of sequences, and the total."""
+    for problem in dict.fromkeys(problem for evaluation in evaluations for problem in evaluation.problems):
         click.echo(f"left out: {problem}", err=True)
     columns = ("rep.", "loc. px", "MMA@1", "MMA@3", "MMA@10", "H@1", "H@3", "H@5", "M.score", "NN mAP")
-    for report in reports:
-        table = Table(report["model"], "pairs", *columns, caption=report["runtime"], caption_justify="left")
-        # One after the other, not merged: a sequence may be called as a kind is.
-        for section in (report["sequences"], report["kinds"], {"total": report["total"]}):
+    for evaluation in evaluations:
+        table = Table(evaluation.model, "pairs", *columns, caption=evaluation.runtime, caption_justify="left")
+        # In sections of their own, because a sequence may have the name of a kind.
+        for section in (evaluation.sequences, evaluation.kinds, {"total": evaluation.total}):
             for name, row in section.items():
-                table.add_row(name, str(row["pairs"]), *("-" if f is None else f"{f:.3f}" for f in _figures(row)))
+                table.add_row(name, str(row.pairs), *("-" if f is None else f"{f:.3f}" for f in _figures(row)))
             table.add_section()
         console().print(table)
 
 
-def _figures(row: dict[str, Any]) -> list[float | None]:
-    mma, homography = row["mma"], row["homography"]
-    figures = [row["repeatability"], row["localisation_error_px"], *(mma.get(px) for px in ("1", "3", "10"))]
-    return [*figures, *(homography.get(px) for px in ("1", "3", "5")), row["matching_score"], row["nn_map"]]
+def _figures(row: Summary) -> list[float | None]:
+    """The figures of one row in the order of the table's columns."""
+    return [
+        row.repeatability,
+        row.localization_error_px,
+        *(row.mma.get(px) for px in (1, 3, 10)),
+        *(row.homography.get(px) for px in (1, 3, 5)),
+        row.matching_score,
+        row.nn_map,
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------- bench
+
+
+@dataclass(frozen=True)
+class BenchArgs(OptionGroup):
+    """What is timed, and how often."""
+
+    batch: int = option("--batch", type=int, default=_BENCH.batch, help="Images per call.")
+    size: str | None = option("--size", help="HxW of the image.  [default: what the model was exported for]")
+    iterations: int = option("--iterations", type=int, default=_BENCH.iterations)
+
+    def options(self) -> BenchOptions:
+        """The options of `bench`."""
+        return BenchOptions(self.batch, parse_size(self.size) if self.size else None, self.iterations)
 
 
 @click.command()
@@ -209,62 +250,52 @@ def _figures(row: dict[str, Any]) -> list[float | None]:
     "--model",
     "models",
     multiple=True,
-    help="May be repeated: models are taken in turn.  [default: the packaged weights]",
+    help="May be repeated: models take turns.  [default: the packaged weights]",
 )
-@click.option("--batch", type=int, default=1, show_default=True, help="Images per call.")
-@click.option("--size", help="HxW of the image.  [default: what the model was exported for]")
-@click.option("--iterations", type=int, default=100, show_default=True)
+@BenchArgs.declare("arguments")
 @click.option("--image", help="A photograph to find keypoints in.  [default: a synthetic one]")
-@click.option("--threads", type=int, help="CPU threads.")
 @click.option("--plot", "plot_path", help="Picture to draw the stages to: .png, .jpg, .svg or .pdf.")
 @JSON
-@DEVICE
+@RuntimeArgs.declare("runtime")
 def bench(
     models: tuple[str, ...],
-    batch: int,
-    size: str | None,
-    iterations: int,
+    arguments: BenchArgs,
     image: str | None,
-    threads: int | None,
     plot_path: str | None,
     json_path: str | None,
-    device: str,
+    runtime: RuntimeArgs,
 ) -> None:
     """Time models, stage by stage: median, p95 and p99."""
-    from superpoint_trt.core.files import check_distinct, check_writable
-    from superpoint_trt.core.image import load_image, parse_size
-    from superpoint_trt.prove.benchmark import BenchOptions, bench, check_plot, plot
+    from superpoint_trt.prove.benchmark import bench as run_bench
+    from superpoint_trt.prove.benchmark import check_plot, plot
 
-    models = models or (or_default(None),)
-    for path, other in ((plot_path, json_path), (json_path, None)):
-        if path:
-            check_distinct(check_writable(path), *models, image, other)
+    models = models or (model_or_packaged(None),)
+    check_outputs((plot_path, json_path), (*models, image))
     if plot_path:
         check_plot(plot_path)
-    options = BenchOptions(batch, parse_size(size) if size else None, iterations)
+    options, picture = arguments.options(), load_image(image) if image else None
     with progress_bar("timing") as progress:
-        report = bench(models, options, load_image(image) if image else None, device, threads, progress)
+        report = run_bench(models, options, picture, runtime.device, runtime.threads, progress)
     print_bench(report)
     if json_path:
         write_json(json_path, report.to_json())
     if plot_path:
-        click.echo(f"{'plot':<14}{plot(report, plot_path)}")
+        print_row("plot", plot(report, plot_path))
 
 
-def print_bench(report: Any) -> None:
-    """Prints the figures of a bench, one table a model, and how they were taken."""
-    from superpoint_trt.prove.benchmark import METHOD, STAGES
-
+def print_bench(report: BenchReport) -> None:
+    """Prints how the figures were taken, and one table per model."""
     machine = report.machine
-    click.echo(f"{'machine':<14}{machine['cpu']}, {machine['cores']} cores, GPU {machine['gpu'] or 'none'}")
-    click.echo(f"{'method':<14}{METHOD}")
+    print_row("machine", f"{machine.cpu}, {machine.cores} cores, GPU {machine.gpu or 'none'}")
+    print_row("method", METHOD)
     for times in report.models:
-        height, width = times.size_hw
-        click.echo(f"{'model':<14}{times.model}\n{'ran on':<14}{times.runtime}")
         found = f"{times.keypoints} keypoints, {report.images_per_s(times):.1f} images/s"
-        click.echo(f"{'image':<14}{height}x{width} (HxW), batch {report.options.batch}, {found}")
+        print_row("model", times.model)
+        print_row("ran on", times.runtime)
+        print_row("image", f"{_size(times.size_hw)} (HxW), batch {report.options.batch}, {found}")
         table = Table(f"ms of {report.options.iterations} calls", "median", "p95", "p99")
         for stage in STAGES:
             summary = times.summary(stage)
-            table.add_row(stage, *(f"{value:.2f}" for value in summary.values()) if summary else ("-", "-", "-"))
+            figures = (summary.median, summary.p95, summary.p99) if summary else ()
+            table.add_row(stage, *(f"{ms:.2f}" for ms in figures) if figures else ("-", "-", "-"))
         console().print(table)

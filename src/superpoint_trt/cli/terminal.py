@@ -1,64 +1,58 @@
-"""What every command shares with the terminal: options, progress, what it prints, and how errors end."""
+"""What commands share with the terminal: progress bars, printed rows, and how errors end."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 import click
 from rich.console import Console
 
-from superpoint_trt import packaged
+from superpoint_trt.cli.options import JSON as JSON  # cli/quantize.py takes it from here
+from superpoint_trt.cli.options import ExtractArgs, RuntimeArgs
+from superpoint_trt.core.progress import Progress
 from superpoint_trt.core.types import SuperPointError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from superpoint_trt.core.files import PathLike
+    from superpoint_trt.core.types import Keypoints
+    from superpoint_trt.run.extractor import SuperPoint
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+
 _WIDE = 160
-"""Columns when the output is no terminal and so has no width."""
+"""Columns of a table if the output is a file or a pipe, which has no width."""
 
-WEIGHTS = click.option(
-    "--weights",
-    default=str(packaged.WEIGHTS),
-    show_default="the packaged ones",
-    help="Checkpoint: .pth (needs torch) or .safetensors.",
-)
-MODEL = click.option(
-    "--model", help=".onnx, engine, or a checkpoint (runs in PyTorch).  [default: the packaged weights]"
-)
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-JSON = click.option("--json", "json_path", help="File to write the figures to.")
+_RUNTIME, _EXTRACT = RuntimeArgs(), ExtractArgs()
 
 
-def print_info(file: Any) -> None:
-    """Prints `info.describe` as two columns."""
-    from superpoint_trt.cli.info import describe
-
-    for label, value in list(describe(file)):
-        click.echo(f"{label:<14}{value}")
+# ------------------------------------------------------------------------------------------------------ before the work
 
 
-def print_found(keypoints: Any, elapsed_ms: float) -> None:
-    """Prints what was found in an image."""
-    click.echo(f"{'image':<14}{keypoints.image_size[0]}x{keypoints.image_size[1]} px")
-    click.echo(f"{'keypoints':<14}{len(keypoints)} in {elapsed_ms:.1f} ms (first call, warm-up included)")
-    if len(keypoints):
-        click.echo(f"{'scores':<14}{keypoints.scores.min():.4f} to {keypoints.scores.max():.4f}")
-    click.echo(f"{'descriptors':<14}{keypoints.descriptors.shape}, {keypoints.descriptors.dtype}")
+def check_outputs(outputs: Iterable[str | None], inputs: Iterable[PathLike | None]) -> None:
+    """Checks before the work that its outputs can be written, and that none overwrites an input or another output.
+
+    Args:
+        outputs: files to write; None for those that were not asked for.
+        inputs: files to read.
+
+    Raises:
+        SuperPointError: naming the file.
+    """
+    from superpoint_trt.core.files import check_distinct, check_writable
+
+    inputs, wanted = list(inputs), [output for output in outputs if output]
+    for index, output in enumerate(wanted):
+        check_distinct(check_writable(output), *inputs, *wanted[index + 1 :])
 
 
-def save_drawing(pixels: Any, keypoints: Any, output: str) -> None:
-    """Writes the image with its keypoints and says so."""
-    from superpoint_trt.core.image import to_picture
-    from superpoint_trt.run.draw import draw_keypoints, save_picture
-
-    picture = save_picture(output, draw_keypoints(to_picture(pixels), keypoints))
-    click.echo(f"{'picture':<14}{picture}")
-
-
-def or_default(model: str | None) -> str:
-    """A model that was named, or the packaged weights as one."""
+def model_or_packaged(model: str | None) -> str:
+    """The model that the user named; otherwise an .onnx of the packaged weights."""
     if model is not None:
         return model
     from superpoint_trt.convert.default_model import default_model
@@ -66,35 +60,64 @@ def or_default(model: str | None) -> str:
     return str(default_model())
 
 
-def open_model(model: str | None, **options: Any) -> Any:
-    """Opens a model and says what it runs on."""
+def open_model(model: str | None, runtime: RuntimeArgs = _RUNTIME, extract: ExtractArgs = _EXTRACT) -> SuperPoint:
+    """Opens a model, or the packaged weights, and prints what it runs on."""
     from superpoint_trt.run.extractor import SuperPoint
 
-    superpoint = SuperPoint(or_default(model), **options)
+    superpoint = SuperPoint(
+        model_or_packaged(model),
+        threshold=extract.threshold,
+        max_keypoints=extract.max_keypoints,
+        max_side_px=extract.max_side,
+        device=runtime.device,
+        threads=runtime.threads,
+    )
     named = "the packaged weights" if model is None else model
-    click.echo(f"{'model':<14}{named} ({superpoint.description.type.value})")
-    click.echo(f"{'ran on':<14}{superpoint.runtime}")
+    print_row("model", f"{named} ({superpoint.description.type.value})")
+    print_row("ran on", superpoint.runtime)
     return superpoint
 
 
-@contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr for work that reports (done, in all); nothing when that is no terminal."""
-    from rich.progress import Progress
-
-    screen = console(stderr=True)
-    with Progress(console=screen, disable=not screen.is_terminal, transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+# ------------------------------------------------------------------------------------------------------------- printing
 
 
-def write_json(path: str, report: Any) -> None:
-    """Writes figures as JSON; beside, then renamed."""
+def print_row(label: str, value: object) -> None:
+    """Prints one line: a label, and what it is."""
+    click.echo(f"{label:<14}{value}")
+
+
+def print_info(file: PathLike) -> None:
+    """Prints what a file of this project is."""
+    from superpoint_trt.cli.info import facts
+
+    for label, value in list(facts(file)):
+        print_row(label, value)
+
+
+def print_found(keypoints: Keypoints, elapsed_ms: float) -> None:
+    """Prints what was found in one image."""
+    print_row("image", f"{keypoints.image_size[0]}x{keypoints.image_size[1]} px")
+    print_row("keypoints", f"{len(keypoints)} in {elapsed_ms:.1f} ms (first call, warm-up included)")
+    if len(keypoints):
+        print_row("scores", f"{keypoints.scores.min():.4f} to {keypoints.scores.max():.4f}")
+    print_row("descriptors", f"{keypoints.descriptors.shape}, {keypoints.descriptors.dtype}")
+
+
+def save_drawing(pixels: NDArray[Any], keypoints: Keypoints, output: str) -> None:
+    """Writes the image, an array as `load_image` returns it, with its keypoints, and prints where."""
+    from superpoint_trt.core.image import to_picture
+    from superpoint_trt.run.draw import draw_keypoints, save_picture
+
+    print_row("picture", save_picture(output, draw_keypoints(to_picture(pixels), keypoints)))
+
+
+def write_json(path: str, report: Mapping[str, Any]) -> None:
+    """Writes a report as JSON, and prints where. A reader sees the old file or the whole new one."""
     import json
 
     from superpoint_trt.core.files import write_atomically
 
-    click.echo(f"{'figures':<14}{write_atomically(path, (json.dumps(report, indent=1) + chr(10)).encode())}")
+    print_row("figures", write_atomically(path, (json.dumps(report, indent=1) + "\n").encode()))
 
 
 def console(stderr: bool = False) -> Console:
@@ -103,8 +126,60 @@ def console(stderr: bool = False) -> Console:
     return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, markup=False, width=_WIDE)
 
 
+# ------------------------------------------------------------------------------------------------------------- progress
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Progress]:
+    """Shows a bar on stderr while work reports (steps done, all steps); nothing if stderr is no terminal."""
+    from rich.progress import Progress as Bar
+
+    screen = console(stderr=True)
+    with Bar(console=screen, disable=not screen.is_terminal, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def download_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Shows bytes and speed on stderr while a download reports (bytes done, all bytes); stays when it is done."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    screen = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bar(*columns, console=screen, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def builder_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows the builder's phase and steps on stderr; only the time that passes where TensorRT reports none (8.6)."""
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    screen = console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("building: {task.description}"), BarColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=screen, disable=not screen.is_terminal, transient=True) as bar:
+        task = bar.add_task("kernels are timed, this can take minutes", total=None)
+        yield lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total or None)
+
+
+# ----------------------------------------------------------------------------------------------------- running commands
+
+
 def run(command: click.Command, arguments: Sequence[str] | None = None, name: str | None = None) -> int:
-    """Runs a command; bad input becomes one line on stderr and exit code 2, never a traceback."""
+    """Runs a command. Bad input becomes one line on stderr and exit code 2, never a traceback.
+
+    Args:
+        command: a click command.
+        arguments: its command line; None: the process's own.
+        name: the program's name in usage lines.
+
+    Returns:
+        The exit code.
+    """
     try:
         code = command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
     except SuperPointError as error:
@@ -113,9 +188,9 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, name: st
         return _complain(error.format_message())
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, head say, has seen enough
+    except BrokenPipeError:  # the reader (head, for example) has seen enough
         return 0
-    return code if isinstance(code, int) else 0  # click hands back the code of an Exit
+    return code if isinstance(code, int) else 0  # click returns the code of an Exit
 
 
 def _complain(message: str) -> int:
@@ -124,17 +199,5 @@ def _complain(message: str) -> int:
 
 
 def script(command: click.Command) -> Callable[[], None]:
-    """A command as the `main` of a script."""
+    """Makes a script's `main` of a command."""
     return lambda: sys.exit(run(command))
-
-
-@contextmanager
-def builder_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """The builder's phase and steps on stderr; where TensorRT does not tell (8.6), the time that passes."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    screen = console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("building: {task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True) as bar:
-        task = bar.add_task("kernels are timed, this can take minutes", total=None)
-        yield lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total or None)

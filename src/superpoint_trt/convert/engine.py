@@ -27,6 +27,7 @@ from superpoint_trt.convert.quantize.options import FirstConvolution, QuantizeOp
 from superpoint_trt.convert.quantize.qdq import quantize
 from superpoint_trt.convert.quantize.ranges_file import check_same_network, load_calibration
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, read_bytes, sha256, write_atomically
+from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import (
     CELL_PX,
     ENGINE_SUFFIXES,
@@ -471,7 +472,7 @@ def _targets(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...]
     if tensorrt.flavor is Flavor.RTX and device.capability not in RTX_TARGETS:
         raise SuperPointError(
             f"{device.name} is {device.capability}, which TensorRT-RTX does not run on (it takes "
-            f"{', '.join(RTX_TARGETS)}): pip install 'superpoint-trt[tensorrt]' and --runtime tensorrt, or --target to "
+            f"{', '.join(RTX_TARGETS)}): {install_hint('tensorrt')} and --runtime tensorrt, or --target to "
             "build for another GPU."
         )
     return (device.capability,), device.name

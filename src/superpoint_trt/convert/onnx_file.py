@@ -11,7 +11,7 @@ from typing import Union
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from superpoint_trt.core.contract import describe
+from superpoint_trt.core.contract import recognize
 from superpoint_trt.core.files import PathLike, one_line, read_bytes, sha256
 from superpoint_trt.core.types import OUTPUT_NAMES, Float32, ModelDescription, OutputType, Precision, SuperPointError
 
@@ -118,7 +118,7 @@ def model_description(model: onnx.ModelProto, path: PathLike) -> ModelDescriptio
         {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
         for values in (model.graph.input, model.graph.output)
     )
-    return own_description(model) or describe(
+    return own_description(model) or recognize(
         Path(path), None, inputs, outputs, remedy="make one with superpoint export"
     )
 

@@ -1,9 +1,12 @@
-"""The one way of timing, for every backend: stages and wall time of image -> keypoints, models taken in turn."""
+"""Times models in one way for every backend: the stages and the wall time of image -> keypoints, models in turn."""
 
 from __future__ import annotations
 
+import io
 import os
 import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +22,15 @@ from numpy.typing import NDArray
 from superpoint_trt._version import __version__
 from superpoint_trt.core.files import PathLike, write_atomically
 from superpoint_trt.core.image import synthetic_photograph
+from superpoint_trt.core.install import install_hint
+from superpoint_trt.core.progress import Progress
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.run.extractor import SuperPoint
 
 STAGES = ("preprocess", "host_to_device", "network", "decode", "device_to_host", "wall")
 
 REST_S = 0.2
-"""Before a model's turn: the threads of another session spin for a while after its last run, at this one's cost."""
+"""Pause before a model's turn: the threads of another session spin for a while after its last run and take CPU time."""
 
 CALLS_PER_TURN = 5
 
@@ -41,19 +46,30 @@ MOST_BATCH, MOST_ITERATIONS = 1024, 1_000_000
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is timed."""
+    """What is timed, and how often."""
 
     batch: int = 1
     """Images per call."""
     size_hw: tuple[int, int] | None = None
-    """Of the image; None: the size the model was exported for."""
+    """(height, width) of the image in px; None: the size that the model was exported for."""
     iterations: int = 100
+    """Timed calls of each model."""
     warm_up: int = 5
+    """Calls before those, which are not timed."""
 
     def __post_init__(self) -> None:
         for name, value, most in (("batch", self.batch, MOST_BATCH), ("iterations", self.iterations, MOST_ITERATIONS)):
             if not 1 <= value <= most:
                 raise SuperPointError(f"{name} is {value}; expected 1 to {most}.")
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Times of one stage in ms."""
+
+    median: float
+    p95: float
+    p99: float
 
 
 @dataclass
@@ -63,51 +79,72 @@ class ModelTimes:
     model: str
     runtime: str
     description: dict[str, str]
+    """The model's metadata, as `ModelDescription.to_metadata` writes it."""
     size_hw: tuple[int, int]
+    """(height, width) of the image in px."""
     keypoints: int
     """Found in one image."""
     times_ms: dict[str, list[float]] = field(default_factory=lambda: {stage: [] for stage in STAGES}, repr=False)
-    """Every measured call, by stage; empty where the stage does not exist."""
+    """Stage -> time of every timed call; empty if the model has no such stage."""
 
-    def summary(self, stage: str) -> dict[str, float] | None:
-        """Median, p95 and p99 in ms; None where the stage does not exist."""
+    def summary(self, stage: str) -> StageTimes | None:
+        """Median, p95 and p99 of a stage; None if the model has no such stage."""
         times = self.times_ms[stage]
         if not times:
             return None
         median, p95, p99 = np.percentile(times, [50, 95, 99])
-        return {"median": float(median), "p95": float(p95), "p99": float(p99)}
+        return StageTimes(float(median), float(p95), float(p99))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the figures were taken on."""
+
+    cpu: str
+    cores: int | None
+    gpu: str | None
+    """Name and driver version by nvidia-smi; None without it."""
+    system: str
+    python: str
+    versions: dict[str, str]
+    """Package -> version, of the packages that matter and are installed."""
+    threads: int | None
+    """CPU threads asked for; None: the runtime's own choice."""
+    time: str
+    """ISO 8601, UTC."""
 
 
 @dataclass
 class BenchReport:
     """Figures and what they were taken on."""
 
-    machine: dict[str, Any]
+    machine: Machine
     options: BenchOptions
     models: list[ModelTimes]
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
         return {
-            "machine": self.machine,
+            "machine": asdict(self.machine),
             "method": METHOD,
             "options": asdict(self.options),
-            "models": [
-                {
-                    "model": times.model,
-                    "runtime": times.runtime,
-                    "description": times.description,
-                    "size_hw": list(times.size_hw),
-                    "keypoints": times.keypoints,
-                    "stages_ms": {stage: times.summary(stage) for stage in STAGES},
-                    "images_per_s": self.images_per_s(times),
-                }
-                for times in self.models
-            ],
+            "models": [self._model_to_json(times) for times in self.models],
+        }
+
+    def _model_to_json(self, times: ModelTimes) -> dict[str, Any]:
+        summaries = {stage: times.summary(stage) for stage in STAGES}
+        return {
+            "model": times.model,
+            "runtime": times.runtime,
+            "description": times.description,
+            "size_hw": list(times.size_hw),
+            "keypoints": times.keypoints,
+            "stages_ms": {stage: asdict(summary) if summary else None for stage, summary in summaries.items()},
+            "images_per_s": self.images_per_s(times),
         }
 
     def images_per_s(self, times: ModelTimes) -> float:
-        """From the median wall time."""
+        """Images per second, from the median wall time."""
         return self.options.batch * 1e3 / float(np.median(times.times_ms["wall"]))
 
 
@@ -117,20 +154,20 @@ def bench(
     image: NDArray[Any] | None = None,
     device: str = "auto",
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> BenchReport:
     """Times one or more models.
 
     Args:
         models: model files that `SuperPoint` opens.
         options: batch, size, iterations.
-        image: what to find keypoints in, scaled to the size; None: `synthetic_photograph`.
-        device: as SuperPoint takes it.
-        threads: likewise.
-        progress: called with (calls done, in all).
+        image: (H, W) or (H, W, 3) uint8 to find keypoints in, scaled to the size; None: `synthetic_photograph`.
+        device: where the models run, as `SuperPoint` takes it.
+        threads: CPU threads of each model; None: the runtime's own choice.
+        progress: called with (calls done, all calls).
 
     Raises:
-        SuperPointError: no model, or one that cannot take the batch or size; before anything is timed.
+        SuperPointError: there is no model, or one cannot take the batch or size. Raised before anything is timed.
     """
     options = options or BenchOptions()
     if not models:
@@ -170,22 +207,21 @@ class _Run:
                 f"--max-batch-size {options.batch}."
             )
         picture = synthetic_photograph(*size) if image is None else cv2.resize(image, (size[1], size[0]))
-        # Not one image many times: caches would know it.
+        # Each image is shifted: the same image many times would come from the caches.
         self._images = [np.ascontiguousarray(np.roll(picture, 8 * index, axis=1)) for index in range(options.batch)]
         self._superpoint = superpoint
         found = len(superpoint.extract(self._images[0]))
         self.times = ModelTimes(name, str(superpoint.runtime), model.to_metadata(), size, found)
 
     def call(self, measured: bool) -> None:
-        """The whole, then the steps; noted if measured."""
-        clock = time.perf_counter
-        started = clock()
+        """Makes the call twice, as a whole and step by step; keeps the times if measured."""
+        started = time.perf_counter()
         self._superpoint.extract_batch(self._images)
-        whole = clock() - started
-        spans = {"wall": whole, **self._superpoint.extract_timed(self._images)}
+        wall_s = time.perf_counter() - started
+        stages_s = {"wall": wall_s, **self._superpoint.extract_timed(self._images)}
         if measured:
-            for stage, span in spans.items():
-                self.times.times_ms[stage].append(span * 1e3)
+            for stage, seconds in stages_s.items():
+                self.times.times_ms[stage].append(seconds * 1e3)
 
 
 def _open(model: PathLike, device: str, threads: int | None) -> SuperPoint:
@@ -199,27 +235,24 @@ PLOT_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".pdf")
 
 
 def check_plot(path: PathLike) -> None:
-    """Refuses a plot before the work that would fill it, rather than after.
+    """Checks before the timing that the plot can be written after it.
 
     Raises:
-        SuperPointError: matplotlib is not installed, or the name's ending is no format it writes.
+        SuperPointError: matplotlib is not installed, or cannot write files of that ending.
     """
     if Path(path).suffix.lower() not in PLOT_SUFFIXES:
         raise SuperPointError(f"{path}: a plot's name ends in {', '.join(PLOT_SUFFIXES)}.")
     if not util.find_spec("matplotlib"):
-        raise SuperPointError("the plot needs matplotlib: pip install 'superpoint-trt[report]'.")
+        raise SuperPointError(f"the plot needs matplotlib: {install_hint('report')}.")
 
 
 def plot(report: BenchReport, path: PathLike) -> Path:
-    """Bars of the stages' medians, one model a line, the wall time's median as a mark.
+    """Draws the medians of the stages as bars, one line per model, and the median wall time as a mark.
 
     Raises:
-        SuperPointError: matplotlib is not installed, the name's ending is no format it writes, or the file cannot be
-            written.
+        SuperPointError: matplotlib is not installed, cannot write files of that ending, or the file cannot be written.
     """
     check_plot(path)
-    import io
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.6 + 0.6 * len(report.models)), layout="constrained")
@@ -229,7 +262,7 @@ def plot(report: BenchReport, path: PathLike) -> Path:
     left = np.zeros(len(names))
     for stage in STAGES[:-1]:
         summaries = [times.summary(stage) for times in report.models]
-        widths = np.array([summary["median"] if summary else 0.0 for summary in summaries])
+        widths = np.array([summary.median if summary else 0.0 for summary in summaries])
         if widths.any():
             axes.barh(lines, widths, left=left, label=stage.replace("_", " "))
             left += widths
@@ -244,34 +277,34 @@ def plot(report: BenchReport, path: PathLike) -> Path:
     return write_atomically(path, buffer.getvalue())
 
 
-def _machine(threads: int | None) -> dict[str, Any]:
-    import shutil
-    import subprocess
-
-    gpu = None
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or None
+def _machine(threads: int | None) -> Machine:
     versions = {"superpoint-trt": __version__}
     for name in ("numpy", "opencv-python-headless", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "gpu": gpu,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "threads": threads,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    return Machine(
+        cpu=cpu_name(),
+        cores=os.cpu_count(),
+        gpu=_gpu_name(),
+        system=platform.platform(),
+        python=platform.python_version(),
+        versions=versions,
+        threads=threads,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _gpu_name() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
+    """The processor's model name where Linux tells it; otherwise what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Image pairs with known homographies on disk: HPatches' layout and the Oxford (VGG affine) layout."""
+"""Reads image pairs with known homographies from disk, in HPatches' layout or the Oxford (VGG affine) layout."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class _Layout:
     """How the files of a sequence are named."""
 
     image: str
-    """Pattern of a lower-case file name; its group is the number."""
+    """Regular expression for an image's name in lower case; its group is the image's number."""
     homography: str
-    """Name, with a place for the number."""
+    """Name of a homography, with a place for the number of its second image."""
 
     def images(self, folder: Path) -> dict[int, Path]:
-        """By number."""
+        """Number -> image."""
         return {int(m[1]): path for path in folder.iterdir() if (m := re.fullmatch(self.image, path.name.lower()))}
 
     def homographies(self, folder: Path) -> dict[int, Path]:
-        """By the number of the second image."""
+        """Number of the second image -> homography."""
         pattern = self.homography.format(r"(\d+)")
         return {int(m[1]): path for path in folder.iterdir() if (m := re.fullmatch(pattern, path.name))}
 
@@ -62,11 +62,11 @@ class Pair:
 
 @dataclass
 class Dataset:
-    """The pairs of a folder, and what could not be used of it."""
+    """The pairs of a folder."""
 
     pairs: list[Pair] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """One line each."""
+    """One line for each pair or sequence that cannot be used."""
 
 
 def load_pairs(folder: PathLike) -> Dataset:
@@ -95,7 +95,7 @@ def load_pairs(folder: PathLike) -> Dataset:
 
 
 def input_files(folder: PathLike) -> list[Path]:
-    """Every image and homography that `load_pairs` would look at; none if there is no such folder."""
+    """Lists every image and homography that `load_pairs` reads; nothing if the folder does not exist."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -109,8 +109,8 @@ def input_files(folder: PathLike) -> list[Path]:
 
 
 def _pairs(folder: Path) -> Iterator[Pair | str]:
-    """The pairs of one sequence; a line of text for each that cannot be used."""
-    name = Path(os.path.abspath(folder)).name  # Path(".") has none
+    """Yields the pairs of one sequence, and a line of text for each pair that cannot be used."""
+    name = Path(os.path.abspath(folder)).name  # Path(".").name is empty
     layouts = [layout for layout in _LAYOUTS if layout.homographies(folder)]
     if not layouts and any(layout.images(folder) for layout in _LAYOUTS):
         yield f"{folder}: no homography (H_1_2, ... or H1to2p, ...) beside its images; the sequence is left out."

@@ -1,111 +1,76 @@
-"""Keypoints and descriptors on image pairs with known homographies: extract, match, score, summarise."""
+"""Evaluates keypoints and descriptors on image pairs with known homographies: extract, match, score, summarize."""
 
 from __future__ import annotations
 
-import enum
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Union
+from typing import Any, Callable
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
-from superpoint_trt.core import image as images
 from superpoint_trt.core.files import PathLike, named
+from superpoint_trt.core.image import SMALLEST_SIDE_PX, load_image, to_gray
 from superpoint_trt.core.progress import Progress, Steps
 from superpoint_trt.core.types import Float32, Keypoints, Matrix, OutputType, SuperPointError
-from superpoint_trt.match.nearest import Estimator
 from superpoint_trt.prove import metrics
 from superpoint_trt.prove.datasets import Pair, load_pairs
+from superpoint_trt.prove.protocol import Protocol, Resize
 from superpoint_trt.run.decode import normalize
 from superpoint_trt.run.extractor import SuperPoint
-
-
-class Resize(str, enum.Enum):
-    """How images come to one size before extraction."""
-
-    CROP = "crop"
-    """Cover the size, proportions kept, and cut the middle out: the MIT reference's rule."""
-    FIT = "fit"
-    """Shrink to fit into the size, proportions kept."""
-    NONE = "none"
-    """As they are."""
-
-
-LARGEST_SIDE_PX = 8192
-MOST_ORDERS = 1000
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What is measured, and how. The defaults are those of the table that rpautrat/SuperPoint publishes.
-
-    Sources: its magic-point_repeatability.yaml and superpoint_hpatches.yaml for sizes, NMS and threshold, its
-    evaluations/ for the rest.
-    """
-
-    resize: Resize = Resize.CROP
-    detector_size_hw: tuple[int, int] = (240, 320)
-    """For repeatability and localisation."""
-    detector_nms_radius_px: int = 4
-    detector_keypoints: int = 300
-    repeatability_px: float = 3.0
-    descriptor_size_hw: tuple[int, int] = (480, 640)
-    """For everything that matches."""
-    descriptor_nms_radius_px: int = 8
-    descriptor_keypoints: int = 1000
-    matching_px: float = 3.0
-    """Of matching score and NN mAP."""
-    threshold: float = 0.001
-    """Detection threshold."""
-    homography_px: tuple[int, ...] = (1, 3, 5)
-    mma_px: tuple[int, ...] = tuple(range(1, 11))
-    estimator: Estimator = Estimator.RANSAC
-    ransac_px: float = 3.0
-    ransac_orders: int = 1
-    """Homographies are estimated from so many orders of the matches, and their correctness averaged: less luck."""
-
-    def __post_init__(self) -> None:
-        for side in (*self.detector_size_hw, *self.descriptor_size_hw):
-            if not images.SMALLEST_SIDE_PX <= side <= LARGEST_SIDE_PX:
-                raise SuperPointError(
-                    f"a size to evaluate at has a side of {side} px; "
-                    f"expected {images.SMALLEST_SIDE_PX} to {LARGEST_SIDE_PX}."
-                )
-        if not 1 <= self.ransac_orders <= MOST_ORDERS:
-            raise SuperPointError(
-                f"{self.ransac_orders} orders of the matches were asked for; expected 1 to {MOST_ORDERS}."
-            )
-        for name, value in (("matching distance", self.matching_px), ("inlier distance", self.ransac_px)):
-            if not 0 < value < np.inf:
-                raise SuperPointError(f"{name} is {value} px; expected more than 0.")
-
 
 Extractor = Callable[[Float32], Keypoints]
 """(H, W) float32 in [0, 1] -> keypoints by falling score."""
 
-Source = Union[PathLike, str]
-"""A model file, or the name of an OpenCV detector."""
-
 BASELINES = ("sift", "orb")
+"""OpenCV's detectors, which `evaluate` takes in place of a model file."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class PairResult:
     """One pair's figures; None where a figure is not defined."""
 
     pair: Pair
     repeatability: float | None
-    localisation_error_px: float | None
+    localization_error_px: float | None
     mma: list[float]
+    """Matching accuracy at each distance of `Protocol.mma_px`."""
     homography_errors_px: list[float]
     """One for each order of the matches."""
     matching_score: float
     nn_map: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The mean figures of several pairs; None where a figure is defined for none of them."""
+
+    pairs: int
+    repeatability: float | None
+    localization_error_px: float | None
+    mma: Mapping[int, float]
+    """Distance in px -> mean matching accuracy."""
+    homography: Mapping[int, float]
+    """Corner error in px -> share of the homographies that are at least so good."""
+    matching_score: float | None
+    nn_map: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """One row of the report."""
+        return {
+            "pairs": self.pairs,
+            "repeatability": self.repeatability,
+            "localisation_error_px": self.localization_error_px,
+            "mma": {str(px): share for px, share in self.mma.items()},
+            "homography": {str(px): share for px, share in self.homography.items()},
+            "matching_score": self.matching_score,
+            "nn_map": self.nn_map,
+        }
 
 
 @dataclass
@@ -117,44 +82,73 @@ class Evaluation:
     protocol: Protocol
     pairs: list[PairResult]
     problems: list[str]
+    """One line for each image, file or homography that could not be used."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Wall time of `extract` (with the network in it), `match` (matching and scoring) and `read`."""
+    """Wall time of `read`, of `extract` (with the network in it), and of `match` (matching and scoring)."""
+
+    @property
+    def sequences(self) -> dict[str, Summary]:
+        """A summary of each sequence, by name."""
+        return self._grouped(lambda pair: pair.sequence)
+
+    @property
+    def kinds(self) -> dict[str, Summary]:
+        """A summary of each kind of sequence: illumination, viewpoint, other."""
+        return self._grouped(lambda pair: pair.kind)
+
+    @property
+    def total(self) -> Summary:
+        """The summary of all pairs."""
+        return self._summarize(self.pairs)
 
     def to_json(self) -> dict[str, Any]:
-        """The report: model, protocol, sequences, kinds, total, problems, seconds."""
+        """The report as plain data: model, protocol, sequences, kinds, total, problems, seconds."""
         return {
             "model": self.model,
             "runtime": self.runtime,
-            "protocol": asdict(self.protocol),
-            "sequences": self._grouped(lambda pair: pair.sequence),
-            "kinds": self._grouped(lambda pair: pair.kind),
-            "total": self._summary(self.pairs),
+            "protocol": self.protocol.to_json(),
+            "sequences": {name: summary.to_json() for name, summary in self.sequences.items()},
+            "kinds": {name: summary.to_json() for name, summary in self.kinds.items()},
+            "total": self.total.to_json(),
             "problems": self.problems,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
 
-    def _grouped(self, key: Callable[[Pair], str]) -> dict[str, Any]:
+    def _grouped(self, key: Callable[[Pair], str]) -> dict[str, Summary]:
         groups: dict[str, list[PairResult]] = {}
         for result in self.pairs:
             groups.setdefault(key(result.pair), []).append(result)
-        return {name: self._summary(group) for name, group in sorted(groups.items())}
+        return {name: self._summarize(group) for name, group in sorted(groups.items())}
 
-    def _summary(self, results: list[PairResult]) -> dict[str, Any]:
+    def _summarize(self, results: list[PairResult]) -> Summary:
         errors = np.array([result.homography_errors_px for result in results])
         accuracy = np.array([result.mma for result in results])
-        return {
-            "pairs": len(results),
-            "repeatability": _mean(result.repeatability for result in results),
-            "localisation_error_px": _mean(result.localisation_error_px for result in results),
-            "mma": {str(px): float(accuracy[:, i].mean()) for i, px in enumerate(self.protocol.mma_px)},
-            "homography": {str(px): float((errors <= px).mean()) for px in self.protocol.homography_px},
-            "matching_score": _mean(result.matching_score for result in results),
-            "nn_map": _mean(result.nn_map for result in results),
-        }
+        return Summary(
+            pairs=len(results),
+            repeatability=_mean(result.repeatability for result in results),
+            localization_error_px=_mean(result.localization_error_px for result in results),
+            mma={px: float(accuracy[:, i].mean()) for i, px in enumerate(self.protocol.mma_px)},
+            homography={px: float((errors <= px).mean()) for px in self.protocol.homography_px},
+            matching_score=_mean(result.matching_score for result in results),
+            nn_map=_mean(result.nn_map for result in results),
+        )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None
+
+
+def report_with_baselines(evaluation: Evaluation, *baselines: Evaluation) -> dict[str, Any]:
+    """The report of one model as plain data; those of other models, if any, under "baselines" by name."""
+    report = evaluation.to_json()
+    if baselines:
+        report["baselines"] = {baseline.model: baseline.to_json() for baseline in baselines}
+    return report
 
 
 def evaluate(
-    model: Source,
+    model: PathLike,
     dataset: PathLike,
     protocol: Protocol | None = None,
     device: str = "auto",
@@ -165,27 +159,28 @@ def evaluate(
 
     Args:
         model: a model file, "sift" or "orb".
-        dataset: folder of sequences (datasets.load_pairs).
+        dataset: folder of sequences, as `load_pairs` reads it.
         protocol: sizes, counts, thresholds.
-        device: for model files, as SuperPoint takes it.
-        threads: likewise.
-        progress: called with (images and pairs done, in all).
+        device: where a model file runs, as `SuperPoint` takes it.
+        threads: CPU threads of a model file.
+        progress: called with (images and pairs done, all of them).
 
     Raises:
-        SuperPointError: no usable model or pair. A single bad image, file or homography is noted in `problems`.
+        SuperPointError: no usable model or pair. A single bad image, file or homography is listed in `problems`.
     """
     protocol = protocol or Protocol()
     found = load_pairs(dataset)
     paths = list(dict.fromkeys(path for pair in found.pairs for path in (pair.first, pair.second)))
     steps = Steps(2 * len(paths) + len(found.pairs), progress)
+    detector = _Stage(protocol.detector_size_hw, protocol.detector_nms_radius_px, keeps_descriptors=False)
+    descriptor = _Stage(protocol.descriptor_size_hw, protocol.descriptor_nms_radius_px, keeps_descriptors=True)
     with ExitStack() as stack:
-        detector = _Run(protocol, protocol.detector_size_hw, protocol.detector_nms_radius_px)
-        descriptor = _Run(protocol, protocol.descriptor_size_hw, protocol.descriptor_nms_radius_px)
-        evaluation = Evaluation(str(model), detector.open(model, device, threads, stack), protocol, [], found.problems)
-        # One stage after the other: sessions side by side would spin at each other's cost.
-        detected = detector.extract(paths, evaluation, steps, descriptors=False)
-        descriptor.open(model, device, threads, stack)
-        described = descriptor.extract(paths, evaluation, steps)
+        opened = _open(model, protocol, detector, device, threads, stack)
+        evaluation = Evaluation(str(model), opened.runtime, protocol, [], found.problems)
+        # The second model is opened after the first stage: the idle threads of two sessions would slow each other.
+        detected = _extract(opened.extract, paths, detector, evaluation, steps)
+        opened = _open(model, protocol, descriptor, device, threads, stack)
+        described = _extract(opened.extract, paths, descriptor, evaluation, steps)
     for pair in found.pairs:
         if all(path in views for path in (pair.first, pair.second) for views in (detected, described)):
             started = time.perf_counter()
@@ -199,73 +194,83 @@ def evaluate(
 
 
 @dataclass(frozen=True)
+class _Stage:
+    """One of the protocol's two passes over all images: for the detector's figures, and for the descriptors'."""
+
+    size_hw: tuple[int, int]
+    nms_radius_px: int
+    keeps_descriptors: bool
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model ready to extract."""
+
+    extract: Extractor
+    runtime: str
+    """What it runs on, and what it decides itself."""
+
+
+def _open(
+    model: PathLike, protocol: Protocol, stage: _Stage, device: str, threads: int | None, stack: ExitStack
+) -> _Opened:
+    """Opens a model file, or OpenCV's detector of that name; the stack closes it."""
+    if str(model) in BASELINES:
+        return _Opened(_opencv(str(model), protocol.descriptor_keypoints), f"OpenCV {cv2.__version__}, cpu")
+    superpoint = SuperPoint(model, device=device, threads=threads)
+    if superpoint.description.type is OutputType.KEYPOINTS:
+        stack.enter_context(superpoint)
+        options = superpoint.options
+        own = f"NMS radius {options.nms_radius_px} px, threshold {options.threshold:g}"
+        return _Opened(
+            superpoint.extract, f"{superpoint.runtime}; decoded in its graph: {own} instead of the protocol's"
+        )
+    superpoint.close()  # its type is known only now, and a keypoints model does not take the options below
+    superpoint = SuperPoint(
+        model, threshold=protocol.threshold, nms_radius_px=stage.nms_radius_px, device=device, threads=threads
+    )
+    stack.enter_context(superpoint)
+    return _Opened(superpoint.extract, str(superpoint.runtime))
+
+
+@dataclass(frozen=True)
 class _View:
-    """An image as it was evaluated."""
+    """An image as one stage sees it."""
 
     keypoints: Keypoints
     to_view: Matrix
     """(3, 3): pixels of the file to pixels of the resized image."""
 
 
-class _Run:
-    """Extraction of every image at one size."""
-
-    def __init__(self, protocol: Protocol, size_hw: tuple[int, int], nms_radius_px: int) -> None:
-        self._protocol = protocol
-        self._size_hw = size_hw
-        self._nms_radius_px = nms_radius_px
-        self._extractor: Extractor | None = None
-
-    def open(self, model: Source, device: str, threads: int | None, stack: ExitStack) -> str:
-        """Opens the model, and says what it runs on."""
-        if str(model) in BASELINES:
-            self._extractor = _opencv(str(model), self._protocol.descriptor_keypoints)
-            return f"OpenCV {cv2.__version__}, cpu"
-        superpoint = stack.enter_context(_superpoint(model, self._protocol, self._nms_radius_px, device, threads))
-        self._extractor = superpoint.extract
-        if superpoint.description.type is not OutputType.KEYPOINTS:
-            return str(superpoint.runtime)
-        options = superpoint.options
-        own = f"NMS radius {options.nms_radius_px} px, threshold {options.threshold:g}"
-        return f"{superpoint.runtime}; decoded in its graph: {own} instead of the protocol's"
-
-    def extract(
-        self, paths: list[Path], evaluation: Evaluation, steps: Steps, descriptors: bool = True
-    ) -> dict[Path, _View]:
-        """The views of all readable images, without descriptors where nothing reads them; the rest is noted once."""
-        assert self._extractor is not None
-        views = {}
-        for path in paths:
-            started = time.perf_counter()
-            try:
-                gray, to_view = _resize(images.to_gray(images.load_image(path)), self._size_hw, self._protocol.resize)
-                read = time.perf_counter()
-                found = self._extractor(gray)
-                views[path] = _View(found if descriptors else _points_only(found), to_view)
-                evaluation.seconds["read"] += read - started
-                evaluation.seconds["extract"] += time.perf_counter() - read
-            except SuperPointError as error:
-                problem = named(error, path)
-                if problem not in evaluation.problems:
-                    evaluation.problems.append(problem)
-            steps.advance()
-        return views
+def _extract(
+    extract: Extractor, paths: Iterable[Path], stage: _Stage, evaluation: Evaluation, steps: Steps
+) -> dict[Path, _View]:
+    """Extracts all readable images at a stage's size; lists the others once in the evaluation's problems."""
+    views = {}
+    for path in paths:
+        started = time.perf_counter()
+        try:
+            gray, to_view = _resize(to_gray(load_image(path)), stage.size_hw, evaluation.protocol.resize)
+            read = time.perf_counter()
+            found = extract(gray)
+            views[path] = _View(found if stage.keeps_descriptors else _without_descriptors(found), to_view)
+            evaluation.seconds["read"] += read - started
+            evaluation.seconds["extract"] += time.perf_counter() - read
+        except SuperPointError as error:
+            problem = named(error, path)
+            if problem not in evaluation.problems:
+                evaluation.problems.append(problem)
+        steps.advance()
+    return views
 
 
-def _points_only(keypoints: Keypoints) -> Keypoints:
+def _without_descriptors(keypoints: Keypoints) -> Keypoints:
+    """Saves the memory of a dataset's descriptors, which the detector's figures do not need."""
     return replace(keypoints, descriptors=np.zeros((len(keypoints), 0), np.float32))
 
 
-def _superpoint(model: Source, protocol: Protocol, nms_radius_px: int, device: str, threads: int | None) -> SuperPoint:
-    superpoint = SuperPoint(model, device=device, threads=threads)
-    if superpoint.description.type is OutputType.KEYPOINTS:
-        return superpoint  # its radius, threshold and number are in the graph
-    superpoint.close()
-    return SuperPoint(model, threshold=protocol.threshold, nms_radius_px=nms_radius_px, device=device, threads=threads)
-
-
 def _opencv(name: str, count: int) -> Extractor:
-    """SIFT (128 floats) or ORB (256 bits as 0 and 1, whose squared L2 distance is the Hamming distance)."""
+    """SIFT (128 floats), or ORB (256 bits as 0 and 1, whose squared L2 distance is the Hamming distance)."""
     detector = cv2.SIFT.create(nfeatures=count) if name == "sift" else cv2.ORB.create(nfeatures=count)
 
     def extract(gray: Float32) -> Keypoints:
@@ -290,10 +295,19 @@ def _opencv(name: str, count: int) -> Extractor:
 
 
 def _resize(gray: Float32, size_hw: tuple[int, int], rule: Resize) -> tuple[Float32, Matrix]:
-    """An image at the protocol's size, and the (3, 3) map of its pixels; pixel centres at integers.
+    """Brings an image to the protocol's size.
+
+    Args:
+        gray: (H, W) float32 in [0, 1].
+        size_hw: (height, width) in px.
+        rule: how.
+
+    Returns:
+        The resized image (H', W') float32, and the (3, 3) map from pixels of the image to pixels of the resized one,
+        pixel centers at integers.
 
     Raises:
-        SuperPointError: too thin an image: nothing would be left of it.
+        SuperPointError: the image is so thin that nothing would be left of it.
     """
     height, width = gray.shape
     if rule is Resize.NONE:
@@ -301,11 +315,11 @@ def _resize(gray: Float32, size_hw: tuple[int, int], rule: Resize) -> tuple[Floa
     ratios = size_hw[0] / height, size_hw[1] / width
     scale = max(ratios) if rule is Resize.CROP else min(1.0, *ratios)
     new_h, new_w = round(height * scale), round(width * scale)
-    if min(new_h, new_w) < images.SMALLEST_SIDE_PX:
-        least = f"{images.SMALLEST_SIDE_PX}x{images.SMALLEST_SIDE_PX}"
+    if min(new_h, new_w) < SMALLEST_SIDE_PX:
+        least = f"{SMALLEST_SIDE_PX}x{SMALLEST_SIDE_PX}"
         raise SuperPointError(f"{width}x{height} px shrink to {new_w}x{new_h}; the smallest usable is {least}.")
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    resized: Any = cv2.resize(gray, (new_w, new_h), interpolation=method)
+    resized: NDArray[Any] = cv2.resize(gray, (new_w, new_h), interpolation=method)
     sx, sy = new_w / width, new_h / height
     to_view = np.array([[sx, 0, 0.5 * sx - 0.5], [0, sy, 0.5 * sy - 0.5], [0, 0, 1]])
     if rule is Resize.CROP:
@@ -315,33 +329,41 @@ def _resize(gray: Float32, size_hw: tuple[int, int], rule: Resize) -> tuple[Floa
     return np.ascontiguousarray(resized), to_view
 
 
-def _views(pair: Pair, views: dict[Path, _View]) -> tuple[Keypoints, Keypoints, Matrix]:
-    """Both images' keypoints and the homography between the resized images."""
+@dataclass(frozen=True)
+class _PairViews:
+    """Both images of a pair at one stage's size."""
+
+    first: Keypoints
+    second: Keypoints
+    homography: Matrix
+    """(3, 3): pixels of the first resized image to pixels of the second."""
+
+
+def _views(pair: Pair, views: Mapping[Path, _View]) -> _PairViews:
     first, second = views[pair.first], views[pair.second]
     homography = second.to_view @ pair.homography @ np.linalg.inv(first.to_view)
-    return first.keypoints, second.keypoints, homography
+    return _PairViews(first.keypoints, second.keypoints, homography)
 
 
-_Views = tuple[Keypoints, Keypoints, Matrix]
-
-
-def _score(pair: Pair, detected: _Views, described: _Views, protocol: Protocol) -> PairResult:
-    again = metrics.repeatability(*detected, protocol.detector_keypoints, protocol.repeatability_px)
-    count = protocol.descriptor_keypoints
+def _score(pair: Pair, detected: _PairViews, described: _PairViews, protocol: Protocol) -> PairResult:
+    again = metrics.repeatability(
+        detected.first,
+        detected.second,
+        detected.homography,
+        protocol.detector_keypoints,
+        protocol.repeatability_px,
+    )
+    count, pixels = protocol.descriptor_keypoints, protocol.matching_px
+    views = (described.first, described.second, described.homography)
     return PairResult(
         pair=pair,
         repeatability=again.share,
-        localisation_error_px=again.localisation_error_px,
-        mma=metrics.matching_accuracy(*described, protocol.mma_px, count),
+        localization_error_px=again.localization_error_px,
+        mma=metrics.matching_accuracy(*views, protocol.mma_px, count),
         homography_errors_px=[
-            metrics.homography_error_px(*described, count, protocol.estimator, protocol.ransac_px, order)
+            metrics.homography_error_px(*views, count, protocol.estimator, protocol.ransac_px, order)
             for order in range(protocol.ransac_orders)
         ],
-        matching_score=metrics.matching_score(*described, count, protocol.matching_px),
-        nn_map=metrics.nn_average_precision(*described, count, protocol.matching_px),
+        matching_score=metrics.matching_score(*views, count, pixels),
+        nn_map=metrics.nn_average_precision(*views, count, pixels),
     )
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return float(np.mean(defined)) if defined else None

@@ -1,9 +1,9 @@
-"""What is wrong with a model that finds other points: each known conversion fault tested by its own signature."""
+"""Finds out why a converted model finds other points: each known conversion fault is tested by its own signature."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,17 +12,16 @@ from superpoint_trt.core.types import Float32, Keypoints, Matrix, Sampling
 from superpoint_trt.run import decode
 
 FEWEST_POINTS = 16
-"""Below this a signature could be chance."""
+"""With fewer points a signature could be chance."""
 
 SMALLEST_SCORE_FAULT = 2e-3
-"""Part of a typical score: below it a difference may be rounding."""
+"""As a part of the mean score: a smaller difference may be rounding."""
 
 MUCH_BETTER = 0.2
-"""Another explanation must leave at most this part of the error to be believed."""
-
+"""Another reading of the reference is believed if it leaves at most this part of the error."""
 
 NOT_FINITE = "not-finite"
-"""The one finding that is seen without a signature."""
+"""The name of the one finding that needs no signature."""
 
 
 @dataclass(frozen=True)
@@ -33,25 +32,29 @@ class Finding:
     """descriptor-sampling, border, dustbin, cell-order, fp16-indices, coordinates or not-finite."""
     detail: str
 
+    def to_json(self) -> dict[str, str]:
+        """The finding as plain data."""
+        return asdict(self)
+
 
 @dataclass(frozen=True)
 class Evidence:
-    """One image through the model and through the reference, in pixels of the network's input."""
+    """What model and reference make of one image, in pixels of the network's input."""
 
     found: Keypoints
-    """What the model found."""
+    """The model's keypoints."""
     scores: Float32
     """(H, W): the reference's score map, before suppression."""
     descriptors: Float32
-    """(D, H/8, W/8): the reference's, unit length."""
+    """(D, H/8, W/8): the reference's descriptors, unit length."""
     sampling: Sampling
     """The checkpoint's."""
     border_px: int
-    """What the model should leave out on each side."""
+    """How many pixels on each side should have no keypoints."""
     in_graph: bool
     """Whether the model decodes in its graph."""
     raw_xy: Float32 | None
-    """(N, 2): the points as a `keypoints` model put them out, padding rows left out."""
+    """(N, 2): the points of a `keypoints` model as its graph returns them, without padding rows; else None."""
 
     @property
     def stride_px(self) -> int:
@@ -60,12 +63,12 @@ class Evidence:
 
 
 def findings(evidence: Evidence) -> list[Finding]:
-    """All faults whose signature one image shows."""
+    """Lists all faults whose signature one image shows."""
     raw = evidence.raw_xy if evidence.raw_xy is not None else evidence.found.xy
     height, width = evidence.scores.shape
     inside = np.asarray((np.isfinite(raw) & (raw >= 0) & (raw < np.array([width, height]))).all(axis=1))
     found = [*_coordinates(inside), *_fp16_indices(evidence, raw, inside)]
-    if not found:  # rounded indices reach into the border too
+    if not found:  # points at rounded indices may lie in the border, which is not a fault of its own
         found += _border(evidence, raw[inside])
     if len(evidence.found) >= FEWEST_POINTS and inside.all():
         found += [*_scores(evidence), *_sampling(evidence)]
@@ -100,7 +103,7 @@ def _border(evidence: Evidence, raw: Float32) -> Iterator[Finding]:
 
 
 def _scores(evidence: Evidence) -> Iterator[Finding]:
-    """Do the model's scores fit the reference map as it is, or a wrong reading of it?"""
+    """Tests whether the scores fit a wrong reading of the reference's score map better than the right one."""
     stride = evidence.stride_px
     x, y = evidence.found.xy.astype(np.int64).T
     read = evidence.scores[y, x]
@@ -119,12 +122,12 @@ def _scores(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _typical_error(a: Float32, b: Float32) -> float:
-    """Root mean square: a fault may show at a few points only."""
+    """Root mean square, because a fault may show at a few points only."""
     return float(np.sqrt(np.square(a - b).mean()))
 
 
 def _sampling(evidence: Evidence) -> Iterator[Finding]:
-    """Do the descriptors fit another place than the right one?"""
+    """Tests whether the descriptors fit another place better than the right one."""
     stride = evidence.stride_px
     xy = evidence.found.xy
 
@@ -153,9 +156,13 @@ def _sampling(evidence: Evidence) -> Iterator[Finding]:
 
 
 def warped_copy(gray: Float32) -> tuple[Float32, Matrix]:
-    """The image under a fixed moderate homography, at the same size, and that homography.
+    """Warps an image by a fixed homography: a turn of 8 degrees about the center, a scale of 0.9, a slight tilt.
 
-    A turn of 8 degrees, 0.9 times the size, and a slight tilt, about the centre: what two neighbouring views differ by.
+    Args:
+        gray: (H, W) float32 in [0, 1].
+
+    Returns:
+        The warped image (H, W) float32 in [0, 1], and the (3, 3) homography from the image to it.
     """
     import cv2
 
@@ -173,5 +180,5 @@ def warped_copy(gray: Float32) -> tuple[Float32, Matrix]:
     warped = cv2.warpPerspective(
         gray, homography, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
     )
-    # Interpolation may leave [0, 1] by a rounding.
+    # Interpolation may leave [0, 1] by a rounding error.
     return np.clip(warped, 0, 1, dtype=np.float32), homography

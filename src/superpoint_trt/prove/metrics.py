@@ -1,7 +1,8 @@
 """The literature's metrics for keypoints and descriptors on pairs with a known homography. Arrays in, numbers out.
 
-Everywhere: `first` and `second` are the keypoints of two images, `homography` maps pixels of the first to pixels of the
-second, and a point counts as shared if its place in the other image lies inside it.
+In all functions `first` and `second` are the keypoints of two images, by falling score. `homography` (3, 3) maps pixels
+of the first image to pixels of the second. A point is shared if its place in the other image lies inside that image.
+`count` limits each image to its best points.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt.core.types import Float32, Keypoints, Matrix
-from superpoint_trt.match.nearest import Estimator, MatchOptions, Model, estimate, match
+from superpoint_trt.match.geometry import Estimator, Model, estimate
+from superpoint_trt.match.nearest import MatchOptions, match
 
 
 def warp(xy: NDArray[np.floating], homography: Matrix) -> NDArray[np.float64]:
-    """(N, 2) pixels through a homography; points at infinity come out as infinite."""
+    """Maps points (N, 2) in pixels through a homography (3, 3); returns (N, 2). Points at infinity become infinite."""
     homogeneous = np.concatenate([xy, np.ones((len(xy), 1))], axis=1) @ homography.T
     with np.errstate(divide="ignore", invalid="ignore"):
         warped: NDArray[np.float64] = homogeneous[:, :2] / homogeneous[:, 2:]
@@ -24,7 +26,7 @@ def warp(xy: NDArray[np.floating], homography: Matrix) -> NDArray[np.float64]:
 
 
 def shared(keypoints: Keypoints, homography: Matrix, other_size: tuple[int, int], count: int) -> Keypoints:
-    """The `count` best of the keypoints whose place in the other image (width, height) lies inside it."""
+    """Selects the `count` best keypoints whose place lies inside the other image, of size (width, height)."""
     place = warp(keypoints.xy, homography)
     inside = ((place >= 0) & (place < np.array(other_size))).all(axis=1)
     return keypoints.rows(np.flatnonzero(inside)[:count])
@@ -32,20 +34,20 @@ def shared(keypoints: Keypoints, homography: Matrix, other_size: tuple[int, int]
 
 @dataclass(frozen=True)
 class Repeatability:
-    """Of one pair; both None when neither image has a shared point."""
+    """The detector's figures of one pair; both None if neither image has a shared point."""
 
     share: float | None
-    localisation_error_px: float | None
+    localization_error_px: float | None
     """Mean distance of the points that were found again."""
 
 
 def repeatability(
     first: Keypoints, second: Keypoints, homography: Matrix, count: int = 300, threshold_px: float = 3.0
 ) -> Repeatability:
-    """The share of shared points that lie within a distance of one in the other image, both ways.
+    """The share of shared points that have a point of the other image within a distance, counted in both directions.
 
     DeTone et al. 2018, appendix on metrics ("Repeatability", "Localization Error"), as rpautrat/SuperPoint's
-    detector_evaluation.py computes it: distances in the second image, the best `count` points of each.
+    detector_evaluation.py computes it: distances in the second image, the best `count` points of each image.
     """
     a = shared(first, homography, second.image_size, count)
     b = shared(second, np.linalg.inv(homography), first.image_size, count)
@@ -71,8 +73,17 @@ def homography_error_px(
     """Mean distance of the first image's corners under the estimated and the true homography; inf if none is found.
 
     DeTone et al. 2018, appendix on metrics ("Homography Estimation") and rpautrat/SuperPoint's
-    descriptor_evaluation.py: shared points, the best `count`, mutual nearest neighbours, RANSAC; a pair is correct at
-    e px if this is at most e. `order` numbers an order of the matches (matching.estimate).
+    descriptor_evaluation.py: the `count` best shared points, mutual nearest neighbors, RANSAC. A pair is correct at
+    e px if this error is at most e. The corners are the centers of the corner pixels: (0, 0) to (W - 1, H - 1).
+
+    Args:
+        first: keypoints of the first image.
+        second: keypoints of the second image.
+        homography: (3, 3), the true one.
+        count: how many shared points of each image take part.
+        estimator: OpenCV's method.
+        ransac_px: how far an inlier may lie from the estimate.
+        order: the number of an order of the matches (`match.nearest.estimate`).
     """
     a = shared(first, homography, second.image_size, count)
     b = shared(second, np.linalg.inv(homography), first.image_size, count)
@@ -93,9 +104,9 @@ def matching_accuracy(
     thresholds_px: tuple[int, ...],
     count: int = 1000,
 ) -> list[float]:
-    """The share of mutual nearest neighbours whose reprojection error is at most each threshold; 0 without matches.
+    """The share of mutual nearest neighbors whose reprojection error is at most each threshold; 0 without matches.
 
-    Dusmanu et al. 2019 (D2-Net), section 5.1, "mean matching accuracy" once averaged over pairs. All points of both
+    Dusmanu et al. 2019 (D2-Net), section 5.1; the mean over pairs is their "mean matching accuracy". All points of both
     images take part, shared or not.
     """
     a, b = first.top(count), second.top(count)
@@ -111,8 +122,8 @@ def matching_score(
 ) -> float:
     """The share of shared points whose nearest descriptor is the right point, averaged over both directions.
 
-    DeTone et al. 2018, appendix on metrics ("Matching Score"): correspondences recovered by the whole pipeline over
-    the points it proposes in the shared region. 0 if a side has none.
+    DeTone et al. 2018, appendix on metrics ("Matching Score"): the correspondences that the whole pipeline recovers,
+    over the points that it proposes in the shared region. An image without shared points counts 0.
     """
     sides = _nearest_both_ways(first, second, homography, count, threshold_px)
     return float(np.mean([side.correct.mean() if len(side.correct) else 0.0 for side in sides]))
@@ -121,10 +132,10 @@ def matching_score(
 def nn_average_precision(
     first: Keypoints, second: Keypoints, homography: Matrix, count: int = 1000, threshold_px: float = 3.0
 ) -> float:
-    """Area under precision over recall of nearest neighbours by rising distance, averaged over both directions.
+    """Area under precision over recall of nearest neighbors by rising distance, averaged over both directions.
 
     DeTone et al. 2018, appendix on metrics ("Nearest Neighbor mAP"), with the recall of Mikolajczyk and Schmid 2005:
-    out of the points that have a right partner at all. 0 if a side has none.
+    out of the points that have a right partner at all. A direction without such points counts 0.
     """
     sides = _nearest_both_ways(first, second, homography, count, threshold_px)
     return float(np.mean([_average_precision(side) for side in sides]))
@@ -135,11 +146,11 @@ class _Nearest:
     """One direction: each shared point and its nearest descriptor in the other image."""
 
     distance: Float32
-    """(N,) of the descriptors."""
+    """(N,) distance of the two descriptors."""
     correct: NDArray[np.bool_]
-    """(N,) whether that neighbour is within the threshold of the true place."""
+    """(N,) whether that neighbor lies within the threshold of the true place."""
     possible: NDArray[np.bool_]
-    """(N,) whether any point is."""
+    """(N,) whether any point of the other image lies there."""
 
 
 def _nearest_both_ways(
@@ -163,7 +174,10 @@ def _nearest(a: Keypoints, b: Keypoints, near: NDArray[np.bool_]) -> _Nearest:
 
 
 def _average_precision(side: _Nearest) -> float:
-    """Sum of precision at each right match over the number of possible ones, precision made falling as is usual."""
+    """Sum of the precision at each right match, over the number of possible matches.
+
+    The precision is replaced by its upper envelope, as is usual: at each recall, the best precision from there on.
+    """
     possible = int(side.possible.sum())
     if not possible:
         return 0.0
@@ -174,6 +188,6 @@ def _average_precision(side: _Nearest) -> float:
 
 
 def _distances(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
-    """(N, 2), (M, 2) -> (N, M) in pixels."""
+    """Distances of all points a (N, 2) from all points b (M, 2): (N, M) in pixels."""
     distance: NDArray[np.float64] = np.linalg.norm(a[:, None, :] - b[None, :, :], axis=2)
     return distance

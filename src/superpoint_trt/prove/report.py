@@ -1,4 +1,4 @@
-"""A verification as one self-contained HTML file: verdict, tables, distributions, and the points on each image."""
+"""Writes a verification as one self-contained HTML file: verdict, tables, distributions, the points on each image."""
 
 from __future__ import annotations
 
@@ -16,30 +16,28 @@ from numpy.typing import NDArray
 from superpoint_trt._version import __version__
 from superpoint_trt.core.files import PathLike, write_atomically
 from superpoint_trt.core.image import load_image, to_picture
+from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.prove.verify import FOUND_WITHIN_PX, ImageResult, Verification, within
+from superpoint_trt.prove.agreement import within
+from superpoint_trt.prove.comparison import ImageResult
+from superpoint_trt.prove.gates import MEANINGS
+from superpoint_trt.prove.verify import Verification
 from superpoint_trt.run.draw import draw_points, encode_picture
 
 MOST_PICTURES = 24
 WIDEST_PICTURE_PX = 960
 
 KEPT, LOST, NEW = (46, 204, 64), (255, 65, 54), (51, 161, 255)
-
-MEANING = {
-    "score_error_max": "largest difference of a detection score",
-    "keypoints_found_share": f"share of keypoints found again within {FOUND_WITHIN_PX:g} px, the worse of both ways",
-    "score_rank_correlation": "Spearman correlation of the scores at common points: does the order survive?",
-    "descriptor_cosine_median": "cosine of both descriptors at common points, median",
-    "descriptor_cosine_p1": "the same, first percentile: the worst hundredth",
-    "matches_kept_share": "right matches to a warped copy of each image, model over reference",
-    "findings": "known conversion faults whose signature most images show",
-}
+"""RGB colors of the points; the page's template names the same colors."""
 
 
 @dataclass(frozen=True)
 class _Picture:
+    """One image with its points, and how many there are of each kind."""
+
     name: str
     data: str
+    """A data URL."""
     kept: int
     lost: int
     new: int
@@ -49,21 +47,22 @@ class _Picture:
 class _Plot:
     title: str
     data: str
+    """A data URL."""
 
 
 def check_report() -> None:
-    """Refuses a report before the work that would fill it, rather than after.
+    """Checks before the verification that the report can be written after it.
 
     Raises:
         SuperPointError: jinja2 or matplotlib is not installed.
     """
     for package in ("jinja2", "matplotlib"):
         if not util.find_spec(package):
-            raise SuperPointError(f"the report needs {package}: pip install 'superpoint-trt[report]'.")
+            raise SuperPointError(f"the report needs {package}: {install_hint('report')}.")
 
 
 def write_report(path: PathLike, verification: Verification) -> Path:
-    """Writes the report; beside, then renamed.
+    """Writes the report. A reader sees the old file or the whole new one.
 
     Raises:
         SuperPointError: jinja2 or matplotlib is not installed, or the file cannot be written.
@@ -76,7 +75,7 @@ def write_report(path: PathLike, verification: Verification) -> Path:
         v=verification,
         version=__version__,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        meaning=MEANING,
+        meaning=MEANINGS,
         number=_number,
         plots=_plots(verification),
         pictures=[_picture(image) for image in _most_different(verification)],
@@ -85,6 +84,8 @@ def write_report(path: PathLike, verification: Verification) -> Path:
 
 
 def _most_different(verification: Verification) -> list[ImageResult]:
+    """The images whose points agree least, at most `MOST_PICTURES`."""
+
     def agreement(image: ImageResult) -> float:
         points = image.reference_keypoints + image.model_keypoints
         return (image.found_again + image.found_back) / points if points else 1.0
@@ -93,19 +94,19 @@ def _most_different(verification: Verification) -> list[ImageResult]:
 
 
 def _picture(image: ImageResult) -> _Picture:
-    """Kept, lost and new points on the image."""
+    """Draws the kept, lost and new points on an image."""
     pixels = to_picture(load_image(image.path))
     kept = within(image.reference_xy, image.model_xy)
     new = ~within(image.model_xy, image.reference_xy)
     layers = ((image.reference_xy[kept], KEPT), (image.reference_xy[~kept], LOST), (image.model_xy[new], NEW))
     scale = min(1.0, WIDEST_PICTURE_PX / pixels.shape[1])
-    picture = draw_points(pixels, [(xy, color) for xy, color in layers], scale)
+    picture = draw_points(pixels, layers, scale)
     data = _data_url(encode_picture(picture, ".jpg"), "image/jpeg")
     return _Picture(image.name, data, int(kept.sum()), int((~kept).sum()), int(new.sum()))
 
 
 def _plots(verification: Verification) -> list[_Plot]:
-    """Histograms of what agrees at common points."""
+    """Histograms of the errors at the points that both found."""
     cosines = np.concatenate([image.cosines for image in verification.images])
     errors = np.concatenate([image.score_errors for image in verification.images])
     if not len(cosines):
@@ -117,7 +118,7 @@ def _plots(verification: Verification) -> list[_Plot]:
 
 
 def _histogram(title: str, values: NDArray[np.floating]) -> _Plot:
-    """Logarithmic, because the interesting part of an error is its magnitude; zero is drawn at the smallest bin."""
+    """Draws errors on a logarithmic axis, because their magnitude counts; zero goes into the smallest bin."""
     from matplotlib.figure import Figure
 
     smallest = 1e-8

@@ -1,4 +1,4 @@
-"""Which layers cost int8 or fp8 its keypoints, and the fewest to keep in fp16 so that stated gates hold."""
+"""Finds the layers that cost an int8 or fp8 model its keypoints, and the fewest to keep in fp16 so that gates hold."""
 
 from __future__ import annotations
 
@@ -25,25 +25,27 @@ from superpoint_trt.convert.quantize.ranges_file import Calibration, check_same_
 from superpoint_trt.core.files import PathLike
 from superpoint_trt.core.progress import Progress, Steps
 from superpoint_trt.core.types import Keypoints, Precision, SuperPointError
-from superpoint_trt.prove.verify import FOUND_WITHIN_PX, Gate, Verification, cosines, mutual_within, verify, within
+from superpoint_trt.prove.agreement import cosines, mutual_within, within
+from superpoint_trt.prove.gates import Gate
+from superpoint_trt.prove.verify import verify
 from superpoint_trt.run.extractor import SuperPoint
 
 FEW_IMAGES = 8
-"""Rank on so many: the layers that matter stand out at once, and each costs a run of the whole network an image."""
+"""Enough images to rank layers on: the layers that matter stand out, and each layer costs a run on every image."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What is left of the fp32 points when this layer alone is quantised; 1 is all of it."""
+    """How much of the fp32 points is left when this layer alone is quantized; 1 is all."""
 
     layer: str
     keypoints_found_share: float
-    """Of the points with a counterpart within 1 px, the smaller of both directions, as the gate of `verify`."""
+    """Share of points with a counterpart within 1 px, the smaller of both directions, as `verify` measures it."""
     descriptor_cosine_median: float
-    """Between both descriptors of the points that both find."""
+    """Median cosine of both descriptors at the points that both find."""
 
     def lost(self, gate: str) -> float:
-        """What this layer alone takes away from what a gate looks at: descriptors, points, or both in matches."""
+        """How much this layer alone takes away from what a gate looks at: descriptors, points, or both (matches)."""
         points, descriptors = 1.0 - self.keypoints_found_share, 1.0 - self.descriptor_cosine_median
         if gate.startswith("descriptor"):
             return descriptors
@@ -55,6 +57,7 @@ class Step:
     """One choice of layers, verified."""
 
     kept: list[str]
+    """Layers in fp16."""
     gates: list[Gate]
     because: str
     """Why it was tried."""
@@ -67,17 +70,19 @@ class Step:
 
 @dataclass
 class Choice:
-    """What `fewest_kept` found, and how it came there."""
+    """The layers that `fewest_kept` chose, and every choice that it tried."""
 
     kept: list[str]
-    """Layers in fp16, those asked for included."""
+    """Layers in fp16, including those that the caller asked for."""
     passed: bool
+    """Whether the gates hold."""
     steps: list[Step] = field(default_factory=list)
+    """All choices tried, in order."""
     patterns: list[str] = field(default_factory=list)
-    """What to ask of `quantize` for it: what was asked for, and what was added."""
+    """The name patterns that make `quantize` keep these layers: the caller's, and the layers that were added."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The choice as plain data."""
         return asdict(self)
 
 
@@ -88,20 +93,20 @@ def rank(
     precision: Precision = Precision.INT8,
     progress: Progress | None = None,
 ) -> list[LayerCost]:
-    """Quantises one layer at a time and counts the keypoints that stay, through onnxruntime.
+    """Quantizes one layer at a time and counts the keypoints that stay, in onnxruntime.
 
     Args:
         model: fp32 SuperPoint .onnx of any type.
-        calibration: its ranges.
+        calibration: the model's ranges.
         images: a few photographs.
         precision: INT8 or FP8.
-        progress: called with (network runs done, in all).
+        progress: called with (network runs done, all runs).
 
     Returns:
-        All convolutions, the costliest first: by the points that are lost, then by the descriptors.
+        All convolutions, the costliest first: by the points lost, then by the descriptors.
 
     Raises:
-        SuperPointError: no fp32 model, ranges of another one, an unusable image, or no keypoint in any.
+        SuperPointError: not an fp32 model, ranges of another model, an unusable image, or no keypoint in any image.
     """
     network = _Network(model, calibration, QuantizeOptions(precision))
     layers = list(convolutions(network.fp32))
@@ -123,19 +128,19 @@ def fewest_kept(
     limits: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> Choice:
-    """Keeps layers in fp16, one by one, until the gates of `verify` hold; then gives back what is not needed.
+    """Keeps layers in fp16, one by one, until the gates of `verify` hold; then drops the layers that are not needed.
 
-    Each step keeps the layer that costs most of what the first failing gate looks at. Every choice is verified, so the
-    last one is proven, not added up from the ranks. No single layer of the result could be quantised as well.
+    Each step adds the layer that costs most of what the first failing gate looks at. Every choice is verified, so the
+    result is proven, not estimated from the ranking. Quantizing any one added layer of the result would fail a gate.
 
     Args:
         model: fp32 SuperPoint .onnx of any type.
-        calibration: its ranges.
-        images: to verify on.
-        costs: of `rank`.
+        calibration: the model's ranges.
+        images: photographs to verify on.
+        costs: from `rank`.
         options: what to start from; its layers stay in fp16 in any case.
-        limits: gate name -> limit, over the precision's own.
-        progress: called with (images done, in all), for each choice anew.
+        limits: gate name -> limit, in place of the precision's own.
+        progress: called with (images done, all images); starts again for each choice.
 
     Raises:
         SuperPointError: as `rank` and `verify`.
@@ -162,7 +167,7 @@ def fewest_kept(
 
 
 def _costliest(costs: Sequence[LayerCost], step: Step) -> LayerCost | None:
-    """Of the layers still quantised; None if none costs anything, or it is the only one."""
+    """The costliest layer that is still quantized; None if none costs anything, or only one is left."""
     gate = step.failed[0].name
     left = [cost for cost in costs if cost.layer not in step.kept]
     worst = max(left, key=lambda cost: cost.lost(gate))
@@ -170,7 +175,7 @@ def _costliest(costs: Sequence[LayerCost], step: Step) -> LayerCost | None:
 
 
 class _Network:
-    """The raw heads of a model: what is quantised, whatever its type."""
+    """The network of a model up to its raw heads: the part that is quantized, whatever the model's type."""
 
     def __init__(
         self,
@@ -191,7 +196,7 @@ class _Network:
         return _write(self.fp32, folder, "fp32")
 
     def write_only(self, layer: str, folder: str) -> Path:
-        """One layer quantised, be it the first: in parts where it can be."""
+        """Quantizes one layer alone. The first one is split into int8 channels where that is possible."""
         others = [glob.escape(name) for name in convolutions(self.fp32) if name != layer]
         precision = self._options.precision
         alone = kept_layers(self.fp32, QuantizeOptions(precision))
@@ -212,7 +217,7 @@ def _write(model: onnx.ModelProto, folder: str, name: str) -> Path:
 
 
 class _Trial:
-    """Verifies choices of layers."""
+    """Verifies choices of layers, and keeps a record of them."""
 
     def __init__(
         self,
@@ -229,13 +234,13 @@ class _Trial:
         self._reference = network.write_fp32(folder)
 
     def patterns(self, added: Sequence[str]) -> list[str]:
-        """What was asked for as it was asked, so that COARSE keeps its meaning, and layers by name."""
+        """The caller's patterns unchanged, so that COARSE keeps its meaning, and the added layers by name."""
         return [*self._keep, *map(glob.escape, added)]
 
     def run(self, added: Sequence[str], because: str) -> Step:
         patterns = self.patterns(added)
         kept = self._network.kept(patterns)
-        found: Verification = verify(
+        found = verify(
             self._network.write_without(patterns, self._folder),
             self._reference,
             self._images,
@@ -265,7 +270,7 @@ def _cost(
         again += int(within(truth.xy, found.xy).sum())
         back += int(within(found.xy, truth.xy).sum())
         found_in_all += len(found)
-        similar.append(cosines(truth, found, mutual_within(truth.xy, found.xy, FOUND_WITHIN_PX)))
+        similar.append(cosines(truth, found, mutual_within(truth.xy, found.xy)))
     share = min(again / sum(map(len, expected)), back / max(found_in_all, 1))
     values = np.concatenate(similar)
     return LayerCost(layer, share, float(np.median(values)) if len(values) else -1.0)

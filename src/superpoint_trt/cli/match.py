@@ -1,0 +1,99 @@
+"""The command match: two images -> matches and one geometry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from superpoint_trt.cli.options import MODEL, ExtractArgs, OptionGroup, RuntimeArgs, option
+from superpoint_trt.cli.terminal import check_outputs, open_model, print_row
+from superpoint_trt.core.types import Keypoints
+from superpoint_trt.match.geometry import Estimator, Model
+from superpoint_trt.match.images import ImageMatches, match_images, save_matches
+from superpoint_trt.match.nearest import MatchOptions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_KEYPOINTS = 2048
+"""Of each image, unless asked otherwise: matching all takes long and adds few inliers."""
+
+
+@dataclass(frozen=True)
+class MatchArgs(OptionGroup):
+    """Which matches count, and what geometry they must agree with."""
+
+    geometry: str = option(
+        "--geometry", type=click.Choice([model.value for model in Model]), default=Model.HOMOGRAPHY.value
+    )
+    estimator: str = option(
+        "--estimator", type=click.Choice([name.value for name in Estimator]), default=Estimator.MAGSAC.value
+    )
+    inlier_px: float = option("--inlier-px", type=float, default=3.0, help="How far an inlier may lie.")
+    ratio: float | None = option(
+        "--ratio", type=float, help="Nearest over second nearest distance must be smaller.  [default: no test]"
+    )
+    max_distance: float | None = option(
+        "--max-distance", type=float, help="Descriptor distance must not be greater.  [default: no limit]"
+    )
+
+    def match(self, first: Keypoints, second: Keypoints) -> ImageMatches:
+        """Matches the keypoints of two images."""
+        options = MatchOptions(max_ratio=self.ratio, max_distance=self.max_distance)
+        return match_images(first, second, options, Model(self.geometry), Estimator(self.estimator), self.inlier_px)
+
+
+@click.command()
+@MODEL
+@click.argument("first")
+@click.argument("second")
+@click.option("--output", help="Picture to write: both images, inliers green, outliers red.")
+@click.option("--save", help="Matches to write: .npz with both feature sets, matches, distances, inliers, geometry.")
+@MatchArgs.declare("matching")
+@ExtractArgs.declare("extract", max_keypoints={"default": MAX_KEYPOINTS, "show_default": True})
+@RuntimeArgs.declare("runtime")
+def match(
+    model: str | None,
+    first: str,
+    second: str,
+    output: str | None,
+    save: str | None,
+    matching: MatchArgs,
+    extract: ExtractArgs,
+    runtime: RuntimeArgs,
+) -> None:
+    """Match two images and draw the inliers of one geometry."""
+    from superpoint_trt.run.draw import check_picture_name
+    from superpoint_trt.run.store import check_npz
+
+    check_outputs((output, save), (first, second, model))
+    if output:
+        check_picture_name(output)
+    if save:
+        check_npz(save)
+    with open_model(model, runtime, extract) as superpoint:
+        found = matching.match(superpoint.extract(first), superpoint.extract(second))
+    print_matches(found)
+    if output:
+        print_row("picture", _draw(found, first, second, output))
+    if save:
+        print_row("saved", save_matches(save, found))
+
+
+def print_matches(found: ImageMatches) -> None:
+    """Prints how many matches there are, and whether they support a geometry."""
+    kind = "homography" if found.geometry.model is Model.HOMOGRAPHY else "fundamental matrix"
+    print_row("keypoints", f"{len(found.first)} and {len(found.second)}")
+    print_row("matches", f"{len(found.matches)}, {int(found.geometry.inliers.sum())} inliers of one {kind}")
+    if found.geometry.matrix is None:
+        print_row("geometry", f"none: the matches support no {kind}")
+
+
+def _draw(found: ImageMatches, first: str, second: str, output: str) -> Path:
+    from superpoint_trt.core.image import load_image, to_picture
+    from superpoint_trt.run.draw import draw_matches, save_picture
+
+    pixels = (to_picture(load_image(first)), to_picture(load_image(second)))
+    return save_picture(output, draw_matches(*pixels, *found.places(), found.geometry.inliers))

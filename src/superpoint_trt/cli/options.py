@@ -1,0 +1,224 @@
+"""The options that several commands share. A group declares its options and builds what they describe."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Callable, TypeVar
+
+import click
+
+from superpoint_trt import packaged
+from superpoint_trt.core.device import DeviceChoice
+from superpoint_trt.core.types import DecodeOptions, OutputType, Sampling, SuperPointError
+
+if TYPE_CHECKING:
+    from superpoint_trt.convert.export import ExportOptions
+
+Command = Callable[..., Any]
+"""A function that click calls with the values of its options."""
+
+_Group = TypeVar("_Group", bound="OptionGroup")
+
+_DECODE = DecodeOptions()
+_MAX_KEYPOINTS = ("--max-keypoints", "--top-k")
+"""One option with two names: the second is the published guide's."""
+
+
+# ----------------------------------------------------------------------------------------------------- single options
+
+
+class _Option(click.Option):
+    """An option whose default may be a function, so that reading it imports nothing before it is needed."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        if callable(self.default):
+            with suppress(ImportError):  # the help works without the libraries that the command needs
+                self.default = self.default()
+        return super().get_help_record(ctx)
+
+
+def _check_device(context: click.Context, parameter: click.Parameter, device: str) -> str:
+    """Checks the form of a device's name; the runtime says whether there is such a device."""
+    try:
+        return str(DeviceChoice.parse(device))
+    except SuperPointError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+WEIGHTS = click.option(
+    "--weights",
+    default=str(packaged.WEIGHTS),
+    show_default="the packaged ones",
+    help="Checkpoint: .pth (needs torch) or .safetensors.",
+)
+SAMPLING = click.option(
+    "--sampling",
+    type=click.Choice([sampling.value for sampling in Sampling]),
+    help="How the network was trained to sample descriptors.  [default: as checkpoints of its layout were]",
+)
+MODEL = click.option(
+    "--model", help=".onnx, engine, or a checkpoint (runs in PyTorch).  [default: the packaged weights]"
+)
+JSON = click.option("--json", "json_path", help="File to write the figures to.")
+
+
+def chosen_sampling(name: str | None) -> Sampling | None:
+    """The value of `SAMPLING`; None: the checkpoint family's."""
+    return Sampling(name) if name else None
+
+
+# -------------------------------------------------------------------------------------------------------------- groups
+
+
+def option(*names: str, **attributes: Any) -> Any:
+    """Declares a field of an `OptionGroup`, with the arguments of `click.option`."""
+    default = attributes.get("default", False if attributes.get("is_flag") else None)
+    return field(default=default, metadata={"names": names, "attributes": attributes})
+
+
+@dataclass(frozen=True)
+class OptionGroup:
+    """Base of frozen dataclasses whose fields are options, each declared by `option`.
+
+    @click.command()
+    @RuntimeArgs.declare("runtime")
+    def bench(runtime: RuntimeArgs) -> None: ...
+    """
+
+    @classmethod
+    def declare(cls: type[_Group], argument: str, **changes: Mapping[str, Any]) -> Callable[[Command], Command]:
+        """Adds the group's options to a command, which gets their values as one object.
+
+        Args:
+            argument: the command's argument that takes the object.
+            changes: field name -> arguments of `click.option` that this command changes ("default", "help", ...).
+        """
+        declared = fields(cls)
+
+        def decorate(command: Command) -> Command:
+            @functools.wraps(command)
+            def with_group(**values: Any) -> Any:
+                own = {entry.name: values.pop(entry.name) for entry in declared}
+                return command(**{argument: cls(**own)}, **values)
+
+            decorated: Command = with_group
+            for entry in reversed(declared):
+                attributes = {"show_default": True, **entry.metadata["attributes"], **changes.get(entry.name, {})}
+                decorated = click.option(*entry.metadata["names"], entry.name, cls=_Option, **attributes)(decorated)
+            return decorated
+
+        return decorate
+
+
+@dataclass(frozen=True)
+class RuntimeArgs(OptionGroup):
+    """What a model runs on."""
+
+    device: str = option("--device", default="auto", callback=_check_device, metavar="auto|cpu|cuda|cuda:N")
+    threads: int | None = option("--threads", type=int, help="CPU threads.  [default: the runtime's choice]")
+
+
+@dataclass(frozen=True)
+class ExtractArgs(OptionGroup):
+    """Which keypoints of an image are kept, and at which size they are looked for."""
+
+    threshold: float | None = option(
+        "--threshold",
+        type=float,
+        help=f"Scores must be greater.  [default: {_DECODE.threshold:g}, or the model's own]",
+    )
+    max_keypoints: int | None = option(
+        *_MAX_KEYPOINTS, type=int, help="Keep the keypoints with the highest scores.", show_default="all"
+    )
+    max_side: int | None = option("--max-side", type=int, help="Shrink larger images to this many px first.")
+
+
+def _exported(name: str) -> Callable[[], Any]:
+    """Reads a default of `ExportOptions`, whose module imports onnx."""
+
+    def read() -> Any:
+        from superpoint_trt.convert.export import ExportOptions
+
+        value = getattr(ExportOptions(), name)
+        return value.value if isinstance(value, OutputType) else value
+
+    return read
+
+
+@dataclass(frozen=True)
+class GraphArgs(OptionGroup):
+    """What kind of .onnx to write, for which size."""
+
+    kind: str = option(
+        "--type",
+        type=click.Choice([kind.value for kind in OutputType]),
+        default=_exported("type"),
+        help="Outputs of the model: score map and descriptors, keypoints, or the network's raw heads.",
+    )
+    height: int = option(
+        "--height", type=int, default=_exported("height_px"), help="Input height in px, a multiple of 8."
+    )
+    width: int = option("--width", type=int, default=_exported("width_px"), help="Input width in px, a multiple of 8.")
+    max_keypoints: int = option(
+        *_MAX_KEYPOINTS, type=int, default=_exported("max_keypoints"), help="Rows of a keypoints model."
+    )
+    opset: int = option("--opset", type=int, default=_exported("opset"), help="11 to the newest that onnx has.")
+
+    def options(self) -> ExportOptions:
+        """The options of `export`."""
+        from superpoint_trt.convert.export import ExportOptions
+
+        return ExportOptions(
+            type=OutputType(self.kind),
+            height_px=self.height,
+            width_px=self.width,
+            max_keypoints=self.max_keypoints,
+            opset=self.opset,
+        )
+
+
+@dataclass(frozen=True)
+class ExportArgs(GraphArgs):
+    """Everything that `superpoint export` can be told about the .onnx."""
+
+    dynamic: bool = option(
+        "--dynamic", is_flag=True, help="Free height, width and batch; --height and --width are the usual size."
+    )
+    max_batch_size: int = option(
+        "--max-batch-size", type=int, default=_exported("max_batch_size"), help="Above 1 the batch size is free."
+    )
+    nms_radius: int = option("--nms-radius", type=int, default=_DECODE.nms_radius_px, help="px; keypoints models.")
+    threshold: float = option("--threshold", type=float, default=_DECODE.threshold, help="Keypoints models.")
+    remove_borders: int = option(
+        "--remove-borders", type=int, default=_DECODE.remove_borders_px, help="px; keypoints models."
+    )
+    fold_batchnorm: bool = option(
+        "--fold-batchnorm",
+        is_flag=True,
+        help="v6: fold the BatchNorm after a ReLU into the next convolution. Faster; an approximation within 44 px of "
+        "the border.",
+    )
+
+    def options(self) -> ExportOptions:
+        """The options of `export`."""
+        return replace(
+            super().options(),
+            dynamic=self.dynamic,
+            max_batch_size=self.max_batch_size,
+            decode=DecodeOptions(self.nms_radius, self.remove_borders, self.threshold),
+            fold_batchnorm=self.fold_batchnorm,
+        )
+
+
+DECODE_FIELDS = ("max_keypoints", "nms_radius", "threshold", "remove_borders")
+"""The fields of `ExportArgs` that only a keypoints model has a use for."""
+
+
+def given_flags(names: tuple[str, ...]) -> list[str]:
+    """Which options of the running command, by field name, the user typed; as flags ("--nms-radius")."""
+    context = click.get_current_context()
+    typed = [n for n in names if context.get_parameter_source(n) is click.core.ParameterSource.COMMANDLINE]
+    return ["--" + name.replace("_", "-") for name in typed]
