@@ -29,8 +29,8 @@ from superpoint_trt.int8 import (
     Rounding,
     quantize_and_verify,
 )
+from superpoint_trt.prove.gates import GATE_NAMES
 from superpoint_trt.prove.sensitivity import LayerCost
-from superpoint_trt.prove.verify import GATE_NAMES
 
 SIZE = (120, 160)
 NAMES = ("coffee", "chelsea", "astronaut", "camera")
