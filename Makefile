@@ -27,11 +27,17 @@ test: $(VENV)/.ready
 test-all: $(VENV)/.ready
 	$(VENV)/bin/python $(PYTEST)
 
-check: $(VENV)/.ready
+check: $(VENV)/.ready docs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# The site in build/site; --strict: a broken link fails.
+.PHONY: docs
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/extract_overhead.py $(if $(WEIGHTS),--weights $(WEIGHTS))
@@ -59,7 +65,7 @@ demo:
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) '$(TORCH)'
-	$(VENV)/bin/python $(PIP) -e '.[dev,torch,report]'
+	$(VENV)/bin/python $(PIP) -e '.[dev,docs,torch,report]'
 	@touch $@
 
 $(DEMO_VENV)/.ready: pyproject.toml

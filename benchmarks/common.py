@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: a checkpoint, a photograph, and one way of timing."""
+"""What the benchmarks share: the checkpoint option, a photograph, and a way of timing."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import click
 import cv2
 import numpy as np
 
+from superpoint_trt import packaged
 from superpoint_trt.prove.benchmark import cpu_name
 
 REST_S = 0.2
-SHARED_WEIGHTS = Path(__file__).resolve().parents[2] / "shared/data/weights/superpoint_v6_int8deq.pth"
 
 
 def weights_option(function: Callable) -> Callable:
-    """`--weights`: speed does not depend on the values, but real ones find a real number of points."""
-    default = str(SHARED_WEIGHTS) if SHARED_WEIGHTS.exists() else None
-    return click.option("--weights", default=default, required=True, show_default=True, help="Checkpoint.")(function)
+    """`--weights`, by default the packaged ones. Real weights find a usual number of points; speed depends on it."""
+    text = "Checkpoint.  [default: the packaged weights]"
+    return click.option("--weights", default=str(packaged.WEIGHTS), help=text)(function)
 
 
 def photograph(height: int, width: int) -> np.ndarray:
@@ -34,9 +33,9 @@ def photograph(height: int, width: int) -> np.ndarray:
 
 
 def alternate(runs: dict[str, Callable[[], object]], iterations: int, warm_up: int = 3) -> dict[str, np.ndarray]:
-    """Milliseconds of each run, taken in turn so that drift of the machine hits all alike.
+    """Milliseconds of each run. The runs take turns, so that drift of the machine affects all of them.
 
-    Between two runs the machine rests: the threads of the last session spin for a while, at the next one's cost.
+    Between two runs the machine rests, because the threads of the last session keep spinning for a while.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for iteration in range(warm_up + iterations):

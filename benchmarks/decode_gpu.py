@@ -32,6 +32,7 @@ from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.image import synthetic_photograph
 from superpoint_trt.core.types import OutputType, Precision
 from superpoint_trt.gpu import cuda
+from superpoint_trt.run.lanes import Slot
 
 N = 1024
 IN_A_ROW = 20
@@ -153,10 +154,15 @@ def decode_alone(superpoint: SuperPoint, images: list[np.ndarray], calls: int) -
     """The decode of the last image's heads, and the other parts of the graph, by events."""
     for image in images:
         superpoint.extract(image)
-    (slot,) = superpoint._lanes.take(1)
-    lane = next(iter(slot._lanes.values()))
+    with superpoint._runner.lanes.borrow(1) as (slot,):
+        return lane_alone(slot, images, calls)
+
+
+def lane_alone(slot: Slot, images: list[np.ndarray], calls: int) -> dict[str, Any]:
+    """The parts of the run of a slot's latest lane, by events."""
+    lane = slot.lanes[-1]
     timer = Timer(slot.stream)
-    lane.submit(lane._placed)  # the job names a block of the host
+    lane.submit(lane.placed_wh)  # the job names a block of the host
     lane.collect()
     parts = {"receive": lane.queue_input, "network": lane.queue_network, "decode": lane.queue_decode}
     graphs = {
@@ -164,14 +170,13 @@ def decode_alone(superpoint: SuperPoint, images: list[np.ndarray], calls: int) -
         for name, work in parts.items()
         for times in (1, IN_A_ROW)
     }
-    found = replayed(timer, {**graphs, "whole graph": (lane._replay.graph, 1)}, calls)
-    lane.on_device((images[0].shape[1], images[0].shape[0]))  # the job names rows on the GPU
+    found = replayed(timer, {**graphs, "whole graph": (lane.graph, 1)}, calls)
+    lane.on_device((images[0].shape[1], images[0].shape[0]), 0)  # the job names rows on the GPU
     decodes = {name: graph for name, graph in graphs.items() if name.startswith("decode")}
     for name, value in replayed(timer, decodes, calls).items():
         found[name.replace("decode", "decode, rows on the GPU")] = value
     for graph, _ in graphs.values():
         graph.close()
-    superpoint._lanes.give_back([slot])
     return found
 
 

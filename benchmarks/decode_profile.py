@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "gpu")]
 from heads import download, logits_of, upload  # noqa: E402
 
 from superpoint_trt.core.types import DecodeOptions, Sampling  # noqa: E402
-from superpoint_trt.gpu import cuda  # noqa: E402
+from superpoint_trt.gpu import arrays, cuda  # noqa: E402
 from superpoint_trt.gpu.kernels.decode import Decoder, _head  # noqa: E402
 
 
@@ -37,7 +37,7 @@ def main(calls: int) -> None:
             stream = cuda.Stream()
             decoder.queue(job.address, rows, stream)
             stream.synchronize()
-            survivors = cuda.DeviceArray(block.address, (batch,), np.dtype(np.int32), 0, block)
+            survivors = arrays.DeviceArray(block.address, (batch,), np.dtype(np.int32), 0, block)
             events = [cuda.call("cudaEventCreate") for _ in range(2)]
             for times in (1, 20):
                 with stream.capture() as recorded:

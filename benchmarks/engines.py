@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+from common import weights_option
 
 from superpoint_trt.convert import engine as engines
 from superpoint_trt.convert.export import ExportOptions, export
@@ -42,22 +43,22 @@ class Timed:
         self.pinned[:] = self.image
         for _ in range(20):
             self.backend.infer(self.image)
-        self.shape = next(iter(self.backend._shapes.values()))
-        if self.shape._replay.graph is None:
+        self.runner = self.backend.runners[-1]
+        if self.runner.graph is None:
             raise click.ClickException(f"{path} runs without a CUDA graph")
-        self.out = cuda.PinnedMemory(self.shape._output_bytes)
+        self.out = cuda.PinnedMemory(self.runner.execution.memory.nbytes)
         self.times: dict[str, list[float]] = {}
 
     def _network(self) -> None:
-        self.shape._replay.graph.launch(self.backend._stream)
-        self.backend._stream.synchronize()
+        self.runner.graph.launch(self.backend.stream)
+        self.backend.stream.synchronize()
 
     def _with_copies(self) -> None:
-        shape, stream = self.shape, self.backend._stream
+        runner, stream = self.runner, self.backend.stream
         source = self.pinned.__array_interface__["data"][0]
-        cuda.copy(shape._unit.address, source, self.pinned.nbytes, cuda.TO_DEVICE, stream)
-        shape._replay.graph.launch(stream)
-        cuda.copy(self.out.address, shape._device_out.address, self.out.nbytes, cuda.TO_HOST, stream)
+        cuda.copy(runner.input_address, source, self.pinned.nbytes, cuda.TO_DEVICE, stream)
+        runner.graph.launch(stream)
+        cuda.copy(self.out.address, runner.execution.memory.address, self.out.nbytes, cuda.TO_HOST, stream)
         stream.synchronize()
 
     def turn(self) -> None:
@@ -83,7 +84,7 @@ class Timed:
 
 
 @click.command()
-@click.option("--weights", required=True)
+@weights_option
 @click.option("--engines", "folder", required=True, help="Folder for engines and the timing cache; kept.")
 @click.option("--type", "kinds", multiple=True, default=[kind.value for kind in OutputType])
 @click.option("--precision", "precisions", multiple=True, default=["fp32", "tf32", "fp16"])

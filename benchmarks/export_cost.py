@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from common import machine, verdict, weights_option
 
-from superpoint_trt.checkpoint import layouts as checkpoint
+from superpoint_trt.checkpoint.layouts import load, save
 from superpoint_trt.core.types import OutputType
 
 MOST_SECONDS = 5.0
@@ -38,7 +38,7 @@ def main(weights: str) -> None:
     print(machine())
     failed = []
     with tempfile.TemporaryDirectory() as folder:
-        plain = str(checkpoint.save(checkpoint.load(weights), Path(folder) / "plain.safetensors"))
+        plain = str(save(load(weights), Path(folder) / "plain.safetensors"))
         for source in (weights, plain):
             for kind in OutputType:
                 seconds, gib = cost(source, Path(folder) / "m.onnx", kind.value)

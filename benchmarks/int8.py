@@ -4,11 +4,11 @@
         [--dataset FOLDER] [--fold-batchnorm] [--variant int8-coarse --variant int8 ...] [--batch 1 --batch 8]
         [--only speed|accuracy] [--json FILE]
 
-`heads` engines, static, taken in turn; each call is the plan's CUDA graph, launched and waited for. --calibration is
-what `superpoint build` or `quantize` wrote beside an .onnx of the same checkpoint. Accuracy is that of the engines of
-batch 1 against fp32 in onnxruntime: --photos: by the gates of `superpoint verify`; --dataset: the rows of
-benchmarks/precision_accuracy.py. --fold-batchnorm: of a v6 checkpoint, still against its exact network. Engines and
-timing cache stay in FOLDER. Results are printed as they come.
+Static `heads` engines are timed in turn. Each call launches the plan's CUDA graph and waits for it. --calibration is
+the file that `superpoint build` or `quantize` wrote beside an .onnx of the same checkpoint. Accuracy compares the
+engines of batch 1 with fp32 in onnxruntime: with --photos by the gates of `superpoint verify`, with --dataset by the
+rows of benchmarks/precision_accuracy.py. With --fold-batchnorm a v6 checkpoint is folded, and still compared with its
+exact network. Engines and timing cache stay in FOLDER. Results are printed as they come.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ from engines import SIZE_HW, Timed
 from precision_accuracy import measure, print_row
 
 from superpoint_trt.checkpoint.layouts import load as load_checkpoint
-from superpoint_trt.convert import engine as engines
-from superpoint_trt.convert.cast import load_onnx
-from superpoint_trt.convert.export import ExportOptions, describe, export
-from superpoint_trt.convert.quantize import calibrate as calibrations
-from superpoint_trt.convert.quantize.qdq import COARSE, FirstConvolution, quantize
+from superpoint_trt.convert.engine import BuildOptions
+from superpoint_trt.convert.engine import build as build_engine
+from superpoint_trt.convert.export import export, exported_description
+from superpoint_trt.convert.export_options import ExportOptions
+from superpoint_trt.convert.onnx_file import load_onnx
+from superpoint_trt.convert.quantize.options import COARSE, FirstConvolution, QuantizeOptions
+from superpoint_trt.convert.quantize.qdq import quantize
+from superpoint_trt.convert.quantize.ranges_file import check_same_network, load_calibration
 from superpoint_trt.core.types import OutputType, Precision
 
 CALLS_PER_TURN = 50
 TARGETS = {1: 1.3, 8: 1.4}
-"""fp16 time over int8 time, by batch."""
+"""Batch -> smallest time in fp16 divided by time in int8."""
 
 VARIANTS = {
-    # name: what to do with the fp32 graph and its ranges
-    "int8": lambda model, ranges: quantize(model, ranges),
-    "int8-fp16-first": lambda model, ranges: quantize(model, ranges, first=FirstConvolution.FP16),
-    "int8-fp16-outputs": lambda model, ranges: quantize(model, ranges, keep=("conv[PD]b",)),
-    "int8-coarse": lambda model, ranges: quantize(model, ranges, keep=(COARSE,)),
-    "int8-fp16-detector": lambda model, ranges: quantize(model, ranges, keep=("convP*",)),
-    "int8-fp16-conv4-detector": lambda model, ranges: quantize(model, ranges, keep=("conv4*", "convP*")),
+    "int8": QuantizeOptions(),
+    "int8-fp16-first": QuantizeOptions(first_convolution=FirstConvolution.FP16),
+    "int8-fp16-outputs": QuantizeOptions(keep_fp16=("conv[PD]b",)),
+    "int8-coarse": QuantizeOptions(keep_fp16=(COARSE,)),
+    "int8-fp16-detector": QuantizeOptions(keep_fp16=("convP*",)),
+    "int8-fp16-conv4-detector": QuantizeOptions(keep_fp16=("conv4*", "convP*")),
 }
 
 
 def build(folder: Path, weights: str, fold: bool, ranges, variant: str, batch: int, level: int | None) -> Path:
-    """The engine of a variant, built if it is not there."""
+    """Path of a variant's engine, built if it is not there."""
     path = folder / f"{Path(weights).stem}{'-folded' if fold else ''}-heads-{variant}-{batch}.engine"
     if not path.exists():
         model = path.with_suffix(".onnx")
@@ -58,22 +60,24 @@ def build(folder: Path, weights: str, fold: bool, ranges, variant: str, batch: i
         precision = Precision.FP16
         if variant != "fp16":
             precision = Precision.INT8
-            model.write_bytes(VARIANTS[variant](load_onnx(model), ranges).SerializeToString())
-        options = engines.BuildOptions(
+            model.write_bytes(quantize(load_onnx(model), ranges, VARIANTS[variant]).SerializeToString())
+        options = BuildOptions(
             precision, workspace_gib=4.0, timing_cache=folder / "timing.cache", optimization_level=level
         )
-        metadata = engines.build(model, path, options)
+        metadata = build_engine(model, path, options)
         print(f"built {path.name} in {metadata.build['seconds']} s", flush=True)
     return path
 
 
 def network(weights: str, fold: bool):
-    """What an .onnx of it says of itself."""
-    return describe(load_checkpoint(weights), ExportOptions(OutputType.HEADS, *SIZE_HW, fold_batchnorm=fold))
+    """The description of an .onnx of these weights."""
+    return exported_description(
+        load_checkpoint(weights), ExportOptions(OutputType.HEADS, *SIZE_HW, fold_batchnorm=fold)
+    )
 
 
 def fix_batch(path: Path, batch: int) -> None:
-    """A static batch: no profile, kernels for just this size."""
+    """Makes a model's batch static: the engine then needs no profile and has kernels for just this size."""
     model = load_onnx(path)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = batch
@@ -82,7 +86,7 @@ def fix_batch(path: Path, batch: int) -> None:
 
 
 class Runner:
-    """One engine and the ms of its network."""
+    """One engine, and the times of its network in ms."""
 
     def __init__(self, path: Path, batch: int) -> None:
         self.name, self.path, self.batch = path.stem, path, batch
@@ -90,7 +94,7 @@ class Runner:
         self.times: list[float] = []
 
     def turn(self) -> None:
-        """Some calls."""
+        """Times some calls."""
         for _ in range(5):
             self.timed._network()
         for _ in range(CALLS_PER_TURN):
@@ -109,14 +113,12 @@ class Runner:
         return float(np.percentile(self.times, 95))
 
     def layers(self) -> list[dict]:
-        """What the inspector says of each layer."""
-        inspector = self.timed.backend._shared.engine.create_engine_inspector()
-        text = inspector.get_engine_information(self.timed.backend._tensorrt.module.LayerInformationFormat.JSON)
-        return [layer for layer in json.loads(text, strict=False)["Layers"] if isinstance(layer, dict)]
+        """What TensorRT's inspector says of each layer."""
+        return self.timed.backend.engine.layers()
 
     def profile(self, runs: int = 20) -> dict[str, float]:
-        """Mean microseconds of each layer, one after the other; their sum is more than the graph takes."""
-        trt, backend = self.timed.backend._tensorrt.module, self.timed.backend
+        """Mean microseconds of each layer, run one after the other; together they take longer than the graph."""
+        trt, backend = self.timed.backend.engine.tensorrt.module, self.timed.backend
         sums: dict[str, float] = {}
 
         class Profiler(trt.IProfiler):
@@ -126,17 +128,17 @@ class Runner:
             def report_layer_time(self, name: str, ms: float) -> None:
                 sums[name] = sums.get(name, 0.0) + ms * 1e3 / runs
 
-        context = self.timed.shape._context
+        context = self.timed.runner.execution.context
         context.profiler = profiler = Profiler()
         for _ in range(runs):
-            context.execute_async_v3(backend._stream.address)
-            backend._stream.synchronize()
+            context.execute_async_v3(backend.stream.address)
+            backend.stream.synchronize()
         del profiler
         return sums
 
 
 def kind(layer: dict) -> str:
-    """Types and formats in and out: Int8 NC/32HW32 -> Half NHWC8, say."""
+    """A layer's types and formats in and out, "Int8 NC/32HW32 -> Half NHWC8"."""
 
     def of(tensors: list[dict]) -> str:
         return " + ".join(
@@ -152,10 +154,10 @@ def kind(layer: dict) -> str:
 
 
 def print_layers(runner: Runner) -> list[dict]:
-    """Each layer: microseconds, type, kernel, types in and out."""
+    """Prints each layer: microseconds, type, types in and out, kernel."""
     try:
         times = runner.profile()
-    except Exception as error:  # the profile is a bonus: whatever fails there, the timings stand
+    except Exception as error:  # the timings stand without the profile
         print(f"no profile: {error}")
         times = {}
     found = []
@@ -179,7 +181,7 @@ def print_layers(runner: Runner) -> list[dict]:
 
 
 def print_agreement(engine: Path, reference: Path, photos: str) -> dict:
-    """The gates of `verify` on photographs."""
+    """Prints the gates of `verify` on photographs."""
     from superpoint_trt.prove.verify import verify
 
     found = verify(engine, reference, photos, most_images=12)
@@ -192,7 +194,7 @@ def print_agreement(engine: Path, reference: Path, photos: str) -> dict:
 
 
 def speed(built, batches, variants, calls: int, budget: float, report: dict) -> bool:
-    """Times and inspects fp16 and each variant, in turn; whether the first variant meets the targets."""
+    """Times and inspects fp16 and each variant, in turn; returns whether the first variant meets the targets."""
     started, met = time.monotonic(), True
     for batch in batches:
         here: dict[str, Runner] = {}
@@ -202,7 +204,7 @@ def speed(built, batches, variants, calls: int, budget: float, report: dict) -> 
                 continue
             try:
                 here[variant] = Runner(built(variant, batch), batch)
-            except Exception as error:  # one variant that fails must not cost the others their turn on the machine
+            except Exception as error:  # the other variants still get their turn on the machine
                 print(f"{variant}, batch {batch} failed: {error}", flush=True)
         for _ in range(-(-calls // CALLS_PER_TURN)):
             for runner in here.values():
@@ -261,12 +263,12 @@ def main(
     only,
     json_path,
 ):
-    """Speed, then accuracy."""
+    """Measures speed, then accuracy."""
     started = time.monotonic()
     folder = Path(folder)
     folder.mkdir(exist_ok=True, parents=True)
-    ranges = calibrations.load(calibration)
-    calibrations.check_same_network(ranges, network(weights, fold), weights)
+    ranges = load_calibration(calibration)
+    check_same_network(ranges, network(weights, fold), weights)
     report: dict = {"timings": {}, "layers": {}, "gates": {}, "accuracy": {}, "calibration": ranges.summary()}
 
     def built(variant: str, batch: int) -> Path:

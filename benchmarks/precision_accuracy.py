@@ -4,11 +4,11 @@
         [--precision fp32 --precision int8 ...] [--rounding feedback|nearest] [--ransac-orders 20]
         [--keep-fp16 PATTERN ...] [--json FILE]
 
-`heads` models of 640x480. Points within 1 px (the smaller of both directions) and cosine: the gates of `superpoint
-verify` against fp32, on up to 12 of the dataset's images. MMA@3, H@3 and repeatability: `superpoint evaluate` with its
-default protocol, homographies averaged over the orders of the matches. Ranges: 99.99th percentile, as `superpoint
-quantize` takes them; a .calibration.json beside the weights is used instead of measuring. Exit code 1 if a model
-loses more than issue 7 allows.
+The models are `heads` of 640x480. Points within 1 px (the smaller of both directions) and cosine are the gates of
+`superpoint verify` against fp32, on up to 12 of the dataset's images. MMA@3, H@3 and repeatability are those of
+`superpoint evaluate` with its default protocol, homographies averaged over the orders of the matches. Ranges are
+99.99th percentiles, as `superpoint quantize` takes them; a .calibration.json beside the weights is used instead of
+measuring. Exit code 1 if a model loses more than MOST_LOST or finds fewer points than LEAST_FOUND.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from pathlib import Path
 import click
 
 from superpoint_trt import packaged
-from superpoint_trt.convert.cast import cast, load_onnx
+from superpoint_trt.convert.cast import cast
 from superpoint_trt.convert.export import ExportOptions, export
-from superpoint_trt.convert.quantize import calibrate as calibrations
+from superpoint_trt.convert.onnx_file import QUANTIZED_TYPES, load_onnx
+from superpoint_trt.convert.quantize.calibrate import calibrate, split_images
 from superpoint_trt.convert.quantize.gptq import round_weights
-from superpoint_trt.convert.quantize.qdq import KINDS, quantize
+from superpoint_trt.convert.quantize.options import CalibrationOptions, QuantizeOptions
+from superpoint_trt.convert.quantize.qdq import quantize
+from superpoint_trt.convert.quantize.ranges_file import load_calibration, ranges_path
 from superpoint_trt.core.types import OutputType, Precision
 from superpoint_trt.prove.datasets import load_pairs
 from superpoint_trt.prove.evaluate import evaluate
@@ -35,8 +38,9 @@ from superpoint_trt.prove.verify import verify
 
 PROOF_IMAGES = 12
 MOST_LOST = 0.02
-"""Of homography correctness and mean matching accuracy at 3 px, against fp32."""
+"""Most that homography correctness and mean matching accuracy at 3 px may fall below fp32's."""
 LEAST_FOUND = 0.90
+"""Smallest share of the points within 1 px."""
 COLUMNS = ("weights", "precision", "within 1 px", "cosine median", "cosine p1", "rep.", "MMA@3", "H@3")
 
 
@@ -45,24 +49,22 @@ def model_of(weights: str, precision: Precision, ranges, keep, folder: Path) -> 
     full, path = folder / "fp32.onnx", folder / f"{precision.value}.onnx"
     if not full.exists():
         export(weights, full, ExportOptions(OutputType.HEADS))
-    if precision in KINDS:
-        path.write_bytes(quantize(load_onnx(full), ranges, precision, keep).SerializeToString())
+    if precision in QUANTIZED_TYPES:
+        path.write_bytes(quantize(load_onnx(full), ranges, QuantizeOptions(precision, tuple(keep))).SerializeToString())
     elif precision is not Precision.FP32:
         cast(full, path, precision)
     return path
 
 
 def ranges_of(weights: str, images: str, count: int, rounding: str, folder: Path):
-    """Those that lie beside the checkpoint, or measured now."""
-    beside = calibrations.beside(weights)
-    if beside.exists():
-        print(f"ranges of {beside}", flush=True)
-        return calibrations.load(beside)
+    """The ranges that lie beside the checkpoint, or else new ones."""
+    known = ranges_path(weights)
+    if known.exists():
+        print(f"ranges of {known}", flush=True)
+        return load_calibration(known)
     started = time.perf_counter()
-    chosen = calibrations.split(images, count)
-    found = calibrations.calibrate(
-        folder / "fp32.onnx", chosen.calibration, calibrations.CalibrationOptions(count=count)
-    )
+    chosen = split_images(images, count)
+    found = calibrate(folder / "fp32.onnx", chosen.calibration, CalibrationOptions(count=count))
     if rounding == "feedback":
         found = round_weights(folder / "fp32.onnx", found, chosen.calibration)
     print(f"{found.summary()}, in {time.perf_counter() - started:.0f} s", flush=True)
@@ -76,7 +78,7 @@ def proof_of(dataset: str) -> list[Path]:
 
 
 def measure(model: Path, reference: Path, dataset: str, orders: int, device: str = "cpu") -> dict[str, float]:
-    """The figures of a row."""
+    """The figures of one row of the table."""
     gates = {gate.name: gate.value for gate in verify(model, reference, proof_of(dataset), device=device).gates}
     total = evaluate(model, dataset, Protocol(ransac_orders=orders), device).to_json()["total"]
     return {
@@ -90,7 +92,7 @@ def measure(model: Path, reference: Path, dataset: str, orders: int, device: str
 
 
 def faults(row: dict, full: dict) -> list[str]:
-    """What is worse than allowed."""
+    """What is worse than allowed, in words; empty if nothing is."""
     lost = [f"{name} {row[name] - full[name]:+.4f}" for name in ("MMA@3", "H@3") if full[name] - row[name] > MOST_LOST]
     few = [f"within 1 px {row['within 1 px']:.4f}"] if row["within 1 px"] < LEAST_FOUND else []
     return lost + few
@@ -130,7 +132,7 @@ def main(
 
 
 def print_row(row: dict, first: bool) -> None:
-    """One line of the table; the head before the first."""
+    """Prints one line of the table, before the first also the head."""
     if first:
         print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     shown = [f"{row[c]:.4f}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS]

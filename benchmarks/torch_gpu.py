@@ -1,6 +1,6 @@
 """Times PyTorch on the GPU at hand, for the table beside the engines: eager, and torch.compile in a CUDA graph.
 
-    python benchmarks/torch_gpu.py --weights CHECKPOINT [--batch 1 --batch 8]
+    python benchmarks/torch_gpu.py [--weights CHECKPOINT] [--batch 1 --batch 8]
 
 From an image that is on the GPU already to score map and unit descriptors there. Medians of --calls calls, each
 waited for.
@@ -15,6 +15,7 @@ from collections.abc import Callable
 import click
 import numpy as np
 import torch
+from common import weights_option
 
 from superpoint_trt.checkpoint import layouts as checkpoints
 from superpoint_trt.checkpoint.reference import SuperPointNet, dense
@@ -49,7 +50,7 @@ def graphed(step: Callable[[torch.Tensor], object], image: torch.Tensor) -> Call
 
 
 @click.command()
-@click.option("--weights", required=True)
+@weights_option
 @click.option("--batch", "batches", type=int, multiple=True, default=[1, 8])
 @click.option("--precision", "precisions", multiple=True, default=["fp32", "tf32", "fp16"])
 @click.option("--calls", default=200, show_default=True)

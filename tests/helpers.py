@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import cv2
 import numpy as np
 import onnx
+import pytest
 from conftest import photograph
 from onnx import helper, numpy_helper
 
@@ -17,6 +19,19 @@ from superpoint_trt.run.backends import open_backend
 KINDS = ("random", "smooth", "plateaus", "few levels", "below threshold")
 MOVE = np.array([[1.0, 0, 24], [0, 1, 8], [0, 0, 1]])
 SAME = np.eye(3)
+
+
+def rarely(*values):
+    """Parameters that only `make test-all` runs."""
+    return [pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=pytest.mark.exhaustive) for one in values]
+
+
+def cases(*axes, fast):
+    """Every combination of the axes' values, for `parametrize`; those that are not `fast` are marked exhaustive."""
+    return [
+        pytest.param(*values, marks=() if fast(*values) else pytest.mark.exhaustive)
+        for values in itertools.product(*axes)
+    ]
 
 
 def score_map(kind: str, seed: int = 0, height: int = 64, width: int = 96) -> np.ndarray:

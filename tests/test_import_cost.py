@@ -9,14 +9,30 @@ import pytest
 
 
 def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return done.stdout
 
 
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="needs sys.stdlib_module_names")
-def test_importing_the_package_imports_numpy_and_nothing_else():
-    code = "import sys; before = set(sys.modules); import superpoint_trt; print(*(set(sys.modules) - before))"
+def test_the_package_and_all_its_names_import_numpy_and_nothing_else():
+    code = (
+        "import sys; before = set(sys.modules); import superpoint_trt as package; assert 'numpy' not in sys.modules\n"
+        "every = [getattr(package, name) for name in dir(package)]\n"
+        "from superpoint_trt import Keypoints, SuperPoint, match_images\n"
+        "print(*(set(sys.modules) - before))"
+    )
     roots = {name.split(".")[0] for name in python(code).split()}
     assert roots - set(sys.stdlib_module_names) == {"numpy", "superpoint_trt"}
+
+
+def test_public_names():
+    import superpoint_trt
+
+    assert set(superpoint_trt.__all__) == {*superpoint_trt._HOMES, "__version__"}
+    assert set(superpoint_trt.__all__) <= set(dir(superpoint_trt))
+    with pytest.raises(AttributeError, match="no attribute 'Superpoint'"):
+        _ = superpoint_trt.Superpoint
 
 
 HEAVY = ("torch", "onnx", "onnxruntime", "cv2", "safetensors", "tensorrt", "tensorrt_rtx", "cuda", "skimage")

@@ -16,7 +16,7 @@ from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert import default_model as ready
 from superpoint_trt.core.files import sha256
 from superpoint_trt.core.types import Family, Sampling, SuperPointError
-from superpoint_trt.match.nearest import match_images
+from superpoint_trt.match.images import match_images
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import LAYOUTS, photograph, random_state
 
-from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint import reference as network
 from superpoint_trt.checkpoint.layouts import NormPlacement
 from superpoint_trt.core.types import DecodeOptions, Family, Sampling, SuperPointError
@@ -124,7 +124,7 @@ def test_state_of_other_layouts_and_of_other_networks():
 def test_other_numbers_of_stages_are_other_cell_sizes():
     """`channels` of the v6 layout may be longer or shorter; five stages make cells of 16 px."""
     state = random_state("v6", channels=(4, 4, 8, 8, 8, 16))
-    found = checkpoints.from_arrays({key: value.numpy() for key, value in state.items()})
+    found = layouts.from_arrays({key: value.numpy() for key, value in state.items()})
     assert found.stride_px == 16
     net = network.SuperPointNet.from_checkpoint(found)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_other_numbers_of_stages_are_other_cell_sizes():
 
 def test_saved_in_half_precision_stays_close(checkpoint, tmp_path):
     original = checkpoint("v6")
-    halved = checkpoints.load(checkpoints.save(original, tmp_path / "half.safetensors", half=True))
+    halved = layouts.load(layouts.save(original, tmp_path / "half.safetensors", half=True))
     for name, layer in original.layers.items():
         np.testing.assert_allclose(halved.layers[name].weight, layer.weight, rtol=1e-3, atol=1e-6)
         np.testing.assert_array_equal(halved.layers[name].norm.running_var, layer.norm.running_var)

@@ -1,9 +1,12 @@
-"""Engines built once a session on the GPU at hand, and the PyTorch reference on real photographs.
+"""Engines built once a session on the GPU at hand, and an exact reference on photographs.
 
-SUPERPOINT_TEST_WEIGHTS   checkpoint (default: ../shared's v6); .safetensors where this Python has no torch
-SUPERPOINT_TEST_PHOTOS    folder of photographs (default: ../shared's kodak)
-SUPERPOINT_TORCH_PYTHON   a Python with torch for the reference (default: this one)
-SUPERPOINT_ENGINES        folder to keep engines and the timing cache in (default: a temporary one)
+Without any of these variables the tests use the packaged weights and views of the packaged photograph.
+
+SUPERPOINT_TEST_WEIGHTS   another checkpoint; .safetensors where this Python has no torch
+SUPERPOINT_TEST_PHOTOS    a folder of photographs
+SUPERPOINT_TORCH_PYTHON   a Python with torch and safetensors, for the reference. Without torch here or there the
+                          reference is the fp32 .onnx on the CPU, which `make test` holds against PyTorch.
+SUPERPOINT_ENGINES        a folder to keep engines and the timing cache in (default: a temporary one)
 """
 
 from __future__ import annotations
@@ -16,28 +19,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from views import write_batchnorm_checkpoint, write_views
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SIZE_HW = (480, 640)
 PHOTOS = 8
 
 
-def _given(variable: str, default: Path) -> Path:
-    path = Path(os.environ.get(variable, default))
-    if not path.exists():
-        pytest.skip(f"{path} is not here: set {variable}")
-    return path
-
-
 @pytest.fixture(scope="session")
 def weights() -> Path:
-    return _given("SUPERPOINT_TEST_WEIGHTS", DATA / "weights" / "superpoint_v6_int8deq.pth")
+    from superpoint_trt import packaged
+
+    return Path(os.environ.get("SUPERPOINT_TEST_WEIGHTS") or packaged.WEIGHTS)
 
 
 @pytest.fixture(scope="session")
-def photos() -> list[Path]:
-    folder = _given("SUPERPOINT_TEST_PHOTOS", DATA / "photos" / "kodak")
-    return sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))[:PHOTOS]
+def batchnorm_weights(tmp_path_factory) -> Path:
+    """A small random network whose BatchNorm stays in the graph."""
+    return write_batchnorm_checkpoint(tmp_path_factory.mktemp("checkpoint") / "batchnorm.safetensors")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> list[Path]:
+    folder = os.environ.get("SUPERPOINT_TEST_PHOTOS")
+    if not folder:
+        return write_views(tmp_path_factory.mktemp("photos"), PHOTOS)
+    return sorted(path for path in Path(folder).iterdir() if path.suffix in (".png", ".jpg"))[:PHOTOS]
 
 
 @pytest.fixture(scope="session")
@@ -45,21 +51,21 @@ def tensorrt():
     """The TensorRT here, on a GPU it runs on."""
     from superpoint_trt.core.types import SuperPointError
     from superpoint_trt.gpu import cuda
-    from superpoint_trt.gpu import tensorrt_api as trt
+    from superpoint_trt.gpu.tensorrt_api import Flavor, installed, load
 
-    if trt.Flavor.TENSORRT not in trt.installed():
+    if Flavor.TENSORRT not in installed():
         pytest.skip("no tensorrt in this Python")
     try:
         cuda.current_device()
     except SuperPointError as error:
         pytest.skip(f"no GPU: {error}")
-    return trt.load(trt.Flavor.TENSORRT)
+    return load(Flavor.TENSORRT)
 
 
 @pytest.fixture(scope="session")
 def engine(tensorrt, weights, tmp_path_factory) -> Callable[..., Path]:
     """(type, precision, **export and build options) -> a built engine; the same arguments give the same file."""
-    from superpoint_trt.convert import engine as engines
+    from superpoint_trt.convert.engine import BuildOptions, build
     from superpoint_trt.convert.export import ExportOptions, export
     from superpoint_trt.core.types import OutputType, Precision
 
@@ -73,24 +79,26 @@ def engine(tensorrt, weights, tmp_path_factory) -> Callable[..., Path]:
         batch: int = 1,
         size_hw=SIZE_HW,
         linear_heads: bool = False,
+        checkpoint: Path | None = None,
         **decode: object,
     ) -> Path:
         height, width = size_hw
-        name = f"{kind}-{precision}-{height}x{width}-{'dynamic' if dynamic else 'static'}-{batch}"
+        source = checkpoint or weights
+        name = f"{source.stem}-{kind}-{precision}-{height}x{width}-{'dynamic' if dynamic else 'static'}-{batch}"
         name += "-linear" if linear_heads else ""
         name += "".join(f"-{key}{value}" for key, value in decode.items())
         built = folder / f"{name}.engine"
         if not built.exists():
             options = ExportOptions(OutputType(kind), height, width, dynamic=dynamic, max_batch_size=batch, **decode)
-            model = export(weights, folder / f"{name}.onnx", options)
-            build = engines.BuildOptions(
+            model = export(source, folder / f"{name}.onnx", options)
+            settings = BuildOptions(
                 Precision(precision),
                 workspace_gib=4.0,
                 max_batch_size=batch,
                 timing_cache=folder / "timing.cache",
                 linear_heads=linear_heads,
             )
-            metadata = engines.build(model, built, build)
+            metadata = build(model, built, settings)
             print(f"built {name} in {metadata.build['seconds']} s")
         return built
 
@@ -99,21 +107,34 @@ def engine(tensorrt, weights, tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def reference(weights, photos, tmp_path_factory) -> Callable[..., list[dict[str, np.ndarray]]]:
-    """(height, width) -> for each photograph: inputs (1, 1, H, W), and PyTorch's scores and descriptors of it."""
+    """(height, width), checkpoint -> for each photograph: inputs (1, 1, H, W), and exact scores and descriptors."""
     folder = tmp_path_factory.mktemp("reference")
-    known: dict[tuple[int, int], list[dict[str, np.ndarray]]] = {}
+    known: dict[tuple[object, ...], list[dict[str, np.ndarray]]] = {}
 
-    def get(size_hw: tuple[int, int] = SIZE_HW) -> list[dict[str, np.ndarray]]:
-        if size_hw not in known:
-            out = folder / f"{size_hw[0]}x{size_hw[1]}.npz"
-            python = os.environ.get("SUPERPOINT_TORCH_PYTHON", sys.executable)
-            clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "PYTHONPATH", "LD_LIBRARY_PATH")}
+    def get(size_hw: tuple[int, int] = SIZE_HW, checkpoint: Path | None = None) -> list[dict[str, np.ndarray]]:
+        source = checkpoint or weights
+        key = (size_hw, source)
+        if key not in known:
+            out = folder / f"{len(known)}.npz"
             script = Path(__file__).with_name("reference.py")
-            command = [python, script, weights, out, f"{size_hw[0]}x{size_hw[1]}", *photos]
-            subprocess.run(list(map(str, command)), check=True, env=clean)
+            arguments = [script, source, out, f"{size_hw[0]}x{size_hw[1]}", *photos]
+            python, environment = _reference_python()
+            subprocess.run([python, *map(str, arguments)], check=True, env=environment)
             with np.load(out) as data:
                 names = ("inputs", "scores", "descriptors")
-                known[size_hw] = [{n: data[f"{n}_{i}"] for n in names} for i in range(len(photos))]
-        return known[size_hw]
+                known[key] = [{n: data[f"{n}_{i}"] for n in names} for i in range(len(photos))]
+        return known[key]
 
     return get
+
+
+def _reference_python() -> tuple[str, dict[str, str]]:
+    """The Python that makes the reference, and its environment: the one with torch if it works, else this one."""
+    given = os.environ.get("SUPERPOINT_TORCH_PYTHON")
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "PYTHONPATH", "LD_LIBRARY_PATH")}
+    if given:
+        probe = subprocess.run([given, "-c", "import torch, safetensors, cv2"], env=clean, capture_output=True)
+        if not probe.returncode:
+            return given, clean
+        print(f"{given} lacks torch, safetensors or cv2")
+    return sys.executable, dict(os.environ)

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from superpoint_trt.core.types import DecodeOptions, Sampling
-from superpoint_trt.gpu import cuda
+from superpoint_trt.gpu import arrays, cuda
 from superpoint_trt.gpu.kernels.decode import Decoder, DeviceKeypoints, _head, decode_heads
 from superpoint_trt.run import decode
 
@@ -50,7 +50,7 @@ def logits_of(kind: str, seed: int, shape: tuple[int, int, int, int]) -> np.ndar
     return x
 
 
-def upload(values: np.ndarray, dtype: np.dtype | None = None, multiple: int = 0) -> cuda.DeviceArray:
+def upload(values: np.ndarray, dtype: np.dtype | None = None, multiple: int = 0) -> arrays.DeviceArray:
     """A copy on the GPU; `dtype` names what the bits mean where numpy cannot.
 
     `multiple`: (B, C, H, W) laid channels-last, C padded to a multiple of it with what no sum survives: NaN.
@@ -61,16 +61,16 @@ def upload(values: np.ndarray, dtype: np.dtype | None = None, multiple: int = 0)
         padded = np.full((*lying.shape[:3], pitch), -1 if values.dtype.kind == "u" else np.nan).astype(values.dtype)
         padded[..., : values.shape[1]] = lying
         memory = upload(padded)
-        strides = cuda.channels_last(values.shape, pitch, values.dtype.itemsize)
-        return cuda.DeviceArray(memory.address, values.shape, dtype or values.dtype, 0, memory, strides)
+        strides = arrays.channels_last(values.shape, pitch, values.dtype.itemsize)
+        return arrays.DeviceArray(memory.address, values.shape, dtype or values.dtype, 0, memory, strides)
     values = np.ascontiguousarray(values)
     memory = cuda.DeviceMemory(values.nbytes)
     kind = cuda.runtime().cudaMemcpyKind.cudaMemcpyHostToDevice
     cuda.call("cudaMemcpy", memory.address, values.__array_interface__["data"][0], values.nbytes, kind)
-    return cuda.DeviceArray(memory.address, values.shape, dtype or values.dtype, 0, memory)
+    return arrays.DeviceArray(memory.address, values.shape, dtype or values.dtype, 0, memory)
 
 
-def download(array: cuda.DeviceArray) -> np.ndarray:
+def download(array: arrays.DeviceArray) -> np.ndarray:
     last = sum((size - 1) * stride for size, stride in zip(array.shape, array.strides or ()))
     block = np.empty(last + array.dtype.itemsize if array.strides else array.nbytes, np.uint8)
     kind = cuda.runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost
@@ -78,16 +78,16 @@ def download(array: cuda.DeviceArray) -> np.ndarray:
     return np.ndarray(array.shape, array.dtype, block, 0, array.strides)
 
 
-def as_type(values: np.ndarray, head: str, multiple: int = 0) -> tuple[cuda.DeviceArray, np.ndarray]:
+def as_type(values: np.ndarray, head: str, multiple: int = 0) -> tuple[arrays.DeviceArray, np.ndarray]:
     """On the GPU in that type (`multiple`: as `upload`), and the same values as float32."""
     if head == "bfloat16":
         bits = (values.view(np.uint32) >> 16).astype(np.uint16)  # cut off, not rounded: any values will do
-        return upload(bits, cuda.BFLOAT16, multiple), (bits.astype(np.uint32) << 16).view(np.float32)
+        return upload(bits, arrays.BFLOAT16, multiple), (bits.astype(np.uint32) << 16).view(np.float32)
     typed = values.astype(head)
     return upload(typed, multiple=multiple), typed.astype(np.float32)
 
 
-def score_map(logits: cuda.DeviceArray, descriptors: cuda.DeviceArray) -> np.ndarray:
+def score_map(logits: arrays.DeviceArray, descriptors: arrays.DeviceArray) -> np.ndarray:
     """What the GPU's softmax gives, (B, H, W)."""
     decoder = Decoder(_head(logits), _head(descriptors), DecodeOptions(), Sampling.HALF_PIXEL)
     shape = (decoder.batch, decoder.height_px, decoder.width_px)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.gpu import cuda
+from superpoint_trt.gpu import arrays, cuda
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
@@ -35,7 +35,7 @@ def tensor():
 
 @pytest.mark.parametrize("wrap", [lambda t: t, OnlyDlpack], ids=["interface", "dlpack"])
 def test_views_share_memory(tensor, wrap):
-    found = cuda.view(wrap(tensor))
+    found = arrays.view(wrap(tensor))
     assert (found.address, found.shape, found.dtype) == (tensor.data_ptr(), (1, 1, 4, 6), np.float32)
     back = torch.from_dlpack(found)
     back[0, 0, 2, 3] = -7
@@ -46,7 +46,7 @@ def test_views_share_memory(tensor, wrap):
 def test_views_of_parts_start_where_the_part_does(tensor):
     part = tensor[0, 0, 1:3]
     for wrapped in (part, OnlyDlpack(part)):
-        found = cuda.view(wrapped)
+        found = arrays.view(wrapped)
         assert found.address == tensor.data_ptr() + 6 * 4 and found.shape == (2, 6)
 
 
@@ -54,33 +54,33 @@ def test_views_of_parts_start_where_the_part_does(tensor):
 def test_gaps_are_refused(tensor, wrap):
     for gappy in (tensor[..., ::2], tensor.transpose(2, 3)):
         with pytest.raises(SuperPointError, match="not contiguous"):
-            cuda.view(wrap(gappy))
-        found = cuda.view(wrap(gappy), gaps=True)
+            arrays.view(wrap(gappy))
+        found = arrays.view(wrap(gappy), gaps=True)
         assert found.strides == tuple(4 * step for step in gappy.stride())
         for back in (torch.from_dlpack(found), torch.as_tensor(found, device="cuda")):
             assert back.data_ptr() == gappy.data_ptr() and torch.equal(back, gappy)
 
 
 def test_what_is_on_the_gpu(tensor):
-    assert cuda.is_on_gpu(tensor) and cuda.is_on_gpu(OnlyDlpack(tensor))
-    assert not cuda.is_on_gpu(tensor.cpu()) and not cuda.is_on_gpu(np.zeros(3))
+    assert arrays.is_on_gpu(tensor) and arrays.is_on_gpu(OnlyDlpack(tensor))
+    assert not arrays.is_on_gpu(tensor.cpu()) and not arrays.is_on_gpu(np.zeros(3))
     with pytest.raises(SuperPointError, match="expected an array in GPU memory"):
-        cuda.view(tensor.cpu())
+        arrays.view(tensor.cpu())
 
 
 def test_the_owner_lives_as_long_as_the_consumer(tensor):
     memory = cuda.DeviceMemory(64)
-    consumer = torch.from_dlpack(cuda.DeviceArray(memory.address, (16,), np.dtype(np.float32), 0, memory))
-    assert any(held[2].owner is memory for held in cuda._exported.values())
+    consumer = torch.from_dlpack(arrays.DeviceArray(memory.address, (16,), np.dtype(np.float32), 0, memory))
+    assert any(held[2].owner is memory for held in arrays._exported.values())
     del consumer
     gc.collect()
-    assert not any(held[2].owner is memory for held in cuda._exported.values())
+    assert not any(held[2].owner is memory for held in arrays._exported.values())
 
 
 def test_cupy(tensor):
     cupy = pytest.importorskip("cupy")
-    found = cuda.view(tensor)
+    found = arrays.view(tensor)
     for theirs in (cupy.asarray(found), cupy.from_dlpack(found)):
         assert theirs.data.ptr == tensor.data_ptr()
         np.testing.assert_array_equal(cupy.asnumpy(theirs), tensor.cpu().numpy())
-    assert cuda.view(cupy.asarray(found)).address == tensor.data_ptr()
+    assert arrays.view(cupy.asarray(found)).address == tensor.data_ptr()

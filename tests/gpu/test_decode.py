@@ -7,7 +7,7 @@ import pytest
 from heads import KINDS, as_type, check, download, found_of, logits_of, score_map, upload
 
 from superpoint_trt.core.types import DecodeOptions, Sampling, SuperPointError
-from superpoint_trt.gpu import cuda
+from superpoint_trt.gpu import arrays, cuda
 from superpoint_trt.gpu.kernels.decode import USUAL_ROWS, decode_heads
 from superpoint_trt.run import decode
 
@@ -112,13 +112,13 @@ def test_channels_last_from_any_address_on(skipped, dtype):
     logits = logits_of("image-like", 2, (1, 65, 30, 40)).astype(dtype)
     coarse = rng.normal(0, 1, (1, 256, 30, 40)).astype(dtype)
 
-    def within_more(values: np.ndarray) -> cuda.DeviceArray:
+    def within_more(values: np.ndarray) -> arrays.DeviceArray:
         channels = values.shape[1]
         more = rng.normal(0, 9, (1, channels + 15, *values.shape[2:])).astype(dtype)
         more[:, skipped : skipped + channels] = values
         memory = upload(more, multiple=8)
         place = memory.address + skipped * memory.dtype.itemsize
-        return cuda.DeviceArray(place, values.shape, memory.dtype, 0, memory, memory.strides)
+        return arrays.DeviceArray(place, values.shape, memory.dtype, 0, memory, memory.strides)
 
     options = DecodeOptions(max_keypoints=200)
     found = found_of(decode_heads(within_more(logits), within_more(coarse), options), 0)
@@ -205,6 +205,6 @@ def test_what_is_refused():
         decode_heads(good, upload(np.zeros((1, 256, 4, 4), np.float16)))
     with pytest.raises(SuperPointError, match="one for each of 1 images"):
         decode_heads(good, upload(np.zeros((1, 256, 4, 4), np.float32)), placed_wh=[(8, 8), (8, 8)])
-    turned = cuda.DeviceArray(good.address, good.shape, good.dtype, 0, good, (65 * 64, 64, 4, 16))
+    turned = arrays.DeviceArray(good.address, good.shape, good.dtype, 0, good, (65 * 64, 64, 4, 16))
     with pytest.raises(SuperPointError, match="neither contiguous nor channels-last"):
         decode_heads(turned, upload(np.zeros((1, 256, 4, 4), np.float32)))

@@ -5,7 +5,6 @@ SUPERPOINT_TEST_CALIBRATION   ranges of SUPERPOINT_TEST_WEIGHTS (.calibration.js
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,12 @@ import pytest
 
 from superpoint_trt.convert import engine as engines
 from superpoint_trt.convert.export import ExportOptions, export
-from superpoint_trt.convert.quantize import calibrate as calibrations
 from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.gptq import round_weights
-from superpoint_trt.convert.quantize.qdq import COARSE, quantize_file
-from superpoint_trt.core import image as images
+from superpoint_trt.convert.quantize.options import COARSE, QuantizeOptions
+from superpoint_trt.convert.quantize.qdq import quantize_file
+from superpoint_trt.convert.quantize.ranges_file import ranges_path, save_calibration
+from superpoint_trt.core.image import load_image, to_gray
 from superpoint_trt.core.types import OutputType, Precision
 from superpoint_trt.prove.agreement import within
 from superpoint_trt.prove.verify import verify
@@ -42,7 +42,7 @@ def ranges(reference_model, photos) -> Path:
     if GIVEN:
         return Path(GIVEN)
     found = round_weights(reference_model, calibrate(reference_model, photos[PROOF:]), photos[PROOF:])
-    return calibrations.save(found, calibrations.beside(reference_model))
+    return save_calibration(found, ranges_path(reference_model))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def int8_engine(tensorrt, weights, ranges, tmp_path_factory) -> Callable[..., Pa
 
     def make(kind: str, dynamic: bool = False, batch: int = 1, keep: tuple[str, ...] = (COARSE,)) -> Path:
         kept = "-".join(keep) or "every"
-        built = folder / f"int8-{kind}-{'dynamic' if dynamic else 'static'}-{batch}-{kept}.engine"
+        built = folder / f"{weights.stem}-int8-{kind}-{'dynamic' if dynamic else 'static'}-{batch}-{kept}.engine"
         if not built.exists():
             options = ExportOptions(OutputType(kind), *SIZE_HW, dynamic=dynamic, max_batch_size=batch)
             model = export(weights, built.with_suffix(".onnx"), options)
@@ -81,7 +81,7 @@ def int8_engine(tensorrt, weights, ranges, tmp_path_factory) -> Callable[..., Pa
 
 
 def gray(path: Path) -> np.ndarray:
-    return images.to_gray(images.load_image(path))
+    return to_gray(load_image(path))
 
 
 @pytest.mark.parametrize("kind", ["dense", "keypoints", "heads"])
@@ -94,7 +94,9 @@ def test_int8_keeps_its_points(int8_engine, reference_model, proof, kind):
 
 def test_tensorrt_rounds_as_onnxruntime_does(int8_engine, reference_model, ranges, proof, tmp_path):
     """The same Q/DQ graph on the CPU in float32: nearer to it than the fp32 network is."""
-    quantized = quantize_file(reference_model, tmp_path / "int8.onnx", ranges, keep=(COARSE,))
+    quantized = quantize_file(
+        reference_model, tmp_path / "int8.onnx", ranges, options=QuantizeOptions(keep_fp16=(COARSE,))
+    )
     shares: dict[str, list[float]] = {"int8": [], "fp32": []}
     with SuperPoint(int8_engine("heads")) as engine:
         found = [engine.extract(gray(photo)) for photo in proof]
@@ -110,10 +112,7 @@ def test_tensorrt_rounds_as_onnxruntime_does(int8_engine, reference_model, range
 @pytest.mark.parametrize(("keep", "least"), [((), 10), ((COARSE,), 6)], ids=["every", "coarse"])
 def test_the_kernels_are_int8(int8_engine, keep, least):
     with SuperPoint(int8_engine("heads", keep=keep)) as superpoint:
-        backend = superpoint._backend
-        inspector = backend._shared.engine.create_engine_inspector()
-        text = inspector.get_engine_information(backend._tensorrt.module.LayerInformationFormat.JSON)
-    layers = [layer for layer in json.loads(text, strict=False)["Layers"] if isinstance(layer, dict)]
+        layers = superpoint._backend.engine.layers()
     if not layers:
         pytest.skip("this plan was built without the details that the inspector needs")
     reads = [str(layer.get("Inputs")) for layer in layers if "onv" in layer["LayerType"]]

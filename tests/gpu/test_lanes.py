@@ -9,7 +9,7 @@ import pytest
 from heads import download, found_of, upload
 
 from superpoint_trt import SuperPoint
-from superpoint_trt.convert import engine as engines
+from superpoint_trt.convert.engine import BuildOptions, build
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import OUTPUT_NAMES, Keypoints, OutputType, Precision, SuperPointError
 from superpoint_trt.gpu import cuda, kernels
@@ -67,8 +67,8 @@ LAYOUTS = pytest.mark.parametrize(
 def test_heads_of_both_layouts(engine, images, dynamic, batch, linear):
     """One image at a time and a whole batch, against numpy on the very heads of that run."""
     with SuperPoint(engine("heads", "fp16", dynamic, batch, linear_heads=linear), max_keypoints=500) as superpoint:
-        inside = superpoint._backend._shared.engine
-        assert {inside.get_tensor_format(n).name for n in HEADS} == {"LINEAR" if linear else "HWC8"}
+        formats = superpoint._backend.engine.formats()
+        assert {formats[name] for name in HEADS} == {"LINEAR" if linear else "HWC8"}
         assert_same(superpoint.extract(images[0]), in_numpy(superpoint, images[0]))
         together = images[:batch]
         prepared, placements = zip(*(superpoint.prepare(image) for image in together))
@@ -119,7 +119,7 @@ def test_other_formats_are_refused_when_opened(tensorrt, weights, tmp_path, monk
 
     monkeypatch.setattr(type(tensorrt), "allow_channels_last", pairs_of_channels)
     model = export(weights, tmp_path / "a.onnx", ExportOptions(OutputType.HEADS, 64, 64))
-    engines.build(model, tmp_path / "a.engine", engines.BuildOptions(Precision.FP16, optimization_level=0))
+    build(model, tmp_path / "a.engine", BuildOptions(Precision.FP16, optimization_level=0))
     with pytest.raises(SuperPointError, match=r"a\.engine: logits \[.*\] has TensorRT's format CHW2; expected one of"):
         SuperPoint(tmp_path / "a.engine")
 

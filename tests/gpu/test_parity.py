@@ -38,6 +38,15 @@ def test_fp32_equals_pytorch(engine, reference):
                 assert np.abs(outputs[name] - truth[name]).max() < 1e-3, name
 
 
+def test_batchnorm_behind_the_relu(engine, reference, batchnorm_weights):
+    """A random network of the v6 layout, whose BatchNorm stays in the graph."""
+    with SuperPoint(engine("dense", "fp32", size_hw=(240, 320), checkpoint=batchnorm_weights)) as superpoint:
+        for truth in reference((240, 320), batchnorm_weights)[:2]:
+            outputs = superpoint.infer(truth["inputs"])
+            for name in ("scores", "descriptors"):
+                assert np.abs(outputs[name] - truth[name]).max() < 1e-3, name
+
+
 @pytest.mark.parametrize("kind", ["dense", "keypoints", "heads"])
 @pytest.mark.parametrize(
     ("precision", "share", "median", "p1"),

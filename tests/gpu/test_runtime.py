@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.gpu import cuda
+from superpoint_trt.gpu import arrays, cuda
 from superpoint_trt.gpu.engine_file import sidecar
 from superpoint_trt.run.backends.tensorrt import MOST_LOANS, MOST_SHAPES, TensorRTBackend
 from superpoint_trt.run.extractor import SuperPoint
@@ -18,14 +18,14 @@ PAGE = 2 << 20
 """Of GPU memory, bytes. cudaMemGetInfo counts for the whole GPU: nothing else may run on it."""
 
 
-def upload(values: np.ndarray) -> cuda.DeviceArray:
+def upload(values: np.ndarray) -> arrays.DeviceArray:
     memory = cuda.DeviceMemory(values.nbytes)
     kind = cuda.runtime().cudaMemcpyKind.cudaMemcpyHostToDevice
     cuda.call("cudaMemcpy", memory.address, values.ctypes.data, values.nbytes, kind)
-    return cuda.DeviceArray(memory.address, values.shape, values.dtype, 0, memory)
+    return arrays.DeviceArray(memory.address, values.shape, values.dtype, 0, memory)
 
 
-def download(array: cuda.DeviceArray) -> np.ndarray:
+def download(array: arrays.DeviceArray) -> np.ndarray:
     values = np.empty(array.shape, array.dtype)
     kind = cuda.runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost
     cuda.call("cudaMemcpy", values.ctypes.data, array.address, values.nbytes, kind)
@@ -41,7 +41,7 @@ def test_graph_gives_what_the_plain_run_gave(engine, reference):
     with TensorRTBackend(engine("dense", "fp16")) as backend:
         first = {k: v.copy() for k, v in backend.infer(images[0]).items()}  # plain
         backend.infer(images[1])  # captured
-        assert next(iter(backend._shapes.values()))._replay.graph is not None
+        assert backend.runners[0].graph is not None
         assert equal(first, backend.infer(images[0]))
         assert not equal(first, backend.infer(images[1]))
 
@@ -85,7 +85,7 @@ def test_many_shapes_stay_bounded(engine):
             for step in range(MOST_SHAPES + 4):
                 image = rng.random((1, 1, 240 + 8 * step, 320 + 16 * step), dtype=np.float32)
                 assert np.isfinite(backend.infer(image)["scores"]).all()
-            assert len(backend._shapes) == MOST_SHAPES, round_
+            assert len(backend.runners) == MOST_SHAPES, round_
 
 
 def test_outside_the_profile_is_refused_with_the_range(engine):
@@ -145,7 +145,7 @@ def test_threads_share_the_engine_and_agree(engine, reference):
     def work(offset: int) -> None:
         try:
             with TensorRTBackend(path) as backend:
-                engines.append(backend._shared)
+                engines.append(backend.engine)
                 for index in range(200):
                     which = (index + offset) % len(images)
                     if not equal(alone[which], backend.infer(images[which])):
@@ -159,7 +159,7 @@ def test_threads_share_the_engine_and_agree(engine, reference):
     for thread in threads:
         thread.join()
     assert not wrong, wrong[:3]
-    assert len({id(shared) for shared in engines}) == 1
+    assert all(engines[0].shares_weights_with(other) for other in engines)
 
 
 def test_device_arrays_without_a_copy(engine, reference):

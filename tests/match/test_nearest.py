@@ -1,4 +1,4 @@
-"""Matching against hand-made neighbours, a brute-force loop, and geometries known in advance."""
+"""Matching against neighbors found by hand and by a brute-force loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.match.nearest import Estimator, MatchOptions, Model, estimate, match
+from superpoint_trt.match.nearest import BLOCK_ROWS, MatchOptions, match
 
 # On a line: a0 - b0 are 1 apart, a1 - b1 2, a2 is nearest to b1 but b1 prefers a1.
 A = np.array([[0.0], [10.0], [14.5]], np.float32)
@@ -46,6 +46,19 @@ def test_blocks_equal_brute_force():
     assert match(a, b).rows.tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0, BLOCK_ROWS), (3, BLOCK_ROWS + 3), (BLOCK_ROWS - 1, 2 * BLOCK_ROWS)]
+)
+def test_of_equally_near_rows_the_lowest_wins(low, high):
+    """In both directions, within a block of rows and across blocks: rows `low` and `high` are the same descriptor."""
+    far = np.arange(2 * BLOCK_ROWS + 2, dtype=np.float32)[:, None] * 10 + 1000
+    far[low] = far[high] = 1.0
+    one = np.array([[2.0], [-9000.0]], np.float32)
+    found = match(far, one).rows.tolist()
+    assert [low, 0] in found and [high, 0] not in found, "the second set's nearest"
+    assert [0, low] in match(one, far).rows.tolist(), "the first set's nearest"
+
+
 def test_ten_thousand_by_ten_thousand_in_bounded_memory():
     rng = np.random.default_rng(1)
     a = rng.normal(size=(10_000, 64)).astype(np.float32)
@@ -72,47 +85,3 @@ def test_errors():
         MatchOptions(max_ratio=1.5)
     with pytest.raises(SuperPointError, match="distance is 0"):
         MatchOptions(max_distance=0)
-
-
-@pytest.mark.parametrize("estimator", Estimator)
-def test_homography_is_recovered_among_outliers(estimator):
-    rng = np.random.default_rng(2)
-    truth = np.array([[0.9, -0.1, 20], [0.12, 1.1, -15], [1e-4, -5e-5, 1]])
-    a = rng.uniform(0, 600, (200, 2)).astype(np.float32)
-    h = np.concatenate([a, np.ones((200, 1))], axis=1) @ truth.T
-    b = (h[:, :2] / h[:, 2:]).astype(np.float32)
-    b[:80] = rng.uniform(0, 600, (80, 2))
-    found = estimate(a, b, Model.HOMOGRAPHY, estimator)
-    np.testing.assert_allclose(found.matrix / found.matrix[2, 2], truth, rtol=1e-2, atol=1e-5)
-    assert found.inliers[80:].all()
-    assert found.inliers[:80].sum() < 4
-    order = rng.permutation(len(a))
-    again = estimate(a[order], b[order], Model.HOMOGRAPHY, estimator)
-    np.testing.assert_array_equal(found.matrix, again.matrix)
-    np.testing.assert_array_equal(found.inliers[order], again.inliers)
-
-
-@pytest.mark.parametrize("estimator", Estimator)
-def test_fundamental_matrix_of_a_known_camera_pair(estimator):
-    """A camera that moves sideways: epipolar lines are the rows, x2' F x1 = 0."""
-    rng = np.random.default_rng(3)
-    points = rng.uniform([-2, -2, 4], [2, 2, 10], (150, 3))
-    a = (500 * points[:, :2] / points[:, 2:] + 320).astype(np.float32)
-    moved = points + np.array([0.5, 0, 0])
-    b = (500 * moved[:, :2] / moved[:, 2:] + 320).astype(np.float32)
-    b[:40] = rng.uniform(0, 640, (40, 2))
-    found = estimate(a, b, Model.FUNDAMENTAL, estimator, threshold_px=1.0)
-    assert found.inliers[40:].mean() > 0.95
-    homogeneous = [np.concatenate([xy[40:], np.ones((110, 1))], axis=1) for xy in (a, b)]
-    lines = homogeneous[0] @ found.matrix.T
-    distance = np.abs((homogeneous[1] * lines).sum(axis=1)) / np.linalg.norm(lines[:, :2], axis=1)
-    assert np.median(distance) < 0.1
-
-
-@pytest.mark.parametrize("model", Model)
-@pytest.mark.parametrize("count", [0, 3])
-def test_too_few_matches_have_no_geometry(model, count):
-    xy = np.random.default_rng(4).uniform(0, 100, (count, 2)).astype(np.float32)
-    found = estimate(xy, xy, model)
-    assert found.matrix is None
-    assert not found.inliers.any()

@@ -15,13 +15,14 @@ import pytest
 from conftest import photograph
 from onnx import numpy_helper
 
-from superpoint_trt import packaged
+from superpoint_trt import int8, packaged
 from superpoint_trt.cli.main import cli, run
-from superpoint_trt.convert.cast import convolutions, load_onnx
 from superpoint_trt.convert.export import ExportOptions, export
-from superpoint_trt.convert.quantize import calibrate as calibrations
-from superpoint_trt.convert.quantize.calibrate import Calibration, calibrate
-from superpoint_trt.convert.quantize.qdq import FirstConvolution, quantize
+from superpoint_trt.convert.onnx_file import convolutions, load_onnx
+from superpoint_trt.convert.quantize.calibrate import calibrate
+from superpoint_trt.convert.quantize.options import FirstConvolution, QuantizeOptions
+from superpoint_trt.convert.quantize.qdq import quantize
+from superpoint_trt.convert.quantize.ranges_file import Calibration, save_calibration
 from superpoint_trt.core.types import OutputType, SuperPointError
 from superpoint_trt.gpu.engine_file import read_plan
 from superpoint_trt.prove import sensitivity
@@ -150,7 +151,7 @@ def test_the_fewest_layers_are_kept(folder, ranges):
     gates = {name: (-1.0 if name not in ("score_error_max", "findings") else 99.0) for name in GATE_NAMES}
     gates["keypoints_found_share"] = 0.6
     paths = sorted((folder / "photos").iterdir())[:1]
-    choice = fewest_kept(folder / "fp32.onnx", spoiled, paths, costs, keep=["convPb"], limits=gates)
+    choice = fewest_kept(folder / "fp32.onnx", spoiled, paths, costs, QuantizeOptions(keep_fp16=("convPb",)), gates)
     assert choice.passed and choice.kept == ["conv3a", "convPb"]
     assert [step.kept for step in choice.steps] == [
         ["convPb"],
@@ -189,7 +190,8 @@ def test_the_first_convolution_is_a_layer_to_choose_too(folder, ranges, monkeypa
     """Where its parts cost the points, it alone goes back to fp16; asked for in fp16, it is there from the start."""
     monkeypatch.setattr(sensitivity, "verify", Played("keypoints_found_share", {"conv1a"}))
     costs = [LayerCost("conv1a", 0.7, 1.0), LayerCost("conv2a", 0.8, 1.0)]
-    chosen = {first: fewest_kept(folder / "fp32.onnx", ranges, [], costs, first=first) for first in (None, FP16)}
+    options = {first: QuantizeOptions(first_convolution=first) for first in (None, FP16)}
+    chosen = {first: fewest_kept(folder / "fp32.onnx", ranges, [], costs, options[first]) for first in options}
     assert [choice.kept for choice in chosen.values()] == [["conv1a"], ["conv1a"]]
     assert [[step.kept for step in choice.steps] for choice in chosen.values()] == [[[], ["conv1a"]], [["conv1a"]]]
 
@@ -210,7 +212,7 @@ def test_black_pictures_rank_nothing(folder, ranges, tmp_path):
 @pytest.fixture
 def loose(folder, ranges, tmp_path) -> list[str]:
     """Words of the command line: ranges, one photograph, and gates that hold at once."""
-    calibrations.save(ranges, tmp_path / "r.json")
+    save_calibration(ranges, tmp_path / "r.json")
     limits = {**dict.fromkeys(GATE_NAMES, 0), "findings": 9, "score_error_max": 1}
     gates = [word for name, limit in limits.items() for word in ("--gate", f"{name}={limit}")]
     photo = folder / "photos" / "camera.png"
@@ -231,7 +233,7 @@ def test_auto_on_the_command_line(folder, loose, tmp_path, capsys):
 def test_build_chooses_layers_too(folder, loose, tmp_path, capsys, monkeypatch):
     """An engine for another machine: its .onnx is what is proven here."""
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr(sensitivity, "rank", lambda *_: [LayerCost("conv4b", 0.9, 1.0), LayerCost("convPa", 1.0, 1.0)])
+    monkeypatch.setattr(int8, "rank", lambda *_: [LayerCost("conv4b", 0.9, 1.0), LayerCost("convPa", 1.0, 1.0)])
     words = ["--onnx", folder / "fp32.onnx", "--engine", tmp_path / "a.engine", "--precision", "int8"]
     words += ["--runtime", "rtx", "--target", "sm89", "--keep-fp16", "convPb"]
     assert run(cli, ["build", *map(str, words), *loose]) == 0
@@ -287,7 +289,7 @@ def test_auto_leaves_coarse_what_it_means(folder, ranges, monkeypatch):
         ranges,
         [],
         [LayerCost("conv3a", 0.5, 1.0), LayerCost("conv1b", 0.9, 1.0)],
-        keep=["coarse"],
+        QuantizeOptions(keep_fp16=("coarse",)),
     )
     assert choice.passed and choice.patterns == ["coarse", "conv3a"]
     assert tried == [["conv4a"], ["conv4a"]]
@@ -302,7 +304,7 @@ def test_parts_say_so(folder, loose, tmp_path, capsys):
 
 
 def test_auto_that_fails_writes_nothing(folder, loose, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sensitivity, "rank", lambda *_: [LayerCost("convPb", 1.0, 1.0)])
+    monkeypatch.setattr(int8, "rank", lambda *_: [LayerCost("convPb", 1.0, 1.0)])
     words = ["--onnx", folder / "fp32.onnx", "--output", tmp_path / "q.onnx", *loose, "--gate", "findings=-1"]
     assert run(cli, ["quantize", *map(str, words)]) == 1
     assert "no choice of layers meets the gates" in capsys.readouterr().err

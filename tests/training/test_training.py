@@ -26,7 +26,8 @@ from superpoint_trt.checkpoint import layouts as checkpoints
 from superpoint_trt.checkpoint.layouts import NormPlacement
 from superpoint_trt.checkpoint.reference import Block, SuperPointNet, sample_descriptors
 from superpoint_trt.convert.export import ExportOptions, to_onnx
-from superpoint_trt.convert.quantize.calibrate import CalibrationOptions, Method, calibrate
+from superpoint_trt.convert.quantize.calibrate import calibrate
+from superpoint_trt.convert.quantize.options import CalibrationOptions, Method
 from superpoint_trt.convert.quantize.qdq import quantize
 from superpoint_trt.core.types import OutputType, Sampling, SuperPointError
 from superpoint_trt.run.backends import open_backend

@@ -1,1 +1,1 @@
-"""Files of weights: every known layout, the public ones, and the PyTorch networks they belong to."""
+"""Files of weights: every known layout, the public checkpoints, and the PyTorch reference network."""

@@ -1,8 +1,8 @@
-"""Checkpoint files of every known layout -> one verified, named set of float32 arrays.
+"""Reads checkpoint files of every known layout into one verified set of float32 arrays.
 
 Layers get the names of the paper's own code, whatever the file calls them: `conv1a`, `conv1b`, ..., `conv4b`
 (backbone, a 2x2 max-pool after every stage but the last), `convPa`, `convPb` (detector), `convDa`, `convDb`
-(descriptor). Nothing here executes what is in a file: `.pth` goes through `torch.load(weights_only=True)`.
+(descriptor). No code in a file is ever executed: `.pth` goes through `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt.core.files import PathLike, one_line, read_bytes, sha256, write_atomically
+from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import Family, Float32, Sampling, SuperPointError
 
 FEWEST_STAGES, MOST_STAGES = 3, 6
-"""Cells of 4 to 32 px; the published networks have 4 stages, so 8 px."""
+"""3 to 6 stages make cells of 4 to 32 px. The published networks have 4 stages, so cells of 8 px."""
 
 BATCHNORM_EPS = 1e-3
-"""The MIT model's; torch's own default is 1e-5."""
+"""Epsilon of the MIT model's BatchNorm; torch's own default is 1e-5."""
 
 
 _Choice = TypeVar("_Choice", bound=enum.Enum)
@@ -50,34 +51,37 @@ class BatchNorm:
     running_var: Float32
 
     def scale_and_shift(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The same map as y = x * scale + shift, in float64."""
+        """Scale and shift, (C,) float64 each, of the same map written as y = x * scale + shift."""
         scale = self.weight.astype(np.float64) / np.sqrt(self.running_var.astype(np.float64) + BATCHNORM_EPS)
         return scale, self.bias - self.running_mean * scale
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One convolution: weight (O, I, K, K) and bias (O,), float32, and its BatchNorm if it has one."""
+    """One convolution, and its BatchNorm if it has one."""
 
     weight: Float32
+    """(O, I, K, K)."""
     bias: Float32
+    """(O,)."""
     norm: BatchNorm | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A verified SuperPoint: every layer present, of the right shape, finite."""
+    """The weights of a SuperPoint: every layer is present, has the right shape, and is finite."""
 
     layers: Mapping[str, Layer]
+    """Layer name ("conv1a") -> layer, in the network's order."""
     family: Family
     norm: NormPlacement
     sampling: Sampling
     sha256: str | None = None
-    """Of the file it came from; None when it came from memory."""
+    """Of the file that was read; None: the arrays came from memory."""
 
     @property
     def stages(self) -> int:
-        """Number of backbone stages, of two convolutions each."""
+        """Number of backbone stages. Each has two convolutions."""
         return sum(1 for name in self.layers if re.fullmatch(r"conv\d+a", name))
 
     @property
@@ -87,18 +91,18 @@ class Checkpoint:
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Output channels of each stage, then of the heads' hidden layers; the published ones: 64 64 128 128 256."""
+        """Output channels of each stage, then of the heads' hidden layers; published: 64, 64, 128, 128, 256."""
         stages = [self.layers[f"conv{stage}b"].weight.shape[0] for stage in range(1, self.stages + 1)]
         return (*stages, self.layers["convPa"].weight.shape[0])
 
     @property
     def descriptor_dim(self) -> int:
-        """D, 256 in the published networks."""
+        """D: length of a descriptor, 256 in the published networks."""
         return int(self.layers["convDb"].weight.shape[0])
 
     @property
     def parameters(self) -> int:
-        """Number of convolution parameters."""
+        """Number of weights and biases of all convolutions."""
         return sum(layer.weight.size + layer.bias.size for layer in self.layers.values())
 
 
@@ -110,7 +114,7 @@ def load(path: PathLike, sampling: Sampling | None = None) -> Checkpoint:
         sampling: overrides the descriptor sampling that the family implies.
 
     Raises:
-        SuperPointError: not a file, not a checkpoint, not a SuperPoint, damaged, or asking to execute code.
+        SuperPointError: the file is missing, damaged, no checkpoint or no SuperPoint, or asks to execute code.
     """
     path = Path(path)
     data = read_bytes(path, "checkpoint")
@@ -134,10 +138,10 @@ def from_arrays(
         arrays: parameter name -> array, as in the checkpoint.
         sampling: overrides the descriptor sampling that the family implies.
         metadata: a safetensors file's own, if any.
-        source: what to call it in an error.
+        source: names the arrays in an error.
 
     Raises:
-        SuperPointError: unknown keys, missing layers, wrong shapes, values that are not finite.
+        SuperPointError: a key is unknown, a layer is missing, a shape is wrong, or a value is not finite.
     """
     metadata = metadata or {}
     family, named = _recognize(arrays, metadata, source)
@@ -152,8 +156,11 @@ def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
 
     Args:
         checkpoint: what to write.
-        path: the file; written beside and renamed.
-        half: store float16, half the size (BatchNorm statistics stay float32).
+        path: the file to write.
+        half: stores float16, half the size. BatchNorm statistics stay float32.
+
+    Returns:
+        The path written.
     """
     from safetensors.numpy import save as to_bytes
 
@@ -174,7 +181,7 @@ def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
 
 
 def without_batchnorm(checkpoint: Checkpoint) -> Checkpoint:
-    """The same network with every BatchNorm folded into its convolution, in float64: exact up to rounding.
+    """Folds every BatchNorm into its convolution, in float64: the same network up to rounding.
 
     Raises:
         SuperPointError: BatchNorm comes after the ReLU, where it cannot be folded away.
@@ -197,7 +204,7 @@ _PARAMETER = r"(weight|bias)"
 _BN_PARAMETER = r"bn\.(weight|bias|running_mean|running_var)"
 SAFE_TORCH = (2, 6)
 _LAYOUTS: Mapping[Family, tuple[str, ...]] = {
-    # Each pattern yields (stage or head, a/b or 0/1, parameter); the order decides nothing, the keys are disjoint.
+    # Each pattern yields (stage or head, a/b or 0/1, parameter). No key fits two layouts, so their order is free.
     Family.V6: (
         rf"backbone\.(\d+)\.([01])\.(?:conv\.{_PARAMETER}|{_BN_PARAMETER})",
         rf"(detector|descriptor)\.([01])\.(?:conv\.{_PARAMETER}|{_BN_PARAMETER})",
@@ -213,21 +220,21 @@ _HEADS = {"detector": "P", "keypoint_decoder": "P", "descriptor": "D", "descript
 _FIRST_STAGE = {Family.V6: 0, Family.HUGGINGFACE: 0, Family.MAGICLEAP: 1}
 
 _SAMPLING_BY_CONTENT: Mapping[str, Sampling] = {
-    # `_fingerprint` -> sampling. AMD's Vitis-AI tf_superpoint after an int8 round trip: Magic Leap's key names, but
-    # trained with the TensorFlow code of rpautrat/SuperPoint, whose sampling is the half-pixel one.
+    # `_fingerprint` -> sampling. This one is AMD's Vitis-AI tf_superpoint after an int8 round trip: it has Magic Leap's
+    # key names, but was trained with the TensorFlow code of rpautrat/SuperPoint, which samples the half-pixel way.
     "daa72151d47bff8ba79de12d65762d0b9ebb33d5390aa00c700b192d5d2d2d9a": Sampling.HALF_PIXEL,
 }
 
 
 def _fingerprint(layers: Mapping[str, Layer]) -> str:
-    """Of the convolution weights, whatever file or memory they come from."""
+    """SHA-256 of the convolution weights, whatever file they come from."""
     return sha256(b"".join(layers[name].weight.tobytes() for name in sorted(layers)))
 
 
 def _recognize(
     arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str], source: str
 ) -> tuple[Family, dict[str, dict[str, NDArray[Any]]]]:
-    """Finds the layout in which the most keys make sense, and renames them: layer -> parameter -> array."""
+    """Finds the layout that fits the most keys, and sorts the arrays: layer -> parameter -> array."""
     keys = [key[len("module.") :] if key.startswith("module.") else key for key in arrays]
     keys = [key for key in keys if not key.endswith("num_batches_tracked")]
     renamed = {family: dict(_rename(family, keys)) for family in _LAYOUTS}
@@ -282,7 +289,7 @@ def _layer(name: str, parameters: Mapping[str, NDArray[Any]], source: str) -> La
 
 
 def _verify(layers: Mapping[str, Layer], source: str) -> None:
-    """Every layer there, kernels and channels chained as in the paper (DeTone et al. 2018, section 3)."""
+    """Checks that every layer is there, and that kernels and channels fit (DeTone et al. 2018, section 3)."""
     stages = [int(match[1]) for name in layers for match in [re.fullmatch(r"conv(\d+)a", name)] if match]
     if max([*stages, 0]) > MOST_STAGES:
         last = f"conv{max(stages)}a"
@@ -367,7 +374,7 @@ def _choice(kind: type[_Choice], value: str, source: str) -> _Choice:
 
 
 def _is_safetensors(data: bytes) -> bool:
-    """Eight bytes of header length, then JSON: https://github.com/huggingface/safetensors#format."""
+    """Whether a file begins with its header's length and JSON: https://github.com/huggingface/safetensors#format."""
     return len(data) > 8 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 2**32
 
 
@@ -392,7 +399,7 @@ def _read_torch(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
         import torch
     except ImportError:
         raise SuperPointError(
-            f"reading {path} needs PyTorch: pip install 'superpoint-trt[torch]' (a .safetensors file does not)."
+            f"reading {path} needs PyTorch: {install_hint('torch')}. A .safetensors file does not."
         ) from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
         raise SuperPointError(
@@ -404,7 +411,7 @@ def _read_torch(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a TorchScript archive is warned about, then refused below
+            warnings.simplefilter("ignore")  # torch warns of a TorchScript archive, which is refused below
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|global|class|type)\s+`?([\w.]+)`?", str(error))
@@ -413,7 +420,7 @@ def _read_torch(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
             f"checkpoint {path} is refused: it holds more than plain arrays{what}, which could execute code when "
             "loaded; save only the state_dict, or use a .safetensors file."
         ) from error
-    except Exception as error:  # torch has no one exception for a damaged file
+    except Exception as error:  # torch raises many exceptions for damaged files
         raise SuperPointError(
             f"checkpoint {path} is damaged or truncated, or no plain state_dict: {one_line(error)}."
         ) from error
@@ -421,10 +428,10 @@ def _read_torch(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
 
 
 def state_arrays(state: Any, source: str = "state dict") -> dict[str, NDArray[Any]]:
-    """A torch state_dict, wrapped as training scripts wrap it or not, as float32 arrays.
+    """Turns a torch state_dict into float32 arrays; takes it out of the dictionary that training scripts put it in.
 
     Raises:
-        SuperPointError: not a mapping of names to tensors.
+        SuperPointError: it is no mapping of names to tensors.
     """
     import torch
 
@@ -436,7 +443,7 @@ def state_arrays(state: Any, source: str = "state dict") -> dict[str, NDArray[An
 
 
 def _unwrap(state: Any) -> Any:
-    """Training scripts wrap the state_dict; the published wrappers are these."""
+    """Takes a state_dict out of the dictionary that a training script saved it in."""
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             return state[key]

@@ -1,4 +1,4 @@
-"""The public checkpoints: what they are, whose, and how to have them verified on disk."""
+"""The public checkpoints: where they are, whose they are, and a download that is verified."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class PublicWeights:
     family: Family
     url: str
     git_blob: str
-    """`git hash-object FILE` of the right content."""
+    """What `git hash-object FILE` prints for the right content."""
     license: str
     commercial_use: bool
     about: str
 
     @property
     def filename(self) -> str:
-        """The name the file has at its source."""
+        """The file's name in its address."""
         return self.url.rsplit("/", 1)[-1]
 
 
@@ -71,21 +71,24 @@ def find(name: str) -> PublicWeights:
 
 
 def is_verified(weights: PublicWeights, path: PathLike) -> bool:
-    """Whether `path` already holds exactly this checkpoint."""
+    """Whether the file at `path` is this checkpoint, byte for byte."""
     path = Path(path)
     return path.is_file() and git_blob_id(path.read_bytes()) == weights.git_blob
 
 
 def fetch(weights: PublicWeights, path: PathLike, progress: Callable[[int, int | None], None] | None = None) -> Path:
-    """Downloads a checkpoint, verifies its content, and only then puts it in place.
+    """Downloads a checkpoint, verifies its content, and only then writes it.
 
     Args:
-        weights: which.
-        path: where to; written beside and renamed.
-        progress: called with (bytes so far, bytes in all or None).
+        weights: which checkpoint.
+        path: the file to write. Nothing is downloaded if it holds the checkpoint already.
+        progress: called with (bytes so far, bytes in all); None in all: the server does not say.
+
+    Returns:
+        The path.
 
     Raises:
-        SuperPointError: offline, refused by the server, or other content than the published one.
+        SuperPointError: the server cannot be reached or refuses, or sends other content than was published.
     """
     path = check_writable(path)
     if is_verified(weights, path):

@@ -1,8 +1,8 @@
 """The PyTorch reference that every other backend is measured against.
 
-`SuperPointNet` is the pure network (image -> raw heads); `dense` and `decode` are written with torch's own operators
-and share no code with the numpy decode, so that each checks the other. `SuperPoint` joins them behind the interface
-of the MIT reference (rpautrat/SuperPoint): a dictionary in, lists of tensors out.
+`SuperPointNet` is the pure network: image -> raw heads. `dense` and `decode` are written with torch's own operators and
+share no code with the numpy decode, so that each checks the other. `SuperPoint` joins them behind the interface of the
+MIT reference (rpautrat/SuperPoint): a dictionary in, lists of tensors out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.layouts import BATCHNORM_EPS, Checkpoint, NormPlacement
 from superpoint_trt.core.files import PathLike
 from superpoint_trt.core.types import DecodeOptions, Sampling, SuperPointError
@@ -82,7 +82,7 @@ class SuperPointNet(nn.Module):
             image: (B, 1, H, W) float in [0, 1]; H and W multiples of 8 (a remainder is cut off, as torch pools).
 
         Returns:
-            logits (B, 65, H/8, W/8) and coarse descriptors (B, D, H/8, W/8), neither normalised.
+            logits (B, 65, H/8, W/8) and coarse descriptors (B, D, H/8, W/8), as the convolutions give them.
         """
         features = self.backbone(image)
         return self.detector(features), self.descriptor(features)
@@ -99,10 +99,17 @@ def dense(logits: Tensor, coarse_descriptors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def suppress(scores: Tensor, radius_px: int) -> Tensor:
-    """Non-maximum suppression of the MIT reference: two rounds, equal neighbours all survive.
+    """Non-maximum suppression of the MIT reference: two rounds; equal neighbours all survive.
 
-    A pixel stays if it is the maximum of its (2 r + 1)^2 window, or becomes it once everything within reach of a
-    survivor is taken away; the rest becomes 0. scores: (B, H, W).
+    A pixel stays if it is the maximum of its (2 r + 1)^2 window, or becomes the maximum once the pixels within reach of
+    a survivor are taken away.
+
+    Args:
+        scores: (B, H, W).
+        radius_px: r.
+
+    Returns:
+        (B, H, W): the scores, 0 where a pixel is suppressed.
     """
 
     def window_max(x: Tensor) -> Tensor:
@@ -117,13 +124,13 @@ def suppress(scores: Tensor, radius_px: int) -> Tensor:
 
 
 def sample_descriptors(xy: Tensor, descriptors: Tensor, stride: int, sampling: Sampling) -> Tensor:
-    """Bilinear descriptors at keypoints, normalised again.
+    """Samples descriptors bilinearly at keypoints, and normalizes them again.
 
     Args:
         xy: (N, 2) pixels of the network's input.
         descriptors: (D, H/8, W/8) of unit length.
         stride: 8.
-        sampling: the checkpoint's convention (spec.Sampling).
+        sampling: the checkpoint's convention.
 
     Returns:
         (N, D), unit length.
@@ -142,7 +149,17 @@ def sample_descriptors(xy: Tensor, descriptors: Tensor, stride: int, sampling: S
 def decode(
     scores: Tensor, descriptors: Tensor, options: DecodeOptions, sampling: Sampling
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Dense outputs -> keypoints (N, 2), scores (N,), descriptors (N, D) of each image, by falling score."""
+    """Finds keypoints in dense outputs.
+
+    Args:
+        scores: (B, H, W).
+        descriptors: (B, D, H/8, W/8) of unit length along D.
+        options: NMS radius, border, threshold, number.
+        sampling: the checkpoint's convention.
+
+    Returns:
+        For each image, by falling score: keypoints (N, 2) x, y in px; scores (N,); descriptors (N, D).
+    """
     stride = scores.shape[-1] // descriptors.shape[-1]
     kept = suppress(scores, options.nms_radius_px)
     border = options.remove_borders_px
@@ -165,8 +182,8 @@ class SuperPoint(SuperPointNet):
         model.load_state_dict(torch.load("superpoint_v6_from_tf.pth", weights_only=True))
         out = model.eval()({"image": image})
 
-    Its own `state_dict` is the v6 layout. `load_state_dict` takes every layout that `checkpoint.py` knows, and rebuilds
-    the network where it does not fit.
+    Its own `state_dict` has the v6 layout. `load_state_dict` takes every layout that `layouts.py` knows, and rebuilds
+    the network if its widths differ.
 
     Args:
         conf: nms_radius, max_num_keypoints, detection_threshold, remove_borders, descriptor_dim, channels.
@@ -196,29 +213,29 @@ class SuperPoint(SuperPointNet):
     def from_file(cls, path: PathLike, sampling: Sampling | None = None, **conf: Any) -> SuperPoint:
         """The reference of a checkpoint file of any known layout, in eval mode."""
         model = cls(**conf)
-        model._adopt(checkpoints.load(path, sampling))
+        model._adopt(layouts.load(path, sampling))
         return model.eval()
 
     @property
     def options(self) -> DecodeOptions:
-        """`conf`, as the decode takes it."""
+        """`conf` as the options of `decode`."""
         conf = self.conf
         return DecodeOptions(conf.nms_radius, conf.remove_borders, conf.detection_threshold, conf.max_num_keypoints)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads this module's own state, or a published checkpoint's of any known layout.
+        """Loads this module's own state, or the state_dict of a checkpoint of any known layout.
 
         Raises:
-            SuperPointError: keys or shapes are not a SuperPoint's.
+            SuperPointError: the keys or shapes are not those of a SuperPoint.
         """
         own = {name: tensor.shape for name, tensor in self.state_dict().items()}
         if own == {name: getattr(value, "shape", None) for name, value in state_dict.items()}:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        self._adopt(checkpoints.from_arrays(checkpoints.state_arrays(state_dict)))
+        self._adopt(layouts.from_arrays(layouts.state_arrays(state_dict)))
         return nn.modules.module._IncompatibleKeys([], [])
 
     def _adopt(self, checkpoint: Checkpoint) -> None:
-        """Becomes the network of a checkpoint, whatever its widths and BatchNorm, on the same device and dtype."""
+        """Takes over a checkpoint's network, whatever its widths and BatchNorm; device and dtype stay."""
         like = next(self.parameters())
         net = SuperPointNet.from_checkpoint(checkpoint).to(like).train(self.training)
         self.backbone, self.detector, self.descriptor = net.backbone, net.detector, net.descriptor
@@ -242,7 +259,7 @@ class SuperPoint(SuperPointNet):
 
 
 def _module_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """A checkpoint's arrays under `SuperPointNet`'s names."""
+    """A checkpoint's arrays under the parameter names of `SuperPointNet`."""
     state: dict[str, Tensor] = {}
     for name, layer in checkpoint.layers.items():
         block = _block_path(name)

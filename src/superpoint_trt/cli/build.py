@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from superpoint_trt.cli.prove import gate_limits
 from superpoint_trt.cli.quantize import (
     CalibrationFlags,
-    calibrated,
     calibration_options,
-    check_flags,
-    layers_to_keep,
-    prove,
+    end,
+    phase_bar,
+    print_layers,
+    print_verdict,
+    print_warning,
 )
 from superpoint_trt.cli.terminal import builder_progress, open_model, print_info
-from superpoint_trt.core.types import ENGINE_SUFFIXES, Precision, SuperPointError
+from superpoint_trt.core.types import Precision, SuperPointError
 from superpoint_trt.gpu.tensorrt_api import Flavor
 
-_QUANTIZED = (Precision.INT8.value, Precision.FP8.value)
+if TYPE_CHECKING:
+    from superpoint_trt.convert.engine import BuildOptions
+    from superpoint_trt.convert.onnx_file import OnnxFile, OnnxSource
+    from superpoint_trt.gpu.engine_file import EngineMetadata
 
 
 @click.command()
@@ -84,57 +84,52 @@ def parse_targets(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip().lower() for part in text.split(",")) if text else ()
 
 
-def build_engine(onnx: str, engine: str, options: Any, test: bool, flags: CalibrationFlags) -> None:
-    """Builds, says what came out, runs it if asked, and proves an int8 or fp8 engine."""
-    if Path(engine).suffix.lower() not in ENGINE_SUFFIXES:
-        raise SuperPointError(f"{engine}: an engine's name ends in one of {', '.join(ENGINE_SUFFIXES)}.")
-    if options.precision.value in _QUANTIZED:
-        _build_quantized(onnx, engine, options, test, flags)
-        return
-    if flags.given:
+def build_engine(onnx: str, engine: str, options: BuildOptions, test: bool, flags: CalibrationFlags) -> None:
+    """Builds an engine, prints what came out, runs it if asked, and verifies it if it is int8 or fp8."""
+    from superpoint_trt.convert.engine import build, check_engine_name
+    from superpoint_trt.convert.onnx_file import QUANTIZED_TYPES, quantized_type, read_onnx
+
+    check_engine_name(engine)
+    low = options.precision in QUANTIZED_TYPES
+    if flags.given and not low:
         raise SuperPointError(
             "calibration, --rounding, --keep-fp16, --first-convolution, --auto, --gate are for int8 and fp8; "
             f"{options.precision.value} was asked for."
         )
-    _build(onnx, engine, options, test)
-
-
-def _build_quantized(onnx: str, engine: str, options: Any, test: bool, flags: CalibrationFlags) -> None:
-    """Calibrates, builds, verifies on held-out images; an .onnx that is quantised already is taken as it is."""
-    from superpoint_trt.convert import engine as engines
-    from superpoint_trt.convert.cast import load_onnx, quantized_type
-    from superpoint_trt.convert.quantize.qdq import quantize_file
-
-    if quantized_type(load_onnx(onnx)):
-        for option, asked in {"--auto": flags.auto, "--rounding": flags.rounding}.items():
-            if asked:
-                raise SuperPointError(f"{onnx} is quantised already, so {option} comes too late; use the fp32 .onnx.")
-        given = replace(options, calibration=flags.file, keep_fp16=flags.kept_as_asked, first_convolution=flags.first)
-        _build(onnx, engine, given, test)
-        return
-    check_flags(onnx, flags, options.precision.value)
-    engines.check(onnx, engine, options)  # minutes of calibration should not end in "no GPU"
-    ranges = calibrated(onnx, flags, options.precision.value)
-    keep = layers_to_keep(onnx, flags, ranges, options.precision.value)
-    options = replace(options, calibration=ranges.path, keep_fp16=keep, first_convolution=flags.first)
-    _build(onnx, engine, options, test)
-    if not flags.verify:
-        return
-    if not options.targets or not ranges.proof:
-        prove(Path(engine), onnx, ranges.proof, gate_limits(flags.gates))
-        return
-    click.echo(f"{engine} is for another machine: its .onnx is verified here; verify the engine where it runs")
-    with tempfile.TemporaryDirectory() as folder:
-        quantized = Path(folder) / f"{Path(engine).stem}.onnx"
-        quantize_file(onnx, quantized, ranges.path, options.precision, keep, flags.first)
-        prove(quantized, onnx, ranges.proof, gate_limits(flags.gates))
-
-
-def _build(onnx: str, engine: str, options: Any, test: bool) -> None:
-    from superpoint_trt.convert import engine as engines
-
+    source: OnnxSource = onnx
+    if low:
+        source = read_onnx(onnx)
+        if not quantized_type(source.model):
+            _build_quantized(source, engine, options, test, flags)
+            return
+    for option, given in {"--auto": flags.auto, "--rounding": flags.rounding}.items():
+        if given:
+            raise SuperPointError(f"{onnx} is quantised already, so {option} comes too late; use the fp32 .onnx.")
+    options = options.with_quantization(flags.quantize_options(options.precision), flags.ranges)
     with builder_progress() as progress:
-        metadata = engines.build(onnx, engine, options, progress)
+        metadata = build(source, engine, options, progress)
+    _print_engine(engine, metadata, test)
+
+
+def _build_quantized(source: OnnxFile, engine: str, options: BuildOptions, test: bool, flags: CalibrationFlags) -> None:
+    """Runs the int8 workflow for an fp32 .onnx and prints its evidence."""
+    from superpoint_trt.int8 import quantize_and_verify
+
+    workflow = flags.options(options.precision)
+    with phase_bar() as progress:
+        result = quantize_and_verify(
+            source, workflow, engine=engine, build=options, progress=progress, notify=print_warning
+        )
+    print_layers(result, workflow)
+    if result.engine_metadata:
+        _print_engine(engine, result.engine_metadata, test)
+        if options.targets and result.verification:
+            click.echo(f"{engine} is for another machine: its .onnx is verified here; verify the engine where it runs")
+        print_verdict(result, workflow)
+    end(result)
+
+
+def _print_engine(engine: str, metadata: EngineMetadata, test: bool) -> None:
     click.echo(f"{'built in':<14}{metadata.build['seconds']} s")
     print_info(engine)
     if test:
@@ -160,6 +155,6 @@ def _try_engine(engine: str) -> None:
 @click.option("--precision", type=click.Choice(["fp16", "bf16"]), default="fp16", show_default=True)
 def cast(onnx: str, output: str, precision: str) -> None:
     """Write the typed .onnx that build uses, for other builders (trtexec --stronglyTyped)."""
-    from superpoint_trt.convert import cast as precisions
+    from superpoint_trt.convert.cast import cast as cast_file
 
-    print_info(precisions.cast(onnx, output, Precision(precision)))
+    print_info(cast_file(onnx, output, Precision(precision)))

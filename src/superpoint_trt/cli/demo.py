@@ -14,7 +14,7 @@ from superpoint_trt.cli.terminal import open_model, print_row
 from superpoint_trt.core.files import PathLike, make_folder
 from superpoint_trt.core.image import load_image
 from superpoint_trt.core.types import Matrix
-from superpoint_trt.match.nearest import ImageMatches, match_images
+from superpoint_trt.match.images import ImageMatches, match_images
 from superpoint_trt.prove import metrics
 from superpoint_trt.run import draw
 from superpoint_trt.run.extractor import SuperPoint

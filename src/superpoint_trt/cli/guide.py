@@ -223,8 +223,8 @@ class EngineArgs(OptionGroup):
 
         Without --dynamic-shapes the guide's engine takes one size: the one that a dynamic .onnx was exported for.
         """
-        from superpoint_trt.convert.cast import load_onnx
         from superpoint_trt.convert.engine import is_dynamic, usual_size
+        from superpoint_trt.convert.onnx_file import load_onnx
 
         usual = (self.opt_height, self.opt_width)
         if self.dynamic_shapes:

@@ -74,7 +74,7 @@ def _checkpoint(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _onnx_model(path: Path) -> Iterator[tuple[str, str]]:
-    from superpoint_trt.convert.cast import parse_onnx
+    from superpoint_trt.convert.onnx_file import parse_onnx
 
     data = read_bytes(path, "model")
     model = parse_onnx(data, path)
@@ -130,8 +130,8 @@ def _model(model: ModelDescription) -> Iterator[tuple[str, str]]:
     if model.calibration:
         yield "calibration", model.calibration
         yield "kept in fp16", model.kept_layers or "nothing"
-        if model.handed_over:
-            yield "reads int8", f"{model.handed_over} (fp16 layers whose input is int8)"
+        if model.fp16_with_int8_input:
+            yield "reads int8", f"{model.fp16_with_int8_input} (fp16 layers whose input is int8)"
         if model.first_convolution == "parts":
             yield "image", IMAGE_IN_PARTS
     if model.type is OutputType.KEYPOINTS:

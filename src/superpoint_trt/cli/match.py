@@ -10,7 +10,9 @@ import click
 from superpoint_trt.cli.options import MODEL, ExtractArgs, OptionGroup, RuntimeArgs, option
 from superpoint_trt.cli.terminal import check_outputs, open_model, print_row
 from superpoint_trt.core.types import Keypoints
-from superpoint_trt.match.nearest import Estimator, ImageMatches, MatchOptions, Model, match_images
+from superpoint_trt.match.geometry import Estimator, Model
+from superpoint_trt.match.images import ImageMatches, match_images, save_matches
+from superpoint_trt.match.nearest import MatchOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +66,7 @@ def match(
 ) -> None:
     """Match two images and draw the inliers of one geometry."""
     from superpoint_trt.run.draw import check_picture_name
-    from superpoint_trt.run.store import check_npz, save_matches
+    from superpoint_trt.run.store import check_npz
 
     check_outputs((output, save), (first, second, model))
     if output:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Callable, TypeVar
 import click
 
 from superpoint_trt import packaged
-from superpoint_trt.core.types import DecodeOptions, OutputType, Sampling
+from superpoint_trt.core.device import DeviceChoice
+from superpoint_trt.core.types import DecodeOptions, OutputType, Sampling, SuperPointError
 
 if TYPE_CHECKING:
     from superpoint_trt.convert.export import ExportOptions
@@ -41,10 +41,11 @@ class _Option(click.Option):
 
 
 def _check_device(context: click.Context, parameter: click.Parameter, device: str) -> str:
-    """Checks the form of a device's name; whether there is such a device is the runtime's to say."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise click.BadParameter(f"{device!r} is not one of auto, cpu, cuda, cuda:N (N: number of the GPU).")
-    return device
+    """Checks the form of a device's name; the runtime says whether there is such a device."""
+    try:
+        return str(DeviceChoice.parse(device))
+    except SuperPointError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 WEIGHTS = click.option(

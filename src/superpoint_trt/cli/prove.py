@@ -19,7 +19,7 @@ from superpoint_trt.cli.terminal import (
     write_json,
 )
 from superpoint_trt.core.image import find_images, load_image, parse_size
-from superpoint_trt.match.nearest import Estimator
+from superpoint_trt.match.geometry import Estimator
 from superpoint_trt.prove.benchmark import METHOD, STAGES, BenchOptions, BenchReport
 from superpoint_trt.prove.gates import parse_limits
 from superpoint_trt.prove.protocol import Protocol, Resize

@@ -1,8 +1,8 @@
-"""Precision as a stage of its own: fp32 .onnx -> typed .onnx whose convolutions run in fp16 or bf16.
+"""fp32 .onnx -> typed .onnx whose convolutions run in fp16 or bf16.
 
-TensorRT 10.12 deprecates its precision flags and 11 has none: a strongly typed network takes the types of its graph. So
-the types are written into the graph, once, for every runtime: the convolutions and what lies between them get the low
-type, everything else (softmax, L2 norms, suppression, indices, sampling) stays float32.
+TensorRT 10.12 deprecates its precision flags and 11 has none: a strongly typed network takes the types of its graph.
+So this stage writes the types into the graph, for every runtime. The convolutions and the nodes between them get the
+16-bit type ("low" in the names here). Softmax, L2 norms, suppression, indices and sampling stay float32.
 """
 
 from __future__ import annotations
@@ -15,46 +15,48 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
-from superpoint_trt.core.contract import describe
-from superpoint_trt.core.files import PathLike, check_distinct, check_writable, one_line, read_bytes, write_atomically
-from superpoint_trt.core.types import OUTPUT_NAMES, ModelDescription, OutputType, Precision, SuperPointError
+from superpoint_trt.convert.onnx_file import (
+    FULL_TYPE,
+    LOW_TYPES,
+    QUANTIZED_TYPES,
+    constants,
+    convolution_type,
+    has_low_type,
+    load_onnx,
+    set_metadata,
+)
+from superpoint_trt.core.files import PathLike, check_distinct, check_writable, write_atomically
+from superpoint_trt.core.types import Precision, SuperPointError
 
-LOW_TYPES = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
-"""What this stage can write; fp32 and tf32 are the fp32 graph itself."""
-
-QUANTIZED_TYPES = {Precision.INT8: TensorProto.INT8, Precision.FP8: TensorProto.FLOAT8E4M3FN}
-"""What `quantize` writes, by the type of its Q/DQ's zero points."""
-
-_FULL_TYPE = TensorProto.FLOAT
 _BETWEEN_CONVOLUTIONS = {"Conv", "Relu", "LeakyRelu", "PRelu", "Clip", "MaxPool", "AveragePool", "BatchNormalization"}
 _BETWEEN_CONVOLUTIONS |= {"Add", "Sub", "Mul", "Div", "Concat", "Identity", "Dropout", "Pad"}
-"""What the low type is safe and worthwhile for, where it lies between convolutions."""
+"""Operators that get the low type where they lie between two convolutions: there it is safe and saves time."""
 
 _AFTER_CONVOLUTION = {"BatchNormalization", "Relu", "Transpose", "Reshape", "Gather", "Squeeze", "Unsqueeze"}
-"""What still gets the low type behind a last convolution: its own BatchNorm and ReLU, and what only moves values, which
-the cast may just as well follow."""
+"""Operators that get the low type behind a last convolution: its own BatchNorm and ReLU, and operators that only move
+values."""
 
 _IN_A_KERNEL = {"LeakyRelu", "PRelu", "Clip", "MaxPool", "AveragePool", "Identity"}
-"""What else may become part of a quantised convolution's kernel, or run in its type."""
+"""More operators that TensorRT may run inside a quantized convolution's kernel, or in its type."""
 
 _FP16_MAX = float(np.finfo(np.float16).max)
 
 
 def cast(model_path: PathLike, output: PathLike, precision: Precision) -> Path:
-    """Rewrites one .onnx file in another precision, for builders other than this package's own (trtexec say).
+    """Writes an .onnx file in another precision, for other builders than this package's (trtexec, say).
 
     Args:
-        model_path: an fp32 SuperPoint .onnx, ours or another tool's; or a quantised one.
-        output: the .onnx; written beside and renamed.
-        precision: FP16 or BF16 (FP32 and TF32 only note the precision in the metadata).
+        model_path: an fp32 SuperPoint .onnx of this package or another tool, or a quantized one.
+        output: the .onnx to write.
+        precision: FP16 or BF16. FP32 and TF32 only set the precision in the metadata.
 
     Returns:
         The path written.
 
     Raises:
-        SuperPointError: as `load_onnx` and `to_precision`; nothing is written then.
+        SuperPointError: the file cannot be read (`read_onnx`) or cast (`to_precision`). Nothing is written then.
     """
     output = check_writable(output)
     if output.suffix.lower() != ".onnx":
@@ -64,114 +66,21 @@ def cast(model_path: PathLike, output: PathLike, precision: Precision) -> Path:
     return write_atomically(output, typed.SerializeToString())
 
 
-def load_onnx(path: PathLike) -> onnx.ModelProto:
-    """Reads and checks one .onnx file.
-
-    Raises:
-        SuperPointError: no ONNX, damaged, or with its weights in another file.
-    """
-    model = parse_onnx(read_bytes(path, "model"), path)
-    outside = [w.name for w in model.graph.initializer if w.data_location == TensorProto.EXTERNAL]
-    if outside:
-        raise SuperPointError(
-            f"{path} keeps its weights ({outside[0]}, ...) in another file; make it one file: "
-            "onnx.save(onnx.load(path), path)."
-        )
-    return model
-
-
-def parse_onnx(data: bytes, path: PathLike) -> onnx.ModelProto:
-    """A file's bytes as a model.
-
-    Raises:
-        SuperPointError: no ONNX, or damaged.
-    """
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load_model_from_string(data)
-    except (DecodeError, ValueError, TypeError) as error:
-        raise SuperPointError(f"{path} is not an ONNX model, or is damaged: {one_line(error)}.") from error
-    if not model.graph.node:
-        raise SuperPointError(f"{path} is not an ONNX model: it has no graph.")
-    return model
-
-
-def described(model: onnx.ModelProto, path: PathLike) -> ModelDescription:
-    """What a model is: its own metadata, or what its names and shapes say.
-
-    Raises:
-        SuperPointError: no SuperPoint.
-    """
-    own = ModelDescription.from_metadata({entry.key: entry.value for entry in model.metadata_props})
-    takes, gives = (
-        {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
-        for values in (model.graph.input, model.graph.output)
-    )
-    return own or describe(Path(path), None, takes, gives, remedy="make one with superpoint export")
-
-
-def name_of(node: onnx.NodeProto) -> str:
-    """A node's name, or its output's where another tool gave it none."""
-    return str(node.name or node.output[0])
-
-
-def convolutions(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """The convolutions by name, in the graph's order."""
-    return {name_of(node): node for node in model.graph.node if node.op_type == "Conv"}
-
-
-def quantized_type(model: onnx.ModelProto) -> Precision | None:
-    """INT8 or FP8 if a convolution reads through a Q/DQ pair of that type; None if none does."""
-    # What has the pair's type: the zero point, or without one what is dequantised, if that is a constant.
-    typed_by = {
-        node.output[0]: node.input[2] if len(node.input) > 2 else node.input[0]
-        for node in model.graph.node
-        if node.op_type == "DequantizeLinear"
-    }
-    types = constants(model.graph)
-    read = {
-        types[typed_by[name]].data_type
-        for node in convolutions(model).values()
-        for name in node.input
-        if typed_by.get(name) in types
-    }
-    return next((precision for precision, element in QUANTIZED_TYPES.items() if element in read), None)
-
-
-def convolution_type(model: onnx.ModelProto) -> Precision | None:
-    """The precision a graph's convolutions are written in; None if there are none, they differ, or it is unknown.
-
-    A graph with Q/DQ pairs is of their type, whatever convolutions it leaves alone.
-    """
-    quantized = quantized_type(model)
-    if quantized:
-        return quantized
-    known_constants = constants(model.graph)
-    types = {
-        known_constants[node.input[1]].data_type
-        for node in model.graph.node
-        if node.op_type == "Conv" and node.input[1] in known_constants
-    }
-    known: dict[int, Precision] = {_FULL_TYPE: Precision.FP32}
-    known.update({low: precision for precision, low in LOW_TYPES.items()})
-    return known.get(types.pop()) if len(types) == 1 else None
-
-
 def to_precision(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
-    """The same network with its convolutions in another type.
+    """Casts a network's convolutions to another type.
 
     Args:
-        model: fp32 graph, or one with Q/DQ pairs in fp32; left as it is.
-        precision: FP32 and TF32 keep the graph; FP16 and BF16 retype it.
+        model: fp32 graph, with or without Q/DQ pairs; not changed.
+        precision: FP16 or BF16 change the types; FP32 and TF32 keep them.
 
     Returns:
-        A new model: inputs as before; outputs that come straight from a convolution (the `heads` type) have the low
-        type, all others stay float32. Of a quantised graph what is left of fp32 between the convolutions is retyped.
-        The metadata name the precision, the quantised one first.
+        A new model. Inputs stay float32. Outputs straight from a convolution (the `heads` type) get the low type, all
+        others stay float32. In a quantized graph the convolutions without Q/DQ pairs are cast, and the metadata keep
+        naming int8 or fp8; else they name `precision`.
 
     Raises:
-        SuperPointError: no convolutions, not fp32, weights beyond the type's range, or an unknown precision.
+        SuperPointError: there are no fp32 convolutions, a weight is beyond the type's range, or the precision is INT8
+            or FP8.
     """
     found = convolution_type(model)
     quantized = found in QUANTIZED_TYPES and not has_low_type(model)
@@ -184,68 +93,12 @@ def to_precision(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProt
         typed = _Retyped(model, precision).model()
     else:
         raise SuperPointError(f"precision {precision.value} is no plain type; expected fp32, tf32, fp16 or bf16.")
-    note_metadata(typed, precision=(found if found and quantized else precision).value)
+    set_metadata(typed, precision=(found if found and quantized else precision).value)
     return typed
 
 
-def raw_heads(model: onnx.ModelProto, path: PathLike) -> onnx.ModelProto:
-    """A model of any type cut back to its two raw heads: the same network as `heads`.
-
-    Args:
-        model: whose last convolutions are the heads; left as it is.
-        path: for the error.
-
-    Raises:
-        SuperPointError: it has not exactly two last convolutions, one of 65 channels (stride 8).
-    """
-    description = described(model, path)
-    cut = copy.deepcopy(model)
-    ends = _last_convolutions(cut.graph)
-    known = constants(cut.graph)
-    channels = {name_of(node): known[node.input[1]].dims[0] for node in ends if node.input[1] in known}
-    cells = description.stride_px**2 + 1
-    if len(channels) != 2 or list(channels.values()).count(cells) != 1:
-        raise SuperPointError(f"{path} ends in convolutions of {channels} channels; expected {cells} and descriptors.")
-    names = OUTPUT_NAMES[OutputType.HEADS]
-    del cut.graph.output[:]
-    for node in ends:
-        name = names[0] if channels[name_of(node)] == cells else names[1]
-        if node.output[0] != name:
-            cut.graph.node.append(helper.make_node("Identity", [node.output[0]], [name], name=name))
-        cut.graph.output.append(
-            helper.make_tensor_value_info(name, _FULL_TYPE, ["b", channels[name_of(node)], "h", "w"])
-        )
-    note_metadata(cut, type=OutputType.HEADS.value)
-    return cut
-
-
-def _last_convolutions(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Convolutions that no other reads, by whatever way."""
-    leads: set[str] = set()  # tensors that lead to a convolution
-    last = []
-    for node in reversed(graph.node):
-        if node.op_type == "Conv" and node.output[0] not in leads:
-            last.append(node)
-        if node.op_type == "Conv" or any(name in leads for name in node.output):
-            leads.update(node.input)
-    return last
-
-
-def has_low_type(model: onnx.ModelProto) -> bool:
-    """Whether a graph is typed already: one of its constants is fp16 or bf16."""
-    return any(constant.data_type in LOW_TYPES.values() for constant in constants(model.graph).values())
-
-
-def note_metadata(model: onnx.ModelProto, **values: str) -> None:
-    """Sets entries of this package's metadata in place."""
-    props = {entry.key: entry.value for entry in model.metadata_props}
-    ours = {ModelDescription.METADATA_PREFIX + key: value for key, value in values.items()}
-    del model.metadata_props[:]
-    helper.set_model_props(model, {**props, **ours})
-
-
 class _Retyped:
-    """One rewriting: which nodes get the low type, and the casts along the seam."""
+    """One graph being cast: decides which nodes get the low type and writes the casts at the border."""
 
     def __init__(self, model: onnx.ModelProto, precision: Precision) -> None:
         self._source = onnx.shape_inference.infer_shapes(model)
@@ -268,7 +121,7 @@ class _Retyped:
                 self._add_low(node)
             else:
                 self._add_full(node)
-        for name in sorted(outputs & quantized):  # a raw head: in the low type too, as of any other precision
+        for name in sorted(outputs & quantized):  # a raw head from a quantized convolution gets the low type too
             self._lower_output(name)
         typed = copy.deepcopy(self._source)
         graph = typed.graph
@@ -283,7 +136,7 @@ class _Retyped:
         for value in graph.output:
             if value.name in self._low_tensors:
                 value.type.tensor_type.elem_type = self._type
-        # ONNX lists bfloat16 convolutions from opset 22 on; parsers of older opsets take them all the same.
+        # ONNX allows bfloat16 convolutions from opset 22 on, but parsers take them at older opsets.
         strict = self._precision is not Precision.BF16
         return onnx.shape_inference.infer_shapes(typed, check_type=strict) if strict else typed
 
@@ -295,12 +148,12 @@ class _Retyped:
 
     def _add_full(self, node: onnx.NodeProto) -> None:
         node = copy.deepcopy(node)
-        if node.op_type != "Shape":  # which takes any type
+        if node.op_type != "Shape":  # Shape takes any type
             node.input[:] = [self._full_name(name) for name in node.input]
         self._nodes.append(node)
 
     def _lower_output(self, name: str) -> None:
-        """Casts an output behind the node that gives it; only where nothing in the graph reads it."""
+        """Casts an output of the graph; leaves it if another node reads it."""
         if any(name in node.input for node in self._nodes):
             return
         for node in self._nodes:
@@ -317,7 +170,7 @@ class _Retyped:
         return self._cast(name, self._type, self._suffix)
 
     def _full_name(self, name: str) -> str:
-        return self._cast(name, _FULL_TYPE, ".fp32") if name in self._low_tensors else name
+        return self._cast(name, FULL_TYPE, ".fp32") if name in self._low_tensors else name
 
     def _cast(self, name: str, to: int, suffix: str) -> str:
         if name not in self._casts:
@@ -335,23 +188,23 @@ class _Retyped:
         name = constant.name + self._suffix
         if self._precision is Precision.FP16:
             return numpy_helper.from_array(values.astype(np.float16), name)
-        return helper.make_tensor(name, self._type, values.shape, _bfloat16_bits(values).tobytes(), raw=True)
+        return helper.make_tensor(name, self._type, values.shape, bfloat16_bits(values).tobytes(), raw=True)
 
 
-def _bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """float32 -> the upper 16 bits, rounded to nearest, ties to even; the values are finite weights."""
+def bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The upper 16 bits of finite float32 values, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _low_nodes(graph: onnx.GraphProto) -> set[int]:
-    """Indices of the nodes that get the low type: convolutions, what lies between two of them, and what is left of one.
+    """Indices of the nodes that get the low type: convolutions, nodes between two of them, and tails (`_tails`).
 
-    What comes before the first convolution (an image's scaling) and after the last (softmax, norms, decode) stays out,
-    and so do quantised convolutions: their kernels take what the Q/DQ pairs say.
+    Nodes before the first convolution (an image's scaling) and after the last (softmax, norms, decode) are left out.
+    So are quantized convolutions: their Q/DQ pairs set their type.
     """
     quantized = quantized_chain(graph)
-    after: set[str] = set()  # tensors computed from a convolution by nothing but castable nodes
+    after: set[str] = set()  # tensors that only castable nodes lie between and a convolution above
     forward: set[int] = set()
     for index, node in enumerate(graph.node):
         reached = any(name in after for name in node.input)
@@ -360,7 +213,7 @@ def _low_nodes(graph: onnx.GraphProto) -> set[int]:
         if node.op_type == "Conv" or (reached and node.op_type in _BETWEEN_CONVOLUTIONS):
             forward.add(index)
             after.update(node.output)
-    before: set[str] = set()  # tensors that lead to a convolution's data input by nothing but castable nodes
+    before: set[str] = set()  # tensors that only castable nodes lie between and a convolution below
     low: set[int] = set()
     for index in reversed(sorted(forward)):
         node = graph.node[index]
@@ -371,7 +224,7 @@ def _low_nodes(graph: onnx.GraphProto) -> set[int]:
 
 
 def _tails(graph: onnx.GraphProto, low: Iterable[int]) -> Iterator[int]:
-    """What hangs straight on a last convolution, by its data input."""
+    """Indices of the nodes that follow a last convolution through their data input."""
     ends = {name for index in low for name in graph.node[index].output}
     for index, node in enumerate(graph.node):
         if index not in low and node.op_type in _AFTER_CONVOLUTION and node.input[0] in ends:
@@ -380,12 +233,12 @@ def _tails(graph: onnx.GraphProto, low: Iterable[int]) -> Iterator[int]:
 
 
 def quantized_chain(graph: onnx.GraphProto) -> set[str]:
-    """Tensors that quantised convolutions give, and what follows them up to the next Q, convolution or decode step."""
+    """Tensors from each quantized convolution on, up to the next Q, the next convolution or the decode."""
     pairs = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     chain: set[str] = set()
     for node in graph.node:
         if node.op_type == "Conv":
-            belongs = node.input[0] in pairs and node.input[1] in pairs  # with one of them alone it computes in fp16
+            belongs = node.input[0] in pairs and node.input[1] in pairs  # with one pair alone it computes in fp16
         else:
             belongs = node.op_type in _IN_A_KERNEL | _AFTER_CONVOLUTION and node.input[0] in chain
         if belongs:
@@ -393,19 +246,8 @@ def quantized_chain(graph: onnx.GraphProto) -> set[str]:
     return chain
 
 
-def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Initializers, and the tensors of Constant nodes, by name."""
-    found = {constant.name: constant for constant in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            tensor = copy.deepcopy(node.attribute[0].t)
-            tensor.name = node.output[0]
-            found[tensor.name] = tensor
-    return found
-
-
 def _float_tensors(graph: onnx.GraphProto) -> set[str]:
-    """Names of the float32 tensors, as far as shape inference knows their types."""
+    """Names of the tensors that shape inference knows to be float32."""
     values: list[Any] = [*graph.input, *graph.value_info, *graph.output]
-    typed = {value.name for value in values if value.type.tensor_type.elem_type == _FULL_TYPE}
-    return typed | {name for name, constant in constants(graph).items() if constant.data_type == _FULL_TYPE}
+    typed = {value.name for value in values if value.type.tensor_type.elem_type == FULL_TYPE}
+    return typed | {name for name, constant in constants(graph).items() if constant.data_type == FULL_TYPE}

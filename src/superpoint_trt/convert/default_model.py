@@ -1,4 +1,4 @@
-"""The packaged weights as a model that runs anywhere: exported once, then kept in the user's cache."""
+"""The packaged weights as an .onnx, exported once and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from superpoint_trt.core.files import cache_folder, read_bytes, sha256
 
 
 def default_model() -> Path:
-    """A dynamic `dense` .onnx of the packaged weights, fp32.
+    """Path of a dynamic fp32 `dense` .onnx of the packaged weights, exported if the cache has none.
 
         with SuperPoint(default_model()) as superpoint:
             keypoints = superpoint.extract("photo.jpg")

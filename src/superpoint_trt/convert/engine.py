@@ -9,28 +9,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
-import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
 
-from superpoint_trt.convert.cast import (
+from superpoint_trt.convert.cast import to_precision
+from superpoint_trt.convert.engine_trt86 import constrain_types, shift_windows
+from superpoint_trt.convert.onnx_file import (
     QUANTIZED_TYPES,
+    OnnxFile,
+    OnnxSource,
     convolution_type,
-    described,
     has_low_type,
-    load_onnx,
-    quantized_chain,
-    to_precision,
+    model_description,
+    own_description,
+    read_onnx,
 )
-from superpoint_trt.convert.quantize import calibrate as calibrations
-from superpoint_trt.convert.quantize.qdq import FirstConvolution, quantize
+from superpoint_trt.convert.quantize.options import FirstConvolution, QuantizeOptions
+from superpoint_trt.convert.quantize.qdq import quantize
+from superpoint_trt.convert.quantize.ranges_file import check_same_network, load_calibration
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, read_bytes, sha256, write_atomically
+from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import (
     CELL_PX,
+    ENGINE_SUFFIXES,
     INPUT_NAME,
     OUTPUT_NAMES,
     TENSORRT_MAX_TOPK,
-    ModelDescription,
     OutputType,
     Precision,
     ShapeRange,
@@ -40,45 +43,43 @@ from superpoint_trt.gpu import cuda
 from superpoint_trt.gpu.engine_file import EngineMetadata, sidecar, with_profile
 from superpoint_trt.gpu.tensorrt_api import RTX_TARGETS, Flavor, TensorRT, load
 
-PRECISIONS = tuple(Precision)
-
 MIN_SHAPE_HW, MAX_SHAPE_HW = (240, 320), (960, 1280)
-"""The guide's range, for dynamic models when nothing else is said."""
+"""The guide's range: the default for dynamic models."""
 
 MOST_WORKSPACE_GIB = 1024.0
 HIGHEST_LEVEL = 5
 
-Progress = Callable[[str, int, int], None]
-"""Called with TensorRT's name of the phase, steps done, steps in all."""
+PhaseProgress = Callable[[str, int, int], None]
+"""Called with the name of a phase, the steps done and the steps in all; 0 in all: not known."""
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build. None leaves a choice to TensorRT, or takes it from the model."""
+    """How to build. Where a field is None, TensorRT or the model decides."""
 
     precision: Precision = Precision.FP32
     workspace_gib: float | None = None
-    """The most scratch memory a kernel may want."""
+    """Most scratch memory that a kernel may use."""
     min_shape_hw: tuple[int, int] | None = None
     opt_shape_hw: tuple[int, int] | None = None
     max_shape_hw: tuple[int, int] | None = None
     max_batch_size: int | None = None
     timing_cache: PathLike | None = None
-    """Read if it is there, written afterwards: later builds take seconds."""
+    """File of kernel timings. It is read if it exists and written after the build; later builds then take seconds."""
     optimization_level: int | None = None
-    """0 (fastest build) to 5 (fastest engine); TensorRT's own default is 3."""
+    """0 (fastest build) to 5 (fastest engine); None: TensorRT's default, 3."""
     runtime: Flavor | None = None
     targets: tuple[str, ...] = ()
-    """Compute capabilities to build for, "sm89" say; RTX only."""
+    """Compute capabilities to build for ("sm89"); TensorRT-RTX only. Empty: the GPU here."""
     calibration: PathLike | None = None
-    """Of int8 and fp8: the ranges that `calibration.save` wrote; not needed where the .onnx is quantised already."""
+    """int8, fp8: the file of ranges that `save_calibration` wrote. An .onnx that is quantized already needs none."""
     keep_fp16: tuple[str, ...] = ()
-    """Name patterns of convolutions that int8 and fp8 leave alone; or quantize.COARSE, which the command line
-    takes by default. Empty: none is."""
+    """int8, fp8: as in `QuantizeOptions`."""
     first_convolution: FirstConvolution | None = None
-    """Of int8 and fp8: how the convolution that reads the image runs; None: as `quantize` chooses."""
+    """int8, fp8: as in `QuantizeOptions`."""
     linear_heads: bool = False
-    """Raw fp16 heads as NCHW, for readers other than this package; else as convolutions write them, channels-last."""
+    """Writes raw fp16 heads as NCHW, for programs other than this package. False: channels-last, as convolutions make
+    them."""
 
     def __post_init__(self) -> None:
         if self.workspace_gib is not None and not 0 < self.workspace_gib <= MOST_WORKSPACE_GIB:
@@ -91,8 +92,23 @@ class BuildOptions:
         if unknown:
             raise SuperPointError(f"target {unknown[0]!r} is unknown; expected some of {','.join(RTX_TARGETS)}.")
 
+    @property
+    def quantize_options(self) -> QuantizeOptions:
+        """The options of the quantization, for int8 and fp8."""
+        return QuantizeOptions(self.precision, tuple(self.keep_fp16), self.first_convolution)
+
+    def with_quantization(self, options: QuantizeOptions, calibration: PathLike | None) -> BuildOptions:
+        """The same build of a network quantized with these options and ranges."""
+        return replace(
+            self,
+            precision=options.precision,
+            calibration=calibration,
+            keep_fp16=options.keep_fp16,
+            first_convolution=options.first_convolution,
+        )
+
     def command(self, model: PathLike, engine: PathLike, flavor: Flavor) -> str:
-        """The command that builds the same again."""
+        """The command that builds the same engine again."""
         words = ["superpoint", "build", "--onnx", str(model), "--engine", str(engine)]
         words += ["--precision", self.precision.value, "--runtime", flavor.value]
         shapes = {"min": self.min_shape_hw, "opt": self.opt_shape_hw, "max": self.max_shape_hw}
@@ -108,9 +124,9 @@ class BuildOptions:
         for name, value in options.items():
             if value is not None:
                 words += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
-        # Without the option the command line keeps some layers.
-        nothing = ["none"] if self.calibration is not None else []
-        for pattern in self.keep_fp16 or nothing:
+        # The command keeps the coarse layers in fp16 unless it is told "none".
+        none = ["none"] if self.calibration is not None else []
+        for pattern in self.keep_fp16 or none:
             words += ["--keep-fp16", pattern]
         if self.linear_heads:
             words.append("--linear-heads")
@@ -118,43 +134,44 @@ class BuildOptions:
 
 
 def build(
-    model: PathLike, engine: PathLike, options: BuildOptions | None = None, progress: Progress | None = None
+    model: OnnxSource, engine: PathLike, options: BuildOptions | None = None, progress: PhaseProgress | None = None
 ) -> EngineMetadata:
     """Builds one engine and the .json beside it.
 
     Args:
-        model: .onnx of this package or another tool's SuperPoint; fp32, or already of the precision asked for.
-        engine: the plan to write, plain TensorRT; written beside and renamed.
+        model: a SuperPoint .onnx of this package or another tool; in fp32, or already in the precision asked for.
+        engine: the engine file to write, a plain TensorRT plan.
         options: precision, sizes, runtime.
-        progress: told how far the builder is, where TensorRT tells (10 and newer).
+        progress: told how far the builder is. TensorRT 8.6 does not tell.
 
     Returns:
-        What was written beside the plan.
+        What was written to the .json.
 
     Raises:
-        SuperPointError: no TensorRT, or the model, sizes, precision, GPU and TensorRT do not go together; the text
-            carries TensorRT's own log lines. Nothing is written then.
+        SuperPointError: there is no TensorRT; or model, sizes, precision, GPU and TensorRT do not fit each other, and
+            the text carries TensorRT's own log lines. Nothing is written then.
     """
     options = options or BuildOptions()
-    source, tensorrt, (targets, gpu_name) = check(model, engine, options)
+    setup = check_build(model, engine, options)
+    source, tensorrt, targets = setup.source, setup.tensorrt, setup.targets
     engine = Path(engine)
-    typed = _typed(source, options, model)
+    typed = _in_precision(source, options)
     profile = _profile(typed, options)
-    description = with_profile(replace(described(typed, model), precision=options.precision), profile)
+    description = with_profile(replace(model_description(typed, source.path), precision=options.precision), profile)
     started = time.monotonic()
-    with tensorrt.explaining(f"building {engine} of {model} failed") as log:
-        builder = _Build(tensorrt, options, log)
+    with tensorrt.explaining(f"building {engine} of {source.path} failed") as log:
+        builder = _Builder(tensorrt, options, log)
         plan = builder.plan(typed, profile, targets, progress)
     metadata = EngineMetadata(
         description=description,
         flavor=tensorrt.flavor,
         tensorrt_version=tensorrt.version,
         targets=targets,
-        gpu_name=gpu_name,
+        gpu_name=setup.gpu_name,
         profile=profile,
         plan_sha256=sha256(plan),
-        onnx_sha256=sha256(read_bytes(model, "model")),
-        rebuild=options.command(model, engine, tensorrt.flavor),
+        onnx_sha256=source.sha256,
+        rebuild=options.command(source.path, engine, tensorrt.flavor),
         build={
             "seconds": round(time.monotonic() - started, 1),
             "workspace_gib": options.workspace_gib,
@@ -163,48 +180,66 @@ def build(
             "bytes": len(plan),
         },
     )
-    # The plan first: an old .json beside a new plan is found out by its hash, a new .json beside an old plan too.
+    # A reader finds out by the hash if it sees one new file and one old one.
     write_atomically(engine, plan)
     write_atomically(sidecar(engine), metadata.to_json())
     return metadata
 
 
-def check(
-    model: PathLike, engine: PathLike, options: BuildOptions
-) -> tuple[onnx.ModelProto, TensorRT, tuple[tuple[str, ...], str | None]]:
-    """Refuses what `build` would refuse, short of ranges, before minutes are spent on measuring those.
+@dataclass(frozen=True)
+class BuildSetup:
+    """What a build needs and `check_build` found."""
 
-    Returns:
-        The model, the TensorRT, and the compute capabilities to build for with the name of the GPU here.
+    source: OnnxFile
+    tensorrt: TensorRT
+    targets: tuple[str, ...]
+    """Compute capabilities to build for."""
+    gpu_name: str | None
+    """The GPU here, if the engine is built for it."""
+
+
+def check_build(model: OnnxSource, engine: PathLike, options: BuildOptions) -> BuildSetup:
+    """Validates everything but the calibration, before the slow calibration and build.
 
     Raises:
-        SuperPointError: as `build`.
+        SuperPointError: `build` would fail.
     """
+    path = model.path if isinstance(model, OnnxFile) else model
     engine = check_writable(engine)
     for output in (engine, check_writable(sidecar(engine))):
-        check_distinct(output, model, options.timing_cache, options.calibration)
-    source = load_onnx(model)
+        check_distinct(output, path, options.timing_cache, options.calibration)
+    source = read_onnx(model)
     tensorrt = load(options.runtime)
-    _profile(source, options)
-    described(source, model)
-    _check_fits(source, options, tensorrt, model)
-    return source, tensorrt, _targets(options, tensorrt)
+    _profile(source.model, options)
+    _check_fits(source, options, tensorrt)
+    targets, gpu_name = _targets(options, tensorrt)
+    return BuildSetup(source, tensorrt, targets, gpu_name)
 
 
-class _Build:
-    """One run of the builder."""
+def check_engine_name(engine: PathLike) -> None:
+    """Refuses a file name that no reader takes for an engine.
+
+    Raises:
+        SuperPointError: listing the endings.
+    """
+    if Path(engine).suffix.lower() not in ENGINE_SUFFIXES:
+        raise SuperPointError(f"{engine}: an engine's name ends in one of {', '.join(ENGINE_SUFFIXES)}.")
+
+
+class _Builder:
+    """TensorRT's builder, for one engine."""
 
     def __init__(self, tensorrt: TensorRT, options: BuildOptions, log: Any) -> None:
         self._tensorrt = tensorrt
         self._options = options
         self._log = log
         self.channels_last: list[str] = []
-        """Outputs, once the plan is there."""
-        # Kept until the plan is there: the bindings do not keep what they depend on.
+        """Names of the outputs that are channels-last, once the plan is made."""
+        # The bindings do not keep alive what they depend on, so the builder is kept until the plan is made.
         self._builder = tensorrt.module.Builder(tensorrt.logger)
 
     def plan(
-        self, model: onnx.ModelProto, profile: ShapeRange, targets: tuple[str, ...], progress: Progress | None
+        self, model: onnx.ModelProto, profile: ShapeRange, targets: tuple[str, ...], progress: PhaseProgress | None
     ) -> bytes:
         quantized = convolution_type(model) in QUANTIZED_TYPES
         if not self._tensorrt.strongly_typed:
@@ -214,7 +249,7 @@ class _Build:
         network, parser = self._parse(model)
         network.name = _plan_name(model)
         if not self._tensorrt.strongly_typed:
-            _constrain_types(self._tensorrt.module, network, model)
+            constrain_types(self._tensorrt.module, network, model)
         if not self._options.linear_heads:
             self.channels_last = _leave_channels_last(self._tensorrt, network)
         config = self._config(targets)
@@ -262,7 +297,7 @@ class _Build:
         path = check_writable(self._options.timing_cache)
         known = read_bytes(path, "timing cache") if path.exists() else b""
         cache = config.create_timing_cache(known)
-        # Not to ignore a mismatch: times of another GPU or TensorRT would choose the wrong kernels.
+        # False: a mismatch is an error. Times of another GPU or TensorRT would choose the wrong kernels.
         if cache is None or not config.set_timing_cache(cache, False):
             raise self._log.failed(f"the timing cache {path} is another TensorRT's or GPU's; remove it")
         return path
@@ -280,16 +315,16 @@ class _Build:
 # -------------------------------------------------------------------------------------------------------- what to build
 
 
-def _typed(source: onnx.ModelProto, options: BuildOptions, path: PathLike) -> onnx.ModelProto:
-    """The graph in the precision asked for; one that already has it is taken as it is."""
-    precision, found = options.precision, convolution_type(source)
+def _in_precision(source: OnnxFile, options: BuildOptions) -> onnx.ModelProto:
+    """The graph in the precision asked for; unchanged if it has that precision already."""
+    path, precision, found = source.path, options.precision, convolution_type(source.model)
     if found is precision and found is not Precision.FP32:
         if options.calibration is not None or options.keep_fp16 or options.first_convolution:
             raise SuperPointError(
                 f"{path} is quantised already, so calibration, --keep-fp16 and --first-convolution come too late; use "
                 "the fp32 .onnx."
             )
-        return source
+        return source.model
     if found is not None and found is not Precision.FP32:
         raise SuperPointError(
             f"{path} is already {found.value}, but {precision.value} was asked for; use --precision {found.value}, or "
@@ -301,19 +336,19 @@ def _typed(source: onnx.ModelProto, options: BuildOptions, path: PathLike) -> on
                 "calibration, --keep-fp16 and --first-convolution are for int8 and fp8, but "
                 f"{precision.value} was asked for."
             )
-        return to_precision(source, precision)
+        return to_precision(source.model, precision)
     if options.calibration is None:
         raise SuperPointError(
             f"precision {precision.value} needs ranges measured on images: give --calibration-images FOLDER (100 or "
             "more photographs like those to come), or --calibration FILE of an earlier run."
         )
-    ranges = calibrations.load(options.calibration)
-    calibrations.check_same_network(ranges, _description(source), path)
-    return quantize(source, ranges, precision, options.keep_fp16, options.first_convolution)
+    ranges = load_calibration(options.calibration)
+    check_same_network(ranges, source.description, path)
+    return quantize(source.model, ranges, options.quantize_options)
 
 
 def _profile(model: onnx.ModelProto, options: BuildOptions) -> ShapeRange:
-    """What the engine is to take, of what the graph allows and the options ask."""
+    """The range of inputs that the engine takes: what the options ask for, within what the graph allows."""
     inputs = [value for value in model.graph.input if value.name == INPUT_NAME]
     dims = inputs[0].type.tensor_type.shape.dim if inputs else []
     if len(dims) != 4:
@@ -327,7 +362,7 @@ def _profile(model: onnx.ModelProto, options: BuildOptions) -> ShapeRange:
         if any(shape not in (None, (height, width)) for shape in asked):
             raise SuperPointError(
                 f"the .onnx takes {height}x{width} (HxW) only, so there is no other shape to build for; export it with "
-                "--dynamic, or leave --min-shape, --opt-shape and --max-shape away."
+                "--dynamic, or leave out --min-shape, --opt-shape and --max-shape."
             )
         shapes = [(height, width)] * 3
     else:
@@ -350,24 +385,19 @@ def is_dynamic(model: onnx.ModelProto) -> bool:
 
 
 def usual_size(model: onnx.ModelProto) -> tuple[int, int] | None:
-    """(height, width) a model of ours was exported for; None for other tools' models."""
-    described = _description(model)
-    return (
-        (described.height_px, described.width_px) if described and described.height_px and described.width_px else None
-    )
-
-
-def _description(model: onnx.ModelProto) -> ModelDescription | None:
-    return ModelDescription.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+    """(height, width) in px that a model of this package was exported for; None for other tools' models."""
+    own = own_description(model)
+    return (own.height_px, own.width_px) if own and own.height_px and own.width_px else None
 
 
 def _dynamic_shapes(model: onnx.ModelProto, options: BuildOptions) -> list[tuple[int, int]]:
-    described, usual = _description(model), usual_size(model)
+    """(height, width) in px, smallest, usual and largest, of an engine that takes several sizes."""
+    own, usual = own_description(model), usual_size(model)
     low = options.min_shape_hw or MIN_SHAPE_HW
     high = options.max_shape_hw or MAX_SHAPE_HW
     inside = [min(max(side, a), b) for side, a, b in zip(usual or high, low, high)]
     opt = options.opt_shape_hw or (inside[0], inside[1])
-    stride = described.stride_px if described else CELL_PX
+    stride = own.stride_px if own else CELL_PX
     for name, shape in (("min", low), ("opt", opt), ("max", high)):
         if any(side % stride or side < stride for side in shape):
             raise SuperPointError(
@@ -387,12 +417,17 @@ def _whole(shape: tuple[int, int], stride_px: int) -> str:
 
 
 def _largest_batch(model: onnx.ModelProto) -> int:
-    described = _description(model)
-    return described.max_batch_size if described else 1
+    own = own_description(model)
+    return own.max_batch_size if own else 1
 
 
-def _check_fits(model: onnx.ModelProto, options: BuildOptions, tensorrt: TensorRT, path: PathLike) -> None:
-    """Refuses before the build what this TensorRT is known to refuse after minutes, or in other words."""
+def _check_fits(source: OnnxFile, options: BuildOptions, tensorrt: TensorRT) -> None:
+    """Refuses models and options that this TensorRT is known not to take, before it says so after minutes.
+
+    Raises:
+        SuperPointError: the model is no SuperPoint, or this TensorRT does not take it.
+    """
+    model, path, description = source.model, source.path, source.description
     newest = tensorrt.newest_opset
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     if newest and opset > newest:
@@ -407,20 +442,19 @@ def _check_fits(model: onnx.ModelProto, options: BuildOptions, tensorrt: TensorR
     if tensorrt.flavor is not Flavor.RTX and options.targets:
         raise SuperPointError(
             f"--target is TensorRT-RTX's: {tensorrt} builds for the GPU it runs on only. Use --runtime rtx, or leave "
-            "--target away."
+            "out --target."
         )
     if options.timing_cache is not None and not tensorrt.has_timing_cache:
-        raise SuperPointError(f"{tensorrt} times nothing when it builds; leave --timing-cache away.")
-    described = _description(model)
-    if described and described.type is OutputType.KEYPOINTS and (described.max_keypoints or 0) > TENSORRT_MAX_TOPK:
+        raise SuperPointError(f"{tensorrt} times nothing when it builds; leave out --timing-cache.")
+    if description.type is OutputType.KEYPOINTS and (description.max_keypoints or 0) > TENSORRT_MAX_TOPK:
         raise SuperPointError(
-            f"{path} finds {described.max_keypoints} keypoints in its graph; TensorRT's TopK takes "
+            f"{path} finds {description.max_keypoints} keypoints in its graph; TensorRT's TopK takes "
             f"{TENSORRT_MAX_TOPK} at most: export it with --max-keypoints {TENSORRT_MAX_TOPK}, or as dense or heads."
         )
 
 
 def _targets(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...], str | None]:
-    """Compute capabilities to build for, and the GPU at hand if it decides."""
+    """Compute capabilities to build for, and the name of the GPU here if it decides."""
     if options.targets:
         return options.targets, None
     try:
@@ -438,25 +472,25 @@ def _targets(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...]
     if tensorrt.flavor is Flavor.RTX and device.capability not in RTX_TARGETS:
         raise SuperPointError(
             f"{device.name} is {device.capability}, which TensorRT-RTX does not run on (it takes "
-            f"{', '.join(RTX_TARGETS)}): pip install 'superpoint-trt[tensorrt]' and --runtime tensorrt, or --target to "
+            f"{', '.join(RTX_TARGETS)}): {install_hint('tensorrt')} and --runtime tensorrt, or --target to "
             "build for another GPU."
         )
     return (device.capability,), device.name
 
 
 def _plan_name(model: onnx.ModelProto) -> str:
-    """The description inside the plan itself, as the network's name: it survives the loss of the .json."""
-    described = _description(model)
-    return json.dumps(described.to_metadata()) if described else "superpoint"
+    """The network's name in the plan: the description as JSON, so that it survives the loss of the .json."""
+    own = own_description(model)
+    return json.dumps(own.to_metadata()) if own else "superpoint"
 
 
 def _leave_channels_last(tensorrt: TensorRT, network: Any) -> list[str]:
-    """Raw fp16 heads as fp16 convolutions write them, which spares a kernel for each; the decode reads them either way.
+    """Lets raw fp16 heads be written channels-last, as fp16 convolutions make them: this spares a kernel for each head.
 
-    Call it once the network's types are set: there is no such format for float32.
+    The decode reads either format. Call this once the network's types are set: float32 has no such format.
 
     Returns:
-        The outputs' names; none of a network that is not cut at its heads.
+        The names of the channels-last outputs; empty for a network of another type.
     """
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     heads = [
@@ -467,119 +501,3 @@ def _leave_channels_last(tensorrt: TensorRT, network: Any) -> list[str]:
     for output in heads:
         tensorrt.allow_channels_last(output)
     return [output.name for output in heads]
-
-
-# -------------------------------------------------------------------------------------------- what TensorRT 8.6 wants
-
-
-def _constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
-    """Says in layers what 10 and newer read off the graph: which compute in fp16, and that the others do not.
-
-    Without, TensorRT 8.6 is free to run softmax, norms and coordinates in fp16 as well. A quantised graph stays fp32
-    for it, since a cast between convolution and Q/DQ pair would keep them from becoming one kernel; what its pairs
-    touch is left to them.
-    """
-    quantized = convolution_type(model) in QUANTIZED_TYPES
-    free = quantized_chain(model.graph) if quantized else set()
-    low = _fp16_tensors(to_precision(model, Precision.FP16) if quantized else model)
-    kinds = trt.LayerType
-    untouched = (kinds.CONSTANT, kinds.SHAPE, kinds.CAST, kinds.QUANTIZE, kinds.DEQUANTIZE)
-    floats = (trt.float32, trt.float16)
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
-        # A comparison has no float output, and must not be made in fp16 either.
-        if layer.type in untouched or not any(tensor and tensor.dtype in floats for tensor in (*inputs, *outputs)):
-            continue
-        in_fp16 = any(output.name in low for output in outputs)
-        # ReLU and pool in front of a Q may become part of its kernel, whatever type that has.
-        if any(output.name in free for output in outputs) or (
-            quantized and in_fp16 and layer.type != kinds.CONVOLUTION
-        ):
-            continue
-        dtype = trt.float16 if in_fp16 else trt.float32
-        layer.precision = dtype
-        for i, output in enumerate(outputs):
-            if output.dtype in floats:
-                layer.set_output_type(i, dtype)
-    if quantized:
-        for index in range(network.num_outputs):
-            output = network.get_output(index)
-            if output.name in low:
-                output.dtype = trt.float16
-
-
-def _fp16_tensors(model: onnx.ModelProto) -> set[str]:
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    values = [*graph.value_info, *graph.output]
-    return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
-
-
-_MOST_SHIFT_PX = 8
-"""NMS radius up to which `shift_windows` takes over: beyond, the copies are too many."""
-
-
-def shift_windows(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The sliding maxima of our own decode as maxima of shifted copies, which TensorRT 8.6 fuses with what is around.
-
-    48 us for the suppression at radius 4, 640x480, with pools 62 (H100). Newer versions fuse pools themselves, and
-    TensorRT-RTX takes seconds to compile this form; where the size is free it does not come to an end.
-
-    Args:
-        model: left as it is; another tool's, a dynamic or an undecoded one comes back the same.
-    """
-    described = _description(model)
-    if described is None or described.type is not OutputType.KEYPOINTS or described.dynamic:
-        return model
-    shifted = onnx.ModelProto()
-    shifted.CopyFrom(model)
-    nodes = list(shifted.graph.node)
-    readers = {name: node for node in nodes for name in node.input}
-    del shifted.graph.node[:]
-    replaced: set[str] = set()
-    for node in nodes:
-        below = readers.get(node.output[0])
-        if _slides(node, 3) and below is not None and _slides(below, 2):
-            shifted.graph.node.extend(_shifts(node, below.output[0], shifted.graph))
-            replaced.update(below.output)
-        elif node.output[0] not in replaced:
-            shifted.graph.node.append(node)
-    return shifted
-
-
-def _slides(node: onnx.NodeProto, axis: int) -> bool:
-    """Whether a node is the suppression's maximum along one axis (2 or 3)."""
-    sizes = {attribute.name: list(attribute.ints) for attribute in node.attribute}
-    kernel = sizes.get("kernel_shape", [])
-    across = [kernel[i] for i in (0, 1) if i != axis - 2] if len(kernel) == 2 else []
-    return (
-        node.op_type == "MaxPool"
-        and across == [1]
-        and max(kernel) <= 2 * _MOST_SHIFT_PX + 1
-        and not sizes.get("strides")
-    )
-
-
-def _shifts(pool: onnx.NodeProto, output: str, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Along columns, then rows, the largest of 2 r + 1 copies; no score is below the zeros around."""
-    reach = next(max(attribute.ints) for attribute in pool.attribute if attribute.name == "kernel_shape") - 1
-    known = {constant.name for constant in graph.initializer}
-
-    def integers(*values: int) -> str:
-        name = "shift_" + "_".join(str(value).replace("-", "m") for value in values)
-        if name not in known:
-            known.add(name)
-            graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
-        return name
-
-    x = f"{output}.padded"
-    nodes = [helper.make_node("Pad", [pool.input[0], integers(*[0, 0, reach // 2, reach // 2] * 2)], [x], name=x)]
-    for axis, largest in ((3, f"{output}.rows"), (2, output)):
-        copies = [f"{largest}.{k}" for k in range(reach + 1)]
-        for k, copy in enumerate(copies):
-            end = k - reach if k < reach else 2**31 - 1
-            nodes.append(helper.make_node("Slice", [x, *map(integers, (k, end, axis))], [copy], name=copy))
-        nodes.append(helper.make_node("Max", copies, [largest], name=largest))
-        x = largest
-    return nodes

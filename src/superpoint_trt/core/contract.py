@@ -1,4 +1,4 @@
-"""What a model is, by its own metadata or by the names and shapes of its tensors: the same for every runtime."""
+"""Recognizes a model by its metadata, or by the names and shapes of its tensors. Every runtime uses this."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from typing import Any
 from superpoint_trt.core.types import INPUT_NAME, OUTPUT_NAMES, ModelDescription, OutputType, SuperPointError
 
 REQUIRED_RANKS: Mapping[OutputType, Mapping[str, int]] = {
-    # Names that a model must have, and their ranks; num_keypoints may be missing from other tools' models.
     OutputType.DENSE: {"scores": 3, "descriptors": 4},
     OutputType.KEYPOINTS: {"keypoints": 3, "scores": 2, "descriptors": 3},
     OutputType.HEADS: {"logits": 4, "coarse_descriptors": 4},
 }
 
+"""Names and ranks of the outputs that a model must have. `num_keypoints` may be missing from other tools' models."""
+
 Shapes = Mapping[str, Sequence[Any]]
-"""Tensor name -> sizes; a free size is anything but a positive int."""
+"""Tensor name -> sizes. A size that is no positive int is free."""
 
 
-def describe(
+def recognize(
     path: Path, described: ModelDescription | None, inputs: Shapes, outputs: Shapes, remedy: str
 ) -> ModelDescription:
-    """Checks that a model is one of this project's kind.
+    """Checks that a model has this project's inputs and outputs, and says what it is.
 
     Args:
-        path: for the error.
-        described: the model's own metadata; None for other tools' models.
-        inputs: of the model.
-        outputs: of the model.
-        remedy: how to make a model that fits.
+        path: the model's file, for the error.
+        described: the description in the model's metadata; None for other tools' models.
+        inputs: shapes of the model's inputs.
+        outputs: shapes of the model's outputs.
+        remedy: how to make a model that fits, for the error.
 
     Returns:
-        `described`; or, without, what the shapes say, and the MIT reference's conventions for the rest.
+        `described`. If that is None: what the shapes say, and the MIT reference's conventions for everything else.
 
     Raises:
         SuperPointError: names or ranks are not those of the graph contract.

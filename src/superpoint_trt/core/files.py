@@ -1,13 +1,17 @@
-"""Reading and writing files so that an error is one clear line and nothing on disk is ever lost."""
+"""Reads and writes files. An error is one clear line, and a failed write leaves the old file as it was."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
+
+import numpy as np
+from numpy.typing import NDArray
 
 from superpoint_trt.core.types import SuperPointError
 
@@ -21,11 +25,11 @@ def _umask() -> int:
 
 
 _UMASK = _umask()
-"""Read once: the system only tells it by changing it, which other threads would see."""
+"""Read once at import: reading it means changing it for a moment, which other threads would notice."""
 
 
 def read_bytes(path: PathLike, what: str) -> bytes:
-    """The whole file, never empty.
+    """Reads a whole file that must not be empty.
 
     Args:
         path: the file.
@@ -49,7 +53,7 @@ def read_bytes(path: PathLike, what: str) -> bytes:
 
 
 def cache_folder() -> Path:
-    """Where this package keeps what it can make again: $SUPERPOINT_CACHE, or the user's usual cache.
+    """The folder for files that this package can make again: $SUPERPOINT_CACHE, or the user's cache folder.
 
     Raises:
         SuperPointError: it cannot be made.
@@ -59,7 +63,7 @@ def cache_folder() -> Path:
 
 
 def make_folder(path: PathLike) -> Path:
-    """A folder to write to, made if it is missing.
+    """Makes a folder to write to, if it is missing.
 
     Raises:
         SuperPointError: it cannot be made, or is a file.
@@ -73,7 +77,7 @@ def make_folder(path: PathLike) -> Path:
 
 
 def check_writable(path: PathLike) -> Path:
-    """Refuses an output path before the work that would fill it, rather than after.
+    """Checks an output path, so that long work does not end in a file that cannot be written.
 
     Raises:
         SuperPointError: the folder is missing or not writable, or the path is a folder itself.
@@ -96,7 +100,7 @@ def check_writable(path: PathLike) -> Path:
 
 
 def check_distinct(output: PathLike, *others: PathLike | None) -> None:
-    """Refuses to write over what is being read, or over another output.
+    """Checks that an output is none of the files being read, nor another output.
 
     Raises:
         SuperPointError: naming the file.
@@ -107,39 +111,50 @@ def check_distinct(output: PathLike, *others: PathLike | None) -> None:
 
 
 def write_atomically(path: PathLike, data: bytes) -> Path:
-    """Writes beside `path`, then renames: a reader sees the old file or the new one, never half of one.
+    """Writes a temporary file next to `path` and renames it: a reader sees the old file or the new one, never a part.
 
     Raises:
-        SuperPointError: the file cannot be written; what was there before is untouched.
+        SuperPointError: the file cannot be written; a file that was there is unchanged.
     """
     path = check_writable(path)
-    target = path.resolve()  # a link keeps pointing to what it points to
-    beside = None
+    target = path.resolve()  # of a link, the file that it points to is replaced
+    temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as handle:
-            beside = Path(handle.name)
+            temporary = Path(handle.name)
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
-        # A temporary file is private (0600); the result gets what the old file had, or any new file would get.
-        beside.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_UMASK)
-        beside.replace(target)
+        # A temporary file is private (0600). The result gets the old file's permissions, or those of any new file.
+        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_UMASK)
+        temporary.replace(target)
     except BaseException as error:
-        if beside is not None:
-            beside.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise SuperPointError(f"{path} cannot be written: {error.strerror}.") from error
         raise
     return path
 
 
+def write_npz(path: PathLike, arrays: Mapping[str, NDArray[Any]]) -> Path:
+    """Writes arrays as an .npz file, as `write_atomically` does.
+
+    Raises:
+        SuperPointError: the file cannot be written; a file that was there is unchanged.
+    """
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type, unused-ignore]
+    return write_atomically(path, buffer.getvalue())
+
+
 def named(error: BaseException, path: PathLike) -> str:
-    """A message that names the file it is about."""
+    """An error's message, with the file's name if the message lacks it."""
     return str(error) if str(path) in str(error) else f"{path}: {error}"
 
 
 def names_below(paths: Sequence[PathLike]) -> list[str]:
-    """Each file's path below the folder that all share, with slashes: a name without a machine in it."""
+    """Each file's path below the folder that all share, with slashes: names that are equal on every machine."""
     if not paths:
         return []
     above = os.path.commonpath([Path(os.path.abspath(path)).parent for path in paths])
@@ -147,7 +162,7 @@ def names_below(paths: Sequence[PathLike]) -> list[str]:
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """Another library's message, shortened to fit into one of ours."""
+    """Another library's message on one line, cut to `most` characters."""
     return " ".join(str(error).split())[:most].rstrip(".")
 
 

@@ -1,6 +1,6 @@
-"""The only preprocessing there is, and the only map back to the caller's pixels.
+"""Reads images, prepares them for a network, and maps keypoints back to the caller's pixels.
 
-Inference, calibration and evaluation all come through here, so that they cannot drift apart.
+Inference, calibration and evaluation all use these functions, so that their preprocessing is the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ ImageLike = Union[PathLike, NDArray[Any]]
 """A path, or an array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA; uint8, uint16, bool, or float in [0, 1]."""
 
 SMALLEST_SIDE_PX = CELL_PX
-"""One cell: below it there is nothing to detect."""
+"""One cell. A smaller image has nothing to detect."""
 
 RGB_TO_GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """Luma of ITU-R BT.601, as in the reference and in OpenCV."""
@@ -35,7 +35,7 @@ _FULL_SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0, np.dtype
 
 
 def find_images(folder: PathLike, limit: int | None = None) -> list[Path]:
-    """The image files below a folder, sorted by path; a single file is itself.
+    """The image files below a folder, sorted by path. For the path of a file: that file.
 
     Raises:
         SuperPointError: no such path, or no image below it.
@@ -54,7 +54,7 @@ def find_images(folder: PathLike, limit: int | None = None) -> list[Path]:
 def load_image(path: PathLike) -> NDArray[Any]:
     """Reads an image file upright (EXIF orientation applied): (H, W) or (H, W, 3) RGB, in the file's own depth.
 
-    Colour is not turned into gray by the decoder: libpng and libjpeg each have a gray of their own.
+    Color is kept: libpng and libjpeg turn color into gray in different ways, `to_gray` in one.
 
     Raises:
         SuperPointError: not a file, or not an image.
@@ -73,12 +73,12 @@ def load_image(path: PathLike) -> NDArray[Any]:
 
 
 def to_picture(image: NDArray[Any]) -> NDArray[np.uint8]:
-    """Any accepted array -> (H, W, 3) uint8 RGB to draw on.
+    """Turns any accepted array into (H, W, 3) uint8 RGB to draw on.
 
     Raises:
         SuperPointError: shape, dtype, range or size is not an image's.
     """
-    full_scale = check(np.asarray(image))
+    full_scale = check_image(np.asarray(image))
     color = image[..., None] if image.ndim == 2 else image[..., :3]
     scaled = color if image.dtype == np.uint8 else np.round(color.astype(np.float32) * (255.0 / full_scale))
     picture: NDArray[np.uint8] = np.broadcast_to(scaled.astype(np.uint8), (*image.shape[:2], 3)).copy()
@@ -87,7 +87,7 @@ def to_picture(image: NDArray[Any]) -> NDArray[np.uint8]:
 
 @contextmanager
 def opencv_quiet() -> Iterator[None]:
-    """Keeps OpenCV's own log lines off the terminal: what went wrong is said once, by us."""
+    """Keeps OpenCV's log off the terminal. Errors are reported once, as exceptions."""
     import cv2
 
     log = getattr(getattr(cv2, "utils", None), "logging", None)
@@ -102,21 +102,24 @@ def opencv_quiet() -> Iterator[None]:
 
 
 def to_gray(image: NDArray[Any]) -> Float32:
-    """Any accepted array -> (H, W) float32 in [0, 1].
+    """Turns any accepted array into (H, W) float32 in [0, 1].
 
     Raises:
         SuperPointError: shape, dtype, range or size is not an image's.
     """
     image = np.asarray(image)
-    full_scale = check(image)
-    if image.ndim == 3:  # alpha, if any, is passed over: what is under a transparent pixel is still the image
+    full_scale = check_image(image)
+    if image.ndim == 3:  # alpha is ignored: transparent pixels have colors, too
         image = image[..., 0] if image.shape[2] == 1 else image[..., :3].astype(np.float32) @ RGB_TO_GRAY
     gray: Float32 = image.astype(np.float32)
     return gray if full_scale == 1.0 else gray / np.float32(full_scale)
 
 
-def check(image: NDArray[Any]) -> float:
-    """The full scale of an array that is an image: 255, 65535 or 1.
+def check_image(image: NDArray[Any]) -> float:
+    """Checks that an array is an image.
+
+    Returns:
+        The value of white: 255, 65535 or 1.
 
     Raises:
         SuperPointError: shape, dtype, range or size is not an image's.
@@ -146,7 +149,7 @@ def _full_scale(image: NDArray[Any]) -> float:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image lies in a network input: shrunk by (scale_x, scale_y), top left, padded right and below."""
+    """Where an image lies in a network's input: shrunk if it must be, at the top left, padded right and below."""
 
     image_width_px: int
     image_height_px: int
@@ -156,12 +159,22 @@ class Placement:
     input_height_px: int
 
     @property
+    def image_wh(self) -> tuple[int, int]:
+        """(width, height) in px of the caller's image."""
+        return self.image_width_px, self.image_height_px
+
+    @property
+    def placed_wh(self) -> tuple[int, int]:
+        """(width, height) in px of the image inside the input, without padding."""
+        return self.placed_width_px, self.placed_height_px
+
+    @property
     def resized(self) -> bool:
         """Whether the image was shrunk to fit."""
-        return (self.placed_width_px, self.placed_height_px) != (self.image_width_px, self.image_height_px)
+        return self.placed_wh != self.image_wh
 
     def to_image(self, xy: Float32) -> Float32:
-        """Pixels of the network's input (N, 2) -> pixels of the caller's image.
+        """Maps points (N, 2) from pixels of the network's input to pixels of the caller's image.
 
         Pixel centres are at integers, so a resize by s maps k to (k + 0.5) s - 0.5.
         """
@@ -175,22 +188,30 @@ class Placement:
         return scaled
 
 
-def place(image_hw: tuple[int, int], model: ModelDescription, max_side_px: int | None = None) -> Placement:
-    """Decides how an image of (height, width) goes into a model's input.
+class PreparedImage(NamedTuple):
+    """An image on its way into a network's input."""
 
-    A dynamic model gets the image as it is, padded to whole cells. A static one gets it as it is too where it fits,
-    else shrunk to fit, proportions kept. Nothing is ever enlarged.
+    pixels: NDArray[Any]
+    """(H, W) uint8, or float32 in [0, 1]: the whole input, or only the image, still to be padded."""
+    placement: Placement
+
+
+def place(image_hw: tuple[int, int], model: ModelDescription, max_side_px: int | None = None) -> Placement:
+    """Decides how an image goes into a model's input.
+
+    A dynamic model gets the image in its own size, padded to whole cells. A static model does, too, if the image fits;
+    else the image is shrunk to fit, proportions kept. No image is enlarged.
 
     Args:
-        image_hw: height and width in pixels.
-        model: what the input looks like.
+        image_hw: height and width of the image in pixels.
+        model: the model.
         max_side_px: shrink first, so that the longer side has at most this many pixels.
     """
     height, width = image_hw
     limit = 1.0 if max_side_px is None else min(1.0, max_side_px / max(height, width))
     if model.dynamic or model.height_px is None or model.width_px is None:
         placed_h, placed_w = _shrink(height, limit), _shrink(width, limit)
-        # In-graph border removal cuts this many rows from both ends, so they have to be there.
+        # A keypoints model cuts this many rows and columns off each side, so the input must have them.
         least = 2 * (model.remove_borders_px or 0)
         input_h, input_w = (_whole_cells(max(side, least), model.stride_px) for side in (placed_h, placed_w))
     else:
@@ -201,12 +222,12 @@ def place(image_hw: tuple[int, int], model: ModelDescription, max_side_px: int |
 
 
 def to_input(gray: Float32, placement: Placement) -> NDArray[Any]:
-    """The network's input (H, W): the image, shrunk if it must be, its last row and column repeated as padding."""
+    """The network's input (H, W): the image, shrunk if it must be, and padded by repeating its last row and column."""
     return pad(shrink(gray, placement), placement)
 
 
 def shrink(gray: Float32, placement: Placement) -> NDArray[Any]:
-    """The first half of `to_input`: (H, W) of the size that it has in the input."""
+    """The image (H, W) in the size that it has in the input. `to_input` is `shrink`, then `pad`."""
     if not placement.resized:
         return gray
     import cv2
@@ -217,7 +238,7 @@ def shrink(gray: Float32, placement: Placement) -> NDArray[Any]:
 
 
 def pad(placed: NDArray[Any], placement: Placement) -> NDArray[Any]:
-    """The second: the input's size, last row and column repeated."""
+    """Pads to the input's size by repeating the last row and column."""
     below = placement.input_height_px - placement.placed_height_px
     right = placement.input_width_px - placement.placed_width_px
     if not (below or right):
@@ -226,7 +247,7 @@ def pad(placed: NDArray[Any], placement: Placement) -> NDArray[Any]:
 
 
 def pad_into(network_input: NDArray[Any], placed: NDArray[Any], placement: Placement) -> None:
-    """As `pad`, into memory that is there already (input height, input width)."""
+    """As `pad`, into an existing array (input height, input width)."""
     if placed.shape == network_input.shape:
         np.copyto(network_input, placed)
         return
@@ -237,10 +258,10 @@ def pad_into(network_input: NDArray[Any], placed: NDArray[Any], placement: Place
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Height, then width, in px: "480x640" is (480, 640).
+    """Reads a height and a width in px: "480x640" is (480, 640).
 
     Raises:
-        SuperPointError: not two positive numbers.
+        SuperPointError: the text is not two positive numbers.
     """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip().lower())
     if not match:
@@ -248,20 +269,26 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def as_array(image: Any) -> NDArray[Any]:
+def as_array(image: ImageLike) -> NDArray[Any]:
     """The pixels of a path or of an array-like (numpy, PIL)."""
     if isinstance(image, (str, os.PathLike)):
         return load_image(image)
     if getattr(image, "mode", None) in ("P", "CMYK", "PA", "YCbCr", "LAB", "HSV", "1"):
-        image = image.convert("RGB")  # PIL: these are not gray, RGB or RGBA as they lie in memory
+        pil_image: Any = image  # in a mode that is neither gray, RGB nor RGBA
+        return np.asarray(pil_image.convert("RGB"))
     return np.asarray(image)
 
 
 def synthetic_photograph(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """A dead-leaves picture (Lee et al. 2001): overlapping discs and boxes of all sizes, softened; fixed by its seed.
+    """Makes a dead-leaves picture (Lee et al. 2001): overlapping discs and boxes of all sizes, softened.
+
+    Args:
+        height: in px.
+        width: in px.
+        seed: the same seed gives the same picture.
 
     Returns:
-        (height, width) uint8, full of corners, so that decoding has its usual work.
+        (height, width) uint8 with as many corners as a photograph.
     """
     import cv2
 

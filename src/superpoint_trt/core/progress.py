@@ -1,4 +1,4 @@
-"""How far long work is: what a progress bar is told."""
+"""Reports the progress of long work, for progress bars."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ Progress = Callable[[int, int], None]
 
 
 class Steps:
-    """Counts what is done."""
+    """Counts the steps of some work and reports each.
+
+    Args:
+        total: number of steps.
+        progress: is called after each step; None: nobody is.
+    """
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._done, self._total, self._progress = 0, total, progress
 
     def advance(self) -> None:
-        """One step more."""
+        """Counts one step."""
         self._done += 1
         if self._progress:
             self._progress(self._done, self._total)

@@ -1,4 +1,4 @@
-"""The vocabulary that every room shares: keypoints, model descriptions, names and units. numpy only."""
+"""Types and names that every part of the package uses: keypoints, model descriptions, options. Needs numpy only."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import enum
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt._version import __version__
+
+if TYPE_CHECKING:
+    import cv2
 
 Float32 = NDArray[np.float32]
 Matrix = NDArray[Any]
@@ -21,21 +24,21 @@ CELL_PX = 8
 """Pixels along one side of a detector cell in the published network: three 2x2 poolings."""
 
 MOST_PX = 1024
-"""Of an NMS radius or a border: beyond it a number is a slip."""
+"""The largest NMS radius or border that is accepted; a larger number is taken for a mistake."""
 
 TENSORRT_MAX_TOPK = 3840
 """The largest K that TensorRT's TopK layer takes."""
 
 ENGINE_SUFFIXES = (".engine", ".trt", ".plan")
-"""What an engine's file name ends in."""
+"""Endings of an engine's file name."""
 
 
 class SuperPointError(Exception):
-    """Something the user can mend: the text says what was got, what was expected and what to do."""
+    """An error that the user can mend. The text says what was given, what was expected and what to do."""
 
 
 class OutputType(str, enum.Enum):
-    """What a model hands out; the tensors are named in `OUTPUT_NAMES`."""
+    """Which outputs a model has; `OUTPUT_NAMES` names the tensors."""
 
     DENSE = "dense"
     KEYPOINTS = "keypoints"
@@ -43,7 +46,7 @@ class OutputType(str, enum.Enum):
 
 
 class Precision(str, enum.Enum):
-    """The arithmetic of the convolutions, whatever the device."""
+    """The number type in which the convolutions are computed, on any device."""
 
     FP32 = "fp32"
     TF32 = "tf32"
@@ -54,7 +57,7 @@ class Precision(str, enum.Enum):
 
 
 class Sampling(str, enum.Enum):
-    """How a keypoint's pixel maps to the descriptor grid. It belongs to the checkpoint: training fixed it."""
+    """How a keypoint's pixel maps to the descriptor grid. The checkpoint's training decides it."""
 
     HALF_PIXEL = "half-pixel"
     """(x + 0.5) / 8 - 0.5: pixel centres at integers, cell centres at 3.5, 11.5, ... (MIT v6 and this project)."""
@@ -64,7 +67,7 @@ class Sampling(str, enum.Enum):
 
 
 class Family(str, enum.Enum):
-    """The layouts in which checkpoints come."""
+    """The known layouts of checkpoints."""
 
     V6 = "v6"
     """`backbone.0.0.conv.weight`, ...: the MIT PyTorch model of rpautrat/SuperPoint, BatchNorm after ReLU."""
@@ -98,7 +101,7 @@ class DecodeOptions:
     threshold: float = 0.005
     """Scores must be strictly greater."""
     max_keypoints: int | None = None
-    """Keep the highest scores; None keeps all."""
+    """Keep this many keypoints, those with the highest scores; None keeps all."""
 
     def __post_init__(self) -> None:
         for name, value in (("NMS radius", self.nms_radius_px), ("border", self.remove_borders_px)):
@@ -112,46 +115,48 @@ class DecodeOptions:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a model file is. Travels inside every .onnx as metadata and beside every engine as JSON."""
+    """What a model file is. Stored as metadata in every .onnx and in the .json of every engine."""
 
     type: OutputType
     precision: Precision = Precision.FP32
     sampling: Sampling = Sampling.HALF_PIXEL
     family: Family | None = None
-    """None: made by another tool, which did not say."""
+    """The checkpoint's layout; None: the model was made by another tool and does not say."""
     checkpoint_sha256: str | None = None
     height_px: int | None = None
-    """Input height; for a dynamic model the one it is expected to see most. None: unknown."""
+    """Input height; of a dynamic model, the height expected most often. None: unknown."""
     width_px: int | None = None
+    """Input width, as `height_px`."""
     dynamic: bool = False
-    """Height and width are free (multiples of the stride)."""
+    """Whether height and width are free (multiples of the stride)."""
     max_batch_size: int = 1
     stride_px: int = CELL_PX
     descriptor_dim: int = 256
     opset: int | None = None
     nms_radius_px: int | None = None
-    """With the next three: what a `keypoints` model does inside its graph; None for other types."""
+    """NMS radius inside a `keypoints` model's graph; None for other types, also in the next three fields."""
     remove_borders_px: int | None = None
     threshold: float | None = None
     max_keypoints: int | None = None
     calibration: str | None = None
-    """Of a quantised model: how its ranges were found, "percentile 99.99, 144 images"."""
+    """How a quantized model's ranges were found: "percentile 99.99, 144 images"."""
     kept_layers: str | None = None
-    """With it: the convolutions that are not quantised, by name, separated by spaces."""
-    handed_over: str | None = None
-    """Of these, those whose input is int8 all the same (`quantize.handed_over`)."""
+    """Names of a quantized model's convolutions that are not quantized, separated by spaces."""
+    fp16_with_int8_input: str | None = None
+    """Names of the `kept_layers` that read an int8 tensor (from the last max-pool), separated by spaces."""
     first_convolution: str | None = None
-    """With it: how the convolution that reads the image runs, "fp16" or "parts"."""
+    """How a quantized model's first convolution, which reads the image, runs: "fp16" or "parts"."""
     approximation: str | None = None
-    """What was asked for that the checkpoint does not say, "BatchNorm folded: ..."."""
+    """Where the model was asked to differ from its checkpoint: "BatchNorm folded: ..."."""
     superpoint_trt_version: str = __version__
+    """Version that wrote the description; empty: another tool's model."""
 
     METADATA_PREFIX = "superpoint_trt."
 
     def to_metadata(self) -> dict[str, str]:
-        """The description as flat strings, every key prefixed with `superpoint_trt.`; None is left out."""
+        """The description as flat strings with keys `superpoint_trt.*`; fields that are None are left out."""
         return {
-            self.METADATA_PREFIX + key: value.value
+            self.METADATA_PREFIX + _METADATA_KEYS.get(key, key): value.value
             if isinstance(value, enum.Enum)
             else json.dumps(value)
             if not isinstance(value, str)
@@ -162,22 +167,25 @@ class ModelDescription:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> ModelDescription | None:
-        """Reads what `to_metadata` wrote; None if these are not this package's keys.
+        """Reads what `to_metadata` wrote; None if the metadata has none of this package's keys.
 
         Raises:
-            SuperPointError: the keys are ours but a value is not.
+            SuperPointError: a value cannot be read.
         """
         prefix = cls.METADATA_PREFIX
         found = {key[len(prefix) :]: value for key, value in metadata.items() if key.startswith(prefix)}
         if "type" not in found:
             return None
-        known = {field.name: field for field in fields(cls)}
+        known = {_METADATA_KEYS.get(field.name, field.name): field.name for field in fields(cls)}
         try:
-            # Keys of a later version of this package are passed over: they are additions by contract.
-            return cls(**{key: _parse(key, value) for key, value in found.items() if key in known})
+            # Keys that a later version added are ignored.
+            return cls(**{known[key]: _parse(known[key], value) for key, value in found.items() if key in known})
         except (ValueError, TypeError) as error:
             raise SuperPointError(f"the model's metadata cannot be read ({error}); export the model again.") from error
 
+
+_METADATA_KEYS = {"fp16_with_int8_input": "handed_over"}
+"""Fields that have another name in metadata: published files keep their keys."""
 
 _ENUM_FIELDS: Mapping[str, type[enum.Enum]] = {
     "type": OutputType,
@@ -191,7 +199,7 @@ _TEXT_FIELDS = (
     "superpoint_trt_version",
     "calibration",
     "kept_layers",
-    "handed_over",
+    "fp16_with_int8_input",
     "first_convolution",
     "approximation",
 )
@@ -210,15 +218,17 @@ def _parse(key: str, value: str) -> Any:
 
 @dataclass(frozen=True)
 class ShapeRange:
-    """An engine's optimisation profile: the inputs it takes, each as (batch, height px, width px)."""
+    """An engine's optimization profile: the input sizes it takes, each as (batch, height px, width px)."""
 
     min: tuple[int, int, int]
+    """The smallest input."""
     opt: tuple[int, int, int]
-    """What the kernels are chosen for."""
+    """The input size that TensorRT chooses its kernels for."""
     max: tuple[int, int, int]
+    """The largest input."""
 
     def holds(self, shape: tuple[int, int, int]) -> bool:
-        """Whether an input of that shape may be run."""
+        """Whether an input of (batch, height px, width px) may be run."""
         return all(low <= size <= high for low, size, high in zip(self.min, shape, self.max))
 
     def __str__(self) -> str:
@@ -236,7 +246,7 @@ class Keypoints:
     scores: Float32
     """(N,) float32: detection probability in (0, 1]."""
     descriptors: Float32
-    """(N, D) float32, each row of unit length."""
+    """(N, D) float32, or float16 if asked for; each row of unit length."""
     image_size: tuple[int, int]
     """(width, height) in pixels of the image the coordinates refer to."""
 
@@ -245,11 +255,11 @@ class Keypoints:
 
     @property
     def keypoints(self) -> Float32:
-        """The same array as `xy`, under the name that feature files give it."""
+        """The array `xy`, under its name in feature files."""
         return self.xy
 
     def rows(self, which: NDArray[Any] | slice) -> Keypoints:
-        """Some of the keypoints, by index, mask or slice."""
+        """A part of the keypoints, chosen by index, mask or slice."""
         return replace(self, xy=self.xy[which], scores=self.scores[which], descriptors=self.descriptors[which])
 
     def top(self, count: int) -> Keypoints:
@@ -268,3 +278,22 @@ class Keypoints:
             "descriptors": self.descriptors,
             "image_size": np.asarray(self.image_size, dtype=np.int64),
         }
+
+    def to_cv2(self) -> tuple[list[cv2.KeyPoint], Float32]:
+        """The keypoints as OpenCV's detectors give them.
+
+            points, descriptors = superpoint.extract("photo.jpg").to_cv2()
+            matches = cv2.BFMatcher(cv2.NORM_L2, crossCheck=True).match(descriptors, other_descriptors)
+
+        Returns:
+            N `cv2.KeyPoint`s: `pt` is x, y in pixels of the image, `response` the score, `size` one detector cell
+            (8 px), `angle` -1 and `octave` 0, because SuperPoint finds neither orientation nor scale. And the
+            descriptors (N, D) float32, contiguous, in the same order; compare them by NORM_L2.
+        """
+        import cv2
+
+        points = [
+            cv2.KeyPoint(x=x, y=y, size=float(CELL_PX), angle=-1.0, response=score, octave=0, class_id=-1)
+            for (x, y), score in zip(self.xy.tolist(), self.scores.tolist())
+        ]
+        return points, np.ascontiguousarray(self.descriptors, dtype=np.float32)

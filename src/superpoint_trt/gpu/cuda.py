@@ -1,11 +1,10 @@
-"""The CUDA calls this package makes, each checked: memory, streams, graphs, arrays of other libraries.
+"""The CUDA calls of this package, each checked for errors: devices, memory, streams and graphs.
 
-On NVIDIA's own `cuda.bindings`, the runtime API, which shares the device's primary context with torch and CuPy.
+Uses the runtime API of NVIDIA's `cuda.bindings`, which shares the device's primary context with torch and CuPy.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import math
@@ -21,16 +20,13 @@ from numpy.typing import NDArray
 from superpoint_trt.core.types import SuperPointError
 
 LEGACY_STREAM = 1
-"""cudaStreamLegacy: what libraries that name no stream work on."""
+"""cudaStreamLegacy: the stream of libraries that name none."""
 
 TO_DEVICE, TO_HOST = 1, 2
 """cudaMemcpyKind."""
 
-BFLOAT16 = np.dtype("V2")
-"""numpy has no bfloat16; this is what torch's CUDA interface calls it."""
-
 _ALIGNMENT = 256
-"""Bytes; what cudaMalloc guarantees and TensorRT asks for."""
+"""Bytes. cudaMalloc guarantees this alignment, and TensorRT asks for it."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,10 +49,13 @@ def runtime() -> Any:
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """Calls one function of the CUDA runtime and hands back its value, or the tuple of its values.
+    """Calls a function of the CUDA runtime.
+
+    Returns:
+        Its value, or the tuple of its values.
 
     Raises:
-        SuperPointError: it failed; the text is CUDA's own, with what to do where we know.
+        SuperPointError: it failed; the text is CUDA's own, and what to do where that is known.
     """
     error, *values = getattr(runtime(), function)(*arguments)
     if int(error):
@@ -89,19 +88,64 @@ class Device:
     capability: str
     """"sm90", "sm87", ..."""
     processors: int = 1
-    """Multiprocessors."""
+    """Number of multiprocessors."""
 
 
 def current_device() -> Device:
-    """The GPU that work of this thread goes to.
+    """The calling thread's current GPU.
 
     Raises:
         SuperPointError: no driver or no GPU.
     """
-    index = call("cudaGetDevice")
+    return device(call("cudaGetDevice"))
+
+
+def device(index: int) -> Device:
+    """The GPU of that number.
+
+    Raises:
+        SuperPointError: no driver, or no such GPU; the text lists the GPUs there are.
+    """
+    count = call("cudaGetDeviceCount")
+    if index >= count:
+        raise SuperPointError(f"device cuda:{index} was asked for, but this machine has {gpu_list()}.")
     properties = call("cudaGetDeviceProperties", index)
     capability = f"sm{properties.major}{properties.minor}"
     return Device(index, properties.name.decode(), capability, int(properties.multiProcessorCount))
+
+
+def gpu_list() -> str:
+    """The GPUs that CUDA sees, for messages: "only cuda:0 (NVIDIA H200)"; or why none is seen."""
+    try:
+        found = [device(index) for index in range(call("cudaGetDeviceCount"))]
+    except SuperPointError as error:
+        return f"no usable GPU ({str(error).rstrip('.')})"
+    return f"only {', '.join(f'cuda:{one.index} ({one.name})' for one in found)}" if found else "no GPU"
+
+
+class DeviceScope:
+    """Makes one GPU the calling thread's current GPU inside `with`, and the caller's current again afterwards.
+
+    On a machine with one GPU there is nothing to change, and nothing is done. One instance serves one thread at a
+    time; it may be entered again inside itself.
+
+    Args:
+        index: number of the GPU.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._is_only_gpu = call("cudaGetDeviceCount") == 1
+        self._callers: list[int] = []
+
+    def __enter__(self) -> None:
+        if not self._is_only_gpu:
+            self._callers.append(int(call("cudaGetDevice")))
+            call("cudaSetDevice", self.index)
+
+    def __exit__(self, *_: object) -> None:
+        if not self._is_only_gpu:
+            call("cudaSetDevice", self._callers.pop())
 
 
 class Stream:
@@ -113,46 +157,61 @@ class Stream:
         self._event = call("cudaEventCreateWithFlags", runtime().cudaEventDisableTiming)
 
     def wait_for(self, stream: int) -> None:
-        """Whatever is queued here from now on runs after what is queued on another stream (a handle) by now."""
+        """Orders work queued here from now on after the work already queued on another stream.
+
+        Args:
+            stream: the other stream's handle.
+        """
         call("cudaEventRecord", self._event, stream)
         call("cudaStreamWaitEvent", self.handle, self._event, 0)
 
     def signal(self, stream: int) -> None:
-        """The other way round: the other stream's next work runs after what is queued here by now."""
+        """Orders work queued on another stream from now on after the work already queued here.
+
+        Args:
+            stream: the other stream's handle.
+        """
         call("cudaEventRecord", self._event, self.handle)
         call("cudaStreamWaitEvent", stream, self._event, 0)
 
     def synchronize(self) -> None:
-        """Waits until everything queued here is done; errors of that work come up here."""
+        """Waits until all queued work is done.
+
+        Raises:
+            SuperPointError: that work failed.
+        """
         (error,) = runtime().cudaStreamSynchronize(self.handle)
         if error:
             raise _failed("cudaStreamSynchronize", error)
 
     def close(self) -> None:
-        """Frees stream and event."""
+        """Frees the stream."""
         call("cudaEventDestroy", self._event)
         call("cudaStreamDestroy", self.handle)
 
     @contextmanager
     def capture(self) -> Iterator[Callable[[], Graph]]:
-        """Records instead of running what is queued inside; the yielded function, called afterwards, gives the graph.
+        """Records the work queued inside `with` instead of running it.
+
+        Yields:
+            A function that gives the graph; call it after the `with`.
 
         Raises:
-            SuperPointError: something inside cannot be recorded. The stream is usable again.
+            SuperPointError: some of the work cannot be recorded. The stream stays usable.
         """
-        # Thread-local: another thread's allocation must not spoil it.
+        # Thread-local: an allocation by another thread does not end the recording.
         call("cudaStreamBeginCapture", self.handle, runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         recorded: list[Any] = []
         try:
             yield lambda: Graph(recorded[0])
         except BaseException:
-            runtime().cudaStreamEndCapture(self.handle)  # its own error would hide the first
+            runtime().cudaStreamEndCapture(self.handle)  # unchecked: its error would hide the first
             raise
         recorded.append(call("cudaStreamEndCapture", self.handle))
 
 
 class Graph:
-    """Recorded GPU work, launched as one."""
+    """Recorded GPU work that is launched in one call."""
 
     def __init__(self, graph: Any) -> None:
         try:
@@ -172,11 +231,11 @@ class Graph:
 
 
 class Replay:
-    """Work that is queued over and over: plainly the first time, which readies it, then as one CUDA graph.
+    """Repeated GPU work. The first run queues it plainly, which prepares it; the second records it as a CUDA graph.
 
     Args:
-        stream: where.
-        may_capture: whether to record at all.
+        stream: the stream that the work is queued on.
+        may_capture: whether the work may be recorded; if not, every run queues it plainly.
         name: of the work, for the log.
     """
 
@@ -189,7 +248,7 @@ class Replay:
         """Queues the work.
 
         Args:
-            queue: queues it plainly; the same work each time. It is not kept, so it may belong to this object's owner.
+            queue: queues the work plainly; the same work at each call. It is not kept after the call.
         """
         if self.graph is None and self._may_capture and self._ready:
             self._capture(queue)
@@ -216,7 +275,7 @@ class Replay:
 
 
 class _Memory:
-    """Memory of CUDA's, freed with the object."""
+    """Memory that CUDA allocates; freed with the object."""
 
     _allocate: str
     _free: str
@@ -232,40 +291,45 @@ class _Memory:
 
 
 class DeviceMemory(_Memory):
-    """On the GPU."""
+    """Memory on the GPU."""
 
     _allocate, _free = "cudaMalloc", "cudaFree"
 
 
 class PinnedMemory(_Memory):
-    """On the host and page-locked: copies to and from the GPU run at full speed."""
+    """Page-locked memory on the host. The GPU copies to and from it at full speed."""
 
     _allocate, _free = "cudaMallocHost", "cudaFreeHost"
 
 
 def _alive() -> bool:
-    """Whether the interpreter still is: at its end its modules are gone, and the process's memory goes anyway."""
+    """Whether the interpreter is running. While it shuts down, modules are gone and memory is freed anyway."""
     return sys is not None and sys.meta_path is not None and not sys.is_finalizing()
 
 
 class PinnedPool:
-    """Page-locked blocks of one size, lent to arrays: a block comes back when the last array on it is gone."""
+    """Page-locked blocks of one size that arrays borrow. A block returns when the last array on it is gone.
+
+    Args:
+        nbytes: size of a block.
+        most: largest number of blocks.
+    """
 
     def __init__(self, nbytes: int, most: int) -> None:
         self._nbytes = nbytes
         self._free = [PinnedMemory(nbytes)]
-        self._unmade = most - 1
+        self._left_to_make = most - 1
 
     def lend(self) -> _Loan | None:
-        """A block as a uint8 array-like (`np.asarray`); None while all are lent."""
-        if not self._free and self._unmade:
-            self._unmade -= 1
+        """A block, as something that `np.asarray` makes a uint8 array of; None while all blocks are lent."""
+        if not self._free and self._left_to_make:
+            self._left_to_make -= 1
             self._free.append(PinnedMemory(self._nbytes))
         return _Loan(self._free) if self._free else None
 
 
 class _Loan:
-    """Owns a block as numpy sees it, and so lives as long as any array on it."""
+    """Holds a block while arrays use it: every array on the block keeps this object alive."""
 
     def __init__(self, free: list[PinnedMemory]) -> None:
         self._free = free
@@ -289,9 +353,9 @@ def copy(to: int, source: int, nbytes: int, kind: int, stream: Stream) -> None:
 
 
 def pinned_array(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """A host array in page-locked memory: the GPU reads it directly, three times as fast as any other.
+    """An array in page-locked host memory, which the GPU reads three times as fast as ordinary memory.
 
-    Fill it again and again (a camera's frames, say) and hand it to `infer`.
+    Use it for images that are filled in again and again, such as a camera's frames, and pass it to `infer`.
     """
     pool = PinnedPool(math.prod(shape) * np.dtype(dtype).itemsize, 1)
     array: NDArray[Any] = np.ndarray(shape, dtype, np.asarray(pool.lend()))
@@ -299,193 +363,5 @@ def pinned_array(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
 
 
 def aligned(nbytes: int) -> int:
-    """Rounded up, so that what follows starts where the GPU wants it."""
+    """Rounds a size up to a multiple of 256 bytes, so that data behind it is aligned for the GPU."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def channels_last(shape: tuple[int, ...], pixel_pitch: int, itemsize: int) -> tuple[int, ...]:
-    """Strides in bytes that show memory [B, H, W, pixel_pitch] as [B, C, H, W], what is behind the C channels left out.
-
-    Args:
-        shape: (B, C, H, W).
-        pixel_pitch: values a pixel has in memory, C or more.
-        itemsize: bytes of a value.
-    """
-    _, _, rows, columns = shape
-    pixel = pixel_pitch * itemsize
-    return (rows * columns * pixel, itemsize, columns * pixel, pixel)
-
-
-# --------------------------------------------------------------------------------------------- other libraries' arrays
-
-
-@dataclass(frozen=True)
-class DeviceArray:
-    """An array in GPU memory, for torch (`torch.as_tensor`, `torch.from_dlpack`), CuPy, JAX and the like.
-
-    It is a view: what it shows is documented where it is made.
-    """
-
-    address: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    device: int
-    owner: Any
-    """Keeps the memory alive."""
-    strides: tuple[int, ...] | None = None
-    """Bytes from one value to the next along each axis, as numpy's; None: contiguous."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the values in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        # No stream: the work behind it is done, or ordered by the caller's own stream.
-        return {
-            "data": (self.address, False),
-            "shape": self.shape,
-            "typestr": self.dtype.str,
-            "strides": self.strides,
-            "version": 3,
-            "stream": None,
-        }
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (_DLPACK_CUDA, self.device)
-
-    def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
-        return _dlpack_capsule(self)
-
-
-def view(source: Any, gaps: bool = False) -> DeviceArray:
-    """An array of another library as a DeviceArray, without a copy.
-
-    Args:
-        source: anything with `__cuda_array_interface__` or a CUDA `__dlpack__`, not tracked by autograd.
-        gaps: take what is not contiguous, too, and say how it lies (`strides`).
-
-    Raises:
-        SuperPointError: not in GPU memory, or with gaps between its values.
-    """
-    try:
-        interface = getattr(source, "__cuda_array_interface__", None)
-    except (TypeError, KeyError):  # torch: a type the interface has no name for, bfloat16 before 2.5
-        interface = None
-    if interface is None:
-        return _from_dlpack(source, gaps)
-    dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
-    strides = _strides(interface.get("strides"), shape, dtype.itemsize, gaps)
-    return DeviceArray(int(interface["data"][0]), shape, dtype, call("cudaGetDevice"), source, strides)
-
-
-def is_on_gpu(source: Any) -> bool:
-    """Whether `view` is for it."""
-    if isinstance(source, np.ndarray):
-        return False
-    if hasattr(type(source), "__dlpack_device__"):
-        return bool(source.__dlpack_device__()[0] == _DLPACK_CUDA)
-    return hasattr(source, "__cuda_array_interface__")
-
-
-NOT_CONTIGUOUS = "the CUDA array is not contiguous; make it so (torch: .contiguous())."
-
-
-def _strides(strides: Any, shape: tuple[int, ...], itemsize: int, gaps: bool) -> tuple[int, ...] | None:
-    """Those of an array with gaps, where such are taken; None of a contiguous one."""
-    if _contiguous(strides, shape, itemsize):
-        return None
-    if not gaps:
-        raise SuperPointError(NOT_CONTIGUOUS)
-    return tuple(strides)
-
-
-def _contiguous(strides: Any, shape: tuple[int, ...], itemsize: int) -> bool:
-    if strides is None:
-        return True
-    expected = itemsize
-    for size, stride in reversed(list(zip(shape, strides))):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-# The structures of DLPack 0.8 (dlpack.h, github.com/dmlc/dlpack), which every library's __dlpack__ still speaks.
-_DLPACK_CUDA = 2
-_DLPACK_NAME = b"dltensor"
-_DLPACK_KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}
-_DLPACK_BFLOAT = 4
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-class _DLManagedTensor(ctypes.Structure):
-    pass
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_DLManagedTensor))
-_DLManagedTensor._fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", _Deleter)]
-
-_capsule_new = ctypes.pythonapi.PyCapsule_New
-_capsule_new.restype, _capsule_new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-
-_exported: dict[int, Any] = {}
-"""What a consumer still holds: address of the managed tensor -> everything it points to."""
-
-
-def _release(managed: Any) -> None:
-    _exported.pop(ctypes.addressof(managed.contents), None)
-
-
-_deleter = _Deleter(_release)
-
-
-def _dlpack_capsule(array: DeviceArray) -> Any:
-    if array.dtype.kind not in _DLPACK_KINDS:
-        raise BufferError(f"DLPack has no {array.dtype}")
-    sizes = (ctypes.c_int64 * len(array.shape))(*array.shape)
-    code, itemsize = _DLPACK_KINDS[array.dtype.kind], array.dtype.itemsize
-    steps = [stride // itemsize for stride in array.strides] if array.strides else None  # DLPack counts values
-    strides = (ctypes.c_int64 * len(steps))(*steps) if steps else None
-    tensor = _DLTensor(
-        array.address, _DLPACK_CUDA, array.device, len(array.shape), code, 8 * itemsize, 1, sizes, strides, 0
-    )
-    managed = _DLManagedTensor(tensor, None, _deleter)
-    _exported[ctypes.addressof(managed)] = (managed, sizes, array, strides)
-    # Nobody took it: then it stays until the process ends, which no library known to us does.
-    return _capsule_new(ctypes.addressof(managed), _DLPACK_NAME, None)
-
-
-def _from_dlpack(source: Any, gaps: bool) -> DeviceArray:
-    if not hasattr(type(source), "__dlpack__") or source.__dlpack_device__()[0] != _DLPACK_CUDA:
-        raise SuperPointError(f"expected an array in GPU memory, got {type(source).__name__}.")
-    capsule = source.__dlpack__(stream=LEGACY_STREAM)
-    address = _capsule_pointer(capsule, _DLPACK_NAME)
-    tensor = ctypes.cast(address, ctypes.POINTER(_DLManagedTensor)).contents.tensor
-    kinds = {code: kind for kind, code in _DLPACK_KINDS.items()}
-    is_bfloat16 = (tensor.code, tensor.bits) == (_DLPACK_BFLOAT, 16)
-    if (tensor.code not in kinds and not is_bfloat16) or tensor.lanes != 1:
-        raise SuperPointError("the CUDA array's type is unknown here; expected a float type or uint8.")
-    dtype = BFLOAT16 if is_bfloat16 else np.dtype(f"{kinds[tensor.code]}{tensor.bits // 8}")
-    shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
-    steps = [tensor.strides[axis] * dtype.itemsize for axis in range(tensor.ndim)] if tensor.strides else None
-    strides = _strides(steps, shape, dtype.itemsize, gaps)
-    data = int(tensor.data or 0) + tensor.byte_offset
-    return DeviceArray(data, shape, dtype, tensor.device_id, (source, capsule), strides)

@@ -1,4 +1,7 @@
-"""What an engine says of itself: the .json beside the plan. The plan stays one that trtexec, Triton and C++ load."""
+"""The .json beside an engine's plan: what the engine is, and where it runs.
+
+The plan itself is plain TensorRT, which trtexec, Triton and C++ programs load.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +15,33 @@ from superpoint_trt.core.types import ModelDescription, ShapeRange, SuperPointEr
 from superpoint_trt.gpu.tensorrt_api import Flavor
 
 FORMAT = 1
-"""Of the .json; a later one that cannot be read as this one counts up."""
+"""Version of the .json's layout. It rises when an older reader can no longer read the file."""
 
 
 @dataclass(frozen=True)
 class EngineMetadata:
-    """What a plan was made of, by and for. Everything needed to refuse it where it cannot run, and to make it again."""
+    """What a plan was built from, with which TensorRT, for which GPUs, and the command that builds it again."""
 
     description: ModelDescription
-    """The model's own; size and largest batch are the profile's."""
+    """The model's description; size and largest batch are the profile's."""
     flavor: Flavor
     tensorrt_version: str
     targets: tuple[str, ...]
-    """Compute capabilities it runs on: ("sm90",)."""
+    """Compute capabilities of the GPUs it runs on: ("sm90",)."""
     gpu_name: str | None
-    """Where it was built; None: on a machine without one."""
+    """The GPU it was built on; None: it was built on a machine without one."""
     profile: ShapeRange
     plan_sha256: str
     onnx_sha256: str
     rebuild: str
-    """The command that makes it again."""
+    """The command that builds it again."""
     build: dict[str, Any]
-    """Workspace, level and the like: for people, not compared."""
+    """Workspace, optimization level and others: for people to read, not compared."""
 
     def to_json(self) -> bytes:
-        """As it lies beside the plan."""
-        fields = {"flavour" if name == "flavor" else name: value for name, value in asdict(self).items()}
-        flat = {
-            "format": FORMAT,
-            **fields,
-            "description": self.description.to_metadata(),
-            "flavour": self.flavor.value,
-        }
+        """The file's content."""
+        named = {_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        flat = {"format": FORMAT, **named, "description": self.description.to_metadata(), "flavour": self.flavor.value}
         return (json.dumps(flat, indent=1) + "\n").encode()
 
     @classmethod
@@ -51,7 +49,7 @@ class EngineMetadata:
         """Reads what `to_json` wrote.
 
         Raises:
-            SuperPointError: damaged, or of a later format.
+            SuperPointError: the file is damaged, or of a later format.
         """
         try:
             flat = json.loads(data)
@@ -61,7 +59,7 @@ class EngineMetadata:
             if description is None:
                 raise ValueError("no description")
             sizes = {name: (int(b), int(h), int(w)) for name, (b, h, w) in flat["profile"].items()}
-            known = {name: flat[name] for name in cls.__dataclass_fields__ if name != "flavor"}
+            known = {name: flat[_KEYS.get(name, name)] for name in cls.__dataclass_fields__}
             return cls(
                 **{
                     **known,
@@ -78,45 +76,49 @@ class EngineMetadata:
             ) from error
 
 
+_KEYS = {"flavor": "flavour"}
+"""Fields that have another name in the file: published files keep their keys."""
+
+
 def sidecar(engine: PathLike) -> Path:
-    """Where an engine's metadata lie: its name and .json."""
+    """The file with an engine's metadata: the engine's name and .json."""
     return Path(f"{Path(engine)}.json")
 
 
 def read_plan(engine: PathLike) -> tuple[bytes, EngineMetadata | None]:
-    """A plan and what lies beside it.
+    """Reads a plan and its metadata.
 
     Returns:
-        The plan's bytes, and its metadata; None if it has none.
+        The plan's bytes, and its metadata; None if there is no .json.
 
     Raises:
-        SuperPointError: missing or damaged, or the .json is another plan's.
+        SuperPointError: a file is missing or damaged, or the .json describes another plan.
     """
     data = read_bytes(engine, "engine")
-    beside = sidecar(engine)
-    if not beside.exists():
+    json_path = sidecar(engine)
+    if not json_path.exists():
         return data, None
-    metadata = EngineMetadata.from_json(read_bytes(beside, "engine metadata"), beside)
+    metadata = EngineMetadata.from_json(read_bytes(json_path, "engine metadata"), json_path)
     if sha256(data) != metadata.plan_sha256:
         raise SuperPointError(
-            f"{engine} is not the plan that {beside.name} describes (cut short, or replaced by another); build it "
+            f"{engine} is not the plan that {json_path.name} describes (cut short, or replaced by another); build it "
             f"again: {metadata.rebuild} (or remove the .json to run the plan without it)."
         )
     return data, metadata
 
 
 def check_runs_here(metadata: EngineMetadata, engine: PathLike, flavor: Flavor, version: str, target: str) -> None:
-    """Compares what an engine was made for with what is here.
+    """Compares the TensorRT and the GPU that an engine was built for with those of this machine.
 
     Args:
         metadata: the engine's.
-        engine: for the error.
-        flavor: the TensorRT here.
-        version: its version.
-        target: this GPU's compute capability, "sm90".
+        engine: its path, for the error.
+        flavor: the TensorRT of this machine.
+        version: that TensorRT's version.
+        target: compute capability of this machine's GPU, "sm90".
 
     Raises:
-        SuperPointError: it cannot run here; the text names the difference and the command that rebuilds it.
+        SuperPointError: the engine cannot run here; the text names the difference and the command that rebuilds it.
     """
     made, here = f"{metadata.flavor.value} {metadata.tensorrt_version}", f"{flavor.value} {version}"
     differences = []
@@ -132,6 +134,6 @@ def check_runs_here(metadata: EngineMetadata, engine: PathLike, flavor: Flavor, 
 
 
 def with_profile(description: ModelDescription, profile: ShapeRange) -> ModelDescription:
-    """A model's description, its sizes and batch those an engine was built for."""
+    """A model's description with the sizes and the largest batch that an engine was built for."""
     (_, *least), (_, *usual), (batch, *most) = profile.min, profile.opt, profile.max
     return replace(description, height_px=usual[0], width_px=usual[1], dynamic=least != most, max_batch_size=batch)

@@ -1,19 +1,21 @@
-"""Where TensorRT 8.6, 10, 11 and TensorRT-RTX differ, and nowhere else.
+"""One interface to TensorRT 8.6, 10, 11 and TensorRT-RTX; every difference between them is decided here.
 
-Read `TensorRT` as one library; whatever a version lacks or calls otherwise is decided here. Its calls fail by
-returning None or False and say why in the log, so the log is kept and goes into the error.
+TensorRT's calls fail by returning None or False and write the reason to their log. So the log is collected, thread by
+thread, and goes into the exception.
 """
 
 from __future__ import annotations
 
 import enum
 import re
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module, util
-from typing import Any
+from typing import Any, Callable
 
+from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import SuperPointError
 
 
@@ -26,18 +28,24 @@ class Flavor(str, enum.Enum):
 
 
 MODULES = {Flavor.TENSORRT: "tensorrt", Flavor.RTX: "tensorrt_rtx"}
-EXTRAS = {flavor: f"superpoint-trt[{flavor.value}]" for flavor in Flavor}
 
 _MAGIC = {b"ftrt": Flavor.TENSORRT, b"vtrt": Flavor.RTX}
 """The first four bytes of a plan."""
 
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""What TensorRT-RTX 1.7 can build for."""
+"""GPU architectures that TensorRT-RTX 1.7 can build for."""
 
 _CHANNELS_LAST = {"HWC": 1, "HWC8": 8, "HWC16": 16}
-"""TensorRT's formats [B][H][W][C] by name, and what C is padded to a multiple of."""
+"""TensorRT's formats [B][H][W][C] by name, and the number whose multiple C is padded to."""
 
-_LOG_LINES = 400
+_MOST_MESSAGES = 400
+"""Log messages kept for one exception; beyond, the oldest go."""
+
+BuildProgress = Callable[[str, int, int], None]
+"""Called with the phase's name, the steps done and the steps in all."""
+
+LogMessage = tuple[int, str]
+"""TensorRT's severity (0 is the worst) and the text."""
 
 
 def installed() -> list[Flavor]:
@@ -49,7 +57,7 @@ def missing() -> str | None:
     """What to do if no TensorRT is installed; None if one is."""
     if installed():
         return None
-    commands = " or ".join(f"pip install '{extra}'" for extra in EXTRAS.values())
+    commands = install_hint(*(flavor.value for flavor in Flavor))
     return (
         f"TensorRT is not installed here: {commands} on a machine with an NVIDIA GPU (the second builds engines for "
         "RTX GPUs on any machine; superpoint doctor says what this one has). Without it the .onnx runs everywhere: "
@@ -58,10 +66,13 @@ def missing() -> str | None:
 
 
 def load(flavor: Flavor | None = None) -> TensorRT:
-    """The TensorRT asked for, or the first that is installed.
+    """Loads a TensorRT, once in a process.
+
+    Args:
+        flavor: the one to load; None: the first that is installed.
 
     Raises:
-        SuperPointError: not installed, or its libraries do not load.
+        SuperPointError: it is not installed, or its libraries do not load.
     """
     here = installed()
     if flavor is None and here:
@@ -69,16 +80,16 @@ def load(flavor: Flavor | None = None) -> TensorRT:
     if flavor is None or flavor not in here:
         absent = missing() or ""
         if flavor and here:
-            absent = f"{MODULES[flavor]} is not installed here: pip install '{EXTRAS[flavor]}'."
+            absent = f"{MODULES[flavor]} is not installed here: {install_hint(flavor.value)}."
         raise SuperPointError(absent)
     if flavor not in _loaded:
         try:
             _loaded[flavor] = TensorRT(flavor, import_module(MODULES[flavor]))
-        except (ImportError, OSError, AttributeError) as error:  # the last: half a library, or something of its name
+        except (ImportError, OSError, AttributeError) as error:  # AttributeError: another library of that name
             reason = " ".join(str(error).split())
             raise SuperPointError(
-                f"{MODULES[flavor]} is installed but does not load: {reason}; reinstall it: pip install "
-                f"'{EXTRAS[flavor]}' (Jetson: use JetPack's own, see docs/tensorrt.md)."
+                f"{MODULES[flavor]} is installed but does not load: {reason}; reinstall it: "
+                f"{install_hint(flavor.value)}. On a Jetson use JetPack's own, see docs/tensorrt.md."
             ) from error
     return _loaded[flavor]
 
@@ -87,7 +98,7 @@ _loaded: dict[Flavor, TensorRT] = {}
 
 
 def flavor_of(plan: bytes) -> Flavor | None:
-    """Which TensorRT made a plan; None if its first bytes are of neither."""
+    """Which TensorRT made a plan, by the plan's first bytes; None if neither did."""
     return _MAGIC.get(plan[:4])
 
 
@@ -95,8 +106,9 @@ class TensorRT:
     """One TensorRT, loaded.
 
     Attributes:
-        flavour: which.
+        flavor: TensorRT or TensorRT-RTX.
         module: its Python module.
+        logger: the one logger of this process: TensorRT ignores a second one.
         version: "8.6.0", "10.13.3.9", "1.7.1.116", ...
     """
 
@@ -105,8 +117,9 @@ class TensorRT:
         self.module = module
         self.version: str = module.__version__
         self._major = int(self.version.split(".")[0])
-        self._lines: deque[tuple[int, str]] = deque(maxlen=_LOG_LINES)
-        self.logger = _logger(module, self._lines)
+        self._log = _ThreadLog()
+        self._monitors = threading.local()
+        self.logger = _logger(module, self._log)
 
     def __str__(self) -> str:
         return f"{'TensorRT' if self.flavor is Flavor.TENSORRT else 'TensorRT-RTX'} {self.version}"
@@ -114,52 +127,52 @@ class TensorRT:
     # ---------------------------------------------------------------------------------------------------------- log
 
     @contextmanager
-    def explaining(self, what: str) -> Iterator[_Explanation]:
-        """Collects the log of what happens inside; `failed()` of the yielded makes an exception of it.
+    def explaining(self, what: str) -> Iterator[FailureLog]:
+        """Collects TensorRT's log messages of the work inside, for the exception in case it fails.
 
-        Whatever TensorRT's bindings throw inside is turned into one as well.
+        Other threads may do the same at the same time: each gets the messages of its own calls.
+
+        Args:
+            what: what failed, if it fails: "building a.engine failed".
+
+        Yields:
+            The log; its `failed()` makes the exception.
+
+        Raises:
+            SuperPointError: TensorRT's bindings raised an exception inside.
         """
-        self._lines.clear()
-        explanation = _Explanation(self, what)
-        try:
-            yield explanation
-        except (RuntimeError, TypeError, ValueError, MemoryError) as error:
-            raise explanation.failed(str(error)) from error
-
-    def messages(self) -> list[str]:
-        """The log's errors, else its warnings, since `explaining` began; each once, without TensorRT's prefixes."""
-        severity = self.module.ILogger.Severity
-        for worst in (int(severity.ERROR), int(severity.WARNING)):
-            found = [_tidy(text) for level, text in self._lines if level <= worst]
-            if found:
-                return list(dict.fromkeys(found))
-        return []
+        log = FailureLog(self, what)
+        with self._log.collecting(log):
+            try:
+                yield log
+            except (RuntimeError, TypeError, ValueError, MemoryError) as error:
+                raise log.failed(str(error)) from error
 
     # ------------------------------------------------------------------------------------------------------- builder
 
     @property
     def strongly_typed(self) -> bool:
-        """Whether networks take their types from the graph; if not, precision flags and constraints are needed."""
+        """Whether networks take their types from the graph. 8.6 does not: it needs precision flags and constraints."""
         return self.flavor is Flavor.RTX or self._major >= 10
 
     @property
     def newest_opset(self) -> int | None:
-        """The newest ONNX opset the parser takes, where it is known to refuse."""
+        """The newest ONNX opset that the parser takes; None: no limit is known."""
         return 17 if self.flavor is Flavor.TENSORRT and self._major < 10 else None
 
     @property
     def has_timing_cache(self) -> bool:
-        """RTX times nothing when it builds."""
+        """Whether builds use a timing cache. RTX times nothing when it builds."""
         return self.flavor is not Flavor.RTX
 
     def create_network(self, builder: Any) -> Any:
-        """An empty network: strongly typed where there is such a thing, with an explicit batch where that is asked."""
+        """An empty network: strongly typed (10 and later, RTX), or with an explicit batch (8.6)."""
         flags = self.module.NetworkDefinitionCreationFlag
         flag = flags.STRONGLY_TYPED if self.strongly_typed else flags.EXPLICIT_BATCH
         return builder.create_network(1 << int(flag))  # bit 1 in 10.x, bit 0 in 11 and RTX
 
     def set_precision_flags(self, config: Any, tf32: bool, fp16: bool, int8: bool = False) -> None:
-        """What of a precision the graph cannot say."""
+        """Sets the builder flags for what the graph itself does not say about precision."""
         flags = self.module.BuilderFlag
         (config.set_flag if tf32 else config.clear_flag)(flags.TF32)
         if fp16 and not self.strongly_typed:
@@ -169,7 +182,7 @@ class TensorRT:
             config.set_flag(flags.INT8)
 
     def set_builder_defaults(self, config: Any) -> None:
-        """What every build of ours wants and only some versions have to be told."""
+        """Sets what every build needs and only some versions do by themselves."""
         trt = self.module
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if not self.strongly_typed:
@@ -185,28 +198,31 @@ class TensorRT:
         for index, target in enumerate(targets):
             config.set_compute_capability(getattr(self.module.ComputeCapability, target.upper()), index)
 
-    def set_progress(self, config: Any, report: Any) -> bool:
-        """Reports (phase, step, steps) while building; False where TensorRT has no progress monitor (8.6)."""
+    def set_progress(self, config: Any, report: BuildProgress) -> bool:
+        """Has a build report its progress; False where TensorRT has no progress monitor (8.6)."""
         if not hasattr(self.module, "IProgressMonitor"):
             return False
-        # The config holds no reference of its own in some versions.
-        self._monitor = _progress_monitor(self.module, report)
-        config.progress_monitor = self._monitor
+        # In some versions the config does not keep the monitor alive. A build stays on one thread.
+        self._monitors.latest = _progress_monitor(self.module, report)
+        config.progress_monitor = self._monitors.latest
         return True
 
     # ------------------------------------------------------------------------------------------------------- formats
 
     def allow_channels_last(self, output: Any) -> None:
-        """Has a 16-bit output of a network written channels-last; HWC8 pads them to whole vectors of eight."""
+        """Has an engine write a 16-bit output channels-last, with the channels padded to a multiple of eight (HWC8)."""
         output.allowed_formats = 1 << int(self.module.TensorFormat.HWC8)
 
     def pixel_pitch(self, engine: Any, name: str, profile: int = 0) -> int:
-        """Values from one pixel of an engine's tensor to the next if its channels lie together; 0: pixels do (NCHW).
+        """How an engine's tensor lies in memory.
+
+        Returns:
+            Values from one pixel to the next if the channels of a pixel lie together (NHWC); 0 for NCHW.
 
         Raises:
-            SuperPointError: the engine reads or writes that tensor in any other of TensorRT's formats.
+            SuperPointError: the tensor has any other of TensorRT's formats.
         """
-        # 8.6 knows only the name for certain; with several profiles a format belongs to each.
+        # The profile is passed only where it matters: not every 8.6 takes it.
         found = engine.get_tensor_format(name, profile) if profile else engine.get_tensor_format(name)
         shape = tuple(engine.get_tensor_shape(name))
         if found.name == "LINEAR":
@@ -223,16 +239,16 @@ class TensorRT:
 
     @property
     def captures(self) -> bool:
-        """Whether runs can be recorded in a CUDA graph: TensorRT-RTX compiles while it runs, and records by itself."""
+        """Whether runs can be recorded in a CUDA graph. RTX compiles while it runs, and records graphs itself."""
         return self.flavor is Flavor.TENSORRT
 
     def activation_bytes(self, engine: Any) -> int:
-        """Scratch memory a context needs."""
+        """Bytes of scratch memory that an execution context needs."""
         size = engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
         return int(size)
 
     def create_context(self, engine: Any, address: int, nbytes: int) -> Any:
-        """An execution context on scratch memory of ours; None if TensorRT refuses."""
+        """An execution context that uses the scratch memory given; None if TensorRT refuses."""
         if hasattr(engine, "create_runtime_config"):
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(self._user_managed())
@@ -255,23 +271,84 @@ class TensorRT:
         return self.module.ExecutionContextAllocationStrategy.USER_MANAGED
 
 
-class _Explanation:
+class FailureLog:
+    """TensorRT's log messages during one piece of work.
+
+    Args:
+        tensorrt: whose work it is, for the text.
+        what: what failed, if it fails.
+    """
+
     def __init__(self, tensorrt: TensorRT, what: str) -> None:
         self._tensorrt = tensorrt
         self._what = what
+        self._severity = tensorrt.module.ILogger.Severity
+        self.own: deque[LogMessage] = deque(maxlen=_MOST_MESSAGES)
+        """Messages that came on the thread that does the work."""
+        self.shared: deque[LogMessage] = deque(maxlen=_MOST_MESSAGES)
+        """Messages from TensorRT's own threads meanwhile; they may belong to another thread's work."""
+
+    def messages(self) -> list[str]:
+        """The errors, else the warnings; each once, without TensorRT's prefixes.
+
+        Messages from TensorRT's own threads count only if the working thread got none of that severity.
+        """
+        for worst in (int(self._severity.ERROR), int(self._severity.WARNING)):
+            for source in (self.own, self.shared):
+                found = [_tidy(text) for level, text in tuple(source) if level <= worst]
+                if found:
+                    return list(dict.fromkeys(found))
+        return []
 
     def failed(self, reason: str = "") -> SuperPointError:
-        """The exception: what failed, TensorRT's own lines, and what to do where we know."""
-        lines = self._tensorrt.messages()
-        told = "; ".join([*([reason] if reason else []), *lines]) or "TensorRT gave no reason"
+        """The exception: what failed, TensorRT's own messages, and what to do where that is known."""
+        told = "; ".join([*([reason] if reason else []), *self.messages()]) or "TensorRT gave no reason"
         told = told if len(told) <= _LONGEST else told[:_LONGEST] + " ..."
         advice = next((text for pattern, text in _ADVICE if re.search(pattern, told, re.IGNORECASE)), "")
         return SuperPointError(f"{self._what}: {self._tensorrt} says: {told}{'. ' + advice if advice else ''}")
 
 
+class _ThreadLog:
+    """Sends each message of TensorRT's one logger to the work that caused it.
+
+    TensorRT calls the logger on the thread that called TensorRT, or on a thread of its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may write to the log while a message is being added
+        self._collecting: dict[int, list[FailureLog]] = {}
+        """Thread id -> logs of the work that this thread is in, one inside the other."""
+
+    @contextmanager
+    def collecting(self, log: FailureLog) -> Iterator[None]:
+        """Sends this thread's messages to `log`, too, while inside."""
+        thread = threading.get_ident()
+        with self._lock:
+            self._collecting.setdefault(thread, []).append(log)
+        try:
+            yield
+        finally:
+            with self._lock:
+                logs = self._collecting[thread]
+                logs.remove(log)
+                if not logs:
+                    del self._collecting[thread]
+
+    def add(self, message: LogMessage) -> None:
+        """Takes a message of TensorRT's."""
+        with self._lock:
+            own = self._collecting.get(threading.get_ident())
+            for log in own or ():
+                log.own.append(message)
+            if not own:
+                for logs in self._collecting.values():
+                    for log in logs:
+                        log.shared.append(message)
+
+
 _LONGEST = 1500
 
-# What the messages mean, most telling first: the guide's troubleshooting section, said where it is needed.
+# Patterns of TensorRT's messages, the most specific first, and what the user can do.
 _ADVICE = (
     (
         r"plan\.header\.size == blobSize|Plan is truncated|blob size",
@@ -311,14 +388,14 @@ _ADVICE = (
 
 
 def _tidy(line: str) -> str:
-    """Without the places in NVIDIA's source that TensorRT puts around a message."""
+    """Removes the places in NVIDIA's source code that TensorRT puts around a message."""
     line = re.sub(r"^\s*\[?\S+\.(cpp|h)::\S+\]\s*", "", line.strip())
     line = re.sub(r"\s*\(?In \S+ at \S+:\d+\)?", "", line)
     return line.rstrip(". ")
 
 
-def _logger(module: Any, lines: deque[tuple[int, str]]) -> Any:
-    """The one logger of a process: TensorRT ignores a second one."""
+def _logger(module: Any, log: _ThreadLog) -> Any:
+    """A logger in TensorRT's sense that keeps warnings and errors."""
 
     class Log(module.ILogger):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
@@ -326,12 +403,12 @@ def _logger(module: Any, lines: deque[tuple[int, str]]) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if int(severity) <= int(module.ILogger.Severity.WARNING):
-                lines.append((int(severity), message))
+                log.add((int(severity), message))
 
     return Log()
 
 
-def _progress_monitor(module: Any, report: Any) -> Any:
+def _progress_monitor(module: Any, report: BuildProgress) -> Any:
     class Monitor(module.IProgressMonitor):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)

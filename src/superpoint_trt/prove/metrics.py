@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt.core.types import Float32, Keypoints, Matrix
-from superpoint_trt.match.nearest import Estimator, MatchOptions, Model, estimate, match
+from superpoint_trt.match.geometry import Estimator, Model, estimate
+from superpoint_trt.match.nearest import MatchOptions, match
 
 
 def warp(xy: NDArray[np.floating], homography: Matrix) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from superpoint_trt.core.image import SMALLEST_SIDE_PX
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.match.nearest import Estimator
+from superpoint_trt.match.geometry import Estimator
 
 LARGEST_SIDE_PX = 8192
 MOST_ORDERS = 1000

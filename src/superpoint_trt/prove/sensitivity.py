@@ -5,16 +5,23 @@ from __future__ import annotations
 import glob
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from superpoint_trt.convert.cast import convolutions, described, load_onnx, raw_heads
-from superpoint_trt.convert.quantize.calibrate import Calibration, check_quantizable, check_same_network
-from superpoint_trt.convert.quantize.qdq import FirstConvolution, kept_layers, quantize
+from superpoint_trt.convert.onnx_file import (
+    OnnxSource,
+    check_quantizable,
+    convolutions,
+    raw_heads,
+    read_onnx,
+)
+from superpoint_trt.convert.quantize.options import FirstConvolution, QuantizeOptions
+from superpoint_trt.convert.quantize.qdq import kept_layers, quantize
+from superpoint_trt.convert.quantize.ranges_file import Calibration, check_same_network
 from superpoint_trt.core.files import PathLike
 from superpoint_trt.core.progress import Progress, Steps
 from superpoint_trt.core.types import Keypoints, Precision, SuperPointError
@@ -80,7 +87,7 @@ class Choice:
 
 
 def rank(
-    model: PathLike,
+    model: OnnxSource,
     calibration: Calibration,
     images: Sequence[PathLike],
     precision: Precision = Precision.INT8,
@@ -101,7 +108,7 @@ def rank(
     Raises:
         SuperPointError: not an fp32 model, ranges of another model, an unusable image, or no keypoint in any image.
     """
-    network = _Network(model, calibration, precision)
+    network = _Network(model, calibration, QuantizeOptions(precision))
     layers = list(convolutions(network.fp32))
     steps = Steps((len(layers) + 1) * len(images), progress)
     with tempfile.TemporaryDirectory() as folder:
@@ -113,15 +120,13 @@ def rank(
 
 
 def fewest_kept(
-    model: PathLike,
+    model: OnnxSource,
     calibration: Calibration,
     images: Sequence[PathLike],
     costs: Sequence[LayerCost],
-    precision: Precision = Precision.INT8,
-    keep: Sequence[str] = (),
+    options: QuantizeOptions | None = None,
     limits: Mapping[str, float] | None = None,
     progress: Progress | None = None,
-    first: FirstConvolution | None = None,
 ) -> Choice:
     """Keeps layers in fp16, one by one, until the gates of `verify` hold; then drops the layers that are not needed.
 
@@ -133,18 +138,17 @@ def fewest_kept(
         calibration: the model's ranges.
         images: photographs to verify on.
         costs: from `rank`.
-        precision: INT8 or FP8.
-        keep: name patterns of layers to keep in any case.
+        options: what to start from; its layers stay in fp16 in any case.
         limits: gate name -> limit, in place of the precision's own.
         progress: called with (images done, all images); starts again for each choice.
-        first: how the convolution that reads the image runs, as `quantize` takes it.
 
     Raises:
         SuperPointError: as `rank` and `verify`.
     """
-    network = _Network(model, calibration, precision, first)
+    options = options or QuantizeOptions()
+    network = _Network(model, calibration, options)
     with tempfile.TemporaryDirectory() as folder:
-        trial = _Trial(network, folder, images, keep, limits, progress)
+        trial = _Trial(network, folder, images, options.keep_fp16, limits, progress)
         added: list[str] = []
         step = trial.run(added, "as asked")
         while step.failed:
@@ -175,19 +179,18 @@ class _Network:
 
     def __init__(
         self,
-        model: PathLike,
+        model: OnnxSource,
         calibration: Calibration,
-        precision: Precision,
-        first: FirstConvolution | None = None,
+        options: QuantizeOptions,
     ) -> None:
-        source = load_onnx(model)
-        check_quantizable(source)
-        check_same_network(calibration, described(source, model), model)
-        self.fp32 = raw_heads(source, model)
-        self._calibration, self._precision, self._first = calibration, precision, first
+        source = read_onnx(model)
+        check_quantizable(source.model)
+        check_same_network(calibration, source.description, source.path)
+        self.fp32 = raw_heads(source)
+        self._calibration, self._options = calibration, options
 
     def kept(self, patterns: Sequence[str]) -> list[str]:
-        return kept_layers(self.fp32, patterns, self._precision, self._first)
+        return kept_layers(self.fp32, replace(self._options, keep_fp16=tuple(patterns)))
 
     def write_fp32(self, folder: str) -> Path:
         return _write(self.fp32, folder, "fp32")
@@ -195,13 +198,15 @@ class _Network:
     def write_only(self, layer: str, folder: str) -> Path:
         """Quantizes one layer alone. The first one is split into int8 channels where that is possible."""
         others = [glob.escape(name) for name in convolutions(self.fp32) if name != layer]
-        alone = kept_layers(self.fp32, [], self._precision)
+        precision = self._options.precision
+        alone = kept_layers(self.fp32, QuantizeOptions(precision))
         first = FirstConvolution.WHOLE if layer in alone else None
-        quantized = quantize(self.fp32, self._calibration, self._precision, others, first)
+        quantized = quantize(self.fp32, self._calibration, QuantizeOptions(precision, tuple(others), first))
         return _write(quantized, folder, "quantized")
 
     def write_without(self, patterns: Sequence[str], folder: str) -> Path:
-        quantized = quantize(self.fp32, self._calibration, self._precision, patterns, self._first)
+        options = replace(self._options, keep_fp16=tuple(patterns))
+        quantized = quantize(self.fp32, self._calibration, options)
         return _write(quantized, folder, "quantized")
 
 

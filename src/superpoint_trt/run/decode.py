@@ -1,8 +1,7 @@
-"""Score map or raw heads -> keypoints: the numpy reference that the graphs and the CUDA kernels are held against.
+"""Score map or raw heads -> keypoints, in numpy. Tests hold the graphs and the CUDA kernels against these functions.
 
-Semantics are the MIT PyTorch reference's (rpautrat/SuperPoint), written anew for speed: scores that cannot pass the
-threshold are zeroed before the suppression, which changes no survivor above it, because suppression only ever acts
-from a higher score onto lower ones.
+They do what the MIT PyTorch reference (rpautrat/SuperPoint) does, faster: scores below the threshold are set to zero
+before the suppression. This changes no keypoint, because a score only suppresses lower ones.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from numpy.typing import NDArray
 from superpoint_trt.core.types import DecodeOptions, Float32, Sampling
 
 NORM_EPS = 1e-12
-"""Below this length a descriptor is divided by it, not by its length: torch.nn.functional.normalize's default."""
+"""A descriptor shorter than this is divided by this, not by its length: torch.nn.functional.normalize's default."""
 
 
 def scores_from_logits(logits: NDArray[Any]) -> Float32:
-    """Softmax over a cell's pixels and the dustbin, which is dropped (DeTone et al. 2018, section 3.2).
+    """Softmax over each cell's pixels and its dustbin, which is then dropped (DeTone et al. 2018, section 3.2).
 
     Args:
         logits: (B, S*S + 1, H/S, W/S), any float type; computed in float32.
@@ -38,7 +37,7 @@ def scores_from_logits(logits: NDArray[Any]) -> Float32:
 
 
 def normalize(descriptors: NDArray[Any], axis: int) -> Float32:
-    """Unit length along `axis`, float32."""
+    """Scales vectors to unit length along `axis`; float32."""
     descriptors = descriptors.astype(np.float32, copy=False)
     length = np.sqrt(np.square(descriptors).sum(axis=axis, keepdims=True, dtype=np.float32))
     unit: Float32 = descriptors / np.maximum(length, np.float32(NORM_EPS))
@@ -64,18 +63,18 @@ def suppress(scores: Float32, radius_px: int) -> Float32:
 
 
 def select(scores: Float32, options: DecodeOptions) -> tuple[Float32, Float32]:
-    """Keypoints of one score map.
+    """Finds the keypoints of one score map.
 
     Args:
-        scores: (H, W) float32, before suppression; exactly the image, without padding.
+        scores: (H, W) float32, before suppression, without padding.
         options: radius, border, threshold, number.
 
     Returns:
-        (N, 2) x, y and (N,) scores, by falling score; equal scores in reading order.
+        Points (N, 2) float32, x then y, and scores (N,), by falling score; equal scores in reading order.
     """
     height, width = scores.shape
     border = options.remove_borders_px
-    # The border goes after the suppression, as in the reference: a point there still suppresses its neighbours.
+    # As in the reference, the border is cut off after the suppression: its points still suppress their neighbors.
     candidates = np.where(scores > options.threshold, scores, np.float32(0))
     inside = suppress(candidates, options.nms_radius_px)[border : height - border, border : width - border]
     y, x = np.nonzero(inside > 0)
@@ -86,15 +85,15 @@ def select(scores: Float32, options: DecodeOptions) -> tuple[Float32, Float32]:
 
 
 def sample_descriptors(xy: Float32, descriptors: Float32, stride_px: int, sampling: Sampling) -> Float32:
-    """Bilinear descriptors at keypoints, normalised again.
+    """Interpolates descriptors bilinearly at keypoints and scales them to unit length again.
 
-    Outside the outermost cell centres the nearest cells are continued; after the normalisation that equals the
-    zero padding of torch's grid_sample, which scales both remaining neighbours alike.
+    Outside the outermost cell centers the nearest cell continues. At unit length this equals the zero padding of
+    torch's grid_sample, which scales the remaining cells by one factor.
 
     Args:
         xy: (N, 2) pixels of the network's input.
         descriptors: (D, H/S, W/S) of unit length along D.
-        stride_px: S.
+        stride_px: S, pixels along a cell.
         sampling: the checkpoint's convention.
 
     Returns:
@@ -113,10 +112,10 @@ def sample_descriptors(xy: Float32, descriptors: Float32, stride_px: int, sampli
 
 
 def cell_position(xy: Float32, cells: Float32, stride_px: int, sampling: Sampling) -> Float32:
-    """Pixels (N, 2) -> positions on the descriptor grid (N, 2), 0 at the centre of the first cell.
+    """Maps pixels (N, 2) to positions on the descriptor grid (N, 2), which are 0 at the first cell's center.
 
-    HALF_PIXEL is the geometry of the network's cells. LEGACY is what SuperGlue's and LightGlue's
-    `sample_descriptors` compute with align_corners=True: right at the first cell, 3.5 px short at the last.
+    HALF_PIXEL is the true geometry of the network's cells. LEGACY is what SuperGlue's and LightGlue's
+    `sample_descriptors` compute with align_corners=True: exact at the first cell, 3.5 px short at the last.
     """
     stride, half = np.float32(stride_px), np.float32(0.5)
     position: Float32
@@ -128,9 +127,9 @@ def cell_position(xy: Float32, cells: Float32, stride_px: int, sampling: Samplin
 
 
 def _window_max(values: NDArray[Any], radius_px: int) -> NDArray[Any]:
-    """Maximum over the (2 r + 1)^2 window around each pixel, cut off at the edges; bool or float32.
+    """Maximum over the window of (2 r + 1)^2 pixels around each pixel, cut off at the edges; bool or float32.
 
-    Each axis by doubling: windows of 1, 2, 4, ... and the last two overlapping, so about log2 passes.
+    Along each axis the window's length doubles, 1, 2, 4, ..., and the last two windows overlap: about log2 passes.
     """
     for axis in (0, 1):
         width = 2 * radius_px + 1

@@ -20,31 +20,34 @@ Color = Sequence[int]
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
 _RIM = (0, 0, 0)
 _SUBPIXEL_BITS = 4
-"""OpenCV draws in fixed point: keypoints of shrunk images lie between pixels."""
+"""Fraction bits of the coordinates given to OpenCV: keypoints of shrunk images lie between pixels."""
 
 
 def draw_keypoints(image_rgb: NDArray[Any], keypoints: Keypoints) -> Picture:
-    """Dark-rimmed circles on a copy of the image, from the weakest score (blue) to the strongest (yellow), by rank.
+    """Draws dark-rimmed circles on a copy of the image, from the weakest score (blue) to the strongest (yellow).
 
     Args:
         image_rgb: (H, W, 3) uint8.
-        keypoints: in its pixels.
+        keypoints: in the image's pixels; the color shows the rank of the score.
 
     Returns:
         (H, W, 3) uint8 RGB.
     """
     colors = _ramp(len(keypoints))
-    # The strongest are drawn last, on top.
+    # From weak to strong, so that strong ones lie on top.
     return draw_points(image_rgb, [(keypoints.xy[i : i + 1], colors[i]) for i in reversed(range(len(keypoints)))])
 
 
 def draw_points(image_rgb: NDArray[Any], layers: Iterable[tuple[Float32, Color]], scale: float = 1.0) -> Picture:
-    """Dark-rimmed circles, layer by layer.
+    """Draws dark-rimmed circles on a copy of the image, layer by layer.
 
     Args:
         image_rgb: (H, W, 3) uint8.
-        layers: points (N, 2) in the image's pixels, and their colour.
-        scale: of the picture to the image.
+        layers: for each layer its points (N, 2) in the image's pixels and their RGB color.
+        scale: size of the picture over the size of the image.
+
+    Returns:
+        (H * scale, W * scale, 3) uint8 RGB.
     """
     import cv2
 
@@ -71,14 +74,17 @@ def draw_matches(
     second_xy: Float32,
     inliers: NDArray[np.bool_],
 ) -> Picture:
-    """Both images side by side, a line for every match: green inliers over fainter red outliers.
+    """Draws both images side by side and a line for each match: green inliers over fainter red outliers.
 
     Args:
         first_rgb: (H, W, 3) uint8.
-        second_rgb: (H', W', 3) uint8, drawn at the first's height.
+        second_rgb: (H', W', 3) uint8, scaled to the first image's height.
         first_xy: (M, 2) matched points in the first image's pixels.
-        second_xy: (M, 2) the same in the second's.
-        inliers: (M,) which matches the geometry keeps.
+        second_xy: (M, 2) matched points in the second image's pixels.
+        inliers: (M,) bool, which matches the geometry keeps.
+
+    Returns:
+        (H, W + gap + W' scaled, 3) uint8 RGB.
     """
     import cv2
 
@@ -90,7 +96,7 @@ def draw_matches(
     picture[:, left_width:] = right[: picture.shape[0]]
     places = (second_xy + 0.5) * scale - 0.5 + np.array([left_width, 0])
     for wanted, color, weight in ((~inliers, OUTLIER, 0.3), (inliers, INLIER, 0.5)):
-        lines = picture.copy()  # half of a line does not hide what is under it
+        lines = picture.copy()  # blended in, so that lines do not hide the image
         for start, end in zip(_fixed(first_xy[wanted]), _fixed(places[wanted])):
             cv2.line(lines, start, end, color, 1, cv2.LINE_AA, _SUBPIXEL_BITS)
         picture = np.asarray(cv2.addWeighted(lines, weight, picture, 1 - weight, 0), dtype=np.uint8)
@@ -100,10 +106,10 @@ def draw_matches(
 
 
 def check_picture_name(path: PathLike) -> None:
-    """Refuses a file name whose ending is no image format that can be written.
+    """Checks that a file name ends in an image format that can be written.
 
     Raises:
-        SuperPointError: naming usual endings.
+        SuperPointError: it does not; the text names usual endings.
     """
     import cv2
 
@@ -112,13 +118,25 @@ def check_picture_name(path: PathLike) -> None:
 
 
 def save_picture(path: PathLike, picture: Picture) -> Path:
-    """Writes a picture; beside, then renamed."""
+    """Writes a picture as an image file.
+
+    Raises:
+        SuperPointError: the name's ending is no image format, or the file cannot be written.
+    """
     check_picture_name(path)
     return write_atomically(path, encode_picture(picture, Path(path).suffix))
 
 
 def encode_picture(picture: Picture, suffix: str) -> bytes:
-    """A picture as the bytes of a file whose name ends so."""
+    """The bytes of an image file.
+
+    Args:
+        picture: (H, W, 3) RGB.
+        suffix: ending of the file's name, which says the format: ".png".
+
+    Raises:
+        SuperPointError: that format cannot hold the picture.
+    """
     import cv2
 
     with opencv_quiet():
@@ -143,7 +161,7 @@ def _scaled(image_rgb: NDArray[Any], scale: float) -> Picture:
 
 
 def _ramp(count: int) -> NDArray[np.uint8]:
-    """(count, 3) RGB, the first bright, the last dark."""
+    """Colors (count, 3) RGB from bright to dark."""
     import cv2
 
     ranks = np.linspace(255, 0, max(count, 1)).astype(np.uint8)

@@ -10,18 +10,18 @@ import numpy as np
 import onnx
 import pytest
 from conftest import photograph
-from helpers import run_in_onnxruntime
+from helpers import cases, run_in_onnxruntime
 from onnx import helper, numpy_helper
 
-from superpoint_trt import packaged
 from superpoint_trt.cli.main import cli, run
-from superpoint_trt.convert.cast import load_onnx
 from superpoint_trt.convert.export import ExportOptions, export
-from superpoint_trt.convert.quantize import calibrate as calibrations
-from superpoint_trt.convert.quantize import gptq as rounding
-from superpoint_trt.convert.quantize.calibrate import CalibrationOptions, calibrate
+from superpoint_trt.convert.onnx_file import load_onnx
+from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.gptq import _feed_back, _Layer, _patches, round_weights
+from superpoint_trt.convert.quantize.options import CalibrationOptions, QuantizeOptions
 from superpoint_trt.convert.quantize.qdq import quantize, quantize_file
+from superpoint_trt.convert.quantize.ranges_file import load_calibration, save_calibration
+from superpoint_trt.core.files import sha256
 from superpoint_trt.core.types import OutputType, Precision, SuperPointError
 
 NAMES = ("camera", "coffee", "brick", "grass")
@@ -38,9 +38,10 @@ def given():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(checkpoint_file, tmp_path_factory):
+    """A small random network: its weights are rounded in no time."""
     path = tmp_path_factory.mktemp("model") / "net.onnx"
-    return export(packaged.WEIGHTS, path, ExportOptions(OutputType.HEADS, height_px=96, width_px=128))
+    return export(checkpoint_file("magicleap"), path, ExportOptions(OutputType.HEADS, height_px=96, width_px=128))
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,12 @@ def test_patches_are_what_a_convolution_reads():
     assert {round(float(value), 3) for value in sums} == all_sums
 
 
-def test_the_network_comes_nearer_to_fp32_on_a_photograph_it_has_not_seen(model, ranges, rounded, tmp_path):
-    source = load_onnx(model)
+@pytest.mark.parametrize("weights", cases(["magicleap", "packaged"], fast=lambda weights: weights == "magicleap"))
+def test_the_network_comes_nearer_to_fp32_on_a_photograph_it_has_not_seen(checkpoint_file, given, tmp_path, weights):
+    path = tmp_path / "net.onnx"
+    source = load_onnx(export(checkpoint_file(weights), path, ExportOptions(OutputType.HEADS, 96, 128)))
+    ranges = calibrate(path, given, CalibrationOptions(equalize=False))
+    rounded = round_weights(path, ranges, given)
     image = photograph(96, 128, "chelsea").astype(np.float32) / 255
     exact = run_in_onnxruntime(source, image, tmp_path)
     nearest, fed_back = (run_in_onnxruntime(quantize(source, found), image, tmp_path) for found in (ranges, rounded))
@@ -102,7 +107,7 @@ def test_the_graph_differs_in_its_integers_only(model, ranges, rounded):
 
 
 def test_layers_that_are_kept_keep_their_weights(model, rounded):
-    kept = quantize(load_onnx(model), rounded, keep=["conv3b"])
+    kept = quantize(load_onnx(model), rounded, QuantizeOptions(keep_fp16=("conv3b",)))
     exact, got = (
         {w.name: numpy_helper.to_array(w) for w in graph.graph.initializer} for graph in (load_onnx(model), kept)
     )
@@ -110,14 +115,14 @@ def test_layers_that_are_kept_keep_their_weights(model, rounded):
 
 
 def test_fp8_has_no_use_for_steps_of_int8(model, ranges, rounded):
-    one, other = (quantize(load_onnx(model), found, Precision.FP8) for found in (ranges, rounded))
+    one, other = (quantize(load_onnx(model), found, QuantizeOptions(Precision.FP8)) for found in (ranges, rounded))
     assert one.SerializeToString() == other.SerializeToString()
 
 
 def test_files_give_the_same_model_byte_for_byte(model, rounded, given, tmp_path):
-    path = calibrations.save(rounded, tmp_path / "net.calibration.json")
+    path = save_calibration(rounded, tmp_path / "net.calibration.json")
     assert {found.name for found in tmp_path.iterdir()} == {"net.calibration.json", "net.calibration.int8.safetensors"}
-    again = calibrations.load(path)
+    again = load_calibration(path)
     assert again.summary().endswith("weights rounded with feedback")
     quantize_file(model, tmp_path / "from_files.onnx", path)
     expected = quantize(load_onnx(model), rounded).SerializeToString()
@@ -127,14 +132,14 @@ def test_files_give_the_same_model_byte_for_byte(model, rounded, given, tmp_path
 
 
 def test_weights_that_are_missing_or_others_are_refused(rounded, tmp_path):
-    path = calibrations.save(rounded, tmp_path / "net.calibration.json")
+    path = save_calibration(rounded, tmp_path / "net.calibration.json")
     weights = tmp_path / "net.calibration.int8.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
     with pytest.raises(SuperPointError, match=r"is not the file that .*net.calibration.json was written with"):
-        calibrations.load(path)
+        load_calibration(path)
     weights.unlink()
     with pytest.raises(SuperPointError, match=r"net\.calibration\.int8\.safetensors"):
-        calibrations.load(path)
+        load_calibration(path)
 
 
 def test_weights_of_another_network_are_refused(model, rounded):
@@ -148,13 +153,13 @@ def test_weights_of_another_network_are_refused(model, rounded):
 
 
 def test_damaged_weights_of_the_right_digest_are_refused(rounded, tmp_path):
-    path = calibrations.save(rounded, tmp_path / "net.calibration.json")
+    path = save_calibration(rounded, tmp_path / "net.calibration.json")
     (tmp_path / "net.calibration.int8.safetensors").write_bytes(b"no tensors")
-    digest = calibrations.sha256((tmp_path / "net.calibration.int8.safetensors").read_bytes())
+    digest = sha256((tmp_path / "net.calibration.int8.safetensors").read_bytes())
     flat = json.loads(path.read_text())
     path.write_text(json.dumps({**flat, "weights_sha256": digest}))
     with pytest.raises(SuperPointError, match="cannot be read as rounded weights"):
-        calibrations.load(path)
+        load_calibration(path)
 
 
 def test_convolutions_that_read_otherwise_are_left_to_the_nearest_step(model, ranges, given, tmp_path):
@@ -174,7 +179,8 @@ def test_a_convolution_with_groups_is_quantized_as_it_is(model, given, tmp_path)
     node = next(node for node in other.graph.node if node.op_type == "Conv" and "conv4b.weight" in node.input)
     node.attribute.append(helper.make_attribute("group", 4))
     weight = next(value for value in other.graph.initializer if value.name == "conv4b.weight")
-    quarter = np.ascontiguousarray(numpy_helper.to_array(weight)[:, :32]) * np.float32(2)
+    full_weight = numpy_helper.to_array(weight)
+    quarter = np.ascontiguousarray(full_weight[:, : full_weight.shape[1] // 4]) * np.float32(2)
     weight.CopyFrom(numpy_helper.from_array(quarter, "conv4b.weight"))
     path = tmp_path / "grouped.onnx"
     onnx.save(other, path)
@@ -201,7 +207,7 @@ def test_another_networks_ranges_are_refused(model, ranges, given):
 
 def test_few_images_are_enough(model, ranges, given, monkeypatch):
     seen = []
-    monkeypatch.setattr(rounding, "IMAGES", 2)
+    monkeypatch.setattr("superpoint_trt.convert.quantize.gptq.IMAGES", 2)
     round_weights(model, ranges, given, lambda done, total: seen.append((done, total)))
     assert seen[-1] == (14, 14), "two images and twelve layers"
 
@@ -221,7 +227,7 @@ def test_on_the_command_line(model, given, tmp_path, capsys):
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
     assert run(cli, [*words, str(tmp_path / "c.onnx"), *from_images, "--rounding", "nearest"]) == 0
     assert "feedback" not in capsys.readouterr().out.splitlines()[-1]
-    assert calibrations.load(tmp_path / "net.calibration.json").weights == {}
+    assert load_calibration(tmp_path / "net.calibration.json").weights == {}
     (tmp_path / "net.calibration.int8.safetensors").unlink()
     assert run(cli, [*words, str(tmp_path / "d.onnx"), *from_files]) == 0
     assert "to the nearest step: " in capsys.readouterr().out

@@ -9,26 +9,27 @@ import numpy as np
 import onnx
 import pytest
 from conftest import photograph
-from helpers import graph_of, run_in_onnxruntime
+from helpers import cases, graph_of, run_in_onnxruntime
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import numpy_helper
 
-from superpoint_trt.convert import engine as engines
-from superpoint_trt.convert.cast import convolutions, load_onnx, to_precision
+from superpoint_trt.convert.cast import to_precision
 from superpoint_trt.convert.engine import BuildOptions, build
+from superpoint_trt.convert.engine_trt86 import constrain_types
 from superpoint_trt.convert.export import ExportOptions, export
-from superpoint_trt.convert.quantize.calibrate import Calibration, Method, calibrate
+from superpoint_trt.convert.onnx_file import convolutions, load_onnx
+from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.equalize import equalize
+from superpoint_trt.convert.quantize.options import COARSE, FirstConvolution, Method, QuantizeOptions
 from superpoint_trt.convert.quantize.qdq import (
-    COARSE,
     PARTS,
-    FirstConvolution,
-    handed_over,
+    fp16_with_int8_input,
     kept_layers,
     normalizations_after_relu,
     quantize,
     split_image,
 )
+from superpoint_trt.convert.quantize.ranges_file import Calibration
 from superpoint_trt.core.types import OutputType, Precision, SuperPointError
 from superpoint_trt.gpu import tensorrt_api as trt
 from superpoint_trt.gpu.tensorrt_api import Flavor
@@ -120,7 +121,8 @@ def test_onnxruntime_computes_what_the_quantization_says(checkpoint, tmp_path, l
     """Three ways: fp32, onnxruntime on the Q/DQ graph, and numpy on the fp32 graph with every rounding written out."""
     model = graph_of(checkpoint, "heads", layout, height_px=48, width_px=64)
     ranges = ranges_of(model)
-    quantized = quantize(model, ranges, Precision(precision), ["conv3b"], FirstConvolution(first))
+    options = QuantizeOptions(Precision(precision), ("conv3b",), FirstConvolution(first))
+    quantized = quantize(model, ranges, options)
     image = photograph(48, 64).astype(np.float32) / 255
     kept = {"conv3b"} if first == "parts" else {"conv1a", "conv3b"}
     expected = simulate(model, image[None], ranges.ranges, kept, rounded)
@@ -130,13 +132,13 @@ def test_onnxruntime_computes_what_the_quantization_says(checkpoint, tmp_path, l
         np.testing.assert_allclose(ours, truth, atol=1e-5)
 
 
-@pytest.mark.parametrize(("keep", "hand_over"), [([COARSE], True), (["conv4*", "convP*", "convD*"], False)])
+@pytest.mark.parametrize(("keep", "hand_over"), [((COARSE,), True), (("conv4*", "convP*", "convD*"), False)])
 def test_int8_goes_as_far_as_the_last_pool(checkpoint, tmp_path, keep, hand_over):
     """Kept as coarse, the convolution behind it reads 127 steps; kept by name, what the pool gives."""
     model = graph_of(checkpoint, "heads", "magicleap", height_px=48, width_px=64)
     ranges, image = ranges_of(model), photograph(48, 64).astype(np.float32) / 255
     kept = ["conv4a", "conv4b", "convPa", "convPb", "convDa", "convDb"]
-    quantized = quantize(model, ranges, keep=keep)
+    quantized = quantize(model, ranges, QuantizeOptions(keep_fp16=keep))
     pairs = {node.output[0] for node in quantized.graph.node if node.op_type == "DequantizeLinear"}
     reads = {name: [tensor in pairs for tensor in node.input[:2]] for name, node in convolutions(quantized).items()}
     assert reads == {name: [name not in kept, name not in kept] for name in reads} | {"conv4a": [hand_over, False]}
@@ -150,17 +152,18 @@ def test_int8_goes_as_far_as_the_last_pool(checkpoint, tmp_path, keep, hand_over
 @pytest.mark.parametrize(
     ("layout", "keep", "handed"),
     [
-        ("magicleap", [COARSE], ["conv4a"]),
-        ("magicleap", [COARSE, "conv1*"], ["conv4a"]),
-        ("magicleap", [COARSE, "conv4a"], []),  # asked for by name
-        ("magicleap", [COARSE, "conv3b"], []),  # int8 ends before the pool
-        ("magicleap", ["conv2a", "conv4a"], []),
-        ("v6", [COARSE], []),  # a BatchNorm between
+        ("magicleap", (COARSE,), ["conv4a"]),
+        ("magicleap", (COARSE, "conv1*"), ["conv4a"]),
+        ("magicleap", (COARSE, "conv4a"), []),  # asked for by name
+        ("magicleap", (COARSE, "conv3b"), []),  # int8 ends before the pool
+        ("magicleap", ("conv2a", "conv4a"), []),
+        ("v6", (COARSE,), []),  # a BatchNorm between
     ],
 )
 def test_what_int8_is_handed_over_to(checkpoint, layout, keep, handed):
     model = graph_of(checkpoint, "heads", layout)
-    assert handed_over(model, keep, kept_layers(model, keep)) == handed
+    options = QuantizeOptions(keep_fp16=keep)
+    assert fp16_with_int8_input(model, options, kept_layers(model, options)) == handed
 
 
 @pytest.mark.parametrize(("layout", "count"), [("v6", 8), ("magicleap", 0)])
@@ -214,13 +217,15 @@ def test_int8_costs_an_8_bit_image_nothing_but_its_white(checkpoint, tmp_path):
     """Onnxruntime's first convolution on parts against fp32: as far off as its weights alone are."""
     model = graph_of(checkpoint, "heads", "magicleap", height_px=48, width_px=64)
     image = np.random.default_rng(0).integers(0, 255, (48, 64)).astype(np.float32) / np.float32(255)
-    kept = [name for name in convolutions(model) if name != "conv1a"]
+    kept = tuple(name for name in convolutions(model) if name != "conv1a")
     known = {w.name: w for w in model.graph.initializer}
     weight = numpy_helper.to_array(known["conv1a.weight"])
     known["conv1a.weight"].CopyFrom(numpy_helper.from_array(np.sign(weight), "conv1a.weight"))  # exact in int8
     exact = run_in_onnxruntime(model, image, tmp_path)
-    split = run_in_onnxruntime(quantize(model, ranges_of(model), keep=kept), image, tmp_path)
-    whole = quantize(model, ranges_of(model, 1.0), keep=kept, first=FirstConvolution.WHOLE)
+    split = run_in_onnxruntime(quantize(model, ranges_of(model), QuantizeOptions(keep_fp16=kept)), image, tmp_path)
+    whole = quantize(
+        model, ranges_of(model, 1.0), QuantizeOptions(keep_fp16=kept, first_convolution=FirstConvolution.WHOLE)
+    )
     for ours, truth, coarse in zip(split, exact, run_in_onnxruntime(whole, image, tmp_path)):
         np.testing.assert_allclose(ours, truth, atol=2e-4)
         assert np.abs(coarse - truth).max() > 0.01, "which one int8 image does lose"
@@ -228,8 +233,12 @@ def test_int8_costs_an_8_bit_image_nothing_but_its_white(checkpoint, tmp_path):
 
 def test_who_keeps_the_first_convolution_gets_it_in_fp16(checkpoint):
     model = graph_of(checkpoint, "heads", "v6")
-    for chosen in ({"keep": ["conv1a"]}, {"keep": ["conv1*"]}, {"first": FirstConvolution.FP16}):
-        quantized = quantize(model, ranges_of(model), **chosen)
+    for chosen in (
+        {"keep_fp16": ("conv1a",)},
+        {"keep_fp16": ("conv1*",)},
+        {"first_convolution": FirstConvolution.FP16},
+    ):
+        quantized = quantize(model, ranges_of(model), QuantizeOptions(**chosen))
         noted = {entry.key.rpartition(".")[2]: entry.value for entry in quantized.metadata_props}
         assert noted["first_convolution"] == "fp16" and "conv1a" in noted["kept_layers"].split()
         assert convolutions(quantized)["conv1a"].input[:2] == ["image", "conv1a.weight"]
@@ -243,9 +252,9 @@ def test_the_metadata_say_parts(checkpoint):
 
 def test_fp8_leaves_the_first_convolution_alone(checkpoint):
     model = graph_of(checkpoint, "heads", "v6")
-    assert kept_layers(model, [], Precision.FP8) == ["conv1a"]
+    assert kept_layers(model, QuantizeOptions(Precision.FP8)) == ["conv1a"]
     with pytest.raises(SuperPointError, match=r"parts make an image fit for int8; fp8 .* --first-convolution fp16"):
-        quantize(model, ranges_of(model), Precision.FP8, first=FirstConvolution.PARTS)
+        quantize(model, ranges_of(model), QuantizeOptions(Precision.FP8, (), FirstConvolution.PARTS))
 
 
 def test_an_image_that_something_else_reads_first_is_not_split(checkpoint):
@@ -255,9 +264,9 @@ def test_an_image_that_something_else_reads_first_is_not_split(checkpoint):
     model.graph.initializer.append(half)
     model.graph.node.insert(0, onnx.helper.make_node("Mul", ["image", "half"], ["scaled"], name="scaled"))
     convolutions(model)["conv1a"].input[0] = "scaled"
-    assert kept_layers(model, []) == ["conv1a"]
+    assert kept_layers(model) == ["conv1a"]
     with pytest.raises(SuperPointError, match=r"conv1a reads scaled, not image; int8 .* --first-convolution fp16"):
-        quantize(model, ranges_of(model), first=FirstConvolution.PARTS)
+        quantize(model, ranges_of(model), QuantizeOptions(first_convolution=FirstConvolution.PARTS))
     with pytest.raises(SuperPointError, match="conv1a reads scaled"):
         split_image(model, ranges_of(model))
 
@@ -271,8 +280,18 @@ def test_coarse_layers_are_those_behind_the_last_pooling(checkpoint, layout, kin
     """Of any type: suppression's pools come behind, and count for nothing."""
     model = graph_of(checkpoint, kind, layout)
     coarse = ["conv4a", "conv4b", "convPa", "convPb", "convDa", "convDb"]
-    assert sorted(kept_layers(model, [COARSE])) == sorted(coarse)
-    assert sorted(kept_layers(model, [COARSE, "conv1b"])) == sorted(["conv1b", *coarse])
+    assert sorted(kept_layers(model, QuantizeOptions(keep_fp16=(COARSE,)))) == sorted(coarse)
+    assert sorted(
+        kept_layers(
+            model,
+            QuantizeOptions(
+                keep_fp16=(
+                    COARSE,
+                    "conv1b",
+                )
+            ),
+        )
+    ) == sorted(["conv1b", *coarse])
 
 
 def test_without_pooling_no_layer_is_coarse(checkpoint):
@@ -280,20 +299,29 @@ def test_without_pooling_no_layer_is_coarse(checkpoint):
     pools = [node for node in model.graph.node if node.op_type == "MaxPool"]
     for node in pools:
         node.op_type = "AveragePool"
-    assert len(kept_layers(model, [COARSE])) == 6, "any pooling counts"
+    assert len(kept_layers(model, QuantizeOptions(keep_fp16=(COARSE,)))) == 6, "any pooling counts"
     for node in pools:
         del node.attribute[:]
-    assert kept_layers(model, [COARSE]) == []
+    assert kept_layers(model, QuantizeOptions(keep_fp16=(COARSE,))) == []
 
 
 # ------------------------------------------------------------------------------------------------- what TensorRT builds
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
-@pytest.mark.parametrize("layout", ["v6", "magicleap"])
-@pytest.mark.parametrize("keep", ["convPb", COARSE])
+@pytest.mark.parametrize(
+    ("keep", "layout", "precision", "kind", "dynamic"),
+    cases(
+        ["convPb", COARSE],
+        ["v6", "magicleap"],
+        ["int8", "fp8"],
+        KINDS,
+        [False, True],
+        fast=lambda keep, layout, precision, kind, dynamic: (
+            (keep == COARSE and layout == "magicleap" and dynamic is (kind == "dense"))
+            or (kind == "heads" and precision == "int8" and not dynamic)
+        ),
+    ),
+)
 def test_tensorrt_rtx_builds_every_type(checkpoint_file, tmp_path, keep, layout, precision, kind, dynamic):
     """For SM89, no GPU needed; the parser refuses Q/DQ that it cannot take, and then nothing is built."""
     pytest.importorskip("tensorrt_rtx")
@@ -330,7 +358,9 @@ def test_the_built_network_reads_int8(checkpoint_file, tmp_path, first, behind_p
     network = tensorrt.create_network(builder)
     parser = module.OnnxParser(network, tensorrt.logger)
     model = load_onnx(export(checkpoint_file("magicleap"), tmp_path / "a.onnx", ExportOptions(OutputType.HEADS)))
-    typed = to_precision(quantize(model, ranges_of(model), first=FirstConvolution(first)), Precision.FP16)
+    typed = to_precision(
+        quantize(model, ranges_of(model), QuantizeOptions(first_convolution=FirstConvolution(first))), Precision.FP16
+    )
     assert parser.parse(typed.SerializeToString())
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     into = {layer.get_output(0).name: layer for layer in layers}
@@ -387,13 +417,13 @@ def constrained(model: onnx.ModelProto) -> tuple[dict[str, FakeLayer], dict[str,
         get_output=outputs.__getitem__,
     )
     trt = SimpleNamespace(LayerType=Layer, float32="float32", float16="float16")
-    engines._constrain_types(trt, network, model)
+    constrain_types(trt, network, model)
     return {layer.name: layer for layer in layers}, {output.name: output.dtype for output in outputs}
 
 
 def test_tensorrt_8_is_told_nothing_about_quantized_convolutions(checkpoint):
     model = graph_of(checkpoint, "dense", "magicleap")
-    layers, outputs = constrained(quantize(model, ranges_of(model), keep=["conv3b"]))
+    layers, outputs = constrained(quantize(model, ranges_of(model), QuantizeOptions(keep_fp16=("conv3b",))))
     assert {name for name, layer in layers.items() if layer.precision == "float16"} == {"conv3b"}
     free = [name for name, layer in layers.items() if layer.precision is None]
     assert set(convolutions(model)) - {"conv3b"} <= set(free)
@@ -405,7 +435,7 @@ def test_tensorrt_8_is_told_nothing_about_quantized_convolutions(checkpoint):
 def test_tensorrt_8_computes_the_coarse_layers_in_fp16(checkpoint):
     """conv4a reads what int8 hands over, and is left alone for all that."""
     model = graph_of(checkpoint, "heads", "magicleap")
-    layers, outputs = constrained(quantize(model, ranges_of(model), keep=[COARSE]))
+    layers, outputs = constrained(quantize(model, ranges_of(model), QuantizeOptions(keep_fp16=(COARSE,))))
     in_fp16 = {name for name, layer in layers.items() if layer.precision == "float16"}
     assert in_fp16 == {"conv4a", "conv4b", "convPa", "logits", "convDa", "coarse_descriptors"}
     assert layers["conv3b.relu"].precision is None and layers["conv3b.pool"].precision is None
@@ -414,7 +444,7 @@ def test_tensorrt_8_computes_the_coarse_layers_in_fp16(checkpoint):
 
 def test_tensorrt_8_computes_a_kept_first_convolution_in_fp16(checkpoint):
     model = graph_of(checkpoint, "dense", "magicleap")
-    layers, _ = constrained(quantize(model, ranges_of(model), keep=["conv1a"]))
+    layers, _ = constrained(quantize(model, ranges_of(model), QuantizeOptions(keep_fp16=("conv1a",))))
     assert {name for name, layer in layers.items() if layer.precision == "float16"} == {"conv1a"}
 
 

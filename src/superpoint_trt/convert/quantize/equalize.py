@@ -1,10 +1,11 @@
-"""Channels of one tensor brought to like ranges, so that one int8 scale fits them all.
+"""Scales the channels of a tensor to similar ranges, so that one int8 scale fits them all.
 
-A quantised tensor has one scale, so a channel that stays small next to a large one is left with few of the 127 steps.
-ReLU, max-pool and zero padding commute with a positive factor, so a channel may be multiplied by one where it is made
-and divided by it where it is read: the network computes the same. The factor balances the channel's range against that
-of the weights that read it (Nagel et al. 2019, "Data-free quantization through weight equalization and bias
-correction", section 4.1, with measured ranges as in Xiao et al. 2023, "SmoothQuant", equation 4 at 1/2).
+A quantized tensor has one scale, so a channel that is small next to a large one gets few of the 127 steps. ReLU,
+max-pool and zero padding commute with a positive factor. So a channel can be multiplied by a factor where it is made
+and divided by it where it is read, and the network computes the same. The factor is the square root of w / r, where r
+is the channel's range and w the range of the weights that read it (Nagel et al. 2019, "Data-free quantization through
+weight equalization and bias correction", section 4.1; with measured ranges as in Xiao et al. 2023, "SmoothQuant",
+equation 4 at 1/2).
 """
 
 from __future__ import annotations
@@ -18,40 +19,41 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from superpoint_trt.convert.cast import constants, convolutions
+from superpoint_trt.convert.onnx_file import constants, convolutions, set_initializers
 from superpoint_trt.core.types import Float32, SuperPointError
 
 _SMALLEST = 1e-3
-"""Of the largest: channels below are as good as dead and get no larger factor for it."""
+"""Smallest range that counts, as a share of the tensor's largest. A channel below it is as good as dead; it gets the
+factor of this share."""
 
 
 @dataclass(frozen=True)
-class _Site:
-    """A tensor whose channels can be scaled: the node that makes it, and the convolutions that read it."""
+class _Scalable:
+    """The nodes around a tensor whose channels can be scaled: the one that makes it, the convolutions that read it."""
 
     maker: onnx.NodeProto
     readers: list[onnx.NodeProto]
 
 
-def sites(model: onnx.ModelProto) -> list[str]:
-    """The tensors whose channels can be scaled."""
-    return list(_sites(model))
+def scalable_tensors(model: onnx.ModelProto) -> list[str]:
+    """Names of the tensors whose channels can be scaled."""
+    return list(_scalable(model))
 
 
 def factors(model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.floating]]) -> dict[str, list[float]]:
-    """The factor of each channel.
+    """Balances each channel's range against the range of the weights that read it.
 
     Args:
         model: fp32 graph.
-        ranges: tensor name -> (C,) largest magnitude of each channel, for all of `sites`.
+        ranges: tensor name -> (C,) largest magnitude of each channel, for every one of `scalable_tensors`.
 
     Returns:
-        Tensor name -> C factors, of three digits, the largest 1.
+        Tensor name -> C factors, each rounded to three digits, the largest 1.
     """
     known = constants(model.graph)
     found = {}
-    for name, site in _sites(model).items():
-        weights = [_channel_weights(numpy_helper.to_array(known[reader.input[1]])) for reader in site.readers]
+    for name, nodes in _scalable(model).items():
+        weights = [_channel_weights(numpy_helper.to_array(known[reader.input[1]])) for reader in nodes.readers]
         read = np.max(weights, axis=0)
         made = ranges[name]
         balance = np.sqrt(np.maximum(read, _SMALLEST * read.max()) / np.maximum(made, _SMALLEST * made.max()))
@@ -60,36 +62,40 @@ def factors(model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.floating]]) 
 
 
 def equalize(model: onnx.ModelProto, by_tensor: Mapping[str, list[float]]) -> onnx.ModelProto:
-    """The same network with channels scaled where they are made, and back where they are read.
+    """Scales channels where they are made, and back where they are read.
 
     Args:
-        model: fp32 graph; left as it is.
-        by_tensor: of `factors`.
+        model: fp32 graph; not changed.
+        by_tensor: what `factors` returned.
+
+    Returns:
+        A new model that computes the same.
 
     Raises:
-        SuperPointError: a tensor that cannot be scaled, or another number of channels.
+        SuperPointError: a tensor cannot be scaled, or has another number of channels.
     """
     scaled = copy.deepcopy(model)
     known = {name: numpy_helper.to_array(value) for name, value in constants(scaled.graph).items()}
-    places = _sites(scaled)
+    scalable = _scalable(scaled)
     changed: dict[str, Float32] = {}
     for name, values in by_tensor.items():
         factor: Float32 = np.array(values, np.float32)
-        if name not in places:
+        if name not in scalable:
             raise SuperPointError(f"the channels of {name} cannot be scaled in this graph: calibrate this model anew.")
-        maker, readers = places[name].maker, places[name].readers
-        # Convolution and BatchNormalization: weight or scale, and bias.
+        maker, readers = scalable[name].maker, scalable[name].readers
+        # Inputs 1 and 2: weight and bias of a convolution, scale and bias of a BatchNormalization.
         for tensor in maker.input[1:3]:
             _scale(tensor, factor, 0, known, changed)
         for reader in readers:
             _scale(reader.input[1], np.float32(1) / factor, 1, known, changed)
-    put(scaled.graph, changed)
+    set_initializers(scaled.graph, changed)
     return scaled
 
 
 def _scale(
     name: str, factor: Float32, axis: int, known: Mapping[str, NDArray[np.float32]], changed: dict[str, Float32]
 ) -> None:
+    """Multiplies one constant along `axis` by the factors, and notes the result in `changed`."""
     values = changed.get(name, known[name])
     if values.shape[axis] != len(factor):
         raise SuperPointError(
@@ -100,17 +106,8 @@ def _scale(
     changed[name] = np.asarray(values * factor.reshape(shape), np.float32)
 
 
-def put(graph: onnx.GraphProto, values: Mapping[str, Float32]) -> None:
-    """Puts new values into initializers and Constant nodes."""
-    for constant in graph.initializer:
-        if constant.name in values:
-            constant.CopyFrom(numpy_helper.from_array(values[constant.name], constant.name))
-    for node in graph.node:
-        if node.op_type == "Constant" and node.output[0] in values:
-            node.attribute[0].t.CopyFrom(numpy_helper.from_array(values[node.output[0]], node.output[0]))
-
-
-def _sites(model: onnx.ModelProto) -> dict[str, _Site]:
+def _scalable(model: onnx.ModelProto) -> dict[str, _Scalable]:
+    """The nodes around each tensor that can be scaled, by the tensor's name."""
     graph = model.graph
     makers = {name: node for node in graph.node for name in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {value.name: [onnx.NodeProto()] for value in graph.output}
@@ -119,18 +116,22 @@ def _sites(model: onnx.ModelProto) -> dict[str, _Site]:
             readers.setdefault(name, []).append(node)
     inputs = dict.fromkeys(node.input[0] for node in convolutions(model).values())
     known = constants(graph)
-    traced = {name: _site(name, makers, readers) for name in inputs}
+    traced = {name: _trace(name, makers, readers) for name in inputs}
     return {
-        name: site
-        for name, site in traced.items()
-        if site and all(weight in known for node in (site.maker, *site.readers) for weight in node.input[1:2])
+        name: nodes
+        for name, nodes in traced.items()
+        if nodes and all(weight in known for node in (nodes.maker, *nodes.readers) for weight in node.input[1:2])
     }
 
 
-def _site(name: str, makers: Mapping[str, onnx.NodeProto], readers: Mapping[str, list[onnx.NodeProto]]) -> _Site | None:
-    """Walks back over what commutes with a factor; None if anything but convolutions reads along the way.
+def _trace(
+    name: str, makers: Mapping[str, onnx.NodeProto], readers: Mapping[str, list[onnx.NodeProto]]
+) -> _Scalable | None:
+    """Walks from a tensor back over ReLU and max-pool to the node that makes its channels.
 
-    Nor if one has groups: its weights hold a part of the channels only.
+    Returns:
+        None if another node than a convolution reads a tensor on the way, or if a convolution has groups: its weights
+        hold only a part of the channels.
     """
     convolving = readers[name]
     if not all(node.op_type == "Conv" and node.input[0] == name and not _has_groups(node) for node in convolving):
@@ -143,7 +144,7 @@ def _site(name: str, makers: Mapping[str, onnx.NodeProto], readers: Mapping[str,
         node = makers.get(source)
     if node is None or node.op_type not in ("Conv", "BatchNormalization") or len(node.input) < 3:
         return None
-    return _Site(node, convolving)
+    return _Scalable(node, convolving)
 
 
 def _has_groups(convolution: onnx.NodeProto) -> bool:
@@ -151,7 +152,7 @@ def _has_groups(convolution: onnx.NodeProto) -> bool:
 
 
 def _channel_weights(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(O, C, h, w) -> (C,) largest magnitude that reads each channel, as a share of its row's largest."""
+    """(O, C, h, w) -> (C,): the largest weight that reads each channel, as a share of its output channel's largest."""
     magnitude = np.abs(weight)
     rows = magnitude.max(axis=(1, 2, 3), keepdims=True)
     share: NDArray[np.float32] = (magnitude / np.where(rows > 0, rows, 1)).max(axis=(0, 2, 3))

@@ -1,10 +1,9 @@
-"""int8 weights rounded so that their errors cancel, instead of each to its nearest step.
+"""Rounds int8 weights so that their errors cancel, instead of each to its nearest step.
 
-After GPTQ (Frantar et al. 2023, "GPTQ: Accurate post-training quantization for generative pre-trained transformers",
-section 3): the weights of an output channel are rounded one after the other, and what each loses is made up for by
-those still to come, as far as what the convolution reads allows: inputs that go together can stand in for each other.
-That needs the second moments of the inputs, measured here on some of the images of calibration. Nothing about the graph
-changes but the integers in it, so nothing changes in speed.
+The method is GPTQ (Frantar et al. 2023, "GPTQ: Accurate post-training quantization for generative pre-trained
+transformers", section 3). The weights of an output channel are rounded one after the other, and the weights still to
+come make up for what each loses. That works as far as the convolution's inputs are correlated, so it needs their second
+moments, measured here on some of the calibration images. Only the integers in the graph change, so its speed does not.
 """
 
 from __future__ import annotations
@@ -17,56 +16,56 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from superpoint_trt.convert.cast import constants, described, load_onnx
+from superpoint_trt.convert.onnx_file import OnnxSource, check_quantizable, constants, read_onnx
 from superpoint_trt.convert.quantize.calibrate import (
     Activations,
-    Calibration,
-    Given,
-    check_quantizable,
-    check_same_network,
-    evenly,
+    CalibrationImage,
+    is_own,
     network_inputs,
-    weight_digest,
+    spread_evenly,
 )
 from superpoint_trt.convert.quantize.qdq import INT8_LARGEST, quantize
-from superpoint_trt.core.files import PathLike
+from superpoint_trt.convert.quantize.ranges_file import Calibration, check_same_network, weight_digest
 from superpoint_trt.core.progress import Progress, Steps
 from superpoint_trt.core.types import Float32, SuperPointError
 
 IMAGES = 24
-"""Moments are means over many places, so few images are enough."""
+"""Images to measure moments on. Moments are means over many places, so few images are enough."""
 POSITIONS = 1500
-"""Of each image and tensor: 36,000 in all, for at most 1152 weights a channel."""
+"""Random places measured in each image and tensor: 36,000 in all, for at most 1152 weights a channel."""
 DAMPING = 0.01
-"""Of the mean second moment, added to each: what the samples do not show must not be leant on."""
+"""Share of the mean second moment that is added to each, so that rounding does not rely on chance correlations."""
 
 
 def round_weights(
-    model: PathLike, calibration: Calibration, given: Sequence[Given], progress: Progress | None = None
+    model: OnnxSource,
+    calibration: Calibration,
+    calibration_images: Sequence[CalibrationImage],
+    progress: Progress | None = None,
 ) -> Calibration:
-    """Rounds every weight that int8 would round, with error feedback.
+    """Rounds the int8 weights of every convolution, with error feedback.
 
     Args:
         model: fp32 SuperPoint .onnx of any type.
         calibration: its ranges.
-        given: images as `calibration.calibrate` takes them; `IMAGES` of them are used.
+        calibration_images: as `calibrate` takes them; `IMAGES` of them are used.
         progress: called with (images and layers done, in all).
 
     Returns:
         The calibration with `weights`, which `quantize` takes in place of the nearest steps.
 
     Raises:
-        SuperPointError: no fp32 model, ranges of another one, or no usable image.
+        SuperPointError: the model is not fp32, the ranges are of another network, or no image can be used.
     """
-    source = load_onnx(model)
-    check_quantizable(source)
-    description = described(source, model)
-    check_same_network(calibration, description, model)
-    graph = quantize(source, replace(calibration, weights={}))
+    source = read_onnx(model)
+    check_quantizable(source.model)
+    description = source.description
+    check_same_network(calibration, description, source.path)
+    graph = quantize(source.model, replace(calibration, weights={}))
     layers = _layers(graph)
-    few = evenly(given, min(IMAGES, len(given)))
+    few = spread_evenly(calibration_images, min(IMAGES, len(calibration_images)))
     steps = Steps(len(few) + len(layers), progress)
-    activations = Activations(graph, model, description.checkpoint_sha256 is not None)
+    activations = Activations(graph, source.path, any_size=is_own(description))
     moments = {layer.reads: np.zeros((layer.size, layer.size)) for layer in layers}
     used = 0
     for number, image in enumerate(network_inputs(few, description)):
@@ -75,7 +74,7 @@ def round_weights(
             continue
         try:
             values = dict(activations(image))
-        except SuperPointError:  # `calibrate` has said so
+        except SuperPointError:  # `calibrate` has warned of it
             continue
         used += 1
         for (tensor, kernel), sums in moments.items():
@@ -96,33 +95,33 @@ class _Layer:
     """A convolution whose weights are in int8."""
 
     name: str
-    """Of its weights' tensor."""
+    """Name of the weights' tensor."""
     weight: Float32
     """(O, I, K, K)."""
     steps: Float32
-    """(O,): what one step of int8 is worth."""
+    """(O,): the size of one int8 step in each output channel."""
     tensor: str
-    """What it reads."""
+    """Name of the tensor that the convolution reads."""
 
     @property
     def size(self) -> int:
-        """Weights of an output channel."""
+        """Number of weights of an output channel."""
         return int(np.prod(self.weight.shape[1:]))
 
     @property
     def reads(self) -> tuple[str, int]:
-        """Tensor, and the side of the kernel: what moments depend on."""
+        """The tensor and the kernel's side: convolutions that share both share their moments."""
         return self.tensor, self.weight.shape[2]
 
 
 def _layers(graph: onnx.ModelProto) -> list[_Layer]:
-    """The quantised convolutions of a Q/DQ graph whose reads `_patches` gathers: others stay at the nearest step."""
+    """The quantized convolutions with square, odd kernels, which `_patches` can read; not the others."""
     made_by = {node.output[0]: node for node in graph.graph.node}
     known = constants(graph.graph)
     found = []
     for node in graph.graph.node:
         dequantize = made_by.get(node.input[1]) if node.op_type == "Conv" else None
-        if dequantize is None or dequantize.op_type != "DequantizeLinear" or not _plain(node):
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or not _is_plain(node):
             continue
         name = made_by[dequantize.input[0]].input[0]
         weight, steps = (numpy_helper.to_array(known[key]) for key in (name, dequantize.input[1]))
@@ -131,8 +130,8 @@ def _layers(graph: onnx.ModelProto) -> list[_Layer]:
     return found
 
 
-def _plain(convolution: onnx.NodeProto) -> bool:
-    """Neither groups nor gaps."""
+def _is_plain(convolution: onnx.NodeProto) -> bool:
+    """Whether a convolution has neither groups nor dilation."""
     return all(
         set(attribute.ints or [attribute.i]) == {1}
         for attribute in convolution.attribute
@@ -141,7 +140,7 @@ def _plain(convolution: onnx.NodeProto) -> bool:
 
 
 def _patches(values: Float32, kernel: int, rng: np.random.Generator) -> Float32:
-    """(C, H, W) -> (POSITIONS, C * kernel^2): what the convolution reads at random places, zeros past the edge."""
+    """The inputs of a convolution at random places: (C, H, W) -> (POSITIONS, C * kernel^2), zeros past the edge."""
     edge = kernel // 2
     padded = np.pad(values, ((0, 0), (edge, edge), (edge, edge)))
     y, x = (rng.integers(0, side, POSITIONS) for side in values.shape[1:])
@@ -151,7 +150,15 @@ def _patches(values: Float32, kernel: int, rng: np.random.Generator) -> Float32:
 
 
 def _feed_back(layer: _Layer, moments: NDArray[np.float64]) -> NDArray[np.int8]:
-    """(O, I, K, K): steps of int8, each channel's weights rounded in order (GPTQ, algorithm 1, in one block)."""
+    """Rounds a layer's weights in order (GPTQ, algorithm 1, in one block).
+
+    Args:
+        layer: with n weights an output channel.
+        moments: (n, n) sums of products of the inputs.
+
+    Returns:
+        (O, I, K, K) int8 steps.
+    """
     damped = moments + np.eye(layer.size) * DAMPING * np.mean(np.diag(moments))
     factor = np.linalg.cholesky(np.linalg.inv(damped)).T
     left = layer.weight.reshape(len(layer.weight), -1) / layer.steps[:, None].astype(np.float64)

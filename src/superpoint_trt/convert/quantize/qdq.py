@@ -1,24 +1,24 @@
-"""Explicit quantisation: Q/DQ pairs written into an fp32 graph, for every runtime that reads them.
+"""Explicit quantization: writes Q/DQ pairs into an fp32 graph, for every runtime that reads them.
 
-What comes out is float32 everywhere else, so onnxruntime runs it as it is. The builder types the rest (`precision.cast`
-does it for other builders). Placement, and why:
+Apart from the pairs the result is float32, so onnxruntime runs it as it is. The builder casts the other convolutions to
+fp16 (`cast.cast` does it for other builders). Where the pairs lie, and why:
 
-- A pair in front of every quantised convolution, on its input (one scale) and on its weights (one scale for each output
-  channel); none on outputs and biases. So convolution, ReLU and the next convolution's Q become one kernel.
-- Behind a max-pool rather than in front: rounding is monotonic, so TensorRT moves the Q ahead and pools in int8.
-- Behind a BatchNorm that could not be folded: there one rounding is needed, in front it would be two.
-- Readers of one tensor (both heads) share one pair.
-- Symmetric, zero points 0: zero padding stays exact, and TensorRT takes nothing else.
-- `COARSE` leaves the convolutions behind the last pooling alone, as the command line does by default: at an eighth of
-  the size they take little time, outputs in fp16 need no step from int8, and what they round stays in the result.
-  Their input is rounded all the same if a pool gives it (`handed_over`): else TensorRT 8.6 pools in float32.
-- The first convolution reads the image, whose 8 bits need more than int8's 7: in parts (`split_image`), or fp16.
+- Every quantized convolution has a pair on its input (one scale) and one on its weights (one scale for each output
+  channel), none on output and bias. So convolution, ReLU and the next convolution's Q become one kernel.
+- The pair lies behind a max-pool, not in front: rounding is monotonic, so TensorRT moves the Q ahead and pools in int8.
+- It lies behind a BatchNorm that could not be folded: in front of it, two roundings would be needed.
+- Convolutions that read the same tensor (both heads) share one pair.
+- Scales are symmetric, with zero points 0: zero padding stays exact, and TensorRT takes nothing else.
+- `COARSE` keeps the convolutions behind the last pooling in fp16; the command line does so by default. At an eighth of
+  the size they take little time, their fp16 outputs need no conversion, and what they round would stay in the result.
+  If they read a max-pool, its output is still int8 (`fp16_with_int8_input`): else TensorRT 8.6 pools in float32.
+- The first convolution reads the image, whose 255 steps are more than int8's 127: the image is split into several int8
+  channels (`split_image`), or the convolution stays in fp16.
 """
 
 from __future__ import annotations
 
 import copy
-import enum
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,149 +30,131 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from superpoint_trt.convert.cast import (
+from superpoint_trt.convert.onnx_file import (
     QUANTIZED_TYPES,
+    OnnxSource,
+    check_quantizable,
     constants,
     convolutions,
-    described,
-    load_onnx,
-    name_of,
-    note_metadata,
+    node_name,
+    read_onnx,
+    set_initializers,
+    set_metadata,
 )
-from superpoint_trt.convert.quantize.calibrate import (
-    Calibration,
-    check_quantizable,
-    check_same_network,
-    load,
-    weight_digest,
-)
-from superpoint_trt.convert.quantize.equalize import equalize, put
+from superpoint_trt.convert.quantize.equalize import equalize
+from superpoint_trt.convert.quantize.options import COARSE, FirstConvolution, QuantizeOptions
+from superpoint_trt.convert.quantize.ranges_file import Calibration, check_same_network, load_calibration, weight_digest
 from superpoint_trt.core.files import PathLike, one_line, write_atomically
 from superpoint_trt.core.types import Precision, SuperPointError
 
-COARSE = "coarse"
-"""In place of a name pattern: the convolutions at the coarsest scale (`coarse_convolutions`)."""
-
-
-class FirstConvolution(str, enum.Enum):
-    """What becomes of the convolution that reads the image."""
-
-    FP16 = "fp16"
-    """Left alone."""
-    PARTS = "parts"
-    """int8, its image as the sum of several (`split_image`)."""
-    WHOLE = "whole"
-    """As the others: an image's 255 steps in 127, or in fp8. To be measured, not to be used."""
-
 
 def quantize_file(
-    model: PathLike,
+    model: OnnxSource,
     output: PathLike,
     ranges: PathLike,
-    precision: Precision = Precision.INT8,
-    keep: Sequence[str] = (),
-    first: FirstConvolution | None = None,
+    options: QuantizeOptions | None = None,
 ) -> Path:
-    """As `quantize`, from file to file.
+    """Quantizes a file (`quantize`).
 
     Args:
         model: fp32 SuperPoint .onnx.
-        output: the .onnx; written beside and renamed.
-        ranges: what `calibration.save` wrote.
-        precision: INT8 or FP8.
-        keep: name patterns of convolutions to leave alone.
-        first: as `quantize`.
+        output: the .onnx to write.
+        ranges: the file that `save_calibration` wrote.
+        options: precision, and which convolutions stay in fp16.
+
+    Returns:
+        The path written.
 
     Raises:
-        SuperPointError: as `quantize`, or the ranges are of another network; nothing is written then.
+        SuperPointError: the ranges are of another network, or `quantize` fails. Nothing is written then.
     """
-    source = load_onnx(model)
-    found = load(ranges)
-    check_same_network(found, described(source, model), model)
-    return write_atomically(output, quantize(source, found, precision, keep, first).SerializeToString())
+    source = read_onnx(model)
+    calibration = load_calibration(ranges)
+    check_same_network(calibration, source.description, source.path)
+    return write_atomically(output, quantize(source.model, calibration, options).SerializeToString())
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What a quantised type needs."""
+class _QuantizedType:
+    """An 8-bit type."""
 
     largest: float
     """The largest number it represents."""
     opset: int
-    """First opset whose Q/DQ has the type, and scales for each channel."""
+    """The first opset whose Q/DQ has the type, with a scale for each channel."""
 
 
 INT8_LARGEST = 127.0
 
-KINDS: Mapping[Precision, _Kind] = {
-    Precision.INT8: _Kind(INT8_LARGEST, 13),
-    Precision.FP8: _Kind(448.0, 19),
+_TYPES: Mapping[Precision, _QuantizedType] = {
+    Precision.INT8: _QuantizedType(INT8_LARGEST, 13),
+    Precision.FP8: _QuantizedType(448.0, 19),
 }
 
 
 def quantize(
     model: onnx.ModelProto,
     calibration: Calibration,
-    precision: Precision = Precision.INT8,
-    keep: Sequence[str] = (),
-    first: FirstConvolution | None = None,
+    options: QuantizeOptions | None = None,
 ) -> onnx.ModelProto:
     """Writes Q/DQ pairs around convolutions.
 
     Args:
-        model: fp32 graph; left as it is.
-        calibration: a range for the input of each convolution that is to be quantised; int8 weights, if it has them.
-        precision: INT8 or FP8 (E4M3, opset 19 or newer).
-        keep: name patterns (`conv4*`) of convolutions to leave alone, inputs too; or `COARSE`, see `handed_over`.
-        first: what becomes of the convolution that reads the image, if `keep` does not name it. None: PARTS of int8
-            where the graph allows it, else FP16.
+        model: fp32 graph; not changed.
+        calibration: a range for the input of each convolution to quantize; and int8 weights, if it has them.
+        options: precision, and which convolutions stay in fp16. None: int8, all convolutions.
 
     Returns:
-        A new fp32 graph with Q/DQ pairs; inputs and outputs as before. The metadata name precision, calibration and
-        what was left alone. An older opset is raised to the first that has what is needed.
+        A new fp32 graph with Q/DQ pairs; inputs and outputs as before. The metadata name precision, calibration and the
+        convolutions that are not quantized. An opset older than the type needs is raised.
 
     Raises:
-        SuperPointError: not fp32, a pattern without a match, nothing left to quantise, a range is missing, or the image
-            cannot be split.
+        SuperPointError: the graph is not fp32, a pattern names no convolution, no convolution is left to quantize, a
+            range is missing, or the image cannot be split.
     """
+    options = options or QuantizeOptions()
+    precision = options.precision
     check_quantizable(model)
-    if precision not in KINDS:
+    if precision not in _TYPES:
         raise SuperPointError(f"precision {precision.value} is not quantised; expected int8 or fp8.")
     if precision is not Precision.INT8:
         calibration = replace(calibration, weights={})
-    kept = kept_layers(model, keep, precision, first)
+    kept = kept_layers(model, options)
     chosen = [name for name in convolutions(model) if name not in kept]
     if not chosen:
         raise SuperPointError(f"nothing is left to quantise: all convolutions are kept ({', '.join(kept)}).")
-    front = set(first_convolutions(model)) - set(kept)
-    done = _resolved(model, precision, first) if front else FirstConvolution.FP16
-    if done is FirstConvolution.PARTS:
+    first_is_quantized = bool(set(first_convolutions(model)) - set(kept))
+    first = _first_convolution(model, options) if first_is_quantized else FirstConvolution.FP16
+    if first is FirstConvolution.PARTS:
         model, calibration = split_image(model, calibration)
-    quantized = with_opset(equalize(model, calibration.channels), KINDS[precision].opset)
-    handed = handed_over(model, keep, kept) if precision is Precision.INT8 else []
-    _Insertion(quantized, calibration, precision).run(chosen, handed)
-    note_metadata(
+    quantized = with_opset(equalize(model, calibration.channels), _TYPES[precision].opset)
+    int8_input_only = fp16_with_int8_input(model, options, kept) if precision is Precision.INT8 else []
+    _PairWriter(quantized, calibration, precision).run(chosen, int8_input_only)
+    set_metadata(
         quantized,
         precision=precision.value,
         calibration=calibration.summary(),
         kept_layers=" ".join(kept),
-        handed_over=" ".join(handed),
-        first_convolution=done.value,
+        handed_over=" ".join(int8_input_only),
+        first_convolution=first.value,
     )
     return onnx.shape_inference.infer_shapes(quantized)
 
 
-def handed_over(model: onnx.ModelProto, keep: Sequence[str], kept: Sequence[str]) -> list[str]:
-    """Those left alone that read int8: `COARSE`, not named besides, behind the max-pool of a quantised convolution.
+def fp16_with_int8_input(model: onnx.ModelProto, options: QuantizeOptions, kept: Sequence[str]) -> list[str]:
+    """The fp16 convolutions that still read an int8 max-pool.
+
+    A convolution that `COARSE` keeps is one of them if a quantized convolution lies before the pool. A convolution that
+    a name pattern keeps is not: its input stays as it is, too.
 
     Args:
         model: fp32 graph.
-        keep: as `quantize` takes it.
-        kept: what that comes to (`kept_layers`).
+        options: as `quantize` takes them.
+        kept: `kept_layers` of both.
     """
-    if COARSE not in keep:
+    if COARSE not in options.keep_fp16:
         return []
-    named = {name for pattern in keep for name in fnmatch.filter(kept, pattern)}
+    named = {name for pattern in options.keep_fp16 for name in fnmatch.filter(kept, pattern)}
     makers = {name: node for node in model.graph.node for name in node.output}
     found = []
     for name, node in convolutions(model).items():
@@ -182,13 +164,13 @@ def handed_over(model: onnx.ModelProto, keep: Sequence[str], kept: Sequence[str]
         while maker is not None and maker.op_type in ("Relu", "MaxPool"):
             pooled |= maker.op_type == "MaxPool"
             maker = makers.get(maker.input[0])
-        if pooled and maker is not None and maker.op_type == "Conv" and name_of(maker) not in kept:
+        if pooled and maker is not None and maker.op_type == "Conv" and node_name(maker) not in kept:
             found.append(name)
     return found
 
 
 def normalizations_after_relu(model: onnx.ModelProto) -> list[str]:
-    """The BatchNorms that no convolution takes in (v6): each keeps those around it from passing int8 on."""
+    """Names of the BatchNorms that follow a ReLU (v6): no kernel takes them in, so int8 ends at each."""
     makers = {name: node for node in model.graph.node for name in node.output}
     found = []
     for node in model.graph.node:
@@ -196,30 +178,30 @@ def normalizations_after_relu(model: onnx.ModelProto) -> list[str]:
         while maker is not None and maker.op_type == "MaxPool":
             maker = makers.get(maker.input[0])
         if maker is not None and maker.op_type == "Relu":
-            found.append(name_of(node))
+            found.append(node_name(node))
     return found
 
 
 def first_convolutions(model: onnx.ModelProto) -> list[str]:
-    """Those that read the image: no other convolution comes before them."""
+    """Names of the convolutions that read the image: no other convolution comes before them."""
     behind: set[str] = set()
     first = []
     for node in model.graph.node:
         if node.op_type == "Conv" and node.input[0] not in behind:
-            first.append(name_of(node))
+            first.append(node_name(node))
         if node.op_type == "Conv" or any(name in behind for name in node.input):
             behind.update(node.output)
     return first
 
 
 def coarse_convolutions(model: onnx.ModelProto) -> list[str]:
-    """Those behind the last pooling or stride, at the coarsest scale; none if all are at one scale."""
+    """Names of the convolutions behind the last pooling or stride; none if all have one scale."""
     halvings: dict[str, int] = {}
     before: dict[str, int] = {}
     for node in model.graph.node:
         above = max((halvings.get(name, 0) for name in node.input), default=0)
         if node.op_type == "Conv":
-            before[name_of(node)] = above
+            before[node_name(node)] = above
         strides = next((a.ints for a in node.attribute if a.name == "strides"), [1])
         for name in node.output:
             halvings[name] = above + (max(strides) > 1)
@@ -228,24 +210,25 @@ def coarse_convolutions(model: onnx.ModelProto) -> list[str]:
     return found if len(found) < len(before) else []
 
 
-def _resolved(model: onnx.ModelProto, precision: Precision, first: FirstConvolution | None) -> FirstConvolution:
-    """What becomes of the first convolution, as asked or by default.
+def _first_convolution(model: onnx.ModelProto, options: QuantizeOptions) -> FirstConvolution:
+    """How the convolution that reads the image runs, as the options say or by default.
 
     Raises:
-        SuperPointError: parts were asked for, but the precision is not int8, or the image cannot be split.
+        SuperPointError: the options ask for parts, but the precision is not int8, or the image cannot be split.
     """
+    precision, first = options.precision, options.first_convolution
     if first is None:
-        able = precision is Precision.INT8 and not _unsplittable(model)
-        return FirstConvolution.PARTS if able else FirstConvolution.FP16
+        splits = precision is Precision.INT8 and not _why_unsplittable(model)
+        return FirstConvolution.PARTS if splits else FirstConvolution.FP16
     if first is FirstConvolution.PARTS:
-        why = "parts make an image fit for int8" if precision is not Precision.INT8 else _unsplittable(model)
+        why = "parts make an image fit for int8" if precision is not Precision.INT8 else _why_unsplittable(model)
         if why:
             raise SuperPointError(f"{why}; {precision.value} of this model needs --first-convolution fp16.")
     return first
 
 
-def _unsplittable(model: onnx.ModelProto) -> str | None:
-    """Why `split_image` cannot be, if so."""
+def _why_unsplittable(model: onnx.ModelProto) -> str | None:
+    """Why `split_image` cannot rewrite this graph; None if it can."""
     first = first_convolutions(model)
     node = convolutions(model)[first[0]] if first else None
     image = model.graph.input[0].name
@@ -260,18 +243,22 @@ def _unsplittable(model: onnx.ModelProto) -> str | None:
 
 def kept_layers(
     model: onnx.ModelProto,
-    patterns: Sequence[str],
-    precision: Precision = Precision.INT8,
-    first: FirstConvolution | None = None,
+    options: QuantizeOptions | None = None,
 ) -> list[str]:
-    """Names of the convolutions left alone: those that a pattern or `COARSE` names, and the first if it stays fp16.
+    """Names of the convolutions that are not quantized: those that `keep_fp16` names, and the first if it stays fp16.
+
+    Args:
+        model: fp32 graph.
+        options: as `quantize` takes them.
 
     Raises:
-        SuperPointError: a pattern that names none, or `first` cannot be.
+        SuperPointError: a pattern names no convolution, or the first convolution cannot run as the options ask.
     """
+    options = options or QuantizeOptions()
     names = list(convolutions(model))
-    kept = set(first_convolutions(model) if _resolved(model, precision, first) is FirstConvolution.FP16 else ())
-    for pattern in patterns:
+    first_stays = _first_convolution(model, options) is FirstConvolution.FP16
+    kept = set(first_convolutions(model) if first_stays else ())
+    for pattern in options.keep_fp16:
         if pattern == COARSE:
             kept.update(coarse_convolutions(model))
             continue
@@ -283,10 +270,10 @@ def kept_layers(
 
 
 def with_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
-    """A copy of at least that opset, raised by ONNX's own converter if it is older.
+    """A copy of at least that opset, raised by ONNX's own converter if the model is older.
 
     Raises:
-        SuperPointError: the converter cannot.
+        SuperPointError: the converter fails.
     """
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
     if opset >= least:
@@ -301,36 +288,37 @@ def with_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
             f"{max(least, 17)}."
         ) from error
     raised.ir_version = max(raised.ir_version, helper.find_min_ir_version_for(list(raised.opset_import)))
-    note_metadata(raised, opset=str(least))
+    set_metadata(raised, opset=str(least))
     return raised
 
 
 PARTS = "image.parts"
-"""The tensor that `split_image` makes."""
+"""Name of the tensor that `split_image` makes."""
 IMAGE_PARTS = 4
-"""More keep more points and take more time (docs/int8.md); an even number, so that 8-bit images are exact."""
+"""Channels an image is split into. More keep more points and take more time (docs/int8.md); an even number keeps 8-bit
+images exact."""
 
 
 def split_image(model: onnx.ModelProto, calibration: Calibration) -> tuple[onnx.ModelProto, Calibration]:
-    """The same network, its first convolution reading the image as the sum of parts, each fit for int8.
+    """Splits the image into P channels, each fit for int8, whose sum is the image.
 
-    int8 has 127 steps from 0 to 1, an image 255, and one that was colour or was shrunk has more. Each of P parts is a
-    P-th of the image in steps of 1 / (127.5 P), and each is rounded at another place, a P-th of a step apart: so their
-    sum has the same fine steps. 8-bit images are exact (only white, 255, loses one step); convolved with one weight
-    their sum is the image. The weights are rounded at other places likewise, so that on average they have
-    P times int8's steps; as the parts differ by no more than one of theirs, that holds.
+    int8 has 127 steps from 0 to 1. An 8-bit image has 255, and an image that was colour or was shrunk has more. Each of
+    the P channels is a P-th of the image in steps of 1 / (127.5 P). Each is rounded at another place, a P-th of a step
+    apart, so the sum has steps that are P times finer. 8-bit images are exact, except that white (255) loses one step.
+    The first convolution gets its weights once for each channel, and they too are rounded at P places, so their mean
+    has steps P times finer than int8's.
 
     Args:
-        model: fp32 graph whose first convolution reads the image itself; left as it is.
-        calibration: of that model.
+        model: fp32 graph whose first convolution reads the image itself; not changed.
+        calibration: the model's.
 
     Returns:
-        The rewritten graph, and the calibration with the range of the parts.
+        The rewritten graph, and the calibration with the range of the channels.
 
     Raises:
-        SuperPointError: something lies between the image and the first convolution.
+        SuperPointError: a node lies between the image and the first convolution, or it reads more than one channel.
     """
-    why = _unsplittable(model)
+    why = _why_unsplittable(model)
     if why:
         raise SuperPointError(f"{why}.")
     split = copy.deepcopy(model)
@@ -364,50 +352,51 @@ def split_image(model: onnx.ModelProto, calibration: Calibration) -> tuple[onnx.
 
 
 def _rounded_at(weight: NDArray[np.float32], place: np.float32) -> NDArray[np.float32]:
-    """Weights that share of a step of int8 larger; no channel's largest magnitude grows."""
+    """Weights shifted by a share of an int8 step, so that they round at another place; no channel's range grows."""
     largest = np.abs(weight).max(axis=(1, 2, 3), keepdims=True)
-    shift = largest * np.float32(place / KINDS[Precision.INT8].largest)
+    shift = largest * np.float32(place / _TYPES[Precision.INT8].largest)
     clipped: NDArray[np.float32] = np.clip(weight + shift, -largest, largest)
     return clipped
 
 
-class _Insertion:
-    """One graph being rewritten in place."""
+class _PairWriter:
+    """Writes Q/DQ pairs into one graph, in place."""
 
     def __init__(self, model: onnx.ModelProto, calibration: Calibration, precision: Precision) -> None:
         self._graph = model.graph
         self._ranges, self._weights = calibration.ranges, calibration.weights
         self._rounded_from = calibration.rounded_from
         self._element = QUANTIZED_TYPES[precision]
-        self._largest = np.float32(KINDS[precision].largest)
+        self._largest = np.float32(_TYPES[precision].largest)
         self._constants = constants(model.graph)
         self._nodes: list[onnx.NodeProto] = []
         self._pairs: dict[str, str] = {}
 
-    def run(self, chosen: Sequence[str], handed: Sequence[str]) -> None:
-        """Quantises the convolutions that are `chosen`, and the inputs alone of those `handed` over to."""
+    def run(self, quantized: Sequence[str], int8_input_only: Sequence[str]) -> None:
+        """Puts pairs on inputs and weights of some convolutions, and on the inputs alone of others, by name."""
         for node in list(self._graph.node):
-            name = name_of(node) if node.op_type == "Conv" else None
-            if name in chosen or name in handed:
+            name = node_name(node) if node.op_type == "Conv" else None
+            if name in quantized or name in int8_input_only:
                 node = copy.deepcopy(node)
                 node.input[0] = self._pair(node.input[0], np.float32(self._range(node)))
-            if name in chosen:
-                node.input[1] = self._pair(node.input[1], self._round(node.input[1]))
+            if name in quantized:
+                node.input[1] = self._pair(node.input[1], self._weight_range(node.input[1]))
             self._nodes.append(node)
         nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self._nodes]
         del self._graph.node[:]
         self._graph.node.extend(nodes)
 
     def _range(self, node: onnx.NodeProto) -> float:
+        """The calibrated range of a convolution's input."""
         if node.input[0] not in self._ranges:
             raise SuperPointError(
-                f"the calibration has no range for {node.input[0]}, the input of {name_of(node)}; it knows "
+                f"the calibration has no range for {node.input[0]}, the input of {node_name(node)}; it knows "
                 f"{', '.join(self._ranges)}: calibrate this model with --calibration-images FOLDER."
             )
         return self._ranges[node.input[0]]
 
-    def _round(self, name: str) -> NDArray[np.float32]:
-        """The range of each output channel's weights; puts those that the calibration rounded in their place."""
+    def _weight_range(self, name: str) -> NDArray[np.float32]:
+        """The range of each output channel's weights (O,); replaces the weights if the calibration rounded them."""
         weight = numpy_helper.to_array(self._constants[name])
         largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
         largest = np.where(largest > 0, largest, 1).astype(np.float32)  # a channel of zeros takes any scale
@@ -419,11 +408,11 @@ class _Insertion:
                     "--calibration-images FOLDER."
                 )
             values = steps * (largest / self._largest).reshape(-1, 1, 1, 1)
-            put(self._graph, {name: values.astype(np.float32)})
+            set_initializers(self._graph, {name: values.astype(np.float32)})
         return largest
 
     def _pair(self, name: str, largest: NDArray[np.float32] | np.float32) -> str:
-        """Adds Q and DQ behind a tensor, once; returns the name of what DQ gives."""
+        """Adds Q and DQ behind a tensor, once; returns the name of the dequantized tensor."""
         if name not in self._pairs:
             scale = np.asarray(largest / self._largest, np.float32)
             zeros = helper.make_tensor(f"{name}.q.zero", self._element, scale.shape, bytes(scale.size), raw=True)

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels, compiled at first use for the GPU at hand by NVRTC: no nvcc, no torch."""
+"""CUDA C++ kernels. NVRTC compiles them for the current GPU at first use, without nvcc or torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from superpoint_trt.gpu import cuda
 from superpoint_trt.gpu.kernels.compiler import cubin
 
 THREADS = 256
-"""Of a block, where nothing else is said."""
+"""Usual number of threads in a block."""
 
 Argument = Union[int, float, "ctypes._SimpleCData[Any]"]
-"""A ctypes value as it is; an int as a 32-bit int, a float as float32."""
+"""A kernel's argument. A ctypes value is passed as it is, an int as a 32-bit int, a float as float32."""
 
 
 def unit_range(pixels: int, unit: int, count: int, stream: cuda.Stream) -> None:
     """Queues the division of uint8 pixels by 255, in IEEE float32.
 
     Args:
-        pixels: address of `count` uint8 on the GPU.
-        unit: address of `count` float32.
-        count: a multiple of 4.
-        stream: where to queue.
+        pixels: address of `count` uint8 values on the GPU.
+        unit: address of the `count` float32 results on the GPU.
+        count: number of pixels, a multiple of 4.
+        stream: the stream to queue on.
 
     Raises:
         SuperPointError: NVRTC is missing, or the launch failed.
@@ -36,7 +36,7 @@ def unit_range(pixels: int, unit: int, count: int, stream: cuda.Stream) -> None:
 
 
 def blocks(threads: int) -> int:
-    """Blocks that hold so many threads."""
+    """Number of blocks that hold that many threads."""
     return -(-threads // THREADS)
 
 
@@ -55,11 +55,11 @@ def launch(
     """Queues one kernel.
 
     Args:
-        kernel: as `function` gives it.
-        grid: blocks along x, y, z; what is missing is 1.
+        kernel: from `function`.
+        grid: blocks along x, y and z; missing ones are 1.
         stream: a Stream, or another library's handle.
         arguments: in the kernel's order.
-        threads: of a block.
+        threads: threads in a block.
 
     Raises:
         SuperPointError: the launch failed.
@@ -82,12 +82,12 @@ def _as_ctypes(argument: Argument) -> ctypes._SimpleCData[Any]:
 
 
 def function(file: str, name: str, defines: tuple[str, ...] = ()) -> Any:
-    """A kernel of one of this folder's files, for the current GPU; compiled or loaded once a process and GPU.
+    """A kernel for the current GPU, compiled or loaded once for each process and GPU.
 
     Args:
-        file: in this folder.
-        name: of the kernel.
-        defines: "NAME=VALUE" each, what the file is compiled with.
+        file: name of a .cu file in this folder.
+        name: the kernel's name.
+        defines: macros to compile the file with, "NAME=VALUE" each.
 
     Raises:
         SuperPointError: NVRTC is missing, or the source does not compile.
@@ -106,7 +106,7 @@ def _module(file: str, defines: tuple[str, ...], device: int) -> Any:
     version = int(cuda.call("cudaDriverGetVersion"))
     cuda.call("cudaFree", 0)  # makes the runtime's context this thread's, if nothing has yet
     error, module = driver.cuModuleLoadData(cubin(source, file, capability, defines, version))
-    if int(error):  # what was kept is whole, but not for this driver: compiled anew it is
+    if int(error):  # the driver refuses the machine code from the cache
         image = cubin(source, file, capability, defines, version, fresh=True)
         module = _check(driver.cuModuleLoadData(image), "cuModuleLoadData")
     return module

@@ -1,4 +1,4 @@
-"""CUDA C++ -> machine code by NVRTC, compiled once for a source, a GPU and its versions, and kept on disk."""
+"""Compiles CUDA C++ with NVRTC, and keeps the machine code on disk for each source, GPU and version."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _log = logging.getLogger(__name__)
 def cubin(
     source: bytes, file: str, capability: str, defines: Sequence[str] = (), driver: int = 0, fresh: bool = False
 ) -> bytes:
-    """Machine code of a source, from the cache if it is there.
+    """Compiles a source, or takes its machine code from the cache.
 
     Args:
         source: CUDA C++ that includes nothing.
-        file: its name, for the compiler's messages.
-        capability: "sm90", ...
-        defines: "NAME=VALUE" each.
-        driver: version of the driver that will load it.
-        fresh: do not take what the cache has; it was found to be unusable.
+        file: the source's name, for the compiler's messages.
+        capability: of the GPU: "sm90", ...
+        defines: macros, "NAME=VALUE" each.
+        driver: version of the driver that will load the machine code.
+        fresh: compile even if the cache has an entry, because the entry is unusable.
 
     Raises:
         SuperPointError: NVRTC is missing, or the source does not compile.
@@ -52,7 +52,7 @@ def _entry(key: bytes) -> Path | None:
 
 
 def _read(entry: Path) -> bytes | None:
-    """An entry's machine code; None if there is none, or it is not whole."""
+    """An entry's machine code; None if the entry is missing or damaged."""
     try:
         data = entry.read_bytes()
     except OSError:
@@ -62,7 +62,7 @@ def _read(entry: Path) -> bytes | None:
 
 
 def _keep(entry: Path, code: bytes) -> None:
-    """Without a place to write to every process compiles anew, which costs time and nothing else."""
+    """Writes an entry. If that fails, logs why: every process then compiles again, which costs only time."""
     try:
         write_atomically(entry, hashlib.sha256(code).digest() + code)
     except (OSError, SuperPointError) as error:

@@ -1,6 +1,6 @@
-"""Raw heads in GPU memory -> keypoints there or in page-locked host memory; kernels in decode.cu.
+"""Raw heads in GPU memory -> keypoints in GPU memory or in page-locked host memory. The kernels are in decode.cu.
 
-The semantics are decode.py's, the numpy reference, which the tests hold these kernels against.
+They do what run/decode.py does in numpy; tests hold them against it.
 """
 
 from __future__ import annotations
@@ -16,46 +16,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt.core.types import DecodeOptions, Sampling, SuperPointError
-from superpoint_trt.gpu import cuda
-from superpoint_trt.gpu.cuda import BFLOAT16, DeviceArray, DeviceMemory
+from superpoint_trt.gpu import arrays, cuda
+from superpoint_trt.gpu.arrays import BFLOAT16, DeviceArray
+from superpoint_trt.gpu.cuda import DeviceMemory
 from superpoint_trt.gpu.kernels import Argument, address, blocks, function, launch
 
 LARGEST_TILE_PX = 88
-"""A tile and all that decides on it, along one side: so much fits into the 48 KB that every GPU's block may have."""
+"""Largest side of a tile with its surroundings that fits into the 48 KB of shared memory that every GPU has."""
 
 MOST_DIM = 1024
 LARGEST_STRIDE_PX = 32
 
 USUAL_ROWS = 4096
-"""Rows kept for an image when all keypoints are wanted; where more are found, the run is repeated with enough."""
+"""Rows for an image when all keypoints are wanted. If more are found, the run is repeated with enough rows."""
 
 _TILE_PX = 32  # decode.cu: TILE
 _WIDE_BYTES = 16  # decode.cu: load_wide
 _ALL = 0xFFFFFFFF
-_BLOCKS_A_PROCESSOR = 4  # of `describe`: one wave, and 4000 survivors have a warp each on 132 multiprocessors
+_BLOCKS_A_PROCESSOR = 4  # kernel `describe`: one wave; on 132 multiprocessors 4000 survivors get a warp each
 _DETECT_THREADS = 384  # decode.cu: DETECT_THREADS
 TARGET_NBYTES = 32
-"""decode.cu: Target."""
+"""Size of decode.cu's Target."""
 
 _HEAD_CODES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, BFLOAT16: 2}
 
 
 @dataclass(frozen=True)
 class Head:
-    """One head's tensor [B, C, H/8, W/8] in GPU memory, channels ahead of cells or behind them."""
+    """One head's tensor [B, C, H/8, W/8] in GPU memory, either NCHW or NHWC."""
 
     address: int
     shape: tuple[int, int, int, int]
     dtype: np.dtype[Any]
-    """float32, float16 or cuda.BFLOAT16."""
+    """float32, float16 or arrays.BFLOAT16."""
     pixel_pitch: int = 0
-    """Values from one cell to the next if the channels of a cell lie together (NHWC); 0: cells do (NCHW)."""
+    """Values from one cell to the next if the channels of a cell lie together (NHWC); 0 for NCHW."""
 
     @property
     def pitches(self) -> tuple[int, int]:
         """Values from one cell to the next, and from one channel to the next."""
         cells = self.shape[2] * self.shape[3]
-        if cells == 1:  # lies either way, and the kernels take a channel pitch of 1 for the other
+        if cells == 1:  # both layouts are the same then; the kernels expect NHWC's channel pitch of 1
             return (self.pixel_pitch or self.shape[1], 1)
         return (self.pixel_pitch, 1) if self.pixel_pitch else (1, cells)
 
@@ -73,14 +74,14 @@ class Rows:
 
     batch: int
     capacity: int
-    """Rows an image has."""
+    """Rows for each image."""
     dim: int
     half: bool
-    """Descriptors are float16, not float32."""
+    """Whether descriptors are float16 instead of float32."""
 
     @functools.cached_property
     def places(self) -> dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]]:
-        """Name -> bytes from the start, shape, type."""
+        """Name of each part -> its offset in bytes, shape and type."""
         rows, descriptors = (self.batch, self.capacity), np.dtype(np.float16 if self.half else np.float32)
         wanted: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
             "num_keypoints": ((self.batch,), np.dtype(np.int32)),
@@ -96,36 +97,41 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Of the whole block."""
+        """Size of the whole block."""
         offset, shape, dtype = self.places["descriptors"]
         return offset + cuda.aligned(int(np.prod(shape)) * dtype.itemsize)
 
     def job(self, start: int, placed_wh: Sequence[tuple[int, int]]) -> bytes:
-        """What a run reads first: where the block at `start` has its parts, and how much of each input is image."""
+        """The bytes that a run reads first: the addresses of the parts, and the size of the image in each input.
+
+        Args:
+            start: address of the block.
+            placed_wh: (width, height) in px of the image at the top left of each input.
+        """
         return self.target(start).tobytes() + np.asarray(placed_wh, np.int32).tobytes()
 
     def target(self, start: int) -> NDArray[np.uint64]:
-        """The first part of it: decode.cu's Target."""
+        """The first part of a job, decode.cu's Target: the addresses of the parts of the block at `start`."""
         names = ("keypoints", "scores", "descriptors", "num_keypoints")
         return np.array([start + self.places[name][0] for name in names], np.uint64)
 
     @property
     def job_nbytes(self) -> int:
-        """Of `job`."""
+        """Size of a job."""
         return TARGET_NBYTES + 8 * self.batch
 
 
 class Decoder:
-    """The kernels of one pair of heads, and their scratch memory. Queue one run at a time.
+    """The kernels that decode one pair of heads, and their scratch memory. Queue one run at a time.
 
     Args:
         logits: [B, S*S + 1, H/S, W/S].
-        descriptors: [B, D, H/S, W/S], same type.
+        descriptors: [B, D, H/S, W/S], of the logits' type.
         options: radius, border, threshold, number.
         sampling: the checkpoint's convention.
 
     Raises:
-        SuperPointError: shapes or types that are no heads, or NVRTC is missing.
+        SuperPointError: shapes or types are not those of heads, or NVRTC is missing.
     """
 
     def __init__(self, logits: Head, descriptors: Head, options: DecodeOptions, sampling: Sampling) -> None:
@@ -154,16 +160,21 @@ class Decoder:
 
     @property
     def height_px(self) -> int:
-        """Of the network's input."""
+        """Height of the network's input."""
         return self._logits.shape[2] * self.stride_px
 
     @property
     def width_px(self) -> int:
-        """Of the network's input."""
+        """Width of the network's input."""
         return self._logits.shape[3] * self.stride_px
 
     def rows(self, half: bool, least: int = 0) -> Rows:
-        """Room for the results: for as many as are wanted, or as an image usually has; at least `least`."""
+        """Makes the layout of the results.
+
+        Args:
+            half: descriptors as float16.
+            least: rows for each image, at least, when all keypoints are wanted.
+        """
         most = self.height_px * self.width_px
         wanted = self._options.max_keypoints or max(USUAL_ROWS, least)
         return Rows(self.batch, min(most, wanted), self.dim, half)
@@ -172,9 +183,9 @@ class Decoder:
         """Queues the kernels.
 
         Args:
-            job: address on the GPU of what `rows.job` gave.
-            rows: the room that it names.
-            stream: where.
+            job: address on the GPU of a job made by `rows.job`.
+            rows: layout of the results that the job names.
+            stream: the stream to queue on.
         """
         placed = job + TARGET_NBYTES
         if self._tiled:
@@ -195,13 +206,20 @@ class Decoder:
         launch(self._kernels["describe"], grid, stream, (*map(address, places), *numbers))
 
     def score_map(self, placed: int, scores: int, threshold: float, stream: cuda.Stream | int) -> None:
-        """Queues the softmax alone: float32 (B, H, W) to `scores`, 0 where it is not above the threshold."""
+        """Queues the softmax alone.
+
+        Args:
+            placed: address of (B, 2) int32 on the GPU, width and height of each image.
+            scores: address of the (B, H, W) float32 results on the GPU; 0 where a score is not above the threshold.
+            threshold: scores must be strictly greater.
+            stream: the stream to queue on.
+        """
         grid = (blocks(self._logits.shape[2] * self._logits.shape[3] * self.stride_px), self.batch)
         places = map(address, (self._logits.address, placed, scores))
         launch(self._kernels["score_map"], grid, stream, (*places, *self._grid(self._logits), float(threshold)))
 
     def _grid(self, head: Head) -> tuple[int, int, int, int]:
-        """Rows and columns of cells, and their pitches."""
+        """Rows and columns of cells, and the pitches of cells and channels."""
         return (head.shape[2], head.shape[3], *head.pitches)
 
     def _detect(self, placed: int, stream: cuda.Stream | int) -> None:
@@ -249,7 +267,7 @@ class DeviceKeypoints:
     """
 
     num_keypoints: DeviceArray
-    """(B,) int32. Above the other arrays' N: that many were found, and only the best N are here."""
+    """(B,) int32: keypoints found. If more than the other arrays' N, only the best N are in them."""
     keypoints: DeviceArray
     """(B, N, 2) float32: x, y in pixels of the network's input."""
     scores: DeviceArray
@@ -268,23 +286,23 @@ def decode_heads(
     half: bool = False,
     stream: int | None = None,
 ) -> DeviceKeypoints:
-    """Decodes raw heads of any library that are in GPU memory, without a copy (torch, CuPy, an engine's outputs).
+    """Decodes raw heads in GPU memory, of torch, CuPy or an engine, without copying them.
 
     Args:
         logits: (B, S*S + 1, H/S, W/S) float32, float16 or bfloat16, contiguous or channels-last (torch's too).
-        coarse_descriptors: (B, D, H/S, W/S), same type.
-        options: radius, border, threshold, number; without a number the best `USUAL_ROWS` of each image are kept.
+        coarse_descriptors: (B, D, H/S, W/S), of the logits' type.
+        options: radius, border, threshold, number; without a number each image keeps its best `USUAL_ROWS`.
         sampling: the checkpoint's convention.
-        placed_wh: (width, height) in px of each image in its input, top left; default: all of it.
+        placed_wh: (width, height) in px of the image at the top left of each input; default: the whole input.
         half: descriptors as float16.
         stream: handle of the CUDA stream that made the heads and will use the results (torch:
             `torch.cuda.current_stream().cuda_stream`); the call returns at once. None: the legacy default stream, and
             the call waits for the results.
 
     Raises:
-        SuperPointError: not in GPU memory, shapes or types that are no heads, or NVRTC is missing.
+        SuperPointError: not in GPU memory, shapes or types are not those of heads, or NVRTC is missing.
     """
-    first, second = cuda.view(logits, gaps=True), cuda.view(coarse_descriptors, gaps=True)
+    first, second = arrays.view(logits, gaps=True), arrays.view(coarse_descriptors, gaps=True)
     decoder = Decoder(_head(first), _head(second), options or DecodeOptions(), sampling)
     rows = decoder.rows(half)
     placed = placed_wh or [(decoder.width_px, decoder.height_px)] * decoder.batch
@@ -299,18 +317,25 @@ def decode_heads(
     decoder.queue(job.address, rows, handle)
     if stream is None:
         cuda.call("cudaStreamSynchronize", handle)
-    # Whatever the kernels still use lives as long as the results.
+    # The results keep everything alive that the kernels still use.
     return device_keypoints(rows, block.address, first.device, (block, job, decoder, first, second))
 
 
 def is_tiled(radius_px: int, stride_px: int) -> bool:
-    """Whether one block does all of a tile in shared memory (radius up to 5); if not, each step is its own kernel."""
+    """Whether one block decodes a tile in shared memory (radius up to 5); if not, each step is a kernel of its own."""
     whole_cells = -(-(_TILE_PX + 2 * 5 * radius_px) // stride_px)
     return whole_cells * stride_px <= LARGEST_TILE_PX
 
 
 def device_keypoints(rows: Rows, start: int, device: int, owner: Any) -> DeviceKeypoints:
-    """The parts of a block on the GPU."""
+    """The parts of a block of results on the GPU, as arrays.
+
+    Args:
+        rows: layout of the block.
+        start: its address.
+        device: number of the GPU.
+        owner: keeps the memory alive.
+    """
     arrays = {
         name: DeviceArray(start + offset, shape, dtype, device, owner)
         for name, (offset, shape, dtype) in rows.places.items()
@@ -326,15 +351,15 @@ def _head(array: DeviceArray) -> Head:
     if array.strides is None:
         return head
     pitch = array.strides[3] // array.dtype.itemsize
-    wanted = cuda.channels_last(array.shape, pitch, array.dtype.itemsize)
+    wanted = arrays.channels_last(array.shape, pitch, array.dtype.itemsize)
     differs = any(size > 1 and a != b for size, a, b in zip(array.shape, array.strides, wanted))
     if pitch < channels or differs:
-        raise SuperPointError(f"a head is neither contiguous nor channels-last: {cuda.NOT_CONTIGUOUS}")
+        raise SuperPointError(f"a head is neither contiguous nor channels-last: {arrays.NOT_CONTIGUOUS}")
     return replace(head, pixel_pitch=pitch)
 
 
 def _stride(logits: Head, descriptors: Head) -> int:
-    """Pixels along a cell, of heads that belong together."""
+    """Pixels along a cell; checks that the two heads belong together."""
     stride = math.isqrt(max(logits.shape[1] - 1, 0))
     same = (logits.shape[0], *logits.shape[2:]) == (descriptors.shape[0], *descriptors.shape[2:])
     known = stride in (1, 2, 4, 8, 16, LARGEST_STRIDE_PX) and logits.shape[1] == stride * stride + 1

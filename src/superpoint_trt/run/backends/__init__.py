@@ -1,10 +1,11 @@
-"""Backends, one module each, opened from a path by `open_backend`."""
+"""Backends, one module for each runtime. `open_backend` chooses by the file's ending."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from superpoint_trt.core.files import PathLike
+from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import ENGINE_SUFFIXES, SuperPointError
 from superpoint_trt.run.backends.base import Backend, Outputs, RuntimeInfo
 
@@ -15,11 +16,12 @@ CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def open_backend(path: PathLike, device: str = "auto", threads: int | None = None) -> Backend:
-    """Opens a model with the backend its kind of file asks for.
+    """Opens a model with the backend for its kind of file.
 
     Args:
         path: `.onnx` (onnxruntime), `.pth`/`.safetensors` (the PyTorch reference), `.engine`/`.trt`/`.plan` (TensorRT).
-        device: "auto" (the best that works, named in `Backend.runtime`), "cpu" or "cuda" (that or an error).
+        device: "auto" (the best that works; `Backend.runtime` names it), or "cpu", "cuda" or "cuda:N": that device or
+            an error.
         threads: CPU threads; None leaves the choice to the runtime.
 
     Raises:
@@ -35,7 +37,7 @@ def open_backend(path: PathLike, device: str = "auto", threads: int | None = Non
             from superpoint_trt.run.backends.torch import TorchBackend
         except ImportError:
             raise SuperPointError(
-                f"running the checkpoint {path} itself needs PyTorch: pip install 'superpoint-trt[torch]'. Without: "
+                f"running the checkpoint {path} itself needs PyTorch: {install_hint('torch')}. Without: "
                 "superpoint export makes an .onnx of it."
             ) from None
         return TorchBackend(path, device, threads)

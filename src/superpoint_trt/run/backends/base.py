@@ -1,4 +1,4 @@
-"""What every backend is: a context manager from named arrays to named arrays that says what it runs on."""
+"""The interface of every backend: a context manager that runs a model and says what it runs on."""
 
 from __future__ import annotations
 
@@ -7,27 +7,32 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt.core.types import INPUT_NAME, DecodeOptions, Float32, ModelDescription, SuperPointError
 
+if TYPE_CHECKING:
+    from superpoint_trt.run.lanes import Lanes
+
 Outputs = Mapping[str, NDArray[Any]]
+"""A model's outputs by name (`OUTPUT_NAMES`)."""
+
 Image = NDArray[Any]
 """(B, 1, H, W) float32 in [0, 1], or uint8."""
 
 
 def as_unit_range(image: Image) -> Float32:
-    """For runtimes that want float32: uint8 divided by 255, anything else as it is."""
+    """The image as float32: uint8 is divided by 255, float32 returned as it is."""
     unit: Float32 = image.astype(np.float32) / np.float32(255) if image.dtype == np.uint8 else image
     return unit
 
 
 @dataclass(frozen=True)
 class RuntimeInfo:
-    """What a run really used; printed with every result."""
+    """Backend, device and precision that a run really used; printed with every result."""
 
     backend: str
     """"onnxruntime 1.19.2", "torch 2.6.0", ..."""
@@ -35,7 +40,7 @@ class RuntimeInfo:
     """"cpu (CPUExecutionProvider, 2 threads)", "cuda (...)"."""
     precision: str
     decode: str = ""
-    """Where heads are decoded, if it was not in the graph: "decode on the GPU (CUDA)", or why not."""
+    """Where heads are decoded: "decode on the GPU (CUDA)", or on the CPU and why. Empty: in the model's graph."""
 
     def __str__(self) -> str:
         return ", ".join(filter(None, (self.backend, self.device, self.precision, self.decode)))
@@ -59,7 +64,7 @@ class Backend(abc.ABC):
             image: (B, 1, H, W) float32 in [0, 1], or uint8; H and W multiples of the stride.
 
         Returns:
-            The model type's outputs by name (spec.OUTPUT_NAMES).
+            The outputs by name.
 
         Raises:
             SuperPointError: the input does not fit the model, or the runtime failed.
@@ -70,16 +75,16 @@ class Backend(abc.ABC):
         return self._infer(image)
 
     def infer_timed(self, image: Image) -> tuple[Outputs, dict[str, float]]:
-        """As `infer`, and the seconds of its steps: "network", and where there is a device of its own, both copies."""
+        """As `infer`, and seconds: network, and where they exist host_to_device and device_to_host."""
         started = time.perf_counter()
         outputs = self.infer(image)
         return outputs, {"network": time.perf_counter() - started}
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Refuses an input (B, 1, H, W) that does not fit the model.
+        """Checks that an input (B, 1, H, W) fits the model.
 
         Raises:
-            SuperPointError: saying what the model takes.
+            SuperPointError: it does not; the text says what the model takes.
         """
         stride = self.description.stride_px
         if len(shape) != 4 or shape[1] != 1 or shape[2] % stride or shape[3] % stride or 0 in shape:
@@ -87,7 +92,7 @@ class Backend(abc.ABC):
         self._check_size(shape)
 
     def _check_size(self, shape: tuple[int, ...]) -> None:
-        """Whether the model takes so many images of that size."""
+        """Checks the batch and the size against the model's own."""
         model = self.description
         if not model.dynamic and shape[2:] != (model.height_px, model.width_px):
             raise SuperPointError(
@@ -103,11 +108,15 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def _infer(self, image: Image) -> Outputs: ...
 
-    def lanes(self, options: DecodeOptions, half: bool) -> Any:
-        """What takes images to keypoints on the device (lanes.Lanes); None where there is no such thing.
+    def lanes(self, options: DecodeOptions, half: bool) -> Lanes | None:
+        """Opens the way from image to keypoints on the GPU; None if this backend has none.
+
+        Args:
+            options: how to decode.
+            half: descriptors as float16.
 
         Raises:
-            SuperPointError: there is, but it does not work here.
+            SuperPointError: the backend has one, but it does not work here.
         """
         return None
 

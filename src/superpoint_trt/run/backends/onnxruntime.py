@@ -8,40 +8,43 @@ from typing import Any
 
 import numpy as np
 
-from superpoint_trt.core.contract import REQUIRED_RANKS, describe
+from superpoint_trt.core.contract import REQUIRED_RANKS, recognize
+from superpoint_trt.core.device import DeviceChoice
 from superpoint_trt.core.files import PathLike, one_line, read_bytes
 from superpoint_trt.core.types import INPUT_NAME, ModelDescription, Precision, SuperPointError
 from superpoint_trt.run.backends.base import Backend, Image, Outputs, RuntimeInfo, as_unit_range
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _UNFAITHFUL = ["ReluQuantRewrite", "WeightBiasQuantization"]
-"""Rewrites of onnxruntime (1.32) that are not what a Q/DQ graph says: one drops the ReLU in front of an fp8 Q, the
-other rounds biases. Without them its results equal a simulation in numpy to float32's last digits, and cost no more."""
+"""Rewrites of onnxruntime (1.32) that change the result of a Q/DQ graph: one drops the ReLU in front of an fp8 Q, the
+other rounds biases. Without them the results equal a simulation in numpy to float32's last digits, at no cost."""
 
 _FATAL_ONLY = 4
-"""onnxruntime's log: its errors also come as exceptions, and are said once, by us."""
-
-_FP32_ON_CUDA = {"use_tf32": "0"}
+"""onnxruntime's log level. Its errors also come as exceptions, so the log would say them twice."""
 
 
 class OnnxRuntimeBackend(Backend):
     """One .onnx file in an onnxruntime session.
 
     Args:
-        path: the model; ours, or another tool's with the same inputs and outputs.
-        device: "auto", "cpu" or "cuda".
+        path: the model, made by this package or by another tool with the same inputs and outputs.
+        device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads of the session; None for onnxruntime's default, the number of physical cores.
+
+    Raises:
+        SuperPointError: not such a model, or the device cannot be used.
     """
 
     def __init__(self, path: PathLike, device: str = "auto", threads: int | None = None) -> None:
         import onnxruntime as ort
 
+        choice = DeviceChoice.parse(device)
         data = read_bytes(path, "model")
         options = ort.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
-        providers = _providers(device)
+        providers = _providers(choice)
         self._session: Any = None
         try:
             self._session = ort.InferenceSession(data, options, providers=providers, disabled_optimizers=_UNFAITHFUL)
@@ -49,15 +52,15 @@ class OnnxRuntimeBackend(Backend):
             hint = " (bf16 models are for TensorRT)" if "bfloat16" in str(error) else ""
             raise SuperPointError(f"{path} is not a model onnxruntime can load: {one_line(error)}{hint}.") from error
         provider = self._session.get_providers()[0]
-        if device == "cuda" and provider != PROVIDERS["cuda"]:
+        if choice.kind == "cuda" and provider != PROVIDERS["cuda"]:
             raise SuperPointError(
-                f"device cuda was asked for, but onnxruntime fell back to {provider}; install onnxruntime-gpu with a "
-                "matching CUDA, or use --device cpu."
+                f"device {choice} was asked for, but onnxruntime fell back to {provider}; install onnxruntime-gpu with "
+                "a matching CUDA, look whether nvidia-smi lists that GPU, or use --device cpu."
             )
         self.description = _describe(self._session, Path(path))
         self.runtime = RuntimeInfo(
             backend=f"onnxruntime {ort.__version__}",
-            device=_device(provider, threads),
+            device=_device(provider, choice, threads),
             precision=_precision(self.description.precision, provider),
         )
         self._outputs = list(REQUIRED_RANKS[self.description.type])
@@ -67,7 +70,7 @@ class OnnxRuntimeBackend(Backend):
             raise SuperPointError("this model was closed; open it again.")
         try:
             values = self._session.run(self._outputs, {INPUT_NAME: as_unit_range(image)})
-        except Exception as error:  # as above
+        except Exception as error:  # onnxruntime's exceptions share no public base
             size = f"{image.shape[3]}x{image.shape[2]}, batch {image.shape[0]}"
             memory = "; use a smaller --max-side or batch" if "alloc" in str(error).lower() else ""
             raise SuperPointError(f"onnxruntime failed on {size}: {one_line(error)}{memory}.") from error
@@ -79,44 +82,62 @@ class OnnxRuntimeBackend(Backend):
 
 
 def _precision(precision: Precision, provider: str) -> str:
-    """What is really computed in: on x86 onnxruntime has no fp16 kernels and casts every fp16 weight up."""
+    """The precision really computed in. On x86, onnxruntime has no fp16 kernels and turns fp16 weights into fp32."""
     if precision is Precision.FP16 and provider == PROVIDERS["cpu"] and platform.machine() in ("x86_64", "AMD64"):
         return "fp16 weights, computed in fp32"
     return precision.value
 
 
-def _providers(device: str) -> list[Any]:
+def _providers(choice: DeviceChoice) -> list[tuple[str, dict[str, str]]]:
+    """Onnxruntime's execution providers for a device, each with its options.
+
+    Raises:
+        SuperPointError: this onnxruntime or this machine does not have the device.
+    """
     import onnxruntime as ort
 
-    if device not in ("auto", *PROVIDERS):
-        raise SuperPointError(f"device is {device!r}; expected auto, {' or '.join(PROVIDERS)}.")
     available = ort.get_available_providers()
-    if device == "cuda" and PROVIDERS["cuda"] not in available:
+    if choice.kind == "cuda" and PROVIDERS["cuda"] not in available:
         raise SuperPointError(
-            f"device cuda was asked for, but this onnxruntime has only {', '.join(available)}; "
+            f"device {choice} was asked for, but this onnxruntime has only {', '.join(available)}; "
             "pip install onnxruntime-gpu, or use --device cpu."
         )
-    wanted = ["cuda", "cpu"] if device == "auto" else [device]
-    options = {"cuda": _FP32_ON_CUDA, "cpu": {}}  # fp32 is meant where fp32 is said
+    on_cuda = {"use_tf32": "0"}  # an fp32 model is computed in fp32
+    if choice.index is not None:
+        _check_gpu(choice)
+        on_cuda["device_id"] = str(choice.index)
+    options = {"cuda": on_cuda, "cpu": {}}
+    wanted = ["cuda", "cpu"] if choice.kind == "auto" else [choice.kind]
     return [(PROVIDERS[name], options[name]) for name in wanted if PROVIDERS[name] in available]
 
 
-def _device(provider: str, threads: int | None) -> str:
+def _check_gpu(choice: DeviceChoice) -> None:
+    """Refuses a GPU that does not exist; onnxruntime would use the CPU. Without cuda-bindings nobody knows."""
+    from superpoint_trt.gpu import cuda
+
+    try:
+        cuda.runtime()
+    except SuperPointError:
+        return
+    cuda.device(choice.index or 0)
+
+
+def _device(provider: str, choice: DeviceChoice, threads: int | None) -> str:
+    if provider == PROVIDERS["cpu"]:
+        return f"cpu ({provider}, {threads or 'default'} threads)"
     names = {name: short for short, name in PROVIDERS.items()}
-    if provider != PROVIDERS["cpu"]:
-        return f"{names.get(provider, provider)} ({provider})"
-    return f"cpu ({provider}, {threads or 'default'} threads)"
+    return f"{names.get(provider, provider) if choice.index is None else choice} ({provider})"
 
 
 def _describe(session: Any, path: Path) -> ModelDescription:
-    """The file's own metadata; for other tools' models, what names, ranks and shapes tell."""
+    """What the model is, by its metadata; another tool's model by the names, ranks and shapes of its tensors."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     try:
         described = ModelDescription.from_metadata(session.get_modelmeta().custom_metadata_map)
     except UnicodeDecodeError:
-        raise SuperPointError(f"{path} has metadata that is no text; export it again.") from None
+        raise SuperPointError(f"{path} has metadata that is not text; export it again.") from None
     takes, gives = ({tensor.name: list(tensor.shape) for tensor in tensors} for tensors in (inputs, outputs))
-    description = describe(path, described, takes, gives, remedy="make one with: superpoint export")
+    description = recognize(path, described, takes, gives, remedy="make one with: superpoint export")
     if inputs[0].type != "tensor(float)":
         raise SuperPointError(
             f"{path} takes {inputs[0].type}; expected float32 images. Export it with superpoint export."

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.gpu import cuda
+from superpoint_trt.gpu import arrays
 from superpoint_trt.gpu import tensorrt_api as trt
-from superpoint_trt.gpu.cuda import DeviceArray
+from superpoint_trt.gpu.arrays import DeviceArray
+from superpoint_trt.gpu.engine import OutputTensor, check_formats
 from superpoint_trt.gpu.kernels.decode import Head, _head
-from superpoint_trt.run.backends.tensorrt import _check_formats, _Tensor
 from superpoint_trt.run.decode import scores_from_logits
 
 ELSEWHERE = 1 << 20
@@ -22,8 +22,8 @@ ELSEWHERE = 1 << 20
 PADDING = 99
 
 
-def tensor(shape: tuple[int, ...], pitch: int, dtype: type = np.float16, bfloat16: bool = False) -> _Tensor:
-    return _Tensor("logits", shape, np.dtype(dtype), 256, bfloat16, pitch)
+def tensor(shape: tuple[int, ...], pitch: int, dtype: type = np.float16, bfloat16: bool = False) -> OutputTensor:
+    return OutputTensor("logits", shape, np.dtype(dtype), 256, bfloat16, pitch)
 
 
 def test_padding_is_left_out():
@@ -61,20 +61,20 @@ def test_the_numpy_decode_takes_either():
     logits = np.random.default_rng(1).normal(size=(2, 65, 4, 6)).astype(np.float16)
     padded = np.zeros((2, 4, 6, 72), np.float16)
     padded[..., :65] = logits.transpose(0, 2, 3, 1)
-    strided = np.ndarray(logits.shape, np.float16, padded, 0, cuda.channels_last(logits.shape, 72, 2))
+    strided = np.ndarray(logits.shape, np.float16, padded, 0, arrays.channels_last(logits.shape, 72, 2))
     np.testing.assert_allclose(scores_from_logits(strided), scores_from_logits(logits), rtol=1e-6)
 
 
 def test_strides_go_through_dlpack_and_to_the_decode():
     shape = (2, 65, 4, 6)
-    strides = cuda.channels_last(shape, 72, 2)
+    strides = arrays.channels_last(shape, 72, 2)
     assert strides == (2 * 4 * 6 * 72, 2, 2 * 6 * 72, 2 * 72)
     array = DeviceArray(ELSEWHERE, shape, np.dtype(np.float16), 0, None, strides)
     assert array.__cuda_array_interface__["strides"] == strides
-    back = cuda._from_dlpack(array, gaps=True)
+    back = arrays._from_dlpack(array, gaps=True)
     assert (back.address, back.shape, back.dtype, back.strides) == (ELSEWHERE, shape, np.float16, strides)
     with pytest.raises(SuperPointError, match="not contiguous"):
-        cuda._from_dlpack(array, gaps=False)
+        arrays._from_dlpack(array, gaps=False)
     assert _head(back) == Head(ELSEWHERE, shape, np.dtype(np.float16), 72)
     assert _head(back).pitches == (72, 1)
 
@@ -125,7 +125,7 @@ def tensorrt() -> trt.TensorRT:
 def test_pitches_of_tensorrts_formats(tensorrt, format_, channels, pitch):
     engine = Engine(image=IMAGE, logits=(format_, (-1, channels, -1, -1)))
     assert tensorrt.pixel_pitch(engine, "logits") == pitch
-    _check_formats(tensorrt, engine, Path("a.engine"))
+    check_formats(tensorrt, engine, Path("a.engine"))
 
 
 @pytest.mark.parametrize(
@@ -141,5 +141,5 @@ def test_pitches_of_tensorrts_formats(tensorrt, format_, channels, pitch):
 )
 def test_other_formats_are_refused(tensorrt, tensors, says):
     with pytest.raises(SuperPointError, match=rf"^a\.engine: {says}") as caught:
-        _check_formats(tensorrt, Engine(**tensors), Path("a.engine"))
+        check_formats(tensorrt, Engine(**tensors), Path("a.engine"))
     assert "\n" not in str(caught.value)

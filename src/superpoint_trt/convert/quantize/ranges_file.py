@@ -1,0 +1,193 @@
+"""What calibration finds: ranges and rounded weights, in memory and as two files beside the .onnx."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from superpoint_trt.convert.quantize.options import Method
+from superpoint_trt.core.files import PathLike, check_writable, one_line, read_bytes, sha256, write_atomically
+from superpoint_trt.core.types import ModelDescription, SuperPointError
+
+FORMAT = 1
+"""Version of the .json; a reader refuses any other."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Ranges, and what they were measured on. It has no dates and no absolute paths: equal work gives equal bytes."""
+
+    method: Method
+    percentile: float | None
+    """Share in percent of all values; None for the other methods."""
+    size: str
+    """The network's input size while measuring: "480x640" (HxW), or "any"."""
+    checkpoint_sha256: str | None
+    """The checkpoint the network was made from; None: another tool's model, which does not say."""
+    images: dict[str, str]
+    """Name of each image below its folder -> SHA-256 of the file, or of the pixels of a synthetic image."""
+    ranges: dict[str, float]
+    """Tensor name -> largest magnitude that the quantized tensor represents, in the graph's order."""
+    channels: dict[str, list[float]] = field(default_factory=dict)
+    """Tensor name -> factor of each channel (`equalize.factors`). The ranges are those of the scaled channels."""
+    weights: dict[str, NDArray[np.int8]] = field(default_factory=dict, compare=False)
+    """Name of a convolution's weights -> (O, I, K, K) int8, rounded with feedback (`gptq.round_weights`) after the
+    channels were scaled. Weights that are missing here are rounded to the nearest step. They are written as
+    .safetensors beside the ranges, which name that file by its SHA-256."""
+    rounded_from: dict[str, str] = field(default_factory=dict, compare=False)
+    """Name of rounded weights -> `weight_digest` of the float32 weights that they were made from."""
+    approximation: str | None = None
+    """The network's approximation, as in `ModelDescription`."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """Warnings about the images: which could not be used, what makes the set doubtful. Not written."""
+
+    def summary(self) -> str:
+        """The method and the number of images, for metadata and people: "percentile 99.99, 144 images"."""
+        method = self.method.value + (f" {self.percentile:g}" if self.percentile is not None else "")
+        rounded = ", weights rounded with feedback" if self.weights else ""
+        return f"{method}, {len(self.images)} image{'s' if len(self.images) != 1 else ''}{rounded}"
+
+    def to_json(self) -> bytes:
+        """The ranges file: one range or image a line, so that diff compares two files."""
+        flat = {
+            "format": FORMAT,
+            "method": self.method.value,
+            "percentile": self.percentile,
+            "size": self.size,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "approximation": self.approximation,
+            "ranges": self.ranges,
+            "images": self.images,
+            "channels": {name: " ".join(f"{value:g}" for value in values) for name, values in self.channels.items()},
+            "weights_sha256": sha256(_weights_file(self.weights)) if self.weights else None,
+            "rounded_from": self.rounded_from,
+        }
+        return (json.dumps(flat, indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, path: PathLike) -> Calibration:
+        """Reads what `to_json` wrote, and the rounded weights beside `path` if it names any.
+
+        Raises:
+            SuperPointError: the file is damaged or of a later format, a range is no positive number, or the rounded
+                weights are missing.
+        """
+        try:
+            flat = json.loads(data)
+            if flat["format"] != FORMAT:
+                raise ValueError(f"format {flat['format']}, expected {FORMAT}")
+            ranges = {str(name): float(value) for name, value in flat["ranges"].items()}
+            bad = [name for name, value in ranges.items() if not 0 < value < np.inf]
+            if bad or not ranges:
+                raise ValueError(f"the range of {bad[0]} is {ranges[bad[0]]}" if bad else "no ranges")
+            return cls(
+                method=Method(flat["method"]),
+                percentile=flat["percentile"],
+                size=str(flat["size"]),
+                checkpoint_sha256=flat["checkpoint_sha256"],
+                approximation=flat.get("approximation"),
+                images={str(name): str(value) for name, value in flat["images"].items()},
+                ranges=ranges,
+                channels={str(name): [float(f) for f in text.split()] for name, text in flat["channels"].items()},
+                weights=_read_weights(path, flat.get("weights_sha256")),
+                rounded_from={str(name): str(value) for name, value in flat.get("rounded_from", {}).items()},
+            )
+        except SuperPointError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SuperPointError(
+                f"{path} cannot be read as calibration ranges ({one_line(error)}); make them again with "
+                "--calibration-images FOLDER."
+            ) from error
+
+
+def ranges_path(model: PathLike) -> Path:
+    """Path of a model's ranges: superpoint.onnx -> superpoint.calibration.json."""
+    return Path(model).with_suffix(".calibration.json")
+
+
+def save_calibration(calibration: Calibration, path: PathLike) -> Path:
+    """Writes the ranges to `path`, and rounded weights to `rounded_weights_path(path)`.
+
+    Raises:
+        SuperPointError: a file cannot be written.
+    """
+    path = check_writable(path)
+    if calibration.weights:
+        write_atomically(rounded_weights_path(path), _weights_file(calibration.weights))
+    return write_atomically(path, calibration.to_json())
+
+
+def rounded_weights_path(ranges: PathLike) -> Path:
+    """Path of rounded weights: superpoint.calibration.json -> superpoint.calibration.int8.safetensors."""
+    return Path(ranges).with_suffix(".int8.safetensors")
+
+
+def _weights_file(weights: Mapping[str, NDArray[np.int8]]) -> bytes:
+    from safetensors.numpy import save as to_bytes
+
+    return bytes(to_bytes({name: np.ascontiguousarray(values) for name, values in weights.items()}))
+
+
+def _read_weights(ranges: PathLike, digest: str | None) -> dict[str, NDArray[np.int8]]:
+    """The rounded weights that a ranges file names by their SHA-256; empty if it names none."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as from_bytes
+
+    if digest is None:
+        return {}
+    path = rounded_weights_path(ranges)
+    remedy = "copy both, or make them again with --calibration-images FOLDER."
+    if not path.exists():
+        raise SuperPointError(f"{path}, which {ranges} names, is not there: {remedy}")
+    data = read_bytes(path, "rounded weights")
+    if sha256(data) != digest:
+        raise SuperPointError(f"{path} is not the file that {ranges} was written with: {remedy}")
+    try:
+        return dict(from_bytes(data))
+    except SafetensorError as error:
+        raise SuperPointError(f"{path} cannot be read as rounded weights ({one_line(error)}): {remedy}") from error
+
+
+def weight_digest(weight: NDArray[np.floating]) -> str:
+    """SHA-256 of weights as float32 values, to tell networks apart."""
+    return sha256(np.ascontiguousarray(weight, np.float32).tobytes())
+
+
+def load_calibration(path: PathLike) -> Calibration:
+    """Reads what `save_calibration` wrote.
+
+    Raises:
+        SuperPointError: a file is missing, damaged or of a later format.
+    """
+    return Calibration.from_json(read_bytes(path, "calibration"), path)
+
+
+def check_same_network(calibration: Calibration, description: ModelDescription, path: PathLike) -> None:
+    """Refuses ranges of another network.
+
+    Args:
+        calibration: the ranges.
+        description: of the network they are to be used for.
+        path: that network's file, for the error.
+
+    Raises:
+        SuperPointError: the two name different checkpoints, or different approximations.
+    """
+    theirs, ours = calibration.checkpoint_sha256, description.checkpoint_sha256
+    if theirs and ours and theirs != ours:
+        raise SuperPointError(
+            f"the calibration is of checkpoint {theirs[:12]}, {path} of checkpoint {ours[:12]}: ranges belong to one "
+            "network; calibrate this one with --calibration-images FOLDER."
+        )
+    if calibration.approximation != description.approximation:
+        theirs, ours = (told or "no approximation" for told in (calibration.approximation, description.approximation))
+        raise SuperPointError(
+            f"the calibration is of a network with {theirs}, {path} with {ours}: ranges belong to one network; "
+            "calibrate this one with --calibration-images FOLDER."
+        )
