@@ -79,11 +79,6 @@ def verify(
         raise click.exceptions.Exit(GATE_FAILED)
 
 
-def gate_limits(gates: Sequence[str]) -> dict[str, float]:
-    """Reads NAME=LIMIT of each --gate, as `parse_limits`."""
-    return parse_limits(gates)
-
-
 def print_verification(found: Verification) -> None:
     """Prints the gates, what else was noticed, and the verdict."""
     print_row("model", found.model)

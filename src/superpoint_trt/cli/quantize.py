@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Callable
 import click
 from rich.table import Table
 
-from superpoint_trt.cli.prove import GATE_FAILED, gate_limits, print_verification
-from superpoint_trt.cli.terminal import JSON, console, print_info, write_json
+from superpoint_trt.cli.options import JSON
+from superpoint_trt.cli.prove import GATE_FAILED, print_verification
+from superpoint_trt.cli.terminal import console, print_info, write_json
 from superpoint_trt.convert.quantize.options import (
     COARSE,
     CalibrationOptions,
@@ -22,6 +23,7 @@ from superpoint_trt.convert.quantize.options import (
     Rounding,
 )
 from superpoint_trt.core.types import Precision, SuperPointError
+from superpoint_trt.prove.gates import parse_limits
 
 if TYPE_CHECKING:
     from superpoint_trt.int8 import LowPrecisionOptions, LowPrecisionResult
@@ -82,7 +84,7 @@ class CalibrationFlags:
             quantize=quantize,
             rank_layers=rank_layers,
             choose_layers=self.auto,
-            gates=gate_limits(self.gates),
+            gates=parse_limits(self.gates),
             verify=self.verify,
         )
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Callable
 import click
 from rich.console import Console
 
-from superpoint_trt.cli.options import JSON as JSON  # cli/quantize.py takes it from here
 from superpoint_trt.cli.options import ExtractArgs, RuntimeArgs
 from superpoint_trt.core.progress import Progress
 from superpoint_trt.core.types import SuperPointError
