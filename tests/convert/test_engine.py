@@ -302,7 +302,7 @@ def test_weights_that_do_not_fit_carry_tensorrts_words(model_file, tmp_path):
         ("--engine a.engine --min-shape 240", "HEIGHTxWIDTH"),
         (
             "--engine a.engine --runtime tensorrt",
-            "tensorrt is not installed here: pip install 'superpoint-trt[tensorrt]'",
+            "tensorrt is not installed here: pip install '.[tensorrt]'",
         ),
         ("--engine nowhere/a.engine", "does not exist"),
         ("--engine a.engine --runtime rtx", "--target"),
@@ -341,7 +341,7 @@ def test_info_reads_the_json_anywhere(built, capsys):
     assert "rtx engine without a .json" in capsys.readouterr().out
     built.write_bytes(b"\x7fELF" + bytes(100))
     assert run(cli, ["info", str(built)]) == 2
-    assert "is no TensorRT engine" in capsys.readouterr().err
+    assert "is not a TensorRT engine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.5, 0.9999])
