@@ -62,6 +62,23 @@ def test_thresholds(kind, threshold):
         checked(kind, seed, (1, 15, 20), DecodeOptions(4, 4, threshold, 300))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head", ["float32", "float16"])
+@pytest.mark.parametrize("multiple", [0, 8])
+@pytest.mark.parametrize(("radius", "border"), [(4, 4), (1, 0), (9, 1)])
+def test_subpixel(kind, head, multiple, radius, border):
+    """At the image's edge as well, which padding follows inside the same cell."""
+    for seed, grid in enumerate([(2, 9, 13), (1, 1, 1), (1, 30, 40)]):
+        options = DecodeOptions(radius, border, 0.005, 300, subpixel=True)
+        checked(kind, seed, grid, options, head=head, multiple=multiple)
+
+
+@pytest.mark.parametrize(("stride", "dim"), [(4, 64), (2, 16), (1, 8), (16, 128), (32, 8)])
+def test_subpixel_of_other_strides(stride, dim):
+    for seed, kind in enumerate(KINDS):
+        checked(kind, seed, (2, 7, 9), DecodeOptions(3, 1, 0.0001, 400, subpixel=True), stride=stride, dim=dim)
+
+
 @pytest.mark.parametrize("number", [1, 2, 31, 512, 1024, 4096, 10_000])
 def test_numbers(number):
     for kind in ("noise", "levels", "flat"):

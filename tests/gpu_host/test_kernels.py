@@ -32,7 +32,7 @@ def nvrtc():
 @pytest.mark.parametrize("capability", ["sm87", "sm90", *rarely("sm75", "sm80", "sm86", "sm89", "sm100", "sm120")])
 def test_decode_compiles_everywhere(nvrtc, monkeypatch, tmp_path, capability):
     monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path))
-    defines = ("STRIDE=8", "DIM=256", "RADIUS=4", "HEAD=1", "WIDE_LOGITS=1", "WIDE_DESCRIPTORS=1")
+    defines = ("STRIDE=8", "DIM=256", "RADIUS=4", "HEAD=1", "WIDE_LOGITS=1", "WIDE_DESCRIPTORS=1", "SUBPIXEL=1")
     assert cubin((FOLDER / "decode.cu").read_bytes(), "decode.cu", capability, defines)[:4] == b"\x7fELF"
 
 
@@ -48,7 +48,7 @@ def test_decode_compiles_for_every_shape(nvrtc, monkeypatch, tmp_path, stride, d
     assert is_tiled(radius, stride)
     monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path))
     defines = (f"STRIDE={stride}", f"DIM={dim}", f"RADIUS={radius}", f"HEAD={head}")
-    defines += (f"WIDE_LOGITS={wide}", f"WIDE_DESCRIPTORS={wide}")
+    defines += (f"WIDE_LOGITS={wide}", f"WIDE_DESCRIPTORS={wide}", f"SUBPIXEL={wide}")
     assert cubin((FOLDER / "decode.cu").read_bytes(), "decode.cu", "sm75", defines)
 
 

@@ -78,6 +78,9 @@ class Checkpoint:
     sampling: Sampling
     sha256: str | None = None
     """Of the file that was read; None: the arrays came from memory."""
+    subpixel: bool = False
+    """Whether its keypoints are sub-pixel by default: yes for this project's own weights; no for others, whose users
+    expect their reference's whole pixels."""
 
     @property
     def stages(self) -> int:
@@ -148,7 +151,8 @@ def from_arrays(
     layers = {name: _layer(name, parameters, source) for name, parameters in named.items()}
     _verify(layers, source)
     norm = _norm_placement(family, layers, metadata, source)
-    return Checkpoint(layers, family, norm, sampling or _sampling(family, layers, metadata, source))
+    sampling = sampling or _sampling(family, layers, metadata, source)
+    return Checkpoint(layers, family, norm, sampling, subpixel=_subpixel(metadata, source))
 
 
 def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
@@ -176,6 +180,7 @@ def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
         "sampling": checkpoint.sampling.value,
         "source_family": checkpoint.family.value,
         "source_sha256": checkpoint.sha256 or "",
+        "subpixel": "yes" if checkpoint.subpixel else "no",
     }
     return write_atomically(path, to_bytes(arrays, metadata=metadata))
 
@@ -360,6 +365,15 @@ def _sampling(family: Family, layers: Mapping[str, Layer], metadata: Mapping[str
             )
         return Sampling.HALF_PIXEL
     return _SAMPLING_BY_CONTENT.get(_fingerprint(layers), Sampling.LEGACY)
+
+
+def _subpixel(metadata: Mapping[str, str], source: str) -> bool:
+    # Files written before there was this key: the ones trained here name no other family as their source.
+    trained_here = metadata.get("source_family") == Family.SUPERPOINT_TRT.value
+    found = metadata.get("subpixel", "yes" if trained_here else "no")
+    if found not in ("yes", "no"):
+        raise SuperPointError(f"{source} has metadata subpixel {found!r}; expected yes or no.")
+    return found == "yes"
 
 
 def _choice(kind: type[_Choice], value: str, source: str) -> _Choice:

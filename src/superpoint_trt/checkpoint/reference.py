@@ -146,6 +146,25 @@ def sample_descriptors(xy: Tensor, descriptors: Tensor, stride: int, sampling: S
     return F.normalize(sampled[0, :, 0], dim=0).T
 
 
+def refine(xy: Tensor, scores: Tensor) -> Tensor:
+    """Moves points by the mean offset of the 5x5 pixels around them, weighted by their scores.
+
+    Args:
+        xy: (N, 2) whole pixels.
+        scores: (H, W) before suppression. Pixels outside count 0.
+
+    Returns:
+        (N, 2) pixels.
+    """
+    offset = torch.arange(-2, 3, device=scores.device)
+    padded = F.pad(scores, (2, 2, 2, 2))
+    x, y = xy.unbind(1)
+    around = padded[(y[:, None] + 2 + offset)[:, :, None], (x[:, None] + 2 + offset)[:, None]]  # (N, 5, 5), rows first
+    total = around.sum(dim=(1, 2)).clamp(min=torch.finfo(scores.dtype).tiny)
+    across, down = ((around.sum(dim=axis) * offset).sum(dim=1) / total for axis in (1, 2))
+    return xy + torch.stack([across, down], dim=1)
+
+
 def decode(
     scores: Tensor, descriptors: Tensor, options: DecodeOptions, sampling: Sampling
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -154,7 +173,7 @@ def decode(
     Args:
         scores: (B, H, W).
         descriptors: (B, D, H/8, W/8) of unit length along D.
-        options: NMS radius, border, threshold, number.
+        options: NMS radius, border, threshold, number, sub-pixel or not.
         sampling: the checkpoint's convention.
 
     Returns:
@@ -166,11 +185,12 @@ def decode(
     inside = torch.zeros_like(kept, dtype=torch.bool)
     inside[:, border : kept.shape[1] - border, border : kept.shape[2] - border] = True
     found = []
-    for image_scores, image_descriptors in zip(kept.masked_fill(~inside, 0.0), descriptors):
+    for before, image_scores, image_descriptors in zip(scores, kept.masked_fill(~inside, 0.0), descriptors):
         yx = torch.nonzero(image_scores > options.threshold)
         values, order = torch.sort(image_scores[yx[:, 0], yx[:, 1]], descending=True, stable=True)
         best = order[: options.max_keypoints]
-        xy = yx[best].flip(1).to(scores.dtype)
+        xy = yx[best].flip(1)
+        xy = refine(xy, before) if options.subpixel else xy.to(scores.dtype)
         found.append((xy, values[: len(best)], sample_descriptors(xy, image_descriptors, stride, sampling)))
     return found
 
@@ -186,7 +206,8 @@ class SuperPoint(SuperPointNet):
     the network if its widths differ.
 
     Args:
-        conf: nms_radius, max_num_keypoints, detection_threshold, remove_borders, descriptor_dim, channels.
+        conf: nms_radius, max_num_keypoints, detection_threshold, remove_borders, descriptor_dim, channels, subpixel
+            (None: the checkpoint's own default).
     """
 
     default_conf: Mapping[str, Any] = {
@@ -196,6 +217,7 @@ class SuperPoint(SuperPointNet):
         "remove_borders": 4,
         "descriptor_dim": 256,
         "channels": (64, 64, 128, 128, 256),
+        "subpixel": None,
     }
 
     def __init__(self, **conf: Any) -> None:
@@ -207,7 +229,7 @@ class SuperPoint(SuperPointNet):
         settings = SimpleNamespace(**{**self.default_conf, **conf})
         super().__init__(settings.channels, settings.descriptor_dim)
         self.conf = settings
-        self.sampling = Sampling.HALF_PIXEL
+        self.sampling, self.subpixel = Sampling.HALF_PIXEL, False
 
     @classmethod
     def from_file(cls, path: PathLike, sampling: Sampling | None = None, **conf: Any) -> SuperPoint:
@@ -220,7 +242,9 @@ class SuperPoint(SuperPointNet):
     def options(self) -> DecodeOptions:
         """`conf` as the options of `decode`."""
         conf = self.conf
-        return DecodeOptions(conf.nms_radius, conf.remove_borders, conf.detection_threshold, conf.max_num_keypoints)
+        subpixel = self.subpixel if conf.subpixel is None else conf.subpixel
+        numbers = (conf.nms_radius, conf.remove_borders, conf.detection_threshold, conf.max_num_keypoints)
+        return DecodeOptions(*numbers, subpixel)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads this module's own state, or the state_dict of a checkpoint of any known layout.
@@ -239,7 +263,7 @@ class SuperPoint(SuperPointNet):
         like = next(self.parameters())
         net = SuperPointNet.from_checkpoint(checkpoint).to(like).train(self.training)
         self.backbone, self.detector, self.descriptor = net.backbone, net.detector, net.descriptor
-        self.stride, self.sampling = net.stride, checkpoint.sampling
+        self.stride, self.sampling, self.subpixel = net.stride, checkpoint.sampling, checkpoint.subpixel
 
     def forward(self, data: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:  # type: ignore[override]
         """Keypoints of a batch of images.

@@ -111,7 +111,9 @@ class SuperPointTRT:
         Returns:
             For each image `keypoints` (N, 2), `scores` (N,) and `descriptors` (N, D).
         """
-        options = DecodeOptions(nms_radius_px=nms_radius, threshold=threshold, max_keypoints=top_k)
+        options = DecodeOptions(
+            nms_radius_px=nms_radius, threshold=threshold, max_keypoints=top_k, subpixel=self.description.subpixel
+        )
         results = []
         for image_scores, image_descriptors in zip(scores, descriptors):
             xy, found = select(image_scores, options)

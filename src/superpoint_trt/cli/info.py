@@ -125,6 +125,7 @@ def _model(model: ModelDescription) -> Iterator[tuple[str, str]]:
     yield "largest batch", str(model.max_batch_size)
     yield "sampling", model.sampling.value
     yield "checkpoint", f"layout {model.family.value if model.family else 'unknown'}, sha256 {model.checkpoint_sha256}"
+    yield "places", "sub-pixel" if model.subpixel else "whole pixels"
     if model.approximation:
         yield "approximation", model.approximation
     if model.calibration:

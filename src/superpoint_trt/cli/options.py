@@ -23,6 +23,8 @@ Command = Callable[..., Any]
 _Group = TypeVar("_Group", bound="OptionGroup")
 
 _DECODE = DecodeOptions()
+_SUBPIXEL = "--subpixel/--no-subpixel"
+_SUBPIXEL_HELP = "Keypoints between pixels, or on whole ones."
 _MAX_KEYPOINTS = ("--max-keypoints", "--top-k")
 """One option with two names: the second is the published guide's."""
 
@@ -59,6 +61,7 @@ SAMPLING = click.option(
     type=click.Choice([sampling.value for sampling in Sampling]),
     help="How the network was trained to sample descriptors.  [default: as checkpoints of its layout were]",
 )
+SUBPIXEL = click.option(_SUBPIXEL, default=None, help=f"{_SUBPIXEL_HELP}  [default: the model's own]")
 MODEL = click.option(
     "--model", help=".onnx, engine, or a checkpoint (runs in PyTorch).  [default: the packaged weights]"
 )
@@ -134,6 +137,7 @@ class ExtractArgs(OptionGroup):
         *_MAX_KEYPOINTS, type=int, help="Keep the keypoints with the highest scores.", show_default="all"
     )
     max_side: int | None = option("--max-side", type=int, help="Shrink larger images to this many px first.")
+    subpixel: bool | None = option(_SUBPIXEL, default=None, help=f"{_SUBPIXEL_HELP}  [default: the model's own]")
 
 
 def _exported(name: str) -> Callable[[], Any]:
@@ -195,6 +199,9 @@ class ExportArgs(GraphArgs):
     remove_borders: int = option(
         "--remove-borders", type=int, default=_DECODE.remove_borders_px, help="px; keypoints models."
     )
+    subpixel: bool | None = option(
+        _SUBPIXEL, default=None, help=f"{_SUBPIXEL_HELP} The model's default.  [default: the checkpoint's own]"
+    )
     fold_batchnorm: bool = option(
         "--fold-batchnorm",
         is_flag=True,
@@ -208,7 +215,7 @@ class ExportArgs(GraphArgs):
             super().options(),
             dynamic=self.dynamic,
             max_batch_size=self.max_batch_size,
-            decode=DecodeOptions(self.nms_radius, self.remove_borders, self.threshold),
+            decode=DecodeOptions(self.nms_radius, self.remove_borders, self.threshold, subpixel=self.subpixel),
             fold_batchnorm=self.fold_batchnorm,
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from superpoint_trt.cli.options import JSON, WEIGHTS, OptionGroup, RuntimeArgs, option
+from superpoint_trt.cli.options import JSON, SUBPIXEL, WEIGHTS, OptionGroup, RuntimeArgs, option
 from superpoint_trt.cli.terminal import (
     check_outputs,
     console,
@@ -45,6 +45,7 @@ _BENCH = BenchOptions()
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first so many images.")
 @click.option("--gate", "gates", multiple=True, metavar="NAME=LIMIT", help="Another limit than the precision's own.")
 @click.option("--report", "report_path", help="HTML report to write.")
+@SUBPIXEL
 @JSON
 @RuntimeArgs.declare("runtime")
 def verify(
@@ -54,6 +55,7 @@ def verify(
     limit: int | None,
     gates: tuple[str, ...],
     report_path: str | None,
+    subpixel: bool | None,
     json_path: str | None,
     runtime: RuntimeArgs,
 ) -> None:
@@ -69,7 +71,7 @@ def verify(
     if report_path:
         check_report()
     with progress_bar("verifying") as progress:
-        found = run_verify(model, weights, images, limits, runtime.device, progress, limit, runtime.threads)
+        found = run_verify(model, weights, images, limits, runtime.device, progress, limit, runtime.threads, subpixel)
     print_verification(found)
     if json_path:
         write_json(json_path, found.to_json())
@@ -134,6 +136,11 @@ class ProtocolArgs(OptionGroup):
     matching_px: float = option(
         "--matching-px", type=float, default=_PROTOCOL.matching_px, help="For repeatability, matching score, NN mAP."
     )
+    subpixel: bool | None = option(
+        "--subpixel/--no-subpixel",
+        default=None,
+        help="Keypoints between pixels, or on whole ones.  [default: the model's own]",
+    )
     estimator: str = option(
         "--estimator", type=click.Choice([name.value for name in Estimator]), default=_PROTOCOL.estimator.value
     )
@@ -160,6 +167,7 @@ class ProtocolArgs(OptionGroup):
             descriptor_keypoints=self.descriptor_keypoints,
             matching_px=self.matching_px,
             threshold=self.threshold,
+            subpixel=self.subpixel,
             estimator=Estimator(self.estimator),
             ransac_px=self.inlier_px,
             ransac_orders=self.ransac_orders,

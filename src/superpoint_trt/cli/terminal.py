@@ -68,12 +68,14 @@ def open_model(model: str | None, runtime: RuntimeArgs = _RUNTIME, extract: Extr
         threshold=extract.threshold,
         max_keypoints=extract.max_keypoints,
         max_side_px=extract.max_side,
+        subpixel=extract.subpixel,
         device=runtime.device,
         threads=runtime.threads,
     )
     named = "the packaged weights" if model is None else model
     print_row("model", f"{named} ({superpoint.description.type.value})")
     print_row("ran on", superpoint.runtime)
+    print_row("places", "sub-pixel" if superpoint.options.subpixel else "whole pixels")
     return superpoint
 
 

@@ -7,6 +7,7 @@ names, lie in one file and need no torch. Tests compare the result with `checkpo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def to_onnx(checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
         SuperPointError: an option is out of range, or the checkpoint has no BatchNorm to fold as asked.
     """
     options.validate(checkpoint.stride_px)
+    if options.decode.subpixel is None:
+        options = replace(options, decode=replace(options.decode, subpixel=checkpoint.subpixel))
     graph = GraphWriter(options.opset)
     logits, coarse = _network(graph, checkpoint, options)
     if options.type is OutputType.HEADS:
@@ -213,6 +216,7 @@ def exported_description(checkpoint: Checkpoint, options: ExportOptions) -> Mode
         remove_borders_px=options.decode.remove_borders_px if decodes else None,
         threshold=options.decode.threshold if decodes else None,
         max_keypoints=options.max_keypoints if decodes else None,
+        subpixel=bool(options.decode.subpixel),
         approximation=f"BatchNorm folded: differs within {reach_of_padding_px(checkpoint)} px of the input's border"
         if options.fold_batchnorm
         else None,

@@ -36,7 +36,8 @@ class ExportOptions:
     max_keypoints: int = 1024
     """N of a `keypoints` model."""
     decode: DecodeOptions = field(default_factory=DecodeOptions)
-    """NMS radius, border and threshold of a `keypoints` model."""
+    """NMS radius, border and threshold of a `keypoints` model. `subpixel` is any model's default; None: the
+    checkpoint's."""
     opset: int = DEFAULT_OPSET
     shift_channels: tuple[str, ...] = ()
     """Layers ("conv1a", ...) whose BatchNorm after the ReLU is folded into the next convolution exactly, its shift in

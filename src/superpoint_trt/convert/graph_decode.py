@@ -17,6 +17,9 @@ from superpoint_trt.core.types import DecodeOptions, Sampling
 
 NORM_EPS = 1e-12
 
+_REACH = 2
+"""Scores up to this many px from a keypoint move it: `run.decode.SUBPIXEL_REACH_PX`."""
+
 
 def write_score_map(graph: GraphWriter, logits: str, stride_px: int) -> str:
     """Softmax over the cell and the dustbin, the dustbin dropped, cells unfolded.
@@ -43,7 +46,7 @@ def write_unit_length(graph: GraphWriter, x: str, axis: int, name: str) -> str:
 def write_keypoints(
     graph: GraphWriter, score_map: str, descriptors: str, checkpoint: Checkpoint, options: ExportOptions
 ) -> None:
-    """Writes NMS, border, top-k, threshold and descriptor sampling: the four outputs of a `keypoints` model.
+    """Writes NMS, border, top-k, threshold, sub-pixel places and descriptor sampling: a `keypoints` model's outputs.
 
     Args:
         graph: to add to.
@@ -58,6 +61,8 @@ def write_keypoints(
     y = graph.node("Div", [pixel, shape.width])
     x = graph.node("Sub", [pixel, graph.node("Mul", [y, shape.width])])
     xy = graph.node("Concat", [graph.as_column(x), graph.as_column(y)], output="pixel_xy", axis=2)
+    if options.decode.subpixel:
+        xy = _refine(graph, score_map, x, y, xy, shape)
 
     found = graph.node("Greater", [best, graph.constant("threshold", np.array(options.decode.threshold, np.float32))])
     found_column = graph.unsqueeze(found, 2)
@@ -183,6 +188,32 @@ def _rounds_to(last: int, merged: int, length: int, n: int) -> list[int]:
         rounds.insert(0, rows)
         rows *= merged
     return rounds
+
+
+def _refine(graph: GraphWriter, scores: str, x: str, y: str, xy: str, shape: _GridShape) -> str:
+    """Moves points to the center of the scores around them, as `run.decode.refine`; (B, N, 2) float32.
+
+    The 25 scores around each point are gathered from the map with a margin of zeros: index (y + dy) * pitch + x + dx
+    for dx and dy from 0 to 4. Sums of products are written out, because a MatMul may run in TF32.
+    """
+    margin = graph.constant("margin", np.array([0, 0, _REACH, _REACH] * 2, np.int64))
+    flat = graph.reshape(graph.node("Pad", [scores, margin]), [0, -1])
+    pitch = graph.node("Add", [shape.width, graph.constant(f"int_{2 * _REACH}", np.array(2 * _REACH, np.int64))])
+    dy, dx = np.indices((2 * _REACH + 1, 2 * _REACH + 1)).reshape(2, -1)
+    down, across = (graph.constant(f"window_{name}", step) for name, step in (("rows", dy), ("columns", dx)))
+    window = graph.node("Add", [graph.node("Mul", [down, pitch]), across])
+    corner = graph.node("Add", [graph.node("Mul", [y, pitch]), x])
+    index = graph.node("Add", [graph.unsqueeze(corner, 2), window])
+    gathered = graph.node("GatherElements", [flat, graph.reshape(index, [0, -1])], axis=1)
+    around = graph.reshape(gathered, [0, -1, dx.size], output="scores_around")
+    sums = []
+    for name, offset in (("x", dx - _REACH), ("y", dy - _REACH)):
+        weighted = graph.node("Mul", [around, graph.constant(f"offset_{name}", offset.astype(np.float32))])
+        sums.append(graph.reduce("ReduceSum", weighted, 2))
+    tiny = graph.constant("tiny", np.array(np.finfo(np.float32).tiny, np.float32))
+    total = graph.node("Max", [graph.reduce("ReduceSum", around, 2), tiny])
+    shift = graph.node("Div", [graph.node("Concat", sums, axis=2), total])
+    return graph.node("Add", [xy, shift], output="subpixel_xy")
 
 
 def _sample_descriptors(

@@ -102,6 +102,9 @@ class DecodeOptions:
     """Scores must be strictly greater."""
     max_keypoints: int | None = None
     """Keep this many keypoints, those with the highest scores; None keeps all."""
+    subpixel: bool | None = None
+    """Moves each keypoint to the center of the scores around it (`run.decode.refine`). None: as the model says
+    (`ModelDescription.subpixel`); without a model, no."""
 
     def __post_init__(self) -> None:
         for name, value in (("NMS radius", self.nms_radius_px), ("border", self.remove_borders_px)):
@@ -148,6 +151,8 @@ class ModelDescription:
     """How a quantized model's first convolution, which reads the image, runs: "fp16" or "parts"."""
     approximation: str | None = None
     """Where the model was asked to differ from its checkpoint: "BatchNorm folded: ..."."""
+    subpixel: bool = False
+    """Whether keypoints are sub-pixel by default; of a `keypoints` model, whether its graph makes them so."""
     superpoint_trt_version: str = __version__
     """Version that wrote the description; empty: another tool's model."""
 
@@ -194,6 +199,7 @@ _ENUM_FIELDS: Mapping[str, type[enum.Enum]] = {
     "family": Family,
 }
 _COUNTS = ("height_px", "width_px", "max_batch_size", "stride_px", "descriptor_dim", "opset", "max_keypoints")
+_FLAGS = ("dynamic", "subpixel")
 _TEXT_FIELDS = (
     "checkpoint_sha256",
     "superpoint_trt_version",
@@ -211,6 +217,8 @@ def _parse(key: str, value: str) -> Any:
     if key in _TEXT_FIELDS:
         return value
     number = json.loads(value)
+    if key in _FLAGS and not isinstance(number, bool):
+        raise ValueError(f"{key} is {value}")
     if not isinstance(number, (bool, int, float)) or number < (1 if key in _COUNTS else 0):
         raise ValueError(f"{key} is {value}")
     return number

@@ -222,6 +222,7 @@ class Comparison:
                 descriptors=view.truth["descriptors"][0],
                 sampling=self._reference.description.sampling,
                 border_px=self._options.remove_borders_px,
+                subpixel=bool(self._options.subpixel),
                 in_graph=self._decodes_in_graph,
                 raw_xy=view.raw_xy(),
             )
@@ -282,7 +283,7 @@ def _decode_reference(
     score_map = truth["scores"][0]
     extent = np.array([placement.placed_width_px, placement.placed_height_px])
     xy, scores = decode.select(score_map if in_graph else score_map[: extent[1], : extent[0]], options)
-    inside = (xy < extent - options.remove_borders_px).all(axis=1)
+    inside = decode.inside_border(xy, placement.placed_wh, options)
     xy, scores = xy[inside], scores[inside]
     sampled = decode.sample_descriptors(xy, truth["descriptors"][0], reference.stride_px, reference.sampling)
     size = (placement.image_width_px, placement.image_height_px)

@@ -217,7 +217,7 @@ def _open(
     """Opens a model file, or OpenCV's detector of that name; the stack closes it."""
     if str(model) in BASELINES:
         return _Opened(_opencv(str(model), protocol.descriptor_keypoints), f"OpenCV {cv2.__version__}, cpu")
-    superpoint = SuperPoint(model, device=device, threads=threads)
+    superpoint = SuperPoint(model, device=device, threads=threads, subpixel=protocol.subpixel)
     if superpoint.description.type is OutputType.KEYPOINTS:
         stack.enter_context(superpoint)
         options = superpoint.options
@@ -227,10 +227,16 @@ def _open(
         )
     superpoint.close()  # its type is known only now, and a keypoints model does not take the options below
     superpoint = SuperPoint(
-        model, threshold=protocol.threshold, nms_radius_px=stage.nms_radius_px, device=device, threads=threads
+        model,
+        threshold=protocol.threshold,
+        nms_radius_px=stage.nms_radius_px,
+        subpixel=protocol.subpixel,
+        device=device,
+        threads=threads,
     )
     stack.enter_context(superpoint)
-    return _Opened(superpoint.extract, str(superpoint.runtime))
+    places = "sub-pixel" if superpoint.options.subpixel else "whole pixels"
+    return _Opened(superpoint.extract, f"{superpoint.runtime}; {places}")
 
 
 @dataclass(frozen=True)

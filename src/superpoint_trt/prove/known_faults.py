@@ -51,6 +51,8 @@ class Evidence:
     """The checkpoint's."""
     border_px: int
     """How many pixels on each side should have no keypoints."""
+    subpixel: bool
+    """Whether keypoints lie between pixels."""
     in_graph: bool
     """Whether the model decodes in its graph."""
     raw_xy: Float32 | None
@@ -67,12 +69,26 @@ def findings(evidence: Evidence) -> list[Finding]:
     raw = evidence.raw_xy if evidence.raw_xy is not None else evidence.found.xy
     height, width = evidence.scores.shape
     inside = np.asarray((np.isfinite(raw) & (raw >= 0) & (raw < np.array([width, height]))).all(axis=1))
+    if evidence.subpixel and inside.all():
+        raw = _peaks(raw, evidence.scores)
     found = [*_coordinates(inside), *_fp16_indices(evidence, raw, inside)]
     if not found:  # points at rounded indices may lie in the border, which is not a fault of its own
         found += _border(evidence, raw[inside])
     if len(evidence.found) >= FEWEST_POINTS and inside.all():
         found += [*_scores(evidence), *_sampling(evidence)]
     return found
+
+
+def _peaks(xy: Float32, scores: Float32) -> Float32:
+    """The whole pixels that sub-pixel points come from: the highest score within their reach."""
+    reach = decode.SUBPIXEL_REACH_PX
+    padded = np.pad(scores, reach, constant_values=-1)
+    dy, dx = np.indices((2 * reach + 1, 2 * reach + 1)).reshape(2, -1)
+    height, width = scores.shape
+    nearest = np.rint(np.clip(xy, 0, (width - 1, height - 1))).astype(np.int64)
+    best = padded[nearest[:, 1, None] + dy, nearest[:, 0, None] + dx].argmax(axis=1)
+    peaks: Float32 = (nearest + np.stack([dx[best], dy[best]], axis=1) - reach).astype(np.float32)
+    return peaks
 
 
 def _coordinates(inside: NDArray[np.bool_]) -> Iterator[Finding]:
@@ -105,7 +121,8 @@ def _border(evidence: Evidence, raw: Float32) -> Iterator[Finding]:
 def _scores(evidence: Evidence) -> Iterator[Finding]:
     """Tests whether the scores fit a wrong reading of the reference's score map better than the right one."""
     stride = evidence.stride_px
-    x, y = evidence.found.xy.astype(np.int64).T
+    xy = _peaks(evidence.found.xy, evidence.scores) if evidence.subpixel else evidence.found.xy
+    x, y = xy.astype(np.int64).T
     read = evidence.scores[y, x]
     height, width = evidence.scores.shape
     cells = evidence.scores.reshape(height // stride, stride, width // stride, stride).sum(axis=(1, 3))

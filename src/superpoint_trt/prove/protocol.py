@@ -49,6 +49,8 @@ class Protocol:
     """For matching score and NN mAP."""
     threshold: float = 0.001
     """Detection threshold."""
+    subpixel: bool | None = None
+    """Keypoints between pixels, or on whole ones; None: the model's own default."""
     homography_px: tuple[int, ...] = (1, 3, 5)
     mma_px: tuple[int, ...] = tuple(range(1, 11))
     estimator: Estimator = Estimator.RANSAC

@@ -94,6 +94,7 @@ class _TorchReference:
             dynamic=True,
             stride_px=loaded.stride_px,
             descriptor_dim=loaded.descriptor_dim,
+            subpixel=loaded.subpixel,
         )
 
     def __call__(self, image: Float32) -> Outputs:

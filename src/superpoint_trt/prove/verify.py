@@ -77,6 +77,7 @@ def verify(
     progress: Progress | None = None,
     most_images: int | None = None,
     threads: int | None = None,
+    subpixel: bool | None = None,
 ) -> Verification:
     """Runs a model and its reference on the same images and compares points, scores, descriptors and matches.
 
@@ -89,6 +90,8 @@ def verify(
         progress: called with (images done, all images).
         most_images: use only the first so many.
         threads: CPU threads of the model.
+        subpixel: compare keypoints between pixels, or on whole ones; None: as the model has them. It is the same for
+            model and reference.
 
     Raises:
         SuperPointError: unusable model or reference, unknown gate, no readable image, or too few keypoints to prove
@@ -98,7 +101,7 @@ def verify(
     check_limits(limits)
     named_images = _with_names(image_paths, most_images)
     results, problems = [], []
-    with SuperPoint(model, device=device, threads=threads) as superpoint:
+    with SuperPoint(model, device=device, threads=threads, subpixel=subpixel) as superpoint:
         reference = open_reference(weights)
         comparison = Comparison(superpoint, reference)
         for done, (name, path) in enumerate(named_images, start=1):
@@ -109,6 +112,7 @@ def verify(
             if progress:
                 progress(done, len(named_images))
         description, runtime = superpoint.description, str(superpoint.runtime)
+        places = "sub-pixel" if superpoint.options.subpixel else "on whole pixels"
     if not results:
         raise SuperPointError(f"no image could be used: {problems[0] if problems else 'none was given'}")
     _check_proof(comparison.proving_points)
@@ -125,7 +129,7 @@ def verify(
         outputs=comparison.outputs(),
         images=results,
         problems=problems,
-        notes=_notes(description, reference.description, voters),
+        notes=[f"keypoints of both are {places}", *_notes(description, reference.description, voters)],
     )
 
 

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from superpoint_trt.core.types import DecodeOptions, Float32, Sampling
 
+SUBPIXEL_REACH_PX = 2
+"""Scores up to this far from a keypoint move it: 5x5 pixels."""
+
 NORM_EPS = 1e-12
 """A descriptor shorter than this is divided by this, not by its length: torch.nn.functional.normalize's default."""
 
@@ -70,7 +73,8 @@ def select(scores: Float32, options: DecodeOptions) -> tuple[Float32, Float32]:
         options: radius, border, threshold, number.
 
     Returns:
-        Points (N, 2) float32, x then y, and scores (N,), by falling score; equal scores in reading order.
+        Points (N, 2) float32, x then y, and scores (N,), by falling score; equal scores in reading order. Sub-pixel
+        points are the same ones, in the same order, moved by `refine`.
     """
     height, width = scores.shape
     border = options.remove_borders_px
@@ -80,8 +84,40 @@ def select(scores: Float32, options: DecodeOptions) -> tuple[Float32, Float32]:
     y, x = np.nonzero(inside > 0)
     found = inside[y, x]
     order = np.argsort(-found, kind="stable")[: options.max_keypoints]
-    xy = np.stack([x[order], y[order]], axis=1).astype(np.float32) + np.float32(border)
-    return xy, found[order]
+    xy = np.stack([x[order], y[order]], axis=1) + border
+    return refine(xy, scores) if options.subpixel else xy.astype(np.float32), found[order]
+
+
+def inside_border(xy: Float32, placed_wh: tuple[int, int], options: DecodeOptions) -> NDArray[np.bool_]:
+    """Which points (N, 2) of a graph, which decodes padding too, lie in the image and not in its right or lower border.
+
+    A sub-pixel point lies where its nearest pixel lies.
+    """
+    far = np.array(placed_wh, np.float32) - options.remove_borders_px - (0.5 if options.subpixel else 0)
+    return np.asarray((xy < far).all(axis=1))
+
+
+def refine(xy: NDArray[np.int64], scores: Float32) -> Float32:
+    """Moves points to the center of the scores around them: p + sum(s_i o_i) / sum(s_i) over 5x5 pixels.
+
+    s_i are scores before suppression, o_i offsets from p in px. Pixels outside the image count 0. It is the soft-argmax
+    of SuperPoint's successors (Zhao et al. 2023, arXiv 2304.03608) with the scores themselves as weights.
+
+    Args:
+        xy: (N, 2) whole pixels.
+        scores: (H, W) float32, before suppression, without padding.
+
+    Returns:
+        (N, 2) float32.
+    """
+    reach = SUBPIXEL_REACH_PX
+    padded = np.pad(scores, reach)
+    dy, dx = np.indices((2 * reach + 1, 2 * reach + 1)).reshape(2, -1)
+    weights = padded[xy[:, 1, None] + dy, xy[:, 0, None] + dx]
+    offsets = np.stack([dx, dy], axis=1).astype(np.float32) - reach
+    shift = weights @ offsets / np.maximum(weights.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    refined: Float32 = (xy + shift).astype(np.float32)
+    return refined
 
 
 def sample_descriptors(xy: Float32, descriptors: Float32, stride_px: int, sampling: Sampling) -> Float32:

@@ -43,6 +43,8 @@ class SuperPoint:
         max_keypoints: keep at most this many, the best; default all (a `keypoints` model: its N).
         nms_radius_px: default 4; fixed inside a `keypoints` model.
         remove_borders_px: default 4; fixed inside a `keypoints` model.
+        subpixel: whether keypoints lie between pixels (`run.decode.refine`); default the model's own choice, yes for
+            this project's weights; fixed inside a `keypoints` model.
         max_side_px: shrink larger images first; default no.
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads; default the runtime's own choice.
@@ -65,6 +67,7 @@ class SuperPoint:
         max_keypoints: int | None = None,
         nms_radius_px: int | None = None,
         remove_borders_px: int | None = None,
+        subpixel: bool | None = None,
         max_side_px: int | None = None,
         device: str = "auto",
         threads: int | None = None,
@@ -73,7 +76,7 @@ class SuperPoint:
         for name, value, most in (("max_side", max_side_px, MOST_SIDE_PX), ("threads", threads, MOST_THREADS)):
             if value is not None and not 1 <= value <= most:
                 raise SuperPointError(f"{name} is {value}; expected 1 to {most}.")
-        asked = _AskedDecode(nms_radius_px, remove_borders_px, threshold, max_keypoints)
+        asked = _AskedDecode(nms_radius_px, remove_borders_px, threshold, max_keypoints, subpixel)
         asked.options()  # checks the ranges before the model is opened, which can take seconds
         self._name = PACKAGED if model is None else str(Path(model))
         self._backend = open_backend(_default_model() if model is None else model, device, threads)
@@ -243,6 +246,7 @@ class _AskedDecode:
     remove_borders_px: int | None
     threshold: float | None
     max_keypoints: int | None
+    subpixel: bool | None
 
     def options(self) -> DecodeOptions:
         """With the usual values in place of those not given."""
@@ -256,8 +260,15 @@ def _decode_options(model: ModelDescription, asked: _AskedDecode) -> DecodeOptio
         SuperPointError: the graph does otherwise.
     """
     chosen = asked.options()
+    if chosen.subpixel is None:
+        chosen = replace(chosen, subpixel=model.subpixel)
     if model.type is not OutputType.KEYPOINTS:
         return chosen
+    if chosen.subpixel != model.subpixel:
+        does, flag = ("", "--subpixel") if chosen.subpixel else ("not ", "--no-subpixel")
+        raise SuperPointError(
+            f"keypoints should {does}be sub-pixel, but this model decides that in its graph; export it with {flag}."
+        )
     for name, wanted, in_graph in (
         ("nms_radius_px", asked.nms_radius_px, model.nms_radius_px),
         ("remove_borders_px", asked.remove_borders_px, model.remove_borders_px),

@@ -24,7 +24,7 @@ from superpoint_trt.core.image import (
 )
 from superpoint_trt.core.types import DecodeOptions, Float32, Keypoints, ModelDescription, OutputType, SuperPointError
 from superpoint_trt.run.backends import Backend, Outputs, RuntimeInfo
-from superpoint_trt.run.decode import normalize, sample_descriptors, scores_from_logits, select
+from superpoint_trt.run.decode import inside_border, normalize, sample_descriptors, scores_from_logits, select
 
 if TYPE_CHECKING:
     from superpoint_trt.gpu.kernels.decode import DeviceKeypoints
@@ -160,8 +160,7 @@ class HostRunner(Runner):
         """One image's rows of a `keypoints` model, without padding rows and without points outside the image."""
         scores = outputs["scores"][index]
         xy = outputs["keypoints"][index]
-        far = np.array(placement.placed_wh) - self._options.remove_borders_px
-        wanted = (scores > self._options.threshold) & (xy < far).all(axis=1)
+        wanted = (scores > self._options.threshold) & inside_border(xy, placement.placed_wh, self._options)
         rows = np.flatnonzero(wanted)[: self._options.max_keypoints]
         descriptors = outputs["descriptors"][index][rows]
         return Keypoints(placement.to_image(xy[rows]), scores[rows], descriptors, placement.image_wh)

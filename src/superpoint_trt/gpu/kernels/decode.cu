@@ -8,7 +8,7 @@
 // NVRTC gets -DSTRIDE (pixels along a cell, a power of two up to 32), -DDIM (descriptor length), -DRADIUS (px, of
 // `detect`), -DHEAD (0 float, 1 half, 2 bfloat16). Heads lie anyhow: `cell_pitch` values from one cell to the next,
 // `channel_pitch` from one channel to the next. -DWIDE_LOGITS, -DWIDE_DESCRIPTORS: 1 if that head's channels lie
-// together and its cells start at multiples of 16 bytes.
+// together and its cells start at multiples of 16 bytes. -DSUBPIXEL: 1 to move keypoints to the center of the scores.
 
 typedef unsigned long long Key;  // score in the upper half, ~(pixel index) in the lower: unique, and the larger the better
 
@@ -309,8 +309,38 @@ __device__ float warp_sum(float value)
     return value;
 }
 
-// A pixel on the grid of cell centres, as decode.cell_position, held inside.
-__device__ float cell_position(int pixel, int cells, bool legacy)
+const int AROUND = 2;  // px: decode.SUBPIXEL_REACH_PX
+const int WINDOW = 2 * AROUND + 1;
+
+// The center of the scores around a pixel, as decode.refine, by one warp. Each of the first 25 lanes has a pixel of the
+// window; all lanes share the softmax of each cell that the window touches.
+__device__ float2 refine(const Head* logits, int columns, int cell_pitch, int channel_pitch, int2 placed, int x, int y)
+{
+    int lane = threadIdx.x % 32, dx = lane % WINDOW - AROUND, dy = lane / WINDOW - AROUND;
+    int left = max(x - AROUND, 0), right = min(x + AROUND, placed.x - 1);
+    int top = max(y - AROUND, 0), bottom = min(y + AROUND, placed.y - 1);
+    bool counts = lane < WINDOW * WINDOW && x + dx >= left && x + dx <= right && y + dy >= top && y + dy <= bottom;
+    float score = 0.0f;
+    for (int line = top / STRIDE; line <= bottom / STRIDE; line++)
+        for (int column = left / STRIDE; column <= right / STRIDE; column++) {
+            const Head* cell = logits + ((long long)line * columns + column) * cell_pitch;
+            float most = -3.402823466e38f, sum = 0.0f;
+            for (int c = lane; c <= STRIDE * STRIDE; c += 32) most = fmaxf(most, widen(cell[(long long)c * channel_pitch]));
+#pragma unroll
+            for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(ALL, most, step));
+            for (int c = lane; c <= STRIDE * STRIDE; c += 32) sum += expf(widen(cell[(long long)c * channel_pitch]) - most);
+            sum = warp_sum(sum);
+            if (counts && (x + dx) / STRIDE == column && (y + dy) / STRIDE == line) {
+                int channel = (y + dy) % STRIDE * STRIDE + (x + dx) % STRIDE;
+                score = expf(widen(cell[(long long)channel * channel_pitch]) - most) / sum;
+            }
+        }
+    float total = fmaxf(warp_sum(score), 1.175494351e-38f);
+    return make_float2(x + warp_sum(score * dx) / total, y + warp_sum(score * dy) / total);
+}
+
+// A place in px on the grid of cell centres, as decode.cell_position, held inside.
+__device__ float cell_position(float pixel, int cells, bool legacy)
 {
     float stride = STRIDE, position;
     if (legacy)
@@ -380,10 +410,10 @@ __device__ void store_channels(void* row, const float (&values)[CHUNKS * PER_LAN
 
 // One descriptor by one warp: the four cells around, each of unit length, mixed, and of unit length again. Even lanes read
 // the left cells, odd ones the right: neighbours in memory, where channels are far apart.
-__device__ void sample(const Head* cells, int rows, int columns, int cell_pitch, int channel_pitch, int x, int y,
+__device__ void sample(const Head* cells, int rows, int columns, int cell_pitch, int channel_pitch, float2 xy,
                        bool legacy, void* row, bool half)
 {
-    float px = cell_position(x, columns, legacy), py = cell_position(y, rows, legacy);
+    float px = cell_position(xy.x, columns, legacy), py = cell_position(xy.y, rows, legacy);
     int x0 = min((int)px, max(columns - 2, 0)), y0 = min((int)py, max(rows - 2, 0)), y1 = min(y0 + 1, rows - 1);
     float fx = px - x0, fy = py - y0;
     bool odd = threadIdx.x % 2;
@@ -414,7 +444,8 @@ const int WARPS = THREADS / 32;
 // their rows. Grid: any number of blocks, images. `capacity`: rows an image has in the target.
 extern "C" __global__ void __launch_bounds__(THREADS, CHUNKS == 1 ? 4 : 1)
 describe(const Head* descriptors, const Key* keys, unsigned* counts, unsigned* tickets, const Target* target, int rows,
-         int columns, int cell_pitch, int channel_pitch, unsigned wanted, unsigned capacity, int legacy, int half)
+         int columns, int cell_pitch, int channel_pitch, unsigned wanted, unsigned capacity, int legacy, int half,
+         const Head* logits, const int2* placed, int logit_cell_pitch, int logit_channel_pitch)
 {
     __shared__ unsigned ahead[WARPS][WARPS];
     int image = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -422,6 +453,7 @@ describe(const Head* descriptors, const Key* keys, unsigned* counts, unsigned* t
     unsigned count = counts[image];
     keys += image * cells * (STRIDE * STRIDE);
     descriptors += image * cells * (channel_pitch == 1 ? cell_pitch : DIM);
+    logits += image * cells * (logit_channel_pitch == 1 ? logit_cell_pitch : STRIDE * STRIDE + 1);
 
     // Survivors of one tile lie together, and so do those that win: a block takes its own from all over the list.
     for (unsigned first = blockIdx.x; first < count; first += gridDim.x * WARPS) {
@@ -454,12 +486,14 @@ describe(const Head* descriptors, const Key* keys, unsigned* counts, unsigned* t
             unsigned pixel = ALL - (unsigned)key;
             int x = pixel % (columns * STRIDE), y = pixel / (columns * STRIDE);
             long long row = (long long)image * capacity + rank;
+            float2 xy = make_float2(x, y);
+            if (SUBPIXEL) xy = refine(logits, columns, logit_cell_pitch, logit_channel_pitch, placed[image], x, y);
             if (lane == 0) {
-                target->xy[row] = make_float2(x, y);
+                target->xy[row] = xy;
                 target->scores[row] = __uint_as_float((unsigned)(key >> 32));
             }
             char* place = (char*)target->descriptors + row * DIM * (half ? 2 : 4);
-            sample(descriptors, rows, columns, cell_pitch, channel_pitch, x, y, legacy, place, half);
+            sample(descriptors, rows, columns, cell_pitch, channel_pitch, xy, legacy, place, half);
         }
         __syncthreads();
     }

@@ -151,6 +151,7 @@ class Decoder:
             f"HEAD={_HEAD_CODES[logits.dtype]}",
             f"WIDE_LOGITS={int(logits.is_wide)}",
             f"WIDE_DESCRIPTORS={int(descriptors.is_wide)}",
+            f"SUBPIXEL={int(bool(options.subpixel))}",
         )
         names = ["describe", "score_map"] + (
             ["detect"] if self._tiled else ["window", "mark", "remove_near", "collect"]
@@ -202,6 +203,9 @@ class Decoder:
             ctypes.c_uint32(rows.capacity),
             int(self._sampling is Sampling.LEGACY),
             int(rows.half),
+            address(self._logits.address),
+            address(placed),
+            *self._logits.pitches,
         )
         launch(self._kernels["describe"], grid, stream, (*map(address, places), *numbers))
 

@@ -49,6 +49,7 @@ class TorchBackend(Backend):
             max_batch_size=MOST_BATCH,
             stride_px=checkpoint.stride_px,
             descriptor_dim=checkpoint.descriptor_dim,
+            subpixel=checkpoint.subpixel,
         )
         on_gpu = self._device.type == "cuda"
         where = torch.cuda.get_device_name(self._device) if on_gpu else f"{torch.get_num_threads()} threads"
