@@ -16,7 +16,7 @@ from superpoint_trt.core.types import OutputType, SuperPointError
 from superpoint_trt.prove import benchmark
 from superpoint_trt.prove.benchmark import STAGES, BenchOptions, bench, plot, synthetic_photograph
 from superpoint_trt.run.backends.onnxruntime import OnnxRuntimeBackend
-from superpoint_trt.run.extractor import SuperPoint
+from superpoint_trt.run.runner import HostRunner
 
 QUICK = BenchOptions(iterations=6, warm_up=1)
 
@@ -70,7 +70,7 @@ def test_the_stages_make_up_the_whole(models):
 @pytest.mark.parametrize(("step", "stage"), [("prepare", "preprocess"), ("_infer", "network"), ("decode", "decode")])
 def test_a_delay_shows_in_its_stage_and_in_the_whole_and_nowhere_else(step, stage, models, monkeypatch):
     usual = medians(bench(models[:1], QUICK))
-    owner = OnnxRuntimeBackend if step == "_infer" else SuperPoint
+    owner = OnnxRuntimeBackend if step == "_infer" else HostRunner
     honest = getattr(owner, step)
 
     def slow(self, *arguments):
