@@ -255,5 +255,5 @@ def test_what_is_read_is_not_written_over(model, ranges):
 def test_a_quantized_model_is_no_source(model, ranges, tmp_path):
     options = LowPrecisionOptions(ranges=ranges)
     written = quantize_and_verify(model, options, tmp_path / "q.onnx").onnx
-    with pytest.raises(SuperPointError, match="already quantised; use the fp32"):
+    with pytest.raises(SuperPointError, match="already quantized; use the fp32"):
         quantize_and_verify(written, options, tmp_path / "r.onnx")

@@ -75,6 +75,10 @@ def every_layout_and_every_opset(layout, opset, dynamic):
     return layout == "own" and not dynamic and opset in (11, 13, NEWEST_OPSET)
 
 
+WHOLE_PIXELS = DecodeOptions(subpixel=False)
+"""So that points can be compared exactly; sub-pixel ones: tests/run/test_subpixel.py."""
+
+
 @pytest.mark.parametrize(
     ("layout", "opset", "dynamic"),
     cases([*LAYOUTS, *REAL], OPSETS, [False, True], fast=every_layout_and_every_opset),
@@ -84,7 +88,9 @@ def test_parity(layout, opset, dynamic, checkpoint):
     for kind, batch in itertools.product(OutputType, (1, 3)):
         image = photographs(batch)
         height, width = (480, 640) if dynamic else image.shape[2:]  # a dynamic graph must not depend on its usual size
-        options = ExportOptions(kind, height, width, dynamic, batch, max_keypoints=100, opset=opset)
+        options = ExportOptions(
+            kind, height, width, dynamic, batch, max_keypoints=100, decode=WHOLE_PIXELS, opset=opset
+        )
         outputs = run(to_onnx(found, options), image)
         logits, coarse, scores, descriptors = reference(found, image)
         if kind is OutputType.KEYPOINTS:
@@ -103,7 +109,7 @@ def test_parity(layout, opset, dynamic, checkpoint):
 def test_parity_at_full_size_with_more_slots_than_points(layout, checkpoint):
     found = checkpoint(layout)
     image = photographs(1, 480, 640)
-    outputs = run(to_onnx(found, ExportOptions(OutputType.KEYPOINTS, max_keypoints=2000)), image)
+    outputs = run(to_onnx(found, ExportOptions(OutputType.KEYPOINTS, max_keypoints=2000, decode=WHOLE_PIXELS)), image)
     *_, scores, descriptors = reference(found, image)
     (expected,) = network.decode(scores, descriptors, DecodeOptions(), found.sampling)
     assert 300 < len(expected[0]) < 2000

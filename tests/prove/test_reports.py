@@ -69,8 +69,8 @@ def test_evaluate(exported, tmp_path):
     assert list(report) == keys("model runtime protocol sequences kinds total problems seconds")
     assert list(report["protocol"]) == keys(
         "resize detector_size_hw detector_nms_radius_px detector_keypoints repeatability_px descriptor_size_hw "
-        "descriptor_nms_radius_px descriptor_keypoints matching_px threshold homography_px mma_px estimator ransac_px "
-        "ransac_orders"
+        "descriptor_nms_radius_px descriptor_keypoints matching_px threshold subpixel homography_px mma_px estimator "
+        "ransac_px ransac_orders"
     )
     assert set(report["seconds"]) == {"read", "extract", "match"}
     for row in (report["total"], report["sequences"]["v_a"], report["kinds"]["viewpoint"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -373,9 +374,9 @@ def test_an_in_graph_border_wider_than_the_image(model, width, height):
 def test_options_in_force_of_a_keypoints_model_are_its_own(model):
     baked = DecodeOptions(nms_radius_px=3, remove_borders_px=6, threshold=0.02)
     with SuperPoint(model("keypoints", decode=baked)) as superpoint:
-        assert superpoint.options == baked
+        assert superpoint.options == replace(baked, subpixel=superpoint.description.subpixel)
     with SuperPoint(model("keypoints", decode=baked), threshold=0.3, nms_radius_px=3) as superpoint:
-        assert superpoint.options == DecodeOptions(3, 6, 0.3)
+        assert superpoint.options == DecodeOptions(3, 6, 0.3, subpixel=superpoint.description.subpixel)
 
 
 @pytest.mark.parametrize(
@@ -526,6 +527,10 @@ def test_a_cut_moves_nothing_away_from_it(real, name):
     assert_same_points_nearly(part, whole, (x, y), inside)
 
 
+SAME_PLACE_PX = 0.05
+"""Sub-pixel places follow the scores, which differ in the fifth digit."""
+
+
 def assert_same_points_nearly(part, whole, shift, inside):
     x0, y0, x1, y1 = inside
 
@@ -535,8 +540,8 @@ def assert_same_points_nearly(part, whole, shift, inside):
     here, there = within(part.xy + np.float32(shift)), within(whole.xy)
     assert there.sum() > 50
     distance = np.linalg.norm((part.xy[here] + np.float32(shift))[:, None] - whole.xy[there][None], axis=2)
-    near = distance.min(axis=0) == 0
-    assert near.mean() >= 0.99 and (distance.min(axis=1) == 0).mean() >= 0.99
+    near = distance.min(axis=0) < SAME_PLACE_PX
+    assert near.mean() >= 0.99 and (distance.min(axis=1) < SAME_PLACE_PX).mean() >= 0.99
     partner = distance.argmin(axis=0)[near]
     cosine = (part.descriptors[here][partner] * whole.descriptors[there][near]).sum(axis=1)
     assert cosine.min() > 0.999

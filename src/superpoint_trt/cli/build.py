@@ -84,7 +84,7 @@ def parse_targets(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip().lower() for part in text.split(",")) if text else ()
 
 
-def build_engine(onnx: str, engine: str, options: BuildOptions, test: bool, flags: CalibrationFlags) -> None:
+def build_engine(onnx: OnnxSource, engine: str, options: BuildOptions, test: bool, flags: CalibrationFlags) -> None:
     """Builds an engine, prints what came out, runs it if asked, and verifies it if it is int8 or fp8."""
     from superpoint_trt.convert.engine import build, check_engine_name
     from superpoint_trt.convert.onnx_file import QUANTIZED_TYPES, quantized_type, read_onnx
@@ -96,15 +96,15 @@ def build_engine(onnx: str, engine: str, options: BuildOptions, test: bool, flag
             "calibration, --rounding, --keep-fp16, --first-convolution, --auto, --gate are for int8 and fp8; "
             f"{options.precision.value} was asked for."
         )
-    source: OnnxSource = onnx
-    if low:
-        source = read_onnx(onnx)
-        if not quantized_type(source.model):
-            _build_quantized(source, engine, options, test, flags)
-            return
+    source = read_onnx(onnx)
+    if low and not quantized_type(source.model):
+        _build_quantized(source, engine, options, test, flags)
+        return
     for option, given in {"--auto": flags.auto, "--rounding": flags.rounding}.items():
         if given:
-            raise SuperPointError(f"{onnx} is quantised already, so {option} comes too late; use the fp32 .onnx.")
+            raise SuperPointError(
+                f"{source.path} is quantized already, so {option} comes too late; use the fp32 .onnx."
+            )
     options = options.with_quantization(flags.quantize_options(options.precision), flags.ranges)
     with builder_progress() as progress:
         metadata = build(source, engine, options, progress)

@@ -26,7 +26,7 @@ from superpoint_trt.cli.terminal import (
     progress_bar,
     save_drawing,
 )
-from superpoint_trt.core.files import PathLike, check_writable, read_bytes
+from superpoint_trt.core.files import PathLike, check_writable
 from superpoint_trt.core.image import load_image, to_gray
 from superpoint_trt.core.types import CELL_PX, DecodeOptions, Precision, SuperPointError
 from superpoint_trt.gpu.tensorrt_api import Flavor
@@ -36,6 +36,7 @@ from superpoint_trt.run.backends import open_backend
 from superpoint_trt.run.decode import sample_descriptors, select
 
 if TYPE_CHECKING:
+    import onnx
     import torch
 
     from superpoint_trt.convert.engine import BuildOptions
@@ -193,7 +194,7 @@ class EngineArgs(OptionGroup):
         "--target", help="Not in the guide: GPUs to build for with TensorRT-RTX, for example sm86,sm89; needs no GPU."
     )
 
-    def options(self, onnx: str) -> BuildOptions:
+    def options(self, model: onnx.ModelProto) -> BuildOptions:
         """The options of `build` for an .onnx.
 
         Raises:
@@ -208,7 +209,7 @@ class EngineArgs(OptionGroup):
             )
         if self.calib_images and not self.int8:
             raise SuperPointError("--calib-images is for --int8.")
-        smallest, usual, largest = self._sizes_hw(onnx)
+        smallest, usual, largest = self._sizes_hw(model)
         return BuildOptions(
             Precision.INT8 if self.int8 else Precision.FP16 if self.fp16 else Precision.FP32,
             self.workspace,
@@ -220,18 +221,16 @@ class EngineArgs(OptionGroup):
             targets=parse_targets(self.target),
         )
 
-    def _sizes_hw(self, onnx: str) -> tuple[Size, Size, Size]:
+    def _sizes_hw(self, model: onnx.ModelProto) -> tuple[Size, Size, Size]:
         """The smallest, usual and largest (height, width) of the engine; None: the one size of a static .onnx.
 
         Without --dynamic-shapes the guide's engine takes one size: the one that a dynamic .onnx was exported for.
         """
         from superpoint_trt.convert.engine import is_dynamic, usual_size
-        from superpoint_trt.convert.onnx_file import load_onnx
 
         usual = (self.opt_height, self.opt_width)
         if self.dynamic_shapes:
             return (self.min_height, self.min_width), usual, (self.max_height, self.max_width)
-        model = load_onnx(onnx)
         one = (usual_size(model) or usual) if is_dynamic(model) else None
         return one, one, one
 
@@ -243,9 +242,12 @@ class EngineArgs(OptionGroup):
 @click.option("--test", is_flag=True, help="Run the engine once after building.")
 def convert_to_tensorrt(onnx: str, engine: str, arguments: EngineArgs, test: bool) -> None:
     """Convert ONNX to a TensorRT engine."""
-    read_bytes(onnx, "model")
+    from superpoint_trt.convert.onnx_file import read_onnx
+
     check_writable(engine)
-    build_engine(onnx, engine, arguments.options(onnx), test, CalibrationFlags(images=arguments.calib_images))
+    source = read_onnx(onnx)
+    flags = CalibrationFlags(images=arguments.calib_images)
+    build_engine(source, engine, arguments.options(source.model), test, flags)
 
 
 @click.command()

@@ -321,7 +321,7 @@ def _in_precision(source: OnnxFile, options: BuildOptions) -> onnx.ModelProto:
     if found is precision and found is not Precision.FP32:
         if options.calibration is not None or options.keep_fp16 or options.first_convolution:
             raise SuperPointError(
-                f"{path} is quantised already, so calibration, --keep-fp16 and --first-convolution come too late; use "
+                f"{path} is quantized already, so calibration, --keep-fp16 and --first-convolution come too late; use "
                 "the fp32 .onnx."
             )
         return source.model

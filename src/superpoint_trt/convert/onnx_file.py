@@ -224,7 +224,7 @@ def check_quantizable(model: onnx.ModelProto) -> None:
         SuperPointError: the convolutions are quantized, of a 16-bit type, or have no fp32 weights.
     """
     if quantized_type(model):
-        raise SuperPointError("the .onnx is already quantised; use the fp32 .onnx it was made from.")
+        raise SuperPointError("the .onnx is already quantized; use the fp32 .onnx it was made from.")
     found = convolution_type(model)
     if found is not Precision.FP32:
         what = f"its convolutions are {found.value}" if found else "no convolution with plain fp32 weights was found"

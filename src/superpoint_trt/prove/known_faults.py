@@ -128,7 +128,7 @@ def _scores(evidence: Evidence) -> Iterator[Finding]:
     cells = evidence.scores.reshape(height // stride, stride, width // stride, stride).sum(axis=(1, 3))
     turned = evidence.scores[y // stride * stride + x % stride, x // stride * stride + y % stride]
     readings = {
-        "dustbin": (read / cells[y // stride, x // stride], "scores are normalised without the dustbin"),
+        "dustbin": (read / cells[y // stride, x // stride], "scores are normalized without the dustbin"),
         "cell-order": (turned, "rows and columns inside a cell are exchanged"),
     }
     direct = _typical_error(evidence.found.scores, read)

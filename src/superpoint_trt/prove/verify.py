@@ -129,7 +129,7 @@ def verify(
         outputs=comparison.outputs(),
         images=results,
         problems=problems,
-        notes=[f"keypoints of both are {places}", *_notes(description, reference.description, voters)],
+        notes=[*_notes(description, reference.description, voters), f"keypoints of both are {places}"],
     )
 
 

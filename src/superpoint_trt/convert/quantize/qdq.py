@@ -116,7 +116,7 @@ def quantize(
     precision = options.precision
     check_quantizable(model)
     if precision not in _TYPES:
-        raise SuperPointError(f"precision {precision.value} is not quantised; expected int8 or fp8.")
+        raise SuperPointError(f"precision {precision.value} is not quantized; expected int8 or fp8.")
     if precision is not Precision.INT8:
         calibration = replace(calibration, weights={})
     kept = kept_layers(model, options)
