@@ -27,7 +27,7 @@ import click
 import numpy as np
 
 from superpoint_trt import SuperPoint
-from superpoint_trt.convert import engine as engines
+from superpoint_trt.convert import engine
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.image import synthetic_photograph
 from superpoint_trt.core.types import OutputType, Precision
@@ -99,14 +99,14 @@ class Builder:
                 path.with_suffix(".onnx"),
                 ExportOptions(OutputType.HEADS, *size_hw, max_batch_size=batch, **folding),
             )
-            options = engines.BuildOptions(
+            options = engine.BuildOptions(
                 Precision.FP16,
                 workspace_gib=8.0,
                 max_batch_size=batch,
                 timing_cache=self._folder / "timing.cache",
                 linear_heads=linear,
             )
-            built = engines.build(model, path, options)
+            built = engine.build(model, path, options)
             print(f"built {path.name} in {built.build['seconds']} s", flush=True)
         return path
 

@@ -18,7 +18,7 @@ import click
 import numpy as np
 from common import weights_option
 
-from superpoint_trt.convert import engine as engines
+from superpoint_trt.convert import engine
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.image import synthetic_photograph
 from superpoint_trt.core.types import OutputType, Precision
@@ -103,10 +103,10 @@ def main(weights, folder, kinds, precisions, batches, calls, json_path) -> None:
                 if not path.exists():
                     settings = ExportOptions(OutputType(kind), *SIZE_HW, max_batch_size=batch)
                     model = export(weights, path.with_suffix(".onnx"), settings)
-                    options = engines.BuildOptions(
+                    options = engine.BuildOptions(
                         Precision(precision), workspace_gib=4.0, timing_cache=folder / "timing.cache"
                     )
-                    built = engines.build(model, path, options)
+                    built = engine.build(model, path, options)
                     print(f"built {path.name} in {built.build['seconds']} s", flush=True)
                 timed.append(Timed(path, batch))
     for _ in range(-(-calls // CALLS_PER_TURN)):

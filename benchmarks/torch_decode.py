@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.reference import SuperPoint, SuperPointNet
 from superpoint_trt.core.image import synthetic_photograph
 
@@ -90,7 +90,7 @@ def graph_alone(graph: torch.cuda.CUDAGraph, calls: int) -> str:
 def main(weights: str, calls: int, ready: Path | None, go: Path | None) -> None:
     """Prints one line a way."""
     torch.set_num_threads(1)  # nothing here is worth a pool of threads, and waking one takes time
-    checkpoint = checkpoints.load(weights)
+    checkpoint = layouts.load(weights)
     picture = synthetic_photograph(*SIZE_HW)
     images = [np.ascontiguousarray(np.roll(picture, 24 * index, axis=1)) for index in range(8)]
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}: host uint8 -> host keypoints, N {N}, 640x480")

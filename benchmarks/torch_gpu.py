@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from common import weights_option
 
-from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.reference import SuperPointNet, dense
 from superpoint_trt.core.image import synthetic_photograph
 
@@ -56,7 +56,7 @@ def graphed(step: Callable[[torch.Tensor], object], image: torch.Tensor) -> Call
 @click.option("--calls", default=200, show_default=True)
 def main(weights, batches, precisions, calls) -> None:
     """Prints one line a way and batch."""
-    checkpoint = checkpoints.load(weights)
+    checkpoint = layouts.load(weights)
     picture = synthetic_photograph(*SIZE_HW).astype(np.float32) / np.float32(255)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}; median of {calls} calls, ms; dense outputs")
     for batch in batches:

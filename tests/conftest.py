@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from superpoint_trt import packaged
-from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.layouts import Checkpoint
 from superpoint_trt.convert.export import ExportOptions, export
 
@@ -99,8 +99,8 @@ def write_checkpoint(layout: str, folder: Path, seed: int = 0, **shape) -> Path:
     from safetensors.torch import save_file
 
     if layout == "own":
-        source = checkpoints.from_arrays({k: v.numpy() for k, v in random_state("v6", seed, **shape).items()})
-        return checkpoints.save(source, folder / f"own{seed}.safetensors")
+        source = layouts.from_arrays({k: v.numpy() for k, v in random_state("v6", seed, **shape).items()})
+        return layouts.save(source, folder / f"own{seed}.safetensors")
     state = random_state(layout, seed, **shape)
     if layout == "huggingface":
         path = folder / f"huggingface{seed}.safetensors"
@@ -163,7 +163,7 @@ def checkpoint_file(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def checkpoint(checkpoint_file) -> Callable[[str], Checkpoint]:
-    return lambda layout: checkpoints.load(checkpoint_file(layout))
+    return lambda layout: layouts.load(checkpoint_file(layout))
 
 
 @pytest.fixture(scope="session")

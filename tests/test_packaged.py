@@ -9,11 +9,11 @@ import pytest
 from conftest import photograph
 
 from superpoint_trt import SuperPoint, packaged
-from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.layouts import NormPlacement
 from superpoint_trt.cli.demo import match_with_warped_copy
 from superpoint_trt.cli.main import cli, run
-from superpoint_trt.convert import default_model as ready
+from superpoint_trt.convert import default_model
 from superpoint_trt.core.files import sha256
 from superpoint_trt.core.types import Family, Sampling, SuperPointError
 from superpoint_trt.match.images import match_images
@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_file_is_small_plain_and_half(tmp_path):
-    loaded = checkpoints.load(packaged.WEIGHTS)
+    loaded = layouts.load(packaged.WEIGHTS)
     assert (loaded.family, loaded.norm, loaded.sampling) == (
         Family.SUPERPOINT_TRT,
         NormPlacement.NONE,
@@ -46,21 +46,21 @@ def test_card_and_log_belong_to_the_file():
 
 
 def test_the_default_model_is_made_once(cache):
-    first = ready.default_model()
+    first = default_model.default_model()
     assert first.parent == cache and list(cache.iterdir()) == [first]
     made = first.stat().st_mtime_ns
-    assert ready.default_model() == first and first.stat().st_mtime_ns == made
+    assert default_model.default_model() == first and first.stat().st_mtime_ns == made
 
 
 def test_a_cache_that_cannot_be_made_is_said(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"x")
     monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(SuperPointError, match="cannot be made"):
-        ready.default_model()
+        default_model.default_model()
 
 
 def test_the_demo_finds_the_warp_that_is_known(tmp_path):
-    with SuperPoint(ready.default_model()) as superpoint:
+    with SuperPoint(default_model.default_model()) as superpoint:
         shown = match_with_warped_copy(superpoint, tmp_path)
     assert len(shown.found.matches) > 300
     assert shown.correct > 0.75
@@ -76,7 +76,7 @@ def test_a_turned_and_dimmed_photograph_is_matched(name):
     image = photograph(480, 640, name)
     turn = cv2.getRotationMatrix2D((319.5, 239.5), 20, 0.9)
     copy = np.round(cv2.warpAffine(image, turn, (640, 480), borderMode=cv2.BORDER_REFLECT) * 0.6).astype(np.uint8)
-    with SuperPoint(ready.default_model(), max_keypoints=1000) as superpoint:
+    with SuperPoint(default_model.default_model(), max_keypoints=1000) as superpoint:
         found = match_images(superpoint.extract(image), superpoint.extract(copy))
     assert found.geometry.matrix is not None
     np.testing.assert_allclose(found.geometry.matrix[:2], turn, atol=0.02 * np.abs(turn).max())

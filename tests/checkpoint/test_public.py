@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import REAL
 
-from superpoint_trt.checkpoint import public as weights
+from superpoint_trt.checkpoint import public
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.core.files import git_blob_id
 from superpoint_trt.core.types import SuperPointError
@@ -70,10 +70,10 @@ def test_list_says_where_whose_and_what(capsys):
 
 
 def test_find():
-    assert weights.find("v6").filename == "superpoint_v6_from_tf.pth"
-    assert weights.find("v6").commercial_use and not weights.find("magicleap").commercial_use
+    assert public.find("v6").filename == "superpoint_v6_from_tf.pth"
+    assert public.find("v6").commercial_use and not public.find("magicleap").commercial_use
     with pytest.raises(SuperPointError, match=r"'v7'.*v6, magicleap"):
-        weights.find("v7")
+        public.find("v7")
 
 
 # ---------------------------------------------------------------------------------------------------------------- fetch
@@ -128,12 +128,12 @@ def publish(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     blob = git_hash_object(CONTENT)
 
-    def at(address: str) -> weights.PublicWeights:
+    def at(address: str) -> public.PublicWeights:
         entries = [
             dataclasses.replace(entry, url=f"{address}/some/folder/{entry.filename}", git_blob=blob)
-            for entry in weights.PUBLIC
+            for entry in public.PUBLIC
         ]
-        monkeypatch.setattr(weights, "PUBLIC", tuple(entries))
+        monkeypatch.setattr(public, "PUBLIC", tuple(entries))
         return entries[0]
 
     return at
@@ -169,14 +169,14 @@ def test_fetch_to_the_usual_place(server, publish, tmp_path):
 
 
 def test_fetched_file_is_readable_as_any_new_file(server, publish, tmp_path):
-    weights.fetch(publish(server.address), "mine.pth")
+    public.fetch(publish(server.address), "mine.pth")
     (tmp_path / "new").touch()
     assert (tmp_path / "mine.pth").stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
 def test_progress_counts_up_to_the_whole(server, publish):
     seen = []
-    weights.fetch(publish(server.address), "mine.pth", lambda done, total: seen.append((done, total)))
+    public.fetch(publish(server.address), "mine.pth", lambda done, total: seen.append((done, total)))
     counts = [done for done, _ in seen]
     assert counts == sorted(counts) and counts[-1] == len(CONTENT) and len(counts) > 1
     assert {total for _, total in seen} == {len(CONTENT)}
@@ -255,7 +255,7 @@ def test_offline(publish, tmp_path, capfd):
 
 
 def test_a_silent_server_is_given_up(publish, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(weights, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(public, "TIMEOUT_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -300,16 +300,16 @@ def test_the_license_comes_before_the_download(publish, monkeypatch, capsys, nam
 
 def test_is_verified(publish, tmp_path):
     entry = publish("http://127.0.0.1:9")
-    assert not weights.is_verified(entry, tmp_path / "missing.pth")
-    assert not weights.is_verified(entry, tmp_path)
+    assert not public.is_verified(entry, tmp_path / "missing.pth")
+    assert not public.is_verified(entry, tmp_path)
     (tmp_path / "mine.pth").write_bytes(CONTENT)
-    assert weights.is_verified(entry, tmp_path / "mine.pth")
+    assert public.is_verified(entry, tmp_path / "mine.pth")
     (tmp_path / "mine.pth").write_bytes(CONTENT + b" ")
-    assert not weights.is_verified(entry, tmp_path / "mine.pth")
+    assert not public.is_verified(entry, tmp_path / "mine.pth")
 
 
 def test_a_changed_copy_of_the_real_weights_is_not_verified():
     """shared/ holds v6 after an int8 round trip: nearly the published weights, and not them."""
     if not REAL["v6"].exists():
         pytest.skip(f"{REAL['v6']} is not here")
-    assert not weights.is_verified(weights.find("v6"), REAL["v6"])
+    assert not public.is_verified(public.find("v6"), REAL["v6"])

@@ -7,8 +7,7 @@ import pytest
 import torch
 from conftest import LAYOUTS, photograph, random_state
 
-from superpoint_trt.checkpoint import layouts
-from superpoint_trt.checkpoint import reference as network
+from superpoint_trt.checkpoint import layouts, reference
 from superpoint_trt.checkpoint.layouts import NormPlacement
 from superpoint_trt.core.types import DecodeOptions, Family, Sampling, SuperPointError
 
@@ -17,7 +16,7 @@ def test_dense_unfolds_cells_in_reading_order_and_drops_the_dustbin():
     logits = torch.full((1, 65, 2, 3), -50.0)
     logits[0, 8 * 5 + 2, 1, 2] = 50.0  # row 5, column 2 of the cell in row 1, column 2
     logits[0, 64, 0, 0] = 50.0  # the dustbin
-    scores, descriptors = network.dense(logits, torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1))
+    scores, descriptors = reference.dense(logits, torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1))
     assert scores.shape == (1, 16, 24)
     assert scores[0, 8 + 5, 16 + 2] == pytest.approx(1.0)
     assert scores[0, :8, :8].max() < 1e-6
@@ -30,13 +29,13 @@ def test_suppression_works_in_two_rounds():
     # Radius 1 on a line: 5 kills 4, so 3 survives (second round), and kills 2; 1 survives (third look).
     scores = torch.zeros(1, 3, 7)
     scores[0, 1, 1:6] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
-    assert network.suppress(scores, 1)[0, 1].tolist() == [0, 5, 0, 3, 0, 1, 0]
+    assert reference.suppress(scores, 1)[0, 1].tolist() == [0, 5, 0, 3, 0, 1, 0]
 
 
 def test_equal_neighbors_all_survive():
     scores = torch.zeros(1, 5, 5)
     scores[0, 2, 1:4] = 0.5
-    assert torch.equal(network.suppress(scores, 4), scores)
+    assert torch.equal(reference.suppress(scores, 4), scores)
 
 
 @pytest.mark.parametrize("sampling", Sampling)
@@ -48,7 +47,7 @@ def test_sampling_known_answers(sampling):
     columns = torch.arange(8.0)
     grid = torch.stack([columns, torch.full((8,), 10.0)])[:, None].expand(2, 4, 8)
     xy = torch.tensor([[3.5, 3.5], [31.5, 3.5], [59.5, 3.5]])
-    sampled = network.sample_descriptors(xy, grid, 8, sampling)
+    sampled = reference.sample_descriptors(xy, grid, 8, sampling)
     landed = (sampled[:, 0] / sampled[:, 1] * 10).tolist()
     expected = {
         Sampling.HALF_PIXEL: [0.0, 3.5, 7.0],
@@ -73,7 +72,7 @@ def test_layouts_are_recognized_with_their_conventions(layout, checkpoint):
 
 def test_batch_norm_is_applied_after_the_relu():
     """One block worked out by hand: conv 2x - 1, ReLU, then (x - 0.5) / sqrt(0.249 + 0.001) * 3 + 0.25."""
-    block = network.Block(1, 1, 1, NormPlacement.AFTER_RELU).eval()
+    block = reference.Block(1, 1, 1, NormPlacement.AFTER_RELU).eval()
     state = {"conv.weight": [[[[2.0]]]], "conv.bias": [-1.0], "bn.weight": [3.0], "bn.bias": [0.25]}
     state.update({"bn.running_mean": [0.5], "bn.running_var": [0.249]})
     block.load_state_dict({key: torch.tensor(value) for key, value in state.items()}, strict=False)
@@ -83,7 +82,7 @@ def test_batch_norm_is_applied_after_the_relu():
 
 
 def test_batch_norm_before_the_relu_too():
-    block = network.Block(1, 1, 1, NormPlacement.BEFORE_RELU)
+    block = reference.Block(1, 1, 1, NormPlacement.BEFORE_RELU)
     assert [type(module).__name__ for module in block] == ["Conv2d", "BatchNorm2d", "ReLU"]
 
 
@@ -112,13 +111,13 @@ def test_published_interface(photo):
 
 
 def test_state_of_other_layouts_and_of_other_networks():
-    model = network.SuperPoint()
+    model = reference.SuperPoint()
     model.load_state_dict(random_state("magicleap"))
     assert model.sampling is Sampling.LEGACY
     with pytest.raises(SuperPointError, match=r"not a SuperPoint checkpoint.*fc\.weight"):
         model.load_state_dict({"fc.weight": torch.zeros(3, 3)})
     with pytest.raises(SuperPointError, match="no option 'nms'"):
-        network.SuperPoint(nms=4)
+        reference.SuperPoint(nms=4)
 
 
 def test_other_numbers_of_stages_are_other_cell_sizes():
@@ -126,9 +125,9 @@ def test_other_numbers_of_stages_are_other_cell_sizes():
     state = random_state("v6", channels=(4, 4, 8, 8, 8, 16))
     found = layouts.from_arrays({key: value.numpy() for key, value in state.items()})
     assert found.stride_px == 16
-    net = network.SuperPointNet.from_checkpoint(found)
+    net = reference.SuperPointNet.from_checkpoint(found)
     with torch.no_grad():
-        scores, descriptors = network.dense(*net(torch.rand(1, 1, 64, 96)))
+        scores, descriptors = reference.dense(*net(torch.rand(1, 1, 64, 96)))
     assert scores.shape == (1, 64, 96)
     assert descriptors.shape == (1, 32, 4, 6)
 
@@ -143,7 +142,7 @@ def test_saved_in_half_precision_stays_close(checkpoint, tmp_path):
 
 def test_real_checkpoint_finds_structure(checkpoint_file):
     """The trained weights, not random ones: points sit on structure, none on a blank wall."""
-    model = network.SuperPoint.from_file(checkpoint_file("packaged"))
+    model = reference.SuperPoint.from_file(checkpoint_file("packaged"))
     image = torch.from_numpy(photograph(480, 640)).float()[None, None] / 255
     with torch.no_grad():
         found = model({"image": image})["keypoint_scores"][0]

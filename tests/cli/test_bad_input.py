@@ -26,7 +26,7 @@ from superpoint_trt.cli.info import facts
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import DecodeOptions, OutputType, SuperPointError
-from superpoint_trt.gpu import tensorrt_api as trt
+from superpoint_trt.gpu import tensorrt_api
 
 ROOT = Path(__file__).resolve().parents[2]
 HTML = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body>proxy</body></html>\n"
@@ -453,7 +453,7 @@ ENGINE_COMMANDS = [
 
 @pytest.fixture
 def no_tensorrt(monkeypatch):
-    monkeypatch.setattr(trt, "MODULES", {flavor: f"no_such_{flavor.value}" for flavor in trt.Flavor})
+    monkeypatch.setattr(tensorrt_api, "MODULES", {flavor: f"no_such_{flavor.value}" for flavor in tensorrt_api.Flavor})
 
 
 @pytest.mark.parametrize("line", ENGINE_COMMANDS)

@@ -215,11 +215,11 @@ def test_info_of_a_published_network(info, checkpoint_file, name, layout):
 def test_info_names_a_published_checkpoint(info, checkpoint_file, monkeypatch):
     import dataclasses
 
-    from superpoint_trt.checkpoint import public as weights
+    from superpoint_trt.checkpoint import public
 
     path = checkpoint_file("v6")
-    published = dataclasses.replace(weights.PUBLIC[0], git_blob=git_blob(path))
-    monkeypatch.setattr(weights, "PUBLIC", (published,))
+    published = dataclasses.replace(public.PUBLIC[0], git_blob=git_blob(path))
+    monkeypatch.setattr(public, "PUBLIC", (published,))
     assert info(path)["published as"].startswith("v6, ") and "MIT" in info(path)["published as"]
 
 

@@ -20,7 +20,7 @@ from superpoint_trt.convert.engine_trt86 import shift_windows
 from superpoint_trt.convert.export import export, to_onnx
 from superpoint_trt.convert.export_options import NEWEST_OPSET, ExportOptions
 from superpoint_trt.core.types import DecodeOptions, OutputType, Precision, ShapeRange, SuperPointError
-from superpoint_trt.gpu import tensorrt_api as trt
+from superpoint_trt.gpu import tensorrt_api
 from superpoint_trt.gpu.engine_file import EngineMetadata, check_runs_here, read_plan, sidecar
 from superpoint_trt.gpu.tensorrt_api import Flavor
 
@@ -65,7 +65,7 @@ def test_everything_builds(model_file, tmp_path, kind, precision, dynamic, opset
     source = model_file(kind, "v6" if opset % 2 else "magicleap", opset, dynamic)
     metadata = build(source, tmp_path / "a.engine", BuildOptions(Precision(precision), **RTX))
     plan, beside = read_plan(tmp_path / "a.engine")
-    assert beside == metadata and trt.flavor_of(plan) is Flavor.RTX and len(plan) > 10_000
+    assert beside == metadata and tensorrt_api.flavor_of(plan) is Flavor.RTX and len(plan) > 10_000
     described = onnx.load(source)
     assert metadata.description.type is OutputType(kind)
     assert metadata.description.precision is Precision(precision)
@@ -83,7 +83,7 @@ def test_everything_builds(model_file, tmp_path, kind, precision, dynamic, opset
 )
 def test_the_network_has_the_types_of_the_graph(model_file, layout, kind):
     """What TensorRT's own parser makes of the typed graph: fp16 convolutions, three casts, nothing else fp16."""
-    tensorrt = trt.load(Flavor.RTX)
+    tensorrt = tensorrt_api.load(Flavor.RTX)
     module = tensorrt.module
     builder = module.Builder(tensorrt.logger)
     network = tensorrt.create_network(builder)
@@ -133,7 +133,7 @@ def test_fp16_heads_stay_channels_last(
     monkeypatch.setattr("superpoint_trt.convert.engine._leave_channels_last", noted)
     options = BuildOptions(Precision(precision), linear_heads=linear, **RTX)
     metadata = build(model_file(kind, layout, dynamic=dynamic), tmp_path / "a.engine", options)
-    only = 1 << int(trt.load(Flavor.RTX).module.TensorFormat.HWC8)
+    only = 1 << int(tensorrt_api.load(Flavor.RTX).module.TensorFormat.HWC8)
     assert [name for name, formats in asked.items() if formats == only] == expected == metadata.build["channels_last"]
     assert ("--linear-heads" in metadata.rebuild) is linear
     assert run(cli, ["info", str(tmp_path / "a.engine")]) == 0
@@ -355,7 +355,7 @@ def test_a_truncated_plan_is_one_line(built, share, capsys):
 
 def test_truncated_without_a_json_carries_tensorrts_words(built):
     """The runtime itself refuses it, before it looks for a GPU."""
-    tensorrt = trt.load(Flavor.RTX)
+    tensorrt = tensorrt_api.load(Flavor.RTX)
     plan = built.read_bytes()
     for wrong in (plan[:-100], b"ftrt" + plan[4:], b"garbage" * 100):
         with tensorrt.explaining("loading failed") as log:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.gpu import arrays
-from superpoint_trt.gpu import tensorrt_api as trt
+from superpoint_trt.gpu import arrays, tensorrt_api
 from superpoint_trt.gpu.arrays import DeviceArray
 from superpoint_trt.gpu.engine import OutputTensor, check_formats
 from superpoint_trt.gpu.kernels.decode import Head, _head
@@ -114,8 +113,8 @@ IMAGE = ("LINEAR", (1, 1, 480, 640))
 
 
 @pytest.fixture
-def tensorrt() -> trt.TensorRT:
-    return trt.TensorRT.__new__(trt.TensorRT)  # of the library itself nothing is needed
+def tensorrt() -> tensorrt_api.TensorRT:
+    return tensorrt_api.TensorRT.__new__(tensorrt_api.TensorRT)  # of the library itself nothing is needed
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from conftest import photograph
 from onnx import TensorProto, helper, numpy_helper
 
-from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint import layouts
 from superpoint_trt.convert.export import ExportOptions, to_onnx
 from superpoint_trt.core.files import sha256
 from superpoint_trt.core.image import find_images
@@ -42,7 +42,7 @@ class Bench:
         self.weights, self.folder, self.path = weights, folder, tmp_path / "m.onnx"
 
     def verify(self, kind=OutputType.KEYPOINTS, fault=None, sampling=None, limits=None, **options):
-        loaded = checkpoints.load(self.weights, sampling)
+        loaded = layouts.load(self.weights, sampling)
         settings = ExportOptions(kind, HEIGHT, WIDTH, max_keypoints=400, **options)
         model = to_onnx(loaded, settings)
         if fault:
@@ -143,7 +143,7 @@ def test_a_sound_model_passes(kind, bench):
 
 def test_heads_are_held_against_a_dense_references_scores(checkpoint_file, folder, tmp_path):
     """Its logits have no counterpart there; the scores that follow from them have."""
-    loaded = checkpoints.load(checkpoint_file("v6"))
+    loaded = layouts.load(checkpoint_file("v6"))
     dense, heads = tmp_path / "dense.onnx", tmp_path / "heads.onnx"
     dense.write_bytes(to_onnx(loaded, ExportOptions(OutputType.DENSE, HEIGHT, WIDTH)).SerializeToString())
     model = to_onnx(loaded, ExportOptions(OutputType.HEADS, HEIGHT, WIDTH))
@@ -236,7 +236,7 @@ def test_indices_beyond_float16_are_named(checkpoint_file, folder, tmp_path):
 
     class Large(Bench):
         def verify(self, **_):
-            model = to_onnx(checkpoints.load(self.weights), ExportOptions(OutputType.KEYPOINTS, 480, 640))
+            model = to_onnx(layouts.load(self.weights), ExportOptions(OutputType.KEYPOINTS, 480, 640))
             halve_indices(model)
             self.path.write_bytes(model.SerializeToString())
             return verify(self.path, self.weights, [large])
@@ -272,7 +272,7 @@ def test_limits_that_nothing_can_keep_are_refused_before_the_work(limits, words,
 def test_faults_that_could_not_be_looked_for_are_not_zero(bench):
     """A model that keeps 15 points an image, one fewer than a diagnosis takes."""
     few = ExportOptions(OutputType.KEYPOINTS, HEIGHT, WIDTH, max_keypoints=15)
-    bench.path.write_bytes(to_onnx(checkpoints.load(bench.weights), few).SerializeToString())
+    bench.path.write_bytes(to_onnx(layouts.load(bench.weights), few).SerializeToString())
     result = verify(bench.path, bench.weights, bench.folder)
     gate = next(gate for gate in result.gates if gate.name == "findings")
     assert gate.value is None
@@ -286,7 +286,7 @@ def test_an_onnx_may_be_the_reference(bench, tmp_path):
     bench.verify(OutputType.HEADS)
     reference = bench.path.rename(tmp_path / "reference.onnx")
     keypoints = ExportOptions(OutputType.KEYPOINTS, HEIGHT, WIDTH, max_keypoints=400)
-    bench.path.write_bytes(to_onnx(checkpoints.load(bench.weights), keypoints).SerializeToString())
+    bench.path.write_bytes(to_onnx(layouts.load(bench.weights), keypoints).SerializeToString())
     assert verify(bench.path, reference, find_images(bench.folder)).passed
     with pytest.raises(SuperPointError, match="a reference is a checkpoint"):
         verify(bench.path, bench.path, find_images(bench.folder))

@@ -22,7 +22,7 @@ from training.geometry import inverse
 from training.rounding import _through, forward
 from training.train import SMOKE, Run
 
-from superpoint_trt.checkpoint import layouts as checkpoints
+from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.layouts import NormPlacement
 from superpoint_trt.checkpoint.reference import Block, SuperPointNet, sample_descriptors
 from superpoint_trt.convert.export import ExportOptions, to_onnx
@@ -298,7 +298,7 @@ def test_folding_changes_nothing():
 
 def test_batchnorm_after_relu_is_not_folded(checkpoint):
     with pytest.raises(SuperPointError, match="after ReLU"):
-        checkpoints.without_batchnorm(checkpoint("v6"))
+        layouts.without_batchnorm(checkpoint("v6"))
 
 
 # ------------------------------------------------------------------------------------------------------------- rounding
@@ -357,7 +357,7 @@ def run(folder: Path, out: Path, stages: int = 3) -> dict[str, torch.Tensor]:
     banks = [photos.load(paths, CPU, SMOKE.canvas_px), photos.load(paths[:1], CPU, SMOKE.canvas_px)]
     plan = replace(SMOKE, stages=SMOKE.stages[:stages])
     written = Run(plan, out, *banks, CPU).run()
-    return {name: layer.weight for name, layer in checkpoints.load(written).layers.items()}
+    return {name: layer.weight for name, layer in layouts.load(written).layers.items()}
 
 
 def test_every_stage_runs_repeats_itself_and_goes_on_from_where_it_was_cut_off(tiny, folder, tmp_path):
@@ -386,7 +386,7 @@ def test_the_command(tiny, folder, tmp_path):
         ["--photos", str(folder), "--output", str(tmp_path / "r"), "--device", "cpu", "--smoke", "--set", "pairs=2"],
     )
     assert done.exit_code == 0 and "trained: " in done.output
-    assert checkpoints.load(tmp_path / "r/last.safetensors").norm is NormPlacement.NONE
+    assert layouts.load(tmp_path / "r/last.safetensors").norm is NormPlacement.NONE
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from superpoint_trt.convert.quantize.qdq import (
 )
 from superpoint_trt.convert.quantize.ranges_file import Calibration
 from superpoint_trt.core.types import OutputType, Precision, SuperPointError
-from superpoint_trt.gpu import tensorrt_api as trt
+from superpoint_trt.gpu import tensorrt_api
 from superpoint_trt.gpu.tensorrt_api import Flavor
 
 KINDS = ["dense", "keypoints", "heads"]
@@ -352,7 +352,7 @@ def test_tensorrt_rtx_builds_every_type(checkpoint_file, tmp_path, keep, layout,
 def test_the_built_network_reads_int8(checkpoint_file, tmp_path, first, behind_pairs):
     """TensorRT's parser on the graph that is built: the convolutions behind int8 pairs, everything else fp16."""
     pytest.importorskip("tensorrt_rtx")
-    tensorrt = trt.load(Flavor.RTX)
+    tensorrt = tensorrt_api.load(Flavor.RTX)
     module = tensorrt.module
     builder = module.Builder(tensorrt.logger)
     network = tensorrt.create_network(builder)
@@ -416,8 +416,8 @@ def constrained(model: onnx.ModelProto) -> tuple[dict[str, FakeLayer], dict[str,
         num_outputs=len(outputs),
         get_output=outputs.__getitem__,
     )
-    trt = SimpleNamespace(LayerType=Layer, float32="float32", float16="float16")
-    constrain_types(trt, network, model)
+    tensorrt_api = SimpleNamespace(LayerType=Layer, float32="float32", float16="float16")
+    constrain_types(tensorrt_api, network, model)
     return {layer.name: layer for layer in layers}, {output.name: output.dtype for output in outputs}
 
 

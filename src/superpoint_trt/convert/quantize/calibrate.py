@@ -22,7 +22,6 @@ from superpoint_trt.convert.quantize.equalize import equalize, factors, scalable
 from superpoint_trt.convert.quantize.histogram import Histogram, entropy_range, percentile_range
 from superpoint_trt.convert.quantize.options import SYNTHETIC, CalibrationOptions, Method
 from superpoint_trt.convert.quantize.ranges_file import Calibration
-from superpoint_trt.core import image as images
 from superpoint_trt.core.files import (
     PathLike,
     named,
@@ -31,6 +30,7 @@ from superpoint_trt.core.files import (
     read_bytes,
     sha256,
 )
+from superpoint_trt.core.image import Placement, find_images, load_image, place, synthetic_photograph, to_gray, to_input
 from superpoint_trt.core.progress import Progress, Steps
 from superpoint_trt.core.types import INPUT_NAME, Float32, ModelDescription, SuperPointError
 
@@ -78,7 +78,7 @@ def split_images(folder: PathLike, count: int) -> ImageSet:
     Raises:
         SuperPointError: there is no such folder, or no image in it.
     """
-    found = images.find_images(folder)
+    found = find_images(folder)
     held_out = spread_evenly(found, min(MOST_HELD_OUT, len(found) // 10))
     rest = [path for path in found if path not in set(held_out)]
     return ImageSet(spread_evenly(rest, count), held_out)
@@ -93,7 +93,7 @@ def spread_evenly(items: Sequence[_T], count: int) -> list[_T]:
 
 def synthetic_images(count: int, size_hw: tuple[int, int]) -> list[CalibrationImage]:
     """Makes dead-leaves pictures, (H, W) uint8, all different; to try the workflow without photographs."""
-    return [(f"{SYNTHETIC}-{seed}", images.synthetic_photograph(*size_hw, seed=seed)) for seed in range(count)]
+    return [(f"{SYNTHETIC}-{seed}", synthetic_photograph(*size_hw, seed=seed)) for seed in range(count)]
 
 
 def network_inputs(
@@ -103,19 +103,19 @@ def network_inputs(
     for name, image in zip(_image_names(calibration_images), calibration_images):
         try:
             gray = _read_gray(image, name)[1]
-            pixels = images.to_input(gray, _without_padding(_place(gray, description), description))
+            pixels = to_input(gray, _without_padding(_place(gray, description), description))
         except SuperPointError:
             yield None
         else:
             yield pixels
 
 
-def _place(gray: Float32, description: ModelDescription) -> images.Placement:
+def _place(gray: Float32, description: ModelDescription) -> Placement:
     """Where inference puts an image in the network's input; shrunk to `LONGEST_SIDE_PX` if the size is free."""
-    return images.place(gray.shape[:2], description, LONGEST_SIDE_PX if description.dynamic else None)
+    return place(gray.shape[:2], description, LONGEST_SIDE_PX if description.dynamic else None)
 
 
-def _without_padding(placement: images.Placement, description: ModelDescription) -> images.Placement:
+def _without_padding(placement: Placement, description: ModelDescription) -> Placement:
     """Pads to whole cells only. More padding repeats the last row and column, which takes time and shows nothing."""
     if not is_own(description):
         return placement
@@ -143,11 +143,11 @@ def _read_gray(image: CalibrationImage, name: str) -> tuple[str, Float32]:
     """
     if isinstance(image, tuple):
         digest = sha256(np.ascontiguousarray(image[1]).tobytes())
-        gray = images.to_gray(image[1])
+        gray = to_gray(image[1])
     else:
         digest = sha256(read_bytes(image, "image"))
         try:
-            gray = images.to_gray(images.load_image(image))
+            gray = to_gray(load_image(image))
         except SuperPointError as error:
             raise SuperPointError(named(error, image)) from error
     if np.ptp(gray) <= _BLANK:
@@ -191,13 +191,13 @@ def calibrate(
     activations = Activations(equalize(source.model, channels), source.path, any_size=is_own(description))
     histograms = {name: Histogram() for name in activations.names}
     used: dict[str, str] = {}
-    sizes: list[images.Placement] = []
+    sizes: list[Placement] = []
     notes: list[str] = []
     for name, image in zip(_image_names(given), given):
         try:
             digest, gray = _read_gray(image, name)
             placement = _place(gray, description)
-            for tensor, values in activations(images.to_input(gray, _without_padding(placement, description))):
+            for tensor, values in activations(to_input(gray, _without_padding(placement, description))):
                 histograms[tensor].add(values)
             used[name] = digest
             sizes.append(placement)
@@ -238,7 +238,7 @@ def _channel_factors(source: OnnxFile, compared: Sequence[CalibrationImage], ste
     return factors(source.model, largest) if largest else {}
 
 
-def _doubts(sizes: Sequence[images.Placement]) -> Iterator[str]:
+def _doubts(sizes: Sequence[Placement]) -> Iterator[str]:
     """Yields what makes a set of images doubtful: too few, all shrunk, or all padded."""
     if len(sizes) < FEW_IMAGES:
         yield (
