@@ -8,7 +8,7 @@ from heads import KINDS, as_type, check, download, found_of, logits_of, score_ma
 
 from superpoint_trt.core.types import DecodeOptions, Sampling, SuperPointError
 from superpoint_trt.gpu import arrays, cuda
-from superpoint_trt.gpu.kernels.decode import USUAL_ROWS, decode_heads
+from superpoint_trt.gpu.kernels.decode import USUAL_ROWS, check_counts, decode_heads
 from superpoint_trt.run import decode
 
 try:
@@ -180,8 +180,8 @@ def test_every_row_is_written():
 
 
 @pytest.mark.parametrize("radius", [4, 9])
-def test_not_a_number_finds_nothing(radius):
-    """One makes its whole cell NaN, as in numpy; that cell has no keypoints, and its neighbours are as beside zeros."""
+def test_values_that_are_not_finite(radius):
+    """One logit makes its whole cell NaN, as in numpy, and the image's result a fault; the next run is sound again."""
     logits = logits_of("noise", 1, (1, 65, 10, 10))
     logits[0, 3, 4, 5] = np.nan
     logits[0, 9, 2, 2] = np.inf
@@ -194,10 +194,18 @@ def test_not_a_number_finds_nothing(radius):
         theirs = decode.scores_from_logits(logits)
     np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs))
     assert np.isnan(theirs).sum() == 4 * 64
-    xy, scores, _ = found_of(decode_heads(upload(logits), coarse, DecodeOptions(radius)), 0)
-    expected, _ = decode.select(ours[0], DecodeOptions(radius))
-    np.testing.assert_array_equal(xy, expected)
-    assert len(xy) and np.isfinite(scores).all()
+    for value in (np.nan, np.inf):
+        both = np.concatenate([logits_of("noise", 1, (1, 65, 10, 10))] * 2)
+        both[1, 7, 3, 3] = value
+        twice = upload(np.ones((2, 256, 10, 10), np.float32))
+        counts = download(decode_heads(upload(both), twice, DecodeOptions(radius)).num_keypoints).tolist()
+        assert counts[0] > 0 and counts[1] == -1
+        broken = np.ones((2, 256, 10, 10), np.float32)
+        broken[0] = value
+        counts = download(decode_heads(upload(both[:1]), upload(broken[:1]), DecodeOptions(radius)).num_keypoints)
+        assert counts.tolist() == [-2]
+        with pytest.raises(SuperPointError, match="coarse_descriptors holds NaN or infinite values"):
+            check_counts(counts.tolist())
 
 
 def test_zero_descriptors_stay_zero():

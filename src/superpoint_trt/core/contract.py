@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from superpoint_trt.core.types import INPUT_NAME, OUTPUT_NAMES, ModelDescription, OutputType, SuperPointError
 
 REQUIRED_RANKS: Mapping[OutputType, Mapping[str, int]] = {
@@ -15,6 +18,29 @@ REQUIRED_RANKS: Mapping[OutputType, Mapping[str, int]] = {
 }
 
 """Names and ranks of the outputs that a model must have. `num_keypoints` may be missing from other tools' models."""
+
+
+def not_finite(output: str) -> SuperPointError:
+    """The error for an output that holds NaN or infinity."""
+    return SuperPointError(
+        f"the model's output {output} holds NaN or infinite values, so there are no keypoints to trust: check the "
+        "checkpoint with superpoint verify, or build the model in a wider precision (bf16, fp32)."
+    )
+
+
+def check_finite(outputs: Mapping[str, NDArray[Any]]) -> None:
+    """Refuses outputs that hold NaN or infinity.
+
+    Raises:
+        SuperPointError: naming the first such output.
+    """
+    for name, values in outputs.items():
+        # Terms of a finite sum are finite, and summing is fast. If the sum overflows, each value is looked at.
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = values.sum(dtype=np.float32)
+        if not np.isfinite(total) and not np.isfinite(values).all():
+            raise not_finite(name)
+
 
 Shapes = Mapping[str, Sequence[Any]]
 """Tensor name -> sizes. A size that is no positive int is free."""

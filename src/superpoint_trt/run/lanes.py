@@ -24,7 +24,15 @@ from superpoint_trt.gpu import cuda, kernels
 from superpoint_trt.gpu.arrays import BFLOAT16, DeviceArray
 from superpoint_trt.gpu.cuda import DeviceMemory, PinnedMemory, PinnedPool
 from superpoint_trt.gpu.engine import Engine, Execution
-from superpoint_trt.gpu.kernels.decode import TARGET_NBYTES, Decoder, DeviceKeypoints, Head, Rows, device_keypoints
+from superpoint_trt.gpu.kernels.decode import (
+    TARGET_NBYTES,
+    Decoder,
+    DeviceKeypoints,
+    Head,
+    Rows,
+    check_counts,
+    device_keypoints,
+)
 
 MOST_LANES = 8
 """Input shapes whose buffers and graphs each slot keeps; beyond, the one used longest ago is freed."""
@@ -337,6 +345,7 @@ class Lane:
         results, self._running = self._running, None
         assert results is not None, "collect without submit"
         counts = results.counts.tolist()
+        check_counts(counts[: len(self._placed)])
         if max(counts) > self._rows.capacity:
             self._grow(max(counts))
             return self.collect()
@@ -381,6 +390,7 @@ class Lane:
                 place, block.address + self._rows.places["num_keypoints"][0], counts.nbytes, cuda.TO_HOST, self._stream
             )
             self._stream.synchronize()
+            check_counts(counts[:1].tolist())
             if counts.max() <= self._rows.capacity:
                 break
             self._set_rows(self._decoder.rows(self._half, _power_of_two(int(counts.max()))))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from superpoint_trt.core.contract import check_finite
 from superpoint_trt.core.image import (
     ImageLike,
     Placement,
@@ -168,6 +169,7 @@ class HostRunner(Runner):
     def run_now(self, batch: Sequence[PreparedImage]) -> list[Keypoints]:
         """Runs a batch and waits for it."""
         outputs = self._backend.infer(np.stack([image.pixels for image in batch])[:, None])
+        check_finite(outputs)
         found = self.decode(outputs, [image.placement for image in batch])
         return [replace(one, descriptors=one.descriptors.astype(self._descriptor_type, copy=False)) for one in found]
 

@@ -12,11 +12,13 @@
 
 typedef unsigned long long Key;  // score in the upper half, ~(pixel index) in the lower: unique, and the larger the better
 
+const unsigned BROKEN_LOGITS = 1, BROKEN_DESCRIPTORS = 2;  // bits of `broken`: values that are not finite
+
 struct Target {  // of one run; addresses on the GPU, or of page-locked host memory
     float2* xy;
     float* scores;
     void* descriptors;
-    int* counts;
+    int* counts;  // -1: logits that are not finite, -2: descriptors
 };
 
 #if HEAD == 0
@@ -137,7 +139,7 @@ __device__ unsigned spread(const unsigned* row, int word)
 
 // Grid: tiles across, tiles down (SHIFT included), images. `counts` starts at 0; `keys` holds a whole image each.
 extern "C" __global__ void __launch_bounds__(DETECT_THREADS, 3)
-detect(const Head* logits, const int2* placed, Key* keys, unsigned* counts, int rows, int columns, int cell_pitch,
+detect(const Head* logits, const int2* placed, Key* keys, unsigned* counts, unsigned* broken, int rows, int columns, int cell_pitch,
        int channel_pitch, int border, float threshold)
 {
     __shared__ __align__(16) float scores[SIDE * SIDE];
@@ -163,6 +165,7 @@ detect(const Head* logits, const int2* placed, Key* keys, unsigned* counts, int 
         float score[STRIDE];
         cell_scores(logits + ((long long)line * columns + column) * cell_pitch, channel_pitch, row, inside, score);
         if (unit >= UNITS) continue;
+        if (inside && score[0] != score[0]) broken[image] = BROKEN_LOGITS;
         unsigned found = 0;
         bool placed_row = top + y < height_px, inner_row = y >= RADIUS && y < SIDE - RADIUS;
 #pragma unroll
@@ -227,11 +230,11 @@ detect(const Head* logits, const int2* placed, Key* keys, unsigned* counts, int 
 
 // ------------------------------------------------------------- suppression for any radius, one step of it at a time
 
-// Score map of the placed images, 0 up to the threshold and beside them. A cell with a logit that is no finite number
-// is all NaN, as in numpy; no comparison holds for one, so here and in `detect` it counts as 0 and is never a keypoint.
+// Score map of the placed images, 0 up to the threshold and beside them. A cell with a logit that is NaN or infinite is
+// all NaN, as in numpy. Here and in `detect` it counts as 0 and the image as `broken`.
 // A thread a row of a cell; grid: ..., images.
 extern "C" __global__ void __launch_bounds__(THREADS)
-score_map(const Head* logits, const int2* placed, float* scores, int rows, int columns, int cell_pitch,
+score_map(const Head* logits, const int2* placed, float* scores, unsigned* broken, int rows, int columns, int cell_pitch,
           int channel_pitch, float threshold)
 {
     int image = blockIdx.y, unit = blockIdx.x * THREADS + threadIdx.x;
@@ -241,6 +244,7 @@ score_map(const Head* logits, const int2* placed, float* scores, int rows, int c
     float score[STRIDE];
     cell_scores(logits + (long long)cell * cell_pitch, channel_pitch, row, inside, score);
     if (!inside) return;
+    if (score[0] != score[0]) broken[image] = BROKEN_LOGITS;
     int x = cell % columns * STRIDE, y = cell / columns * STRIDE + row;
     scores += ((long long)image * rows * STRIDE + y) * columns * STRIDE + x;
     for (int i = 0; i < STRIDE; i++) {
@@ -409,8 +413,8 @@ __device__ void store_channels(void* row, const float (&values)[CHUNKS * PER_LAN
 }
 
 // One descriptor by one warp: the four cells around, each of unit length, mixed, and of unit length again. Even lanes read
-// the left cells, odd ones the right: neighbours in memory, where channels are far apart.
-__device__ void sample(const Head* cells, int rows, int columns, int cell_pitch, int channel_pitch, float2 xy,
+// the left cells, odd ones the right: neighbours in memory, where channels are far apart. Returns whether it is finite.
+__device__ bool sample(const Head* cells, int rows, int columns, int cell_pitch, int channel_pitch, float2 xy,
                        bool legacy, void* row, bool half)
 {
     float px = cell_position(xy.x, columns, legacy), py = cell_position(xy.y, rows, legacy);
@@ -435,7 +439,9 @@ __device__ void sample(const Head* cells, int rows, int columns, int cell_pitch,
             mixed[chunk * PER_LANE + i] = sum;
             squares += sum * sum;
         }
-    store_channels(row, mixed, 1.0f / fmaxf(sqrtf(warp_sum(squares)), NORM_EPS), half);
+    float length = sqrtf(warp_sum(squares));
+    store_channels(row, mixed, 1.0f / fmaxf(length, NORM_EPS), half);
+    return length <= 3.402823466e38f;
 }
 
 const int WARPS = THREADS / 32;
@@ -443,9 +449,10 @@ const int WARPS = THREADS / 32;
 // Ranks each survivor by counting those ahead of it: exact, in any order of the list, and the best go straight to
 // their rows. Grid: any number of blocks, images. `capacity`: rows an image has in the target.
 extern "C" __global__ void __launch_bounds__(THREADS, CHUNKS == 1 ? 4 : 1)
-describe(const Head* descriptors, const Key* keys, unsigned* counts, unsigned* tickets, const Target* target, int rows,
-         int columns, int cell_pitch, int channel_pitch, unsigned wanted, unsigned capacity, int legacy, int half,
-         const Head* logits, const int2* placed, int logit_cell_pitch, int logit_channel_pitch)
+describe(const Head* descriptors, const Key* keys, unsigned* counts, unsigned* tickets, unsigned* broken,
+         const Target* target, int rows, int columns, int cell_pitch, int channel_pitch, unsigned wanted,
+         unsigned capacity, int legacy, int half, const Head* logits, const int2* placed, int logit_cell_pitch,
+         int logit_channel_pitch)
 {
     __shared__ unsigned ahead[WARPS][WARPS];
     int image = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -493,14 +500,18 @@ describe(const Head* descriptors, const Key* keys, unsigned* counts, unsigned* t
                 target->scores[row] = __uint_as_float((unsigned)(key >> 32));
             }
             char* place = (char*)target->descriptors + row * DIM * (half ? 2 : 4);
-            sample(descriptors, rows, columns, cell_pitch, channel_pitch, xy, legacy, place, half);
+            bool finite = sample(descriptors, rows, columns, cell_pitch, channel_pitch, xy, legacy, place, half);
+            if (lane == 0 && !finite) atomicOr(&broken[image], BROKEN_DESCRIPTORS);
         }
         __syncthreads();
     }
 
     __syncthreads();  // all have read the count
-    if (threadIdx.x == 0 && atomicAdd(&tickets[image], 1u) == gridDim.x - 1) {  // the last block readies the next run
-        target->counts[image] = min(count, wanted);
+    if (threadIdx.x != 0) return;
+    __threadfence();  // `broken` before the ticket
+    if (atomicAdd(&tickets[image], 1u) == gridDim.x - 1) {  // the last block readies the next run
+        unsigned fault = atomicExch(&broken[image], 0u);
+        target->counts[image] = fault & BROKEN_LOGITS ? -1 : fault ? -2 : (int)min(count, wanted);
         counts[image] = tickets[image] = 0;
     }
 }

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from superpoint_trt.core.contract import not_finite
 from superpoint_trt.core.types import DecodeOptions, Sampling, SuperPointError
 from superpoint_trt.gpu import arrays, cuda
 from superpoint_trt.gpu.arrays import BFLOAT16, DeviceArray
@@ -142,7 +143,7 @@ class Decoder:
         self._tiled = is_tiled(options.nms_radius_px, self.stride_px)
         pixels = self.batch * self.height_px * self.width_px
         self._keys = DeviceMemory(8 * pixels)
-        self._counters = _zeros(8 * self.batch)
+        self._counters = _zeros(12 * self.batch)  # counts, tickets, broken
         self._maps = [] if self._tiled else [DeviceMemory(4 * pixels) for _ in range(5)]
         defines = (
             f"STRIDE={self.stride_px}",
@@ -196,7 +197,8 @@ class Decoder:
         most_groups = blocks(32 * self.height_px * self.width_px)
         grid = (min(most_groups, self._most_blocks), self.batch)
         counts = self._counters.address
-        places = (self._descriptors.address, self._keys.address, counts, counts + 4 * self.batch, job)
+        tickets, broken = counts + 4 * self.batch, counts + 8 * self.batch
+        places = (self._descriptors.address, self._keys.address, counts, tickets, broken, job)
         numbers: tuple[Argument, ...] = (
             *self._grid(self._descriptors),
             ctypes.c_uint32(self._options.max_keypoints or _ALL),
@@ -219,7 +221,7 @@ class Decoder:
             stream: the stream to queue on.
         """
         grid = (blocks(self._logits.shape[2] * self._logits.shape[3] * self.stride_px), self.batch)
-        places = map(address, (self._logits.address, placed, scores))
+        places = map(address, (self._logits.address, placed, scores, self._counters.address + 8 * self.batch))
         launch(self._kernels["score_map"], grid, stream, (*places, *self._grid(self._logits), float(threshold)))
 
     def _grid(self, head: Head) -> tuple[int, int, int, int]:
@@ -230,7 +232,8 @@ class Decoder:
         options = self._options
         shift = -5 * options.nms_radius_px % self.stride_px  # decode.cu: SHIFT
         across, down = (-(-(side + shift) // _TILE_PX) for side in (self.width_px, self.height_px))
-        places = map(address, (self._logits.address, placed, self._keys.address, self._counters.address))
+        counts = self._counters.address
+        places = map(address, (self._logits.address, placed, self._keys.address, counts, counts + 8 * self.batch))
         numbers: tuple[Argument, ...] = (
             *self._grid(self._logits),
             options.remove_borders_px,
@@ -271,7 +274,8 @@ class DeviceKeypoints:
     """
 
     num_keypoints: DeviceArray
-    """(B,) int32: keypoints found. If more than the other arrays' N, only the best N are in them."""
+    """(B,) int32: keypoints found. If more than the other arrays' N, only the best N are in them. Negative: the heads
+    hold values that are not finite (`check_counts` says which)."""
     keypoints: DeviceArray
     """(B, N, 2) float32: x, y in pixels of the network's input."""
     scores: DeviceArray
@@ -323,6 +327,21 @@ def decode_heads(
         cuda.call("cudaStreamSynchronize", handle)
     # The results keep everything alive that the kernels still use.
     return device_keypoints(rows, block.address, first.device, (block, job, decoder, first, second))
+
+
+def check_counts(counts: Sequence[int]) -> None:
+    """Refuses the results of heads that are not finite.
+
+    Args:
+        counts: `num_keypoints` of each image.
+
+    Raises:
+        SuperPointError: naming the head.
+    """
+    faults = {-1: "logits", -2: "coarse_descriptors"}
+    broken = [faults[count] for count in counts if count < 0]
+    if broken:
+        raise not_finite(broken[0])
 
 
 def is_tiled(radius_px: int, stride_px: int) -> bool:
