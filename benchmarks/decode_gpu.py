@@ -247,6 +247,12 @@ def latency(report: Report, builder: Builder, name: str, checkpoint: str, calls:
         report.add(name, "end to end, again", end_to_end(superpoint, images, calls))
     with SuperPoint(path, max_keypoints=N) as superpoint:
         report.add(name, "end to end, float32 descriptors", end_to_end(superpoint, images, calls))
+    with SuperPoint(path, max_keypoints=N, half_descriptors=True, subpixel=not superpoint.options.subpixel) as other:
+        places = "sub-pixel" if other.options.subpixel else "whole pixels"
+        report.add(name, f"end to end, {places}", end_to_end(other, images, calls))
+        for part, value in decode_alone(other, images, calls).items():
+            if part.startswith("decode"):
+                report.add(name, f"{part}, {places}", value)
     with SuperPoint(path, half_descriptors=True) as superpoint:
         report.add(name, "end to end, all keypoints", end_to_end(superpoint, images, calls // 2))
         report.add(name, "all keypoints", len(superpoint.extract(images[0])))

@@ -6,6 +6,7 @@ SUPERPOINT_TEST_WEIGHTS   another checkpoint; .safetensors where this Python has
 SUPERPOINT_TEST_PHOTOS    a folder of photographs
 SUPERPOINT_TORCH_PYTHON   a Python with torch and safetensors, for the reference. Without torch here or there the
                           reference is the fp32 .onnx on the CPU, which `make test` holds against PyTorch.
+SUPERPOINT_BUILD_LEVEL    the builder's optimization level: 0 or 1 build in seconds (default: TensorRT's, 3)
 SUPERPOINT_ENGINES        a folder to keep engines and the timing cache in (default: a temporary one)
 """
 
@@ -62,6 +63,12 @@ def tensorrt():
     return load(Flavor.TENSORRT)
 
 
+def build_level() -> int | None:
+    """The builder's optimization level that was asked for."""
+    level = os.environ.get("SUPERPOINT_BUILD_LEVEL")
+    return int(level) if level else None
+
+
 @pytest.fixture(scope="session")
 def engine(tensorrt, weights, tmp_path_factory) -> Callable[..., Path]:
     """(type, precision, **export and build options) -> a built engine; the same arguments give the same file."""
@@ -97,6 +104,7 @@ def engine(tensorrt, weights, tmp_path_factory) -> Callable[..., Path]:
                 max_batch_size=batch,
                 timing_cache=folder / "timing.cache",
                 linear_heads=linear_heads,
+                optimization_level=build_level(),
             )
             metadata = build(model, built, settings)
             print(f"built {name} in {metadata.build['seconds']} s")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import build_level
 
 from superpoint_trt.convert import engine as engines
 from superpoint_trt.convert.export import ExportOptions, export
@@ -73,6 +74,7 @@ def int8_engine(tensorrt, weights, ranges, tmp_path_factory) -> Callable[..., Pa
                 timing_cache=folder / "timing.cache",
                 calibration=ranges,
                 keep_fp16=keep,
+                optimization_level=build_level(),
             )
             print(f"built {built.name} in {engines.build(model, built, build).build['seconds']} s")
         return built
