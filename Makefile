@@ -16,7 +16,7 @@ NEEDS := click, cv2, numpy, onnx, onnxruntime, rich, safetensors
 DEMO_PYTHON = $(shell $(PYTHON) -c "import $(NEEDS)" 2>/dev/null && echo $(PYTHON) || echo $(DEMO_VENV)/bin/python)
 SUPERPOINT = PYTHONPATH=src $(DEMO_PYTHON) -m superpoint_trt
 
-.PHONY: test test-all check bench test-gpu bench-gpu demo train clean
+.PHONY: test test-all fuzz check bench test-gpu bench-gpu demo train clean
 
 # One process a core; each holds PyTorch, so not more than eight.
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal
@@ -26,6 +26,11 @@ test: $(VENV)/.ready
 
 test-all: $(VENV)/.ready
 	$(VENV)/bin/python $(PYTEST)
+
+# Mutated files at every parser: FUZZ_INPUTS a target (tests/fuzz/README.md).
+FUZZ_INPUTS ?= 2000
+fuzz: $(VENV)/.ready
+	FUZZ_INPUTS=$(FUZZ_INPUTS) $(VENV)/bin/python -m pytest tests/fuzz -n auto --maxprocesses 8 -s -q
 
 check: $(VENV)/.ready docs
 	$(VENV)/bin/ruff check .
