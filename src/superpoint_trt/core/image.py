@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Union
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.core.files import PathLike, read_bytes
+from superpoint_trt.core.files import PathLike, is_regular_file, read_bytes
 from superpoint_trt.core.types import CELL_PX, Float32, ModelDescription, SuperPointError
 
 ImageLike = Union[PathLike, NDArray[Any]]
@@ -41,7 +41,7 @@ def find_images(folder: PathLike, limit: int | None = None) -> list[Path]:
         SuperPointError: no such path, or no image below it.
     """
     folder = Path(folder)
-    if folder.is_file():
+    if is_regular_file(folder, "image"):
         return [folder]
     if not folder.is_dir():
         raise SuperPointError(f"images {folder} do not exist; expected a folder of images or one image.")
