@@ -43,17 +43,22 @@ def read_bytes(path: PathLike, what: str) -> bytes:
     """
     path = Path(path)
     try:
-        # Without O_NONBLOCK, opening a FIFO would wait for a writer. Windows has no such flag, and needs O_BINARY.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(handle, "rb", closefd=True, buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
             data = _read_regular(file, path, what)
     except FileNotFoundError:
         raise SuperPointError(f"{what} {path} does not exist (looked in {Path.cwd()}).") from None
+    except IsADirectoryError:
+        raise SuperPointError(f"{what} {path} is a folder; expected a file.") from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, what, error) from error
     if not data:
         raise SuperPointError(f"{what} {path} is empty (0 bytes); fetch or make it again.")
     return data
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opens a file; of a FIFO, does not wait for its writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such flag
 
 
 def is_regular_file(path: PathLike, what: str) -> bool:
@@ -98,12 +103,10 @@ def _read_regular(file: io.FileIO, path: Path, what: str) -> bytes:
     """Reads an open file.
 
     Raises:
-        SuperPointError: a folder, no regular file, or too large.
+        SuperPointError: no regular file, or too large.
         OSError: it cannot be read.
     """
     status = os.fstat(file.fileno())
-    if stat.S_ISDIR(status.st_mode):
-        raise SuperPointError(f"{what} {path} is a folder; expected a file.")
     if not stat.S_ISREG(status.st_mode):
         raise _not_regular(path, what)
     most = _MOST_BYTES_OF.get(what, _MOST_BYTES)
