@@ -96,7 +96,7 @@ def _not_regular(path: PathLike, what: str) -> SuperPointError:
 _MOST_BYTES = (1 << 31) - 1
 """OpenCV, protobuf and numpy's .npz headers count bytes in 31 bits."""
 _MOST_TEXT_BYTES = 1 << 24
-_MOST_BYTES_OF = {"calibration": _MOST_TEXT_BYTES, "engine metadata": _MOST_TEXT_BYTES}
+_MOST_BYTES_OF = {"calibration": _MOST_TEXT_BYTES, "engine metadata": _MOST_TEXT_BYTES, "homography": _MOST_TEXT_BYTES}
 
 
 def _read_regular(file: io.FileIO, path: Path, what: str) -> bytes:

@@ -85,10 +85,25 @@ def to_gray(image: NDArray[Any]) -> Float32:
     """
     image = np.asarray(image)
     full_scale = check_image(image)
-    if image.ndim == 3:  # alpha is ignored: transparent pixels have colors, too
-        image = image[..., 0] if image.shape[2] == 1 else image[..., :3].astype(np.float32) @ RGB_TO_GRAY
-    gray: Float32 = image.astype(np.float32)
-    return gray if full_scale == 1.0 else gray / np.float32(full_scale)
+    if image.ndim == 3 and image.shape[2] > 1:
+        gray = _luma(image[..., :3])  # alpha is ignored: transparent pixels have colors, too
+    else:
+        gray = image.reshape(image.shape[:2]).astype(np.float32)
+    if full_scale != 1.0:
+        gray /= np.float32(full_scale)
+    return gray
+
+
+def _luma(rgb: NDArray[Any]) -> Float32:
+    """Colors (H, W, 3) to gray (H, W); of a large image some rows at a time, for colors as float32 take much memory."""
+    height, width = rgb.shape[:2]
+    rows = max(1, LARGE_PX // width)
+    if height <= rows:
+        return rgb.astype(np.float32) @ RGB_TO_GRAY
+    gray = np.empty((height, width), np.float32)
+    for top in range(0, height, rows):
+        gray[top : top + rows] = rgb[top : top + rows].astype(np.float32) @ RGB_TO_GRAY
+    return gray
 
 
 def check_image(image: NDArray[Any]) -> float:

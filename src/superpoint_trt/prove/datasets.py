@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from superpoint_trt.core.files import PathLike
+from superpoint_trt.core.files import PathLike, read_bytes
 from superpoint_trt.core.types import Matrix, SuperPointError
 
 ILLUMINATION, VIEWPOINT, OTHER = "illumination", "viewpoint", "other"
@@ -134,8 +134,9 @@ def _image(images: dict[int, Path], index: int, folder: Path) -> Path:
 
 def _homography(path: Path) -> Matrix:
     try:
-        matrix = np.array([line.split() for line in path.read_text().splitlines() if line.strip()], dtype=np.float64)
-    except (OSError, ValueError, UnicodeDecodeError):
+        lines = read_bytes(path, "homography").decode().splitlines()
+        matrix = np.array([line.split() for line in lines if line.strip()], dtype=np.float64)
+    except (SuperPointError, ValueError):  # not UTF-8 is a ValueError, too
         raise SuperPointError(f"{path} is missing or no 3x3 matrix of numbers; the pair is left out.") from None
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or np.linalg.cond(matrix) > 1 / np.finfo(float).eps:
         raise SuperPointError(f"{path} is no invertible 3x3 homography; the pair is left out.")
