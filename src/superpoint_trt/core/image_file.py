@@ -86,7 +86,7 @@ def read_image_file(path: PathLike, options: ReadOptions | None = None, side_px:
     try:
         header = read_header(data)
     except SuperPointError as error:
-        raise SuperPointError(f"{path} is damaged: {error}.") from None
+        raise SuperPointError(f"{path} is not an image that can be read: {error}.") from None
     if header:
         _check_pixels(path, header.width_px, header.height_px, options)
     reduction = _reduction(header, side_px)
