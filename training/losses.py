@@ -94,14 +94,14 @@ def correspondences(
     first = torch.cat([xy, anywhere], dim=1)
     second = warp(first, homography)
     wanted = torch.cat([(worth > 0) * 2.0, torch.ones_like(anywhere[..., 0])], dim=1)
-    shown = _shown(first, inside[0]) * _shown(second, inside[1])
-    chance = wanted * shown * uniform(wanted.shape, 0.4, 1, xy.device)
+    in_both = shown(first, inside[0]) * shown(second, inside[1])
+    chance = wanted * in_both * uniform(wanted.shape, 0.4, 1, xy.device)
     best = chance.topk(count, dim=1)
     rows = best.indices[..., None].expand(-1, -1, 2)
     return first.gather(1, rows), second.gather(1, rows), best.values > 0
 
 
-def _shown(xy: Tensor, inside: Tensor) -> Tensor:
+def shown(xy: Tensor, inside: Tensor) -> Tensor:
     """(B, N) float: 1 where a point lies in the part of the view that shows its image."""
     height, width = inside.shape[2:]
     nearest = xy.round()
