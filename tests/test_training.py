@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import photograph
-from training import development, losses, photos, places, shapes, train, views
+from training import ablation, development, losses, photos, places, shapes, train, views
 from training.__main__ import main
 from training.adapt import adapt, grade
 from training.bank import Bank, join
@@ -554,6 +555,42 @@ def test_development_prints_a_table(tiny, folder, tmp_path, monkeypatch):
         done = CliRunner().invoke(development.main, words)
         assert done.exit_code == 0, done.output
         assert set(json.loads((tmp_path / "figures.json").read_text())) == {"side 0.15", "side 0.3", "view", "all"}
+
+
+def test_the_ablation_trains_and_judges_its_variants(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(photos, "HELD_OUT", ("camera",))
+    monkeypatch.setattr(development, "CHANGES", development.CHANGES[:1])
+    monkeypatch.setattr("training.leaves.SIDE_PX", 64)
+    monkeypatch.setattr("training.leaves.LEAVES", 6)
+    started = []
+
+    class Pretended:
+        def __init__(self, words, stdout, stderr):
+            started.append(words)
+            out = Path(words[words.index("--output") + 1])
+            shutil.copy(tmp_path / "start.safetensors", out / "last.safetensors")
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(ablation.subprocess, "Popen", Pretended)
+    shape = SMOKE.channels, SMOKE.descriptor_dim, NormPlacement.BEFORE_RELU
+    checkpoints.save(fold(SuperPointNet(*shape).eval()), tmp_path / "start.safetensors")
+    words = ["--photos", str(folder), "--start", str(tmp_path / "start.safetensors"), "--output", str(tmp_path / "a")]
+    words += ["--variant", "plain", "--variant", "choice", "--device", "cpu", "--smoke"]
+    done = CliRunner().invoke(ablation.main, words)
+    assert done.exit_code == 0, done.output
+    assert set(json.loads((tmp_path / "a/figures.json").read_text())) == {"start", "plain", "choice"}
+    assert (tmp_path / "a/choice/labels-last.pt").exists()
+    assert [("choice_weight=0" in words, "place_weight=0" in words) for words in started] == [
+        (True, True),
+        (False, True),
+    ]
+
+
+def test_switched_off_means_every_ingredient():
+    plan = asdict(train.Plan())
+    assert all(plan[name] != value for name, value in ablation.PLAIN.items())
 
 
 def test_the_command(tiny, folder, tmp_path):

@@ -218,10 +218,12 @@ Pairs = list[tuple[Gray, list[tuple[str, Gray, NDArray[np.float64]]]]]
 def evaluate(features: Callable[[Gray], Features], made: Pairs) -> dict[str, dict[str, float]]:
     """Figures of each change, of each of `GROUPS`, and of all; means over the photographs."""
     rows: dict[str, list[dict[str, float]]] = {}
-    for gray, others in made:
-        first = features(gray)
-        for name, picture, matrix in others:
-            rows.setdefault(name, []).append(judge(first, features(picture), matrix, picture.shape[:2]))
+    # Every picture has a size of its own: cuDNN must not time all its algorithms for each.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False):
+        for gray, others in made:
+            first = features(gray)
+            for name, picture, matrix in others:
+                rows.setdefault(name, []).append(judge(first, features(picture), matrix, picture.shape[:2]))
     means = {name: _mean(row) for name, row in rows.items()}
     groups = {
         group: [row for name, row in means.items() if name.startswith(starts)] for group, starts in GROUPS.items()

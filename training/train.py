@@ -54,6 +54,8 @@ class Plan:
     """Pairs that share their negatives."""
     points: int = 256
     """Correspondences of each pair."""
+    same_place_px: float = losses.SAME_PLACE_PX
+    """Of losses.descriptor_loss."""
     view_hw: tuple[int, int] = (240, 320)
     channels: tuple[int, ...] = (64, 64, 128, 128, 256)
     descriptor_dim: int = 256
@@ -188,7 +190,7 @@ class Run:
         for number, stage in enumerate(self.plan.stages):
             if number < state.get("stage", 0):
                 continue
-            bank = self._bank(number, stage)
+            bank = self.labelled(number, stage)
             resumed = state if number == state.get("stage") and "optimizer" in state else {}
             self._stage(number, stage, bank, resumed)
             state = {}
@@ -200,7 +202,7 @@ class Run:
         first, second, _ = pair(self.train.images[index], self.train.sizes[index], self.plan.view_hw)
         return disturb(torch.cat([first.image, second.image]))
 
-    def _bank(self, number: int, stage: Stage) -> Bank:
+    def labelled(self, number: int, stage: Stage) -> Bank:
         """What a stage learns from, by a seed of its own: a resumed run draws what its labels on disk belong to."""
         plan = self.plan
         torch.manual_seed(plan.seed * 1000 + number)
@@ -303,7 +305,7 @@ class Run:
         if not descriptors:
             return detector, torch.stack([detector, *[nothing] * (len(FIGURES) - 1)])
         points = (batch.first_xy, batch.second_xy, batch.real)
-        descriptor, known = losses.descriptor_loss(*coarse.chunk(2), points, plan.group)
+        descriptor, known = losses.descriptor_loss(*coarse.chunk(2), points, plan.group, plan.same_place_px)
         loss = detector + plan.descriptor_weight * descriptor
         apart = spread = choice = chance = nothing
         if plan.looks_at_found:
