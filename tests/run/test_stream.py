@@ -12,6 +12,7 @@ from conftest import photograph, write_checkpoint
 from superpoint_trt import SuperPoint, SuperPointError
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import OutputType
+from superpoint_trt.run import runner as runner_module
 
 SIZE = (96, 128)
 
@@ -108,6 +109,39 @@ def test_a_run_that_fails_costs_only_its_own_image(model, monkeypatch):
         "",
         "",
     ]
+
+
+@pytest.mark.parametrize("step", ["prepare", "submit", "collect"])
+def test_memory_that_runs_out_costs_only_its_own_image(model, monkeypatch, step):
+    """One large image among small ones; memory is back as soon as that image is given up."""
+    images = different(5)
+    large = images[2] = np.full_like(images[2], 7)
+
+    def is_large(image) -> bool:
+        return image is large or bool(np.ptp(getattr(image, "pixels", image)) == 0)
+
+    with SuperPoint(model) as superpoint:
+        runner = superpoint._runner
+        prepare, slot, run_now = runner.prepare, runner_module._HostSlot, runner.run_now
+
+        def failing(work):
+            def wrapped(first, *rest):
+                if any(map(is_large, first if isinstance(first, list) else [first])):
+                    raise MemoryError
+                return work(first, *rest)
+
+            return wrapped
+
+        if step == "prepare":
+            monkeypatch.setattr(runner, "prepare", failing(prepare))
+        elif step == "collect":
+            monkeypatch.setattr(runner, "run_now", failing(run_now))
+        else:
+            submit = slot.submit
+            monkeypatch.setattr(slot, "submit", lambda self, *given: failing(lambda *two: submit(self, *two))(*given))
+        found = list(superpoint.extract_many(images, batch_size=4))
+    assert [isinstance(one, SuperPointError) for one in found] == [False, False, True, False, False]
+    assert "memory ran out" in str(found[2])
 
 
 @pytest.mark.parametrize(("batch_size", "in_flight"), [(1, 1), (2, 1), (2, 3)])

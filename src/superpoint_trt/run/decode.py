@@ -41,7 +41,7 @@ def scores_from_logits(logits: NDArray[Any]) -> Float32:
 
 
 def normalize(descriptors: NDArray[Any], axis: int) -> Float32:
-    """Scales vectors to unit length along `axis`; float32. A vector that is not finite becomes NaN, without a warning."""
+    """Scales vectors to unit length along `axis`; float32. What is not finite becomes NaN, without a warning."""
     descriptors = descriptors.astype(np.float32, copy=False)
     with np.errstate(over="ignore", invalid="ignore"):
         length = _length(descriptors, axis)
