@@ -28,7 +28,7 @@ from superpoint_trt.cli.terminal import (
 )
 from superpoint_trt.core.files import PathLike, check_writable
 from superpoint_trt.core.image import load_image, to_gray
-from superpoint_trt.core.types import CELL_PX, DecodeOptions, Precision, SuperPointError
+from superpoint_trt.core.types import CELL_PX, DecodeOptions, OutputType, Precision, SuperPointError
 from superpoint_trt.gpu.tensorrt_api import Flavor
 from superpoint_trt.prove.agreement import FOUND_WITHIN_PX, nearest, within
 from superpoint_trt.prove.benchmark import bench
@@ -129,16 +129,23 @@ class SuperPointTRT:
 
         Args:
             pytorch_out: from `superpoint_pytorch.SuperPoint`: lists of keypoints, keypoint_scores, descriptors.
-            trt_out: from `infer` of a dense model.
+            trt_out: from `infer`.
 
         Returns:
             A few lines to print.
         """
         names = ("keypoints", "keypoint_scores", "descriptors")
         xy, scores, descriptors = (np.asarray(pytorch_out[name][0].cpu()) for name in names)
-        (found,) = self.extract_keypoints_from_dense(
-            trt_out["scores"][:1], trt_out["descriptors"][:1], top_k=max(1, len(xy)), stride=self.description.stride_px
-        )
+        if self.description.type is OutputType.KEYPOINTS:
+            rows = trt_out["scores"][0] > 0  # not the rows behind the last keypoint
+            found = {name: trt_out[name][0][rows] for name in ("keypoints", "scores", "descriptors")}
+        else:
+            (found,) = self.extract_keypoints_from_dense(
+                trt_out["scores"][:1],
+                trt_out["descriptors"][:1],
+                top_k=max(1, len(xy)),
+                stride=self.description.stride_px,
+            )
         counts = f"keypoints     {len(xy)} in PyTorch, {len(found['keypoints'])} in the engine"
         if not len(xy) or not len(found["keypoints"]):
             return counts
