@@ -124,9 +124,9 @@ def estimate(
     inliers = np.zeros(len(rows), dtype=bool)
     inliers[rows] = mask.ravel().astype(bool)
     near = distances(model, matrix, first_xy, second_xy) <= threshold_px
-    counts = (_distinct(first_xy[which], second_xy[which]) for which in (slice(None), near))
+    match_count, inlier_count = _distinct(first_xy, second_xy), _distinct(first_xy[near], second_xy[near])
     width, height = np.ptp(second_xy, axis=0) + 1 if second_wh is None else second_wh
-    nfa = log10_nfa(model, *counts, threshold_px, (float(width), float(height)))
+    nfa = log10_nfa(model, match_count, inlier_count, threshold_px, (float(width), float(height)))
     return Geometry(model, matrix, inliers, nfa)
 
 
