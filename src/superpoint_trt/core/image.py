@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
@@ -158,17 +159,17 @@ class Placement:
     input_width_px: int
     input_height_px: int
 
-    @property
+    @cached_property
     def image_wh(self) -> tuple[int, int]:
         """(width, height) in px of the caller's image."""
         return self.image_width_px, self.image_height_px
 
-    @property
+    @cached_property
     def placed_wh(self) -> tuple[int, int]:
         """(width, height) in px of the image inside the input, without padding."""
         return self.placed_width_px, self.placed_height_px
 
-    @property
+    @cached_property
     def resized(self) -> bool:
         """Whether the image was shrunk to fit."""
         return self.placed_wh != self.image_wh
