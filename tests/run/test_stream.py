@@ -207,6 +207,28 @@ def test_what_is_refused(model, options, told):
         superpoint.extract_many([], **options)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_are_an_error_on_every_way(model, monkeypatch, value):
+    (image,) = different(1)
+    with SuperPoint(model) as superpoint:
+        infer = superpoint._backend.infer
+        for output in infer(superpoint.prepare(image).pixels[None, None]):
+
+            def broken(inputs, output=output):
+                outputs = {name: values.copy() for name, values in infer(inputs).items()}
+                outputs[output].flat[-1] = value
+                return outputs
+
+            monkeypatch.setattr(superpoint._backend, "infer", broken)
+            told = f"output {output} holds NaN or infinite values"
+            with pytest.raises(SuperPointError, match=told):
+                superpoint.extract(image)
+            for way in (superpoint.extract_batch, superpoint.extract_timed):
+                with pytest.raises(SuperPointError, match=told):
+                    way([image])
+            assert not np.isfinite(superpoint.infer(superpoint.prepare(image).pixels[None, None])[output]).all()
+
+
 def test_half_descriptors(model):
     with SuperPoint(model, half_descriptors=True) as half, SuperPoint(model) as full:
         image = different(1)[0]

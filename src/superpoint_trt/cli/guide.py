@@ -26,6 +26,7 @@ from superpoint_trt.cli.terminal import (
     progress_bar,
     save_drawing,
 )
+from superpoint_trt.core.contract import check_finite
 from superpoint_trt.core.files import PathLike, check_writable
 from superpoint_trt.core.image import load_image, to_gray
 from superpoint_trt.core.types import CELL_PX, DecodeOptions, OutputType, Precision, SuperPointError
@@ -80,12 +81,17 @@ class SuperPointTRT:
 
         Returns:
             The model's outputs by name, with the batch axis (`core.types.OUTPUT_NAMES`).
+
+        Raises:
+            SuperPointError: the image does not fit the model, the run failed, or an output is not finite.
         """
         if image.ndim == 3 and image.shape[2] == 3:
             image = image[..., ::-1]
         # A gray uint8 image is not converted here: an engine divides by 255 on the GPU.
         pixels = image if image.ndim == 2 and image.dtype == np.uint8 else to_gray(image)
-        return dict(self._backend.infer(pixels[None, None]))
+        outputs = self._backend.infer(pixels[None, None])
+        check_finite(outputs)
+        return dict(outputs)
 
     def extract_keypoints_from_dense(
         self,
