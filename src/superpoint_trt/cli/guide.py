@@ -26,9 +26,10 @@ from superpoint_trt.cli.terminal import (
     progress_bar,
     save_drawing,
 )
+from superpoint_trt.core.contract import check_finite
 from superpoint_trt.core.files import PathLike, check_writable
 from superpoint_trt.core.image import load_image, to_gray
-from superpoint_trt.core.types import CELL_PX, DecodeOptions, Precision, SuperPointError
+from superpoint_trt.core.types import CELL_PX, DecodeOptions, OutputType, Precision, SuperPointError
 from superpoint_trt.gpu.tensorrt_api import Flavor
 from superpoint_trt.prove.agreement import FOUND_WITHIN_PX, nearest, within
 from superpoint_trt.prove.benchmark import bench
@@ -80,12 +81,17 @@ class SuperPointTRT:
 
         Returns:
             The model's outputs by name, with the batch axis (`core.types.OUTPUT_NAMES`).
+
+        Raises:
+            SuperPointError: the image does not fit the model, the run failed, or an output is not finite.
         """
         if image.ndim == 3 and image.shape[2] == 3:
             image = image[..., ::-1]
         # A gray uint8 image is not converted here: an engine divides by 255 on the GPU.
         pixels = image if image.ndim == 2 and image.dtype == np.uint8 else to_gray(image)
-        return dict(self._backend.infer(pixels[None, None]))
+        outputs = self._backend.infer(pixels[None, None])
+        check_finite(outputs)
+        return dict(outputs)
 
     def extract_keypoints_from_dense(
         self,
@@ -129,16 +135,23 @@ class SuperPointTRT:
 
         Args:
             pytorch_out: from `superpoint_pytorch.SuperPoint`: lists of keypoints, keypoint_scores, descriptors.
-            trt_out: from `infer` of a dense model.
+            trt_out: from `infer`.
 
         Returns:
             A few lines to print.
         """
         names = ("keypoints", "keypoint_scores", "descriptors")
         xy, scores, descriptors = (np.asarray(pytorch_out[name][0].cpu()) for name in names)
-        (found,) = self.extract_keypoints_from_dense(
-            trt_out["scores"][:1], trt_out["descriptors"][:1], top_k=max(1, len(xy)), stride=self.description.stride_px
-        )
+        if self.description.type is OutputType.KEYPOINTS:
+            rows = trt_out["scores"][0] > 0  # not the rows behind the last keypoint
+            found = {name: trt_out[name][0][rows] for name in ("keypoints", "scores", "descriptors")}
+        else:
+            (found,) = self.extract_keypoints_from_dense(
+                trt_out["scores"][:1],
+                trt_out["descriptors"][:1],
+                top_k=max(1, len(xy)),
+                stride=self.description.stride_px,
+            )
         counts = f"keypoints     {len(xy)} in PyTorch, {len(found['keypoints'])} in the engine"
         if not len(xy) or not len(found["keypoints"]):
             return counts
