@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 
-from superpoint_trt.convert.engine import BuildOptions, PhaseProgress, check_build, check_engine_name
+from superpoint_trt.convert.engine import BuildOptions, check_build, check_engine_name
 from superpoint_trt.convert.engine import build as build_engine
 from superpoint_trt.convert.onnx_file import (
     OnnxFile,
@@ -60,7 +60,7 @@ from superpoint_trt.convert.quantize.ranges_file import (
     save_calibration,
 )
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable
-from superpoint_trt.core.progress import Progress
+from superpoint_trt.core.progress import BUILDING, PhaseProgress, Progress
 from superpoint_trt.core.types import Precision, SuperPointError
 from superpoint_trt.gpu.engine_file import EngineMetadata
 from superpoint_trt.prove.gates import check_limits
@@ -353,7 +353,7 @@ def _written(
         build = build.with_quantization(result.quantize, result.ranges)
         phases = stages.phases
         if phases:
-            phases("building: kernels are timed, this can take minutes", 0, 0)
+            phases(BUILDING, 0, 0)
         tell = (lambda phase, done, total: phases(f"building: {phase}", done, total)) if phases else None
         metadata = build_engine(source, engine, build, tell)
         result = replace(result, engine=Path(engine), engine_metadata=metadata)

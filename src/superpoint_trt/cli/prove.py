@@ -10,12 +10,12 @@ import click
 from rich.table import Table
 
 from superpoint_trt.cli.options import JSON, SUBPIXEL, WEIGHTS, OptionGroup, RuntimeArgs, option
+from superpoint_trt.cli.progress import progress_bar
 from superpoint_trt.cli.terminal import (
     check_outputs,
     console,
     model_or_packaged,
     print_row,
-    progress_bar,
     write_json,
 )
 from superpoint_trt.core.image import find_images, load_image, parse_size

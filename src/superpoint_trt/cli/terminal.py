@@ -1,17 +1,17 @@
-"""What commands share with the terminal: progress bars, printed rows, and how errors end."""
+"""What commands share: checks before the work, printed rows, and how a command ends."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Callable
 
 import click
 from rich.console import Console
 
 from superpoint_trt.cli.options import ExtractArgs, RuntimeArgs
-from superpoint_trt.core.progress import Progress
+from superpoint_trt.cli.streams import Notes, StandardStreams
+from superpoint_trt.core.memory import OUT_OF_MEMORY, ran_out_of_memory
 from superpoint_trt.core.types import SuperPointError
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+LONGEST_MESSAGE = 900
+"""Most characters of an error; a library's log may be long."""
 
 _WIDE = 160
 """Columns of a table if the output is a file or a pipe, which has no width."""
@@ -127,46 +130,6 @@ def console(stderr: bool = False) -> Console:
     return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, markup=False, width=_WIDE)
 
 
-# ------------------------------------------------------------------------------------------------------------- progress
-
-
-@contextmanager
-def progress_bar(label: str) -> Iterator[Progress]:
-    """Shows a bar on stderr while work reports (steps done, all steps); nothing if stderr is no terminal."""
-    from rich.progress import Progress as Bar
-
-    screen = console(stderr=True)
-    with Bar(console=screen, disable=not screen.is_terminal, transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def download_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Shows bytes and speed on stderr while a download reports (bytes done, all bytes); stays when it is done."""
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    screen = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bar(*columns, console=screen, disable=not screen.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def builder_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows the builder's phase and steps on stderr; only the time that passes where TensorRT reports none (8.6)."""
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    screen = console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("building: {task.description}"), BarColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=screen, disable=not screen.is_terminal, transient=True) as bar:
-        task = bar.add_task("kernels are timed, this can take minutes", total=None)
-        yield lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total or None)
-
-
 # ----------------------------------------------------------------------------------------------------- running commands
 
 
@@ -181,22 +144,40 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, name: st
     Returns:
         The exit code.
     """
+    notes = Notes()
+    with StandardStreams() as streams:
+        code, message = _end(command, None if arguments is None else list(arguments), name, notes)
+        message = message or streams.problem()
+        if message:
+            click.echo(f"error: {_cut(message)}", err=True)
+            return BAD_INPUT
+        for note in notes:
+            click.echo(f"note: {note}", err=True)
+        return code
+
+
+def _end(command: click.Command, arguments: list[str] | None, name: str | None, notes: Notes) -> tuple[int, str | None]:
+    """Runs a command; returns its exit code, and the message if it failed."""
     try:
-        code = command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
+        code = command.main(args=arguments, prog_name=name, standalone_mode=False, obj=notes)
     except SuperPointError as error:
-        return _complain(str(error))
+        return BAD_INPUT, OUT_OF_MEMORY if ran_out_of_memory(error) else str(error)
     except click.ClickException as error:
-        return _complain(error.format_message())
+        return BAD_INPUT, error.format_message()
     except (click.Abort, KeyboardInterrupt):
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader (head, for example) has seen enough
-        return 0
-    return code if isinstance(code, int) else 0  # click returns the code of an Exit
+        return INTERRUPTED, None
+    except Exception as error:
+        if ran_out_of_memory(error):
+            return BAD_INPUT, OUT_OF_MEMORY
+        raise
+    return code if isinstance(code, int) else 0, None  # click returns the code of an Exit
 
 
-def _complain(message: str) -> int:
-    click.echo("error: " + " ".join(message.split()), err=True)
-    return BAD_INPUT
+def _cut(message: str) -> str:
+    """A message on one line. Of a long one the beginning and the end stay: what is wrong, and what to do."""
+    line = " ".join(message.split())
+    half = LONGEST_MESSAGE // 2
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[:half]} ... {line[-half:]}"
 
 
 def script(command: click.Command) -> Callable[[], None]:

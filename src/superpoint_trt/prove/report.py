@@ -80,7 +80,7 @@ def write_report(path: PathLike, verification: Verification) -> Path:
         plots=_plots(verification),
         pictures=[_picture(image) for image in _most_different(verification)],
     )
-    return write_atomically(path, page.encode())
+    return write_atomically(path, page.encode(errors="backslashreplace"))
 
 
 def _most_different(verification: Verification) -> list[ImageResult]:
