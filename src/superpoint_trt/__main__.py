@@ -1,35 +1,39 @@
 """Starts the command `superpoint`, also as `python -m superpoint_trt`.
 
-Importing what the commands need takes most of a short command's time, and may take more memory than there is: neither
-an interrupt nor a lack of memory shall end in a traceback meanwhile.
+Importing what the commands need takes most of a short command's time, and may take more memory than there is. Neither
+an interrupt nor a lack of memory ends in a traceback meanwhile.
 """
 
 import os
 import signal
 import sys
 
-from superpoint_trt.core.memory import OUT_OF_MEMORY, ran_out_of_memory
-
 
 def main() -> None:
     """Runs the command line of this process, and ends the process with its exit code."""
-    _take_closed_streams()
-    handler = signal.getsignal(signal.SIGINT)
-    catches = handler is signal.default_int_handler  # otherwise whoever started this process has interrupts ignored
-    if catches:
+    # Otherwise whoever started this process has interrupts ignored.
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _take_closed_streams()
+    from superpoint_trt.core.memory import OUT_OF_MEMORY, ran_out_of_memory
+
     try:
         from superpoint_trt.cli.main import cli, run
+        from superpoint_trt.cli.terminal import INTERRUPTED
     except Exception as error:
         if not ran_out_of_memory(error):
             raise
         os.write(2, f"error: {OUT_OF_MEMORY}\n".encode())
         sys.exit(2)
-    if catches:
-        signal.signal(signal.SIGINT, handler)
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     code = run(cli)
-    if catches:
+    if interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if code == INTERRUPTED:
+        # Libraries whose import was interrupted crash when Python takes them down; `run` has flushed the streams.
+        os._exit(code)
     sys.exit(code)
 
 

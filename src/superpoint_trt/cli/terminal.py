@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Callable
 
 import click
@@ -146,7 +150,10 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, name: st
     """
     notes = Notes()
     with StandardStreams() as streams:
-        code, message = _end(command, None if arguments is None else list(arguments), name, notes)
+        with _noting_interrupts() as interrupts:
+            code, message = _end(command, None if arguments is None else list(arguments), name, notes, interrupts)
+        if code == INTERRUPTED:
+            return code
         message = message or streams.problem()
         if message:
             click.echo(f"error: {_cut(message)}", err=True)
@@ -156,21 +163,45 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, name: st
         return code
 
 
-def _end(command: click.Command, arguments: list[str] | None, name: str | None, notes: Notes) -> tuple[int, str | None]:
+def _end(
+    command: click.Command, arguments: list[str] | None, name: str | None, notes: Notes, interrupts: list[int]
+) -> tuple[int, str | None]:
     """Runs a command; returns its exit code, and the message if it failed."""
     try:
         code = command.main(args=arguments, prog_name=name, standalone_mode=False, obj=notes)
-    except SuperPointError as error:
-        return BAD_INPUT, OUT_OF_MEMORY if ran_out_of_memory(error) else str(error)
-    except click.ClickException as error:
-        return BAD_INPUT, error.format_message()
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED, None
     except Exception as error:
+        if interrupts:  # a library whose import is interrupted may raise an ImportError
+            return INTERRUPTED, None
+        if isinstance(error, click.ClickException):
+            return BAD_INPUT, error.format_message()
         if ran_out_of_memory(error):
             return BAD_INPUT, OUT_OF_MEMORY
+        if isinstance(error, SuperPointError):
+            return BAD_INPUT, str(error)
         raise
     return code if isinstance(code, int) else 0, None  # click returns the code of an Exit
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Collects interrupts while they raise KeyboardInterrupt as usual; nothing where something else handles them."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _cut(message: str) -> str:

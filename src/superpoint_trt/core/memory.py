@@ -17,8 +17,10 @@ _SIGNS = (
     "bad allocation",
     "can't start new thread",
     "cannot create thread",
+    "resource temporarily unavailable",
+    "error return without exception set",
 )
-"""What libraries say in an ImportError, an OSError or an exception of their own."""
+"""What libraries and Python itself (the last one) say in an ImportError, an OSError or another exception."""
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
