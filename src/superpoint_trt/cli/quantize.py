@@ -12,7 +12,7 @@ from rich.table import Table
 from superpoint_trt.cli.options import JSON
 from superpoint_trt.cli.progress import phase_bar
 from superpoint_trt.cli.prove import GATE_FAILED, print_verification
-from superpoint_trt.cli.terminal import console, print_info, write_json
+from superpoint_trt.cli.terminal import console, print_aside, print_info, write_json
 from superpoint_trt.convert.quantize.options import (
     COARSE,
     CalibrationOptions,
@@ -218,8 +218,8 @@ def _figures(result: LowPrecisionResult) -> dict[str, Any]:
 
 
 def print_warning(warning: str) -> None:
-    """Prints a warning to stderr, on one line."""
-    click.echo("warning: " + " ".join(warning.split()), err=True)
+    """Prints a warning to stderr."""
+    print_aside("warning", warning)
 
 
 def print_layers(result: LowPrecisionResult, options: LowPrecisionOptions) -> None:

@@ -94,6 +94,11 @@ def print_row(label: str, value: object) -> None:
     click.echo(f"{label:<14}{value}")
 
 
+def print_aside(kind: str, text: str) -> None:
+    """Prints "warning: ...", "note: ..." or "left out: ..." to stderr, on one line."""
+    click.echo(f"{kind}: {' '.join(text.split())}", err=True)
+
+
 def print_info(file: PathLike) -> None:
     """Prints what a file of this project is."""
     from superpoint_trt.cli.info import facts
@@ -159,7 +164,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, name: st
             click.echo(f"error: {_cut(message)}", err=True)
             return BAD_INPUT
         for note in notes:
-            click.echo(f"note: {note}", err=True)
+            print_aside("note", note)
         return code
 
 
