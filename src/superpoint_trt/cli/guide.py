@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from superpoint_trt.cli.build import build_engine, parse_targets
 from superpoint_trt.cli.options import WEIGHTS, ExtractArgs, GraphArgs, OptionGroup, option
+from superpoint_trt.cli.progress import progress_bar
 from superpoint_trt.cli.prove import print_bench
 from superpoint_trt.cli.quantize import CalibrationFlags
 from superpoint_trt.cli.terminal import (
@@ -23,7 +24,6 @@ from superpoint_trt.cli.terminal import (
     open_model,
     print_found,
     print_info,
-    progress_bar,
     save_drawing,
 )
 from superpoint_trt.core.contract import check_finite
@@ -32,7 +32,7 @@ from superpoint_trt.core.image import load_image, to_gray
 from superpoint_trt.core.types import CELL_PX, DecodeOptions, OutputType, Precision, SuperPointError
 from superpoint_trt.gpu.tensorrt_api import Flavor
 from superpoint_trt.prove.agreement import FOUND_WITHIN_PX, nearest, within
-from superpoint_trt.prove.benchmark import bench
+from superpoint_trt.prove.benchmark import BenchOptions, bench
 from superpoint_trt.run.backends import open_backend
 from superpoint_trt.run.decode import sample_descriptors, select
 
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 GUIDE_OPSET = 11
 GUIDE_MAX_KEYPOINTS = 1000
 """The guide's default of --top-k."""
+BENCHMARK_ITERATIONS = 100
+"""What --benchmark times without a number."""
 
 Size = Optional[tuple[int, int]]
 
@@ -269,15 +271,18 @@ def convert_to_tensorrt(onnx: str, engine: str, arguments: EngineArgs, test: boo
 @click.option("--output", default="output_keypoints.jpg", show_default=True, help="Picture to write.")
 @click.option("--type", "kind", type=click.Choice(["dense", "keypoints"]), default="dense", show_default=True)
 @ExtractArgs.declare("extract", max_keypoints={"default": GUIDE_MAX_KEYPOINTS, "show_default": True})
-@click.option("--benchmark", is_flag=True, help="Time the model.")
+@click.option(
+    "--benchmark", type=int, is_flag=False, flag_value=BENCHMARK_ITERATIONS, metavar="[N]", help="Time N calls (100)."
+)
 def tensorrt_inference(
-    engine: str, image_path: str, output: str, kind: str, extract: ExtractArgs, benchmark: bool
+    engine: str, image_path: str, output: str, kind: str, extract: ExtractArgs, benchmark: int | None
 ) -> None:
     """Find keypoints with a converted model and draw them."""
     from superpoint_trt.run.draw import check_picture_name
 
     check_outputs((output,), (image_path, engine))
     check_picture_name(output)
+    timed = None if benchmark is None else BenchOptions(iterations=benchmark)
     pixels = load_image(image_path)
     with open_model(engine, extract=extract) as superpoint:
         _check_type(engine, superpoint.description.type.value, kind)
@@ -286,9 +291,10 @@ def tensorrt_inference(
         elapsed_ms = (time.perf_counter() - started) * 1e3
     print_found(keypoints, elapsed_ms)
     save_drawing(pixels, keypoints, output)
-    if benchmark:
+    if timed:
         with progress_bar("timing") as progress:
-            print_bench(bench([engine], image=pixels, progress=progress))
+            report = bench([engine], timed, pixels, progress=progress)
+        print_bench(report)
 
 
 def _check_type(engine: str, found: str, asked: str) -> None:

@@ -113,7 +113,9 @@ def check_picture_name(path: PathLike) -> None:
     """
     import cv2
 
-    if Path(path).suffix.lower() not in PICTURE_SUFFIXES or not cv2.haveImageWriter(str(path)):
+    suffix = Path(path).suffix.lower()
+    # Only the suffix, because a name that is no text crashes OpenCV.
+    if suffix not in PICTURE_SUFFIXES or not cv2.haveImageWriter(f"picture{suffix}"):
         raise SuperPointError(f"{path}: a picture's name ends in .jpg, .png, .webp, .tiff or .bmp.")
 
 
