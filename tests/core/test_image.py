@@ -57,6 +57,19 @@ def test_to_gray(image, gray):
     np.testing.assert_allclose(found, gray, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32", "reversed"])
+def test_gray_of_a_large_image_is_the_same(monkeypatch, kind):
+    """Some rows at a time."""
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+    if kind == "reversed":
+        pixels = pixels[..., ::-1]
+    elif kind != "uint8":
+        pixels = pixels.astype(kind) / 255 if kind == "float32" else pixels.astype(kind)
+    at_once = to_gray(pixels)
+    monkeypatch.setattr("superpoint_trt.core.image.LARGE_PX", 5 * 53)
+    np.testing.assert_array_equal(to_gray(pixels), at_once)
+
+
 def test_to_gray_keeps_pixels_where_they_are():
     image = np.zeros((9, 17, 3), np.uint8)
     image[2, 11] = 255

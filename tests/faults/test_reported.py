@@ -215,11 +215,9 @@ def test_compare_takes_a_keypoints_model(small_desk):
 
 
 def damaged_jpeg() -> bytes:
-    """A JPEG of which libjpeg complains and yet returns an image."""
-    data = bytearray(cv2.imencode(".jpg", photograph(240, 320))[1].tobytes())
-    middle = len(data) // 2
-    data[middle : middle + 40] = bytes(range(40))
-    return bytes(data)
+    """A JPEG of which libjpeg complains and yet returns an image: half of its data is missing."""
+    data = cv2.imencode(".jpg", photograph(240, 320))[1].tobytes()
+    return bytes(data[: len(data) // 2] + data[-2:])
 
 
 def test_a_damaged_jpeg_is_an_error(refuse_case):

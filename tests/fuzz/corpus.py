@@ -19,7 +19,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from superpoint_trt.checkpoint import layouts
 from superpoint_trt.convert.export import ExportOptions, to_onnx
-from superpoint_trt.core.image import opencv_quiet
+from superpoint_trt.core.image_file import opencv_quiet
 from superpoint_trt.core.types import DecodeOptions, ModelDescription, OutputType
 
 CHANNELS = (2, 2, 2, 4)

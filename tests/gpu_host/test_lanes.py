@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gpu_host import fake_gpu
 
+from superpoint_trt.core.image_file import ReadOptions
 from superpoint_trt.core.types import DecodeOptions, SuperPointError
 from superpoint_trt.run.lanes import MOST_LANES, MOST_LOANS, Lanes
 from superpoint_trt.run.runner import DeviceRunner
@@ -17,7 +18,7 @@ pytest_plugins = ["gpu_host.gpu_fixtures"]
 
 
 def opened(engine, half: bool = False, **options) -> DeviceRunner:
-    return DeviceRunner(Lanes(engine, DecodeOptions(**options), half), engine.description, None)
+    return DeviceRunner(Lanes(engine, DecodeOptions(**options), half), engine.description, None, ReadOptions())
 
 
 def picture(seed: int, height: int = 16, width: int = 16) -> np.ndarray:

@@ -19,6 +19,7 @@ from superpoint_trt._version import __version__
 from superpoint_trt.cli.terminal import console
 from superpoint_trt.core.files import one_line
 from superpoint_trt.core.install import install_hint
+from superpoint_trt.core.onnx_runtime import import_onnxruntime
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.gpu import cuda
 from superpoint_trt.gpu.tensorrt_api import MODULES, RTX_TARGETS, Flavor, installed, missing
@@ -99,18 +100,16 @@ def _engines() -> Iterator[Finding]:
 
 def _core() -> Iterator[Finding]:
     import onnx
-    import onnxruntime
 
     yield Finding("numpy", True, metadata.version("numpy"))
     yield Finding("OpenCV", True, str(import_module("cv2").__version__))
     yield Finding("onnx", True, f"{onnx.__version__} (opsets 11 to {onnx.defs.onnx_opset_version()})")
+    onnxruntime = import_onnxruntime()
     yield Finding("onnxruntime", True, f"{onnxruntime.__version__} ({', '.join(_providers())})")
 
 
 def _providers() -> list[str]:
-    import onnxruntime
-
-    available: list[str] = onnxruntime.get_available_providers()
+    available: list[str] = import_onnxruntime().get_available_providers()
     return available
 
 

@@ -283,7 +283,7 @@ def tensorrt_inference(
     check_outputs((output,), (image_path, engine))
     check_picture_name(output)
     timed = None if benchmark is None else BenchOptions(iterations=benchmark)
-    pixels = load_image(image_path)
+    pixels = load_image(image_path, extract.reading())
     with open_model(engine, extract=extract) as superpoint:
         _check_type(engine, superpoint.description.type.value, kind)
         started = time.perf_counter()

@@ -21,7 +21,7 @@ def infer(
     model: str | None, image: str, output: str | None, save: str | None, extract: ExtractArgs, runtime: RuntimeArgs
 ) -> None:
     """Find the keypoints of an image; draw and save them."""
-    from superpoint_trt.core.image import load_image
+    from superpoint_trt.core.image_file import read_image_file
     from superpoint_trt.run.draw import check_picture_name
     from superpoint_trt.run.store import check_npz, save_features
 
@@ -30,12 +30,13 @@ def infer(
         check_picture_name(output)
     if save:
         check_npz(save)
-    pixels = load_image(image)
+    # A picture is drawn in full size; without one, a large file may be decoded at a smaller scale.
+    loaded = read_image_file(image, extract.reading(), None if output else extract.max_side)
     with open_model(model, runtime, extract) as superpoint:
         started = time.perf_counter()
-        keypoints = superpoint.extract(pixels)
+        keypoints = superpoint.extract(loaded)
         print_found(keypoints, (time.perf_counter() - started) * 1e3)
     if save:
         print_row("features", save_features(save, keypoints))
     if output:
-        save_drawing(pixels, keypoints, output)
+        save_drawing(loaded.pixels, keypoints, output)

@@ -17,6 +17,8 @@ from superpoint_trt.match.nearest import MatchOptions
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from superpoint_trt.core.image_file import ReadOptions
+
 MAX_KEYPOINTS = 2048
 """Of each image, unless asked otherwise: matching all takes long and adds few inliers."""
 
@@ -77,7 +79,7 @@ def match(
         found = matching.match(superpoint.extract(first), superpoint.extract(second))
     print_matches(found)
     if output:
-        print_row("picture", _draw(found, first, second, output))
+        print_row("picture", _draw(found, first, second, extract.reading(), output))
     if save:
         print_row("saved", save_matches(save, found))
 
@@ -102,9 +104,9 @@ def print_geometry(found: ImageMatches) -> None:
     print_row("geometry", f"{said} (10^{geometry.log10_nfa:.1f} such models expected by chance)")
 
 
-def _draw(found: ImageMatches, first: str, second: str, output: str) -> Path:
+def _draw(found: ImageMatches, first: str, second: str, reading: ReadOptions, output: str) -> Path:
     from superpoint_trt.core.image import load_image, to_picture
     from superpoint_trt.run.draw import draw_matches, save_picture
 
-    pixels = (to_picture(load_image(first)), to_picture(load_image(second)))
+    pixels = (to_picture(load_image(first, reading)), to_picture(load_image(second, reading)))
     return save_picture(output, draw_matches(*pixels, *found.places(), found.geometry.inliers))

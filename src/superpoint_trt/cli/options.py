@@ -14,6 +14,7 @@ import click
 from superpoint_trt import packaged
 from superpoint_trt.cli.streams import Notes
 from superpoint_trt.core.device import DeviceChoice
+from superpoint_trt.core.image_file import MOST_PIXELS, ReadOptions
 from superpoint_trt.core.types import DecodeOptions, OutputType, Sampling, SuperPointError
 
 if TYPE_CHECKING:
@@ -144,7 +145,23 @@ class RuntimeArgs(OptionGroup):
 
 
 @dataclass(frozen=True)
-class ExtractArgs(OptionGroup):
+class ImageArgs(OptionGroup):
+    """Which image files are read."""
+
+    max_pixels: int = option(
+        "--max-pixels", type=int, default=MOST_PIXELS, help="Refuse image files with more pixels.", show_default="2^28"
+    )
+    allow_damaged: bool = option(
+        "--allow-damaged", is_flag=True, help="Read what can still be read of a damaged image file."
+    )
+
+    def reading(self) -> ReadOptions:
+        """The options of `load_image`."""
+        return ReadOptions(self.max_pixels, self.allow_damaged)
+
+
+@dataclass(frozen=True)
+class ExtractArgs(ImageArgs):
     """Which keypoints of an image are kept, and at which size they are looked for."""
 
     threshold: float | None = option(

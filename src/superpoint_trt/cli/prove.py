@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from superpoint_trt.cli.options import JSON, SUBPIXEL, WEIGHTS, OptionGroup, RuntimeArgs, option
+from superpoint_trt.cli.options import JSON, SUBPIXEL, WEIGHTS, ImageArgs, OptionGroup, RuntimeArgs, option
 from superpoint_trt.cli.progress import progress_bar
 from superpoint_trt.cli.terminal import (
     check_outputs,
@@ -258,6 +258,7 @@ class BenchArgs(OptionGroup):
 )
 @BenchArgs.declare("arguments")
 @click.option("--image", help="A photograph to find keypoints in.  [default: a synthetic one]")
+@ImageArgs.declare("image_args")
 @click.option("--plot", "plot_path", help="Picture to draw the stages to: .png, .jpg, .svg or .pdf.")
 @JSON
 @RuntimeArgs.declare("runtime")
@@ -265,6 +266,7 @@ def bench(
     models: tuple[str, ...],
     arguments: BenchArgs,
     image: str | None,
+    image_args: ImageArgs,
     plot_path: str | None,
     json_path: str | None,
     runtime: RuntimeArgs,
@@ -277,7 +279,7 @@ def bench(
     check_outputs((plot_path, json_path), (*models, image))
     if plot_path:
         check_plot(plot_path)
-    options, picture = arguments.options(), load_image(image) if image else None
+    options, picture = arguments.options(), load_image(image, image_args.reading()) if image else None
     with progress_bar("timing") as progress:
         report = run_bench(models, options, picture, runtime.device, runtime.threads, progress)
     print_bench(report)

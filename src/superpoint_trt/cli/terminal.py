@@ -78,6 +78,8 @@ def open_model(model: str | None, runtime: RuntimeArgs = _RUNTIME, extract: Extr
         subpixel=extract.subpixel,
         device=runtime.device,
         threads=runtime.threads,
+        max_pixels=extract.max_pixels,
+        allow_damaged=extract.allow_damaged,
     )
     named = "the packaged weights" if model is None else model
     print_row("model", f"{named} ({superpoint.description.type.value})")

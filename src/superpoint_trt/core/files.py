@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,37 +30,110 @@ _UMASK = _umask()
 
 
 def read_bytes(path: PathLike, what: str) -> bytes:
-    """Reads a whole file that must not be empty.
+    """Reads a whole regular file that must not be empty.
+
+    A FIFO without a writer would be waited for, and /dev/zero would never end, so both are refused.
 
     Args:
         path: the file.
         what: what it should be, for the error ("image", "checkpoint", ...).
 
     Raises:
-        SuperPointError: missing, a folder, unreadable or empty.
+        SuperPointError: missing, a folder, no regular file, too large, unreadable or empty.
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+            data = _read_regular(file, path, what)
     except FileNotFoundError:
         raise SuperPointError(f"{what} {path} does not exist (looked in {Path.cwd()}).") from None
     except IsADirectoryError:
         raise SuperPointError(f"{what} {path} is a folder; expected a file.") from None
-    except OSError as error:
-        raise SuperPointError(f"{what} {path} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, what, error) from error
     if not data:
         raise SuperPointError(f"{what} {path} is empty (0 bytes); fetch or make it again.")
     return data
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opens a file; of a FIFO, does not wait for its writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such flag
+
+
+def is_regular_file(path: PathLike, what: str) -> bool:
+    """Whether a path is a regular file: False for a folder, or for nothing.
+
+    Args:
+        path: the path.
+        what: what it should be, for the error.
+
+    Raises:
+        SuperPointError: it is something else, a FIFO or a device, or it cannot be looked at.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, what, error) from error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise _not_regular(path, what)
+    return stat.S_ISREG(mode)
+
+
+def _unreadable(path: PathLike, what: str, error: OSError | ValueError) -> SuperPointError:
+    if isinstance(error, OSError):
+        return SuperPointError(f"{what} {path} cannot be read: {error.strerror}.")
+    # A NUL in the name, or a surrogate that stands for no byte.
+    return SuperPointError(f"{what} {str(path)!r} cannot be read: that is no file name.")
+
+
+def _not_regular(path: PathLike, what: str) -> SuperPointError:
+    return SuperPointError(f"{what} {path} is no regular file; expected a file on a disk.")
+
+
+_MOST_BYTES = (1 << 31) - 1
+"""OpenCV, protobuf and numpy's .npz headers count bytes in 31 bits."""
+_MOST_TEXT_BYTES = 1 << 24
+_MOST_BYTES_OF = {"calibration": _MOST_TEXT_BYTES, "engine metadata": _MOST_TEXT_BYTES, "homography": _MOST_TEXT_BYTES}
+
+
+def _read_regular(file: io.FileIO, path: Path, what: str) -> bytes:
+    """Reads an open file.
+
+    Raises:
+        SuperPointError: no regular file, or too large.
+        OSError: it cannot be read.
+    """
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise _not_regular(path, what)
+    most = _MOST_BYTES_OF.get(what, _MOST_BYTES)
+    if status.st_size > most:
+        raise SuperPointError(f"{what} {path} has {status.st_size} bytes; at most {most} are read.")
+    return file.readall()
 
 
 def cache_folder() -> Path:
     """The folder for files that this package can make again: $SUPERPOINT_CACHE, or the user's cache folder.
 
     Raises:
-        SuperPointError: it cannot be made.
+        SuperPointError: it cannot be made, or the user has no home folder.
     """
-    usual = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return make_folder(os.environ.get("SUPERPOINT_CACHE") or Path(usual) / "superpoint-trt")
+    chosen = os.environ.get("SUPERPOINT_CACHE")
+    return make_folder(chosen or _user_cache() / "superpoint-trt")
+
+
+def _user_cache() -> Path:
+    named_by_system = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME")
+    if named_by_system:
+        return Path(named_by_system)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # in a container that runs as a number without a name
+        user = f"user {os.getuid()}" if hasattr(os, "getuid") else "this user"
+        raise SuperPointError(f"no home folder for {user}; set SUPERPOINT_CACHE to a folder.") from None
 
 
 def make_folder(path: PathLike) -> Path:

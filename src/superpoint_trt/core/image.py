@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +16,13 @@ from typing import Any, NamedTuple, Union
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.core.files import PathLike, one_line, read_bytes
+from superpoint_trt.core.files import PathLike, is_regular_file, one_line
+from superpoint_trt.core.image_file import LARGE_PX, LoadedImage, ReadOptions, read_image_file
 from superpoint_trt.core.types import CELL_PX, Float32, ModelDescription, SuperPointError
 
-ImageLike = Union[PathLike, NDArray[Any]]
-"""A path, or an array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA; uint8, uint16, bool, or float in [0, 1]."""
+ImageLike = Union[PathLike, NDArray[Any], LoadedImage]
+"""A path; an array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA, of uint8, uint16, bool, or float in [0, 1]; or
+what `read_image_file` returned."""
 
 SMALLEST_SIDE_PX = CELL_PX
 """One cell. A smaller image has nothing to detect."""
@@ -42,7 +42,7 @@ def find_images(folder: PathLike, limit: int | None = None) -> list[Path]:
         SuperPointError: no such path, or no image below it.
     """
     folder = Path(folder)
-    if folder.is_file():
+    if is_regular_file(folder, "image"):
         return [folder]
     if not folder.is_dir():
         raise SuperPointError(f"images {folder} do not exist; expected a folder of images or one image.")
@@ -52,25 +52,17 @@ def find_images(folder: PathLike, limit: int | None = None) -> list[Path]:
     return found[:limit]
 
 
-def load_image(path: PathLike) -> NDArray[Any]:
+def load_image(path: PathLike, options: ReadOptions | None = None) -> NDArray[Any]:
     """Reads an image file upright (EXIF orientation applied): (H, W) or (H, W, 3) RGB, in the file's own depth.
 
-    Color is kept: libpng and libjpeg turn color into gray in different ways, `to_gray` in one.
+    Args:
+        path: the file.
+        options: which files are read: up to how many pixels, and whether damaged ones.
 
     Raises:
-        SuperPointError: not a file, or not an image.
+        SuperPointError: not a file, not an image, too large, or damaged.
     """
-    import cv2
-
-    data = np.frombuffer(read_bytes(path, "image"), dtype=np.uint8)
-    with opencv_quiet():
-        try:
-            image = cv2.imdecode(data, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
-        except cv2.error as error:
-            raise SuperPointError(f"{path} cannot be decoded as an image: {error.err}.") from error
-    if image is None:
-        raise SuperPointError(f"{path} is not an image that OpenCV reads (PNG, JPEG, TIFF, PPM, WebP, BMP, ...).")
-    return image if image.ndim == 2 else image[..., ::-1]
+    return read_image_file(path, options).pixels
 
 
 def to_picture(image: NDArray[Any]) -> NDArray[np.uint8]:
@@ -86,22 +78,6 @@ def to_picture(image: NDArray[Any]) -> NDArray[np.uint8]:
     return picture
 
 
-@contextmanager
-def opencv_quiet() -> Iterator[None]:
-    """Keeps OpenCV's log off the terminal. Errors are reported once, as exceptions."""
-    import cv2
-
-    log = getattr(getattr(cv2, "utils", None), "logging", None)
-    if log is None:
-        yield
-        return
-    before = log.setLogLevel(log.LOG_LEVEL_SILENT)
-    try:
-        yield
-    finally:
-        log.setLogLevel(before)
-
-
 def to_gray(image: NDArray[Any]) -> Float32:
     """Turns any accepted array into (H, W) float32 in [0, 1].
 
@@ -110,10 +86,25 @@ def to_gray(image: NDArray[Any]) -> Float32:
     """
     image = np.asarray(image)
     full_scale = check_image(image)
-    if image.ndim == 3:  # alpha is ignored: transparent pixels have colors, too
-        image = image[..., 0] if image.shape[2] == 1 else image[..., :3].astype(np.float32) @ RGB_TO_GRAY
-    gray: Float32 = image.astype(np.float32)
-    return gray if full_scale == 1.0 else gray / np.float32(full_scale)
+    if image.ndim == 3 and image.shape[2] > 1:
+        gray = _luma(image[..., :3])  # alpha is ignored: transparent pixels have colors, too
+    else:
+        gray = image.reshape(image.shape[:2]).astype(np.float32)
+    if full_scale != 1.0:
+        gray /= np.float32(full_scale)
+    return gray
+
+
+def _luma(rgb: NDArray[Any]) -> Float32:
+    """Colors (H, W, 3) to gray (H, W); of a large image some rows at a time, for colors as float32 take much memory."""
+    height, width = rgb.shape[:2]
+    rows = max(1, LARGE_PX // width)
+    if height <= rows:
+        return rgb.astype(np.float32) @ RGB_TO_GRAY
+    gray = np.empty((height, width), np.float32)
+    for top in range(0, height, rows):
+        gray[top : top + rows] = rgb[top : top + rows].astype(np.float32) @ RGB_TO_GRAY
+    return gray
 
 
 def check_image(image: NDArray[Any]) -> float:
@@ -125,6 +116,16 @@ def check_image(image: NDArray[Any]) -> float:
     Raises:
         SuperPointError: shape, dtype, range or size is not an image's.
     """
+    check_shape(image)
+    return _full_scale(image)
+
+
+def check_shape(image: NDArray[Any]) -> None:
+    """Checks that an array has the shape and size of an image.
+
+    Raises:
+        SuperPointError: it does not.
+    """
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
         raise SuperPointError(f"image has shape {image.shape}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).")
     height, width = image.shape[:2]
@@ -132,7 +133,6 @@ def check_image(image: NDArray[Any]) -> float:
         raise SuperPointError(
             f"image is {width}x{height} px; the smallest usable is {SMALLEST_SIDE_PX}x{SMALLEST_SIDE_PX}, one cell."
         )
-    return _full_scale(image)
 
 
 def _full_scale(image: NDArray[Any]) -> float:
@@ -238,6 +238,60 @@ def shrink(gray: Float32, placement: Placement) -> NDArray[Any]:
     return placed
 
 
+def needed_side_px(model: ModelDescription, max_side_px: int | None = None) -> int | None:
+    """The longest side that any image has in a model's input; None: images keep their size."""
+    sides = [] if max_side_px is None else [max_side_px]
+    if not model.dynamic and model.height_px is not None and model.width_px is not None:
+        sides.append(max(model.height_px, model.width_px))
+    return min(sides, default=None)
+
+
+def placed_gray(image: LoadedImage, placement: Placement) -> NDArray[Any]:
+    """The gray image (H, W), float32 in [0, 1], in the size that it has in the input.
+
+    A large image is shrunk in two steps, so that it is never float32 in full size.
+
+    Raises:
+        SuperPointError: shape, dtype, range or size is not an image's.
+    """
+    if image.reduction > 1:
+        return _shrink_reduced(to_gray(image.pixels), image, placement)
+    return shrink(to_gray(_shrink_integers(image.pixels, placement)), placement)
+
+
+def _shrink_reduced(gray: Float32, image: LoadedImage, placement: Placement) -> NDArray[Any]:
+    """Shrinks an image that was decoded at a smaller scale.
+
+    Its last row and column may stand for pixels outside the image, so the scale is that of the whole image.
+    """
+    import cv2
+
+    height, width = image.full_hw
+    scale_x = placement.placed_width_px * image.reduction / width
+    scale_y = placement.placed_height_px * image.reduction / height
+    placed: NDArray[Any] = cv2.resize(gray, None, fx=scale_x, fy=scale_y, interpolation=cv2.INTER_AREA)
+    return placed[: placement.placed_height_px, : placement.placed_width_px]
+
+
+def _shrink_integers(pixels: NDArray[Any], placement: Placement) -> NDArray[Any]:
+    """Shrinks a large image of integers to twice the size that it will have in the input; others stay as they are."""
+    height, width = pixels.shape[:2]
+    size = (min(width, 2 * placement.placed_width_px), min(height, 2 * placement.placed_height_px))
+    if pixels.dtype not in (np.uint8, np.uint16) or width * height <= LARGE_PX or size == (width, height):
+        return pixels
+    import cv2
+
+    # OpenCV would copy an image whose colors lie in reverse, as `read_image_file` returns it.
+    is_reversed = pixels.ndim == 3 and pixels.strides[2] < 0
+    source = pixels[..., ::-1] if is_reversed else pixels
+    smaller: NDArray[Any] = cv2.resize(
+        source, [max(side, SMALLEST_SIDE_PX) for side in size], None, 0, 0, cv2.INTER_AREA
+    )
+    if smaller.ndim < pixels.ndim:  # OpenCV drops an axis of length 1
+        smaller = smaller[..., None]
+    return smaller[..., ::-1] if is_reversed else smaller
+
+
 def pad(placed: NDArray[Any], placement: Placement) -> NDArray[Any]:
     """Pads to the input's size by repeating the last row and column."""
     below = placement.input_height_px - placement.placed_height_px
@@ -292,6 +346,25 @@ def as_array(image: ImageLike) -> NDArray[Any]:
             f"image is a {type(image).__name__} that makes no array ({type(error).__name__}: {one_line(error)}); "
             "expected a path or an array."
         ) from error
+
+
+def as_loaded(image: ImageLike, options: ReadOptions, side_px: int | None) -> LoadedImage:
+    """An image's pixels and its size.
+
+    Args:
+        image: a path, an array-like, or an image that is loaded already.
+        options: which files are read.
+        side_px: the longest side that is needed (`read_image_file`).
+
+    Raises:
+        SuperPointError: the path is no image, or the object is no array.
+    """
+    if isinstance(image, LoadedImage):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        return read_image_file(image, options, side_px)
+    pixels = as_array(image)
+    return LoadedImage(pixels, pixels.shape[:2])
 
 
 def synthetic_photograph(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:

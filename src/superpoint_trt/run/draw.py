@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt.core.files import PathLike, write_atomically
-from superpoint_trt.core.image import opencv_quiet
+from superpoint_trt.core.image_file import opencv_quiet
 from superpoint_trt.core.types import Float32, Keypoints, SuperPointError
 
 Picture = NDArray[np.uint8]
@@ -114,7 +114,7 @@ def check_picture_name(path: PathLike) -> None:
     import cv2
 
     suffix = Path(path).suffix.lower()
-    # Only the suffix, because a name that is no text crashes OpenCV.
+    # OpenCV 5 crashes on a name that is no text, so it is asked about the ending alone.
     if suffix not in PICTURE_SUFFIXES or not cv2.haveImageWriter(f"picture{suffix}"):
         raise SuperPointError(f"{path}: a picture's name ends in .jpg, .png, .webp, .tiff or .bmp.")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from superpoint_trt.core.files import PathLike
 from superpoint_trt.core.image import ImageLike, Placement, PreparedImage
+from superpoint_trt.core.image_file import MOST_PIXELS, ReadOptions
 from superpoint_trt.core.types import DecodeOptions, Float32, Keypoints, ModelDescription, OutputType, SuperPointError
 from superpoint_trt.run.backends import Outputs, RuntimeInfo, open_backend
 from superpoint_trt.run.runner import DeviceRunner, HostRunner, Runner, run_key
@@ -49,6 +50,8 @@ class SuperPoint:
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads; default the runtime's own choice.
         half_descriptors: descriptors as float16, which halves their memory and their copy from a GPU.
+        max_pixels: image files with more pixels are refused before they are decoded; default 2^28.
+        allow_damaged: read what a decoder can still read of damaged image files; default no, they are an error.
 
     Attributes:
         description: what the model is.
@@ -72,10 +75,14 @@ class SuperPoint:
         device: str = "auto",
         threads: int | None = None,
         half_descriptors: bool = False,
+        max_pixels: int = MOST_PIXELS,
+        allow_damaged: bool = False,
     ) -> None:
         for name, value, most in (("max_side", max_side_px, MOST_SIDE_PX), ("threads", threads, MOST_THREADS)):
             if value is not None and not 1 <= value <= most:
                 raise SuperPointError(f"{name} is {value}; expected 1 to {most}.")
+        reading = ReadOptions(max_pixels, allow_damaged)
+        reading.check()
         asked = _AskedDecode(nms_radius_px, remove_borders_px, threshold, max_keypoints, subpixel)
         asked.options()  # checks the ranges before the model is opened, which can take seconds
         self._name = PACKAGED if model is None else str(Path(model))
@@ -84,8 +91,8 @@ class SuperPoint:
         self.options = _decode_options(self.description, asked)
         lanes, where = self._open_lanes(half_descriptors)
         self.runtime: RuntimeInfo = replace(self._backend.runtime, decode=where)
-        self._host = HostRunner(self._backend, self.runtime, self.options, max_side_px, half_descriptors)
-        self._runner: Runner = DeviceRunner(lanes, self.description, max_side_px) if lanes else self._host
+        self._host = HostRunner(self._backend, self.runtime, self.options, max_side_px, half_descriptors, reading)
+        self._runner: Runner = DeviceRunner(lanes, self.description, max_side_px, reading) if lanes else self._host
 
     def _open_lanes(self, half: bool) -> tuple[Lanes | None, str]:
         """Opens GPU decoding of raw heads. If it is unavailable, logs why; then numpy decodes them.
@@ -111,7 +118,7 @@ class SuperPoint:
 
         Args:
             image: a path, or an array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA, of uint8, uint16, bool or
-                float in [0, 1]; any size from 8x8 px.
+                float in [0, 1]; any size from 8x8 px; or a `LoadedImage`.
 
         Returns:
             Keypoints in the pixels of that image, by falling score; possibly none.

@@ -16,13 +16,15 @@ from superpoint_trt.core.image import (
     ImageLike,
     Placement,
     PreparedImage,
-    as_array,
+    as_loaded,
     check_image,
+    check_shape,
+    needed_side_px,
+    pad,
     place,
-    shrink,
-    to_gray,
-    to_input,
+    placed_gray,
 )
+from superpoint_trt.core.image_file import ReadOptions
 from superpoint_trt.core.types import DecodeOptions, Float32, Keypoints, ModelDescription, OutputType, SuperPointError
 from superpoint_trt.run.backends import Backend, Outputs, RuntimeInfo
 from superpoint_trt.run.decode import inside_border, normalize, sample_descriptors, scores_from_logits, select
@@ -123,21 +125,29 @@ class HostRunner(Runner):
         options: how to decode.
         max_side_px: shrink larger images first.
         half: descriptors as float16.
+        reading: which image files are read.
     """
 
     def __init__(
-        self, backend: Backend, runtime: RuntimeInfo, options: DecodeOptions, max_side_px: int | None, half: bool
+        self,
+        backend: Backend,
+        runtime: RuntimeInfo,
+        options: DecodeOptions,
+        max_side_px: int | None,
+        half: bool,
+        reading: ReadOptions,
     ) -> None:
         self._backend, self._runtime = backend, runtime
         self._model: ModelDescription = backend.description
-        self._options, self._max_side_px = options, max_side_px
+        self._options, self._max_side_px, self._reading = options, max_side_px, reading
         self._descriptor_type = np.dtype(np.float16 if half else np.float32)
 
     def prepare(self, image: ImageLike) -> PreparedImage:
         """The network's input (H, W) float32 in [0, 1], padded, and where the image lies in it."""
-        gray = to_gray(as_array(image))
-        placement = place(gray.shape[:2], self._model, self._max_side_px)
-        return PreparedImage(to_input(gray, placement), placement)
+        loaded = as_loaded(image, self._reading, needed_side_px(self._model, self._max_side_px))
+        check_shape(loaded.pixels)
+        placement = place(loaded.full_hw, self._model, self._max_side_px)
+        return PreparedImage(pad(placed_gray(loaded, placement), placement), placement)
 
     def decode(self, outputs: Outputs, placements: Sequence[Placement]) -> list[Keypoints]:
         """A batch's outputs -> the Keypoints of each image, in that image's own pixels; descriptors float32."""
@@ -238,26 +248,28 @@ class DeviceRunner(Runner):
         lanes: of the opened engine.
         model: what the engine is.
         max_side_px: shrink larger images first.
+        reading: which image files are read.
     """
 
-    def __init__(self, lanes: Lanes, model: ModelDescription, max_side_px: int | None) -> None:
+    def __init__(self, lanes: Lanes, model: ModelDescription, max_side_px: int | None, reading: ReadOptions) -> None:
         self.lanes = lanes
-        self._model, self._max_side_px = model, max_side_px
+        self._model, self._max_side_px, self._reading = model, max_side_px, reading
         self._placements: dict[tuple[int, ...], Placement] = {}
 
     def prepare(self, image: ImageLike) -> PreparedImage:
         """The image as uint8 if it can stay so, else float32 in [0, 1]; not yet padded: a lane pads in its buffer."""
-        array = as_array(image)
-        placement = self._placements.get(array.shape)
+        loaded = as_loaded(image, self._reading, needed_side_px(self._model, self._max_side_px))
+        array, shape = loaded.pixels, (*loaded.full_hw, *loaded.pixels.shape)
+        placement = self._placements.get(shape)
         if placement is None:
             check_image(array)
-            placement = place(array.shape[:2], self._model, self._max_side_px)
+            placement = place(loaded.full_hw, self._model, self._max_side_px)
             if len(self._placements) >= _MOST_PLACEMENTS:
                 self._placements.clear()
-            self._placements[array.shape] = placement
+            self._placements[shape] = placement
         if array.ndim == 2 and array.dtype == np.uint8 and not placement.resized:
             return PreparedImage(array, placement)
-        return PreparedImage(shrink(to_gray(array), placement), placement)
+        return PreparedImage(placed_gray(loaded, placement), placement)
 
     def slots(self, count: int) -> AbstractContextManager[Sequence[BatchSlot]]:
         """Slots with a stream each."""

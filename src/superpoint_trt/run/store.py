@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import io
+import math
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from superpoint_trt.core.files import PathLike, one_line, read_bytes, write_npz
-from superpoint_trt.core.types import Keypoints, SuperPointError
+from superpoint_trt.core.types import Float32, Keypoints, SuperPointError
 
 
 def check_npz(path: PathLike) -> None:
@@ -30,23 +36,86 @@ def save_features(path: PathLike, keypoints: Keypoints) -> Path:
     return write_npz(path, keypoints.to_dict())
 
 
+_ARRAYS = ("keypoints", "scores", "descriptors", "image_size")
+_MOST_UNPACKED_BYTES = 1 << 29
+"""500,000 keypoints with 256 numbers each. Zeros pack a thousandfold, so a small file may promise much more."""
+_LONGEST_HEADER = 1 << 14
+
+
 def load_features(path: PathLike) -> Keypoints:
-    """Reads what `save_features` wrote.
+    """Reads what `save_features` wrote. Shapes and types are checked before the arrays are unpacked.
 
     Raises:
         SuperPointError: the file is missing, or no feature file.
     """
     data = read_bytes(path, "feature file")
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            _check_headers([_read_header(archive, name) for name in _ARRAYS])
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             width, height = (int(side) for side in arrays["image_size"])
-            found = [np.asarray(arrays[name], dtype=np.float32) for name in ("keypoints", "scores", "descriptors")]
-            xy, scores, descriptors = found
-            if xy.ndim != 2 or xy.shape[1] != 2 or descriptors.ndim != 2 or {len(a) for a in found} != {scores.size}:
-                raise ValueError(f"shapes {xy.shape}, {scores.shape}, {descriptors.shape}")
+            xy, scores, descriptors = (_finite(name, arrays[name]) for name in _ARRAYS[:3])
             return Keypoints(xy, scores, descriptors, (width, height))
     except Exception as error:  # a damaged zip raises whatever its reader stumbles over
         expected = "keypoints, scores, descriptors and image_size"
         raise SuperPointError(
             f"{path} is not a feature file: expected an .npz with {expected} ({one_line(error)})."
         ) from error
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What an array inside an .npz says of itself."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _read_header(archive: zipfile.ZipFile, name: str) -> _Header:
+    """Reads the header of one array.
+
+    Raises:
+        ValueError, KeyError: there is none, or it is damaged.
+    """
+    with archive.open(f"{name}.npy") as member:
+        start = io.BytesIO(member.read(_LONGEST_HEADER))
+    version = np.lib.format.read_magic(start)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(start)
+    return _Header(name, shape, dtype)
+
+
+def _check_headers(headers: Sequence[_Header]) -> None:
+    """Checks that the arrays are those of one image's keypoints.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    for header in headers:
+        if header.dtype.kind not in "fiu":
+            raise ValueError(f"{header.name} holds {header.dtype}, not numbers")
+    xy, scores, descriptors, size = (header.shape for header in headers)
+    same_count = len(xy) == len(descriptors) == 2 and len(scores) == 1 and xy[0] == scores[0] == descriptors[0]
+    if not same_count or xy[1] != 2 or size != (2,):
+        raise ValueError(f"shapes {xy}, {scores}, {descriptors}, {size}")
+    unpacked = sum(header.nbytes for header in headers)
+    if unpacked > _MOST_UNPACKED_BYTES:
+        raise ValueError(f"it unpacks to {unpacked} bytes; at most {_MOST_UNPACKED_BYTES} are read")
+
+
+def _finite(name: str, array: NDArray[Any]) -> Float32:
+    """An array as float32.
+
+    Raises:
+        ValueError: a value is not finite there.
+    """
+    with np.errstate(all="ignore"):  # the overflow is reported below
+        values = np.asarray(array, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds values that are not finite, or beyond float32")
+    return values

@@ -31,6 +31,7 @@ from superpoint_trt.core.files import (
     sha256,
 )
 from superpoint_trt.core.image import Placement, find_images, load_image, place, synthetic_photograph, to_gray, to_input
+from superpoint_trt.core.onnx_runtime import import_onnxruntime
 from superpoint_trt.core.progress import Progress, Steps
 from superpoint_trt.core.types import INPUT_NAME, Float32, ModelDescription, SuperPointError
 
@@ -301,7 +302,7 @@ class Activations:
     """
 
     def __init__(self, model: onnx.ModelProto, path: PathLike, any_size: bool) -> None:
-        import onnxruntime as ort
+        ort = import_onnxruntime()
 
         self.names = convolution_inputs(model)
         self._computed = [name for name in self.names if name != INPUT_NAME]

@@ -11,6 +11,7 @@ import numpy as np
 from superpoint_trt.core.contract import REQUIRED_RANKS, recognize
 from superpoint_trt.core.device import DeviceChoice
 from superpoint_trt.core.files import PathLike, one_line, read_bytes
+from superpoint_trt.core.onnx_runtime import import_onnxruntime
 from superpoint_trt.core.types import INPUT_NAME, ModelDescription, Precision, SuperPointError
 from superpoint_trt.run.backends.base import Backend, Image, Outputs, RuntimeInfo, as_unit_range
 
@@ -36,7 +37,7 @@ class OnnxRuntimeBackend(Backend):
     """
 
     def __init__(self, path: PathLike, device: str = "auto", threads: int | None = None) -> None:
-        import onnxruntime as ort
+        ort = import_onnxruntime()
 
         choice = DeviceChoice.parse(device)
         data = read_bytes(path, "model")
@@ -94,7 +95,7 @@ def _providers(choice: DeviceChoice) -> list[tuple[str, dict[str, str]]]:
     Raises:
         SuperPointError: this onnxruntime or this machine does not have the device.
     """
-    import onnxruntime as ort
+    ort = import_onnxruntime()
 
     available = ort.get_available_providers()
     if choice.kind == "cuda" and PROVIDERS["cuda"] not in available:
