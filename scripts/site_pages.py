@@ -26,6 +26,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "LICENSE": "license.md",
     "training/README.md": "training.md",
+    "training/states/README.md": "training-states.md",
     "src/superpoint_trt/packaged/MODEL_CARD.md": "model-card.md",
 }
 """Files of the repository -> pages of the site."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import click
 import torch
 
+from superpoint_trt.checkpoint import layouts
 from superpoint_trt.core.types import SuperPointError
 from training import photos
 from training.train import SMOKE, Plan, Run
@@ -21,6 +23,8 @@ from training.train import SMOKE, Plan, Run
 @click.option("--smoke", is_flag=True, help="A tiny network, a few steps: does every stage run?")
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="torch.compile on a GPU.")
 @click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="Another value of one of train.Plan's.")
+@click.option("--start", help="Checkpoint to go on from: only the last stage runs, with labels by it.")
+@click.option("--minutes", default=math.inf, help="A stage ends after so long, whatever its steps.")
 @click.option("--steps-scale", default=1.0, show_default=True, help="All stages' steps times this.")
 def main(
     folders: tuple[str, ...],
@@ -30,9 +34,11 @@ def main(
     smoke: bool,
     compiled: bool,
     changes: tuple[str, ...],
+    start: str | None,
+    minutes: float,
     steps_scale: float,
 ) -> None:
-    """Trains a SuperPoint from nothing."""
+    """Trains a SuperPoint from nothing, or on from one of ours."""
     try:
         where = torch.device(device)
     except RuntimeError:
@@ -43,15 +49,18 @@ def main(
         where = torch.device("cuda", where.index or 0)
         torch.cuda.set_device(where)
     plan = replace(SMOKE if smoke else Plan(), seed=seed)
-    stages = tuple(replace(stage, steps=max(1, round(stage.steps * steps_scale))) for stage in plan.stages)
+    stages = plan.stages[-1:] if start else plan.stages
+    stages = tuple(replace(stage, steps=max(1, round(stage.steps * steps_scale))) for stage in stages)
     plan = replace(plan, stages=stages)
     plan = replace(plan, **dict(_change(plan, text) for text in changes))
     try:
         train, held_out = photos.find([Path(folder) for folder in folders])
-        banks = [photos.load(paths, where, plan.canvas_px) for paths in (train, held_out or train[:1])]
+        begin = layouts.load(start) if start else None
+        banks = tuple(photos.load(paths, where, plan.canvas_px) for paths in (train, held_out or train[:1]))
     except SuperPointError as error:
         raise click.UsageError(str(error)) from None
-    run = Run(plan, Path(output), *banks, where, compiled and where.type == "cuda")
+    compiled = compiled and where.type == "cuda"
+    run = Run(plan, Path(output), *banks, where, compiled, start=begin, stage_limit_s=minutes * 60)
     print(f"trained: {run.run()}")
 
 

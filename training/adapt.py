@@ -20,14 +20,14 @@ from training.views import disturb, look
 
 MOTION = Motion(0.5, 20.0, 0.15, 0.2, 0.25, 0.0)
 VIEW_HW = (480, 640)
-LEVELS = 2
+LEVELS = 3
 """From how far away images are looked at, in octaves from 0: a corner seen from there is a curve from here."""
-AREA_PER_POINT_PX2 = 130.0
+AREA_PER_POINT_PX2 = 200.0
 """As many points at most as one in this area, at each level's own resolution."""
 NMS_PX = 4
 LEAST = 0.002
 """Share of views that must agree to within about a pixel."""
-AREA_PER_WORTHY_PX2 = (450.0, 270.0)
+AREA_PER_WORTHY_PX2 = (450.0, 270.0, 270.0)
 """One point in this area, at each level's own resolution, is more worth learning than not: users ask for 300 points of
 240 x 320, and what ranks below those that a detector was taught is noise."""
 SOFTNESS = 0.2

@@ -1,12 +1,16 @@
-"""A trained network -> the shipped checkpoint: BatchNorm folded away, plain Conv + ReLU."""
+"""A trained network -> the shipped checkpoint, BatchNorm folded away; and back, to go on training."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
-from superpoint_trt.checkpoint import layouts as checkpoints
+import torch
+from torch import Tensor, nn
+
+from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.layouts import Checkpoint, NormPlacement
-from superpoint_trt.checkpoint.reference import SuperPointNet
+from superpoint_trt.checkpoint.reference import Block, SuperPointNet
 from superpoint_trt.core.types import Family, Sampling
 
 _BLOCK = re.compile(r"(?:backbone\.(\d+)|(detector|descriptor))\.([01])\.(conv|bn)\.(.+)")
@@ -32,4 +36,39 @@ def fold(net: SuperPointNet) -> Checkpoint:
         "norm": NormPlacement.BEFORE_RELU.value,
         "sampling": Sampling.HALF_PIXEL.value,
     }
-    return checkpoints.without_batchnorm(checkpoints.from_arrays(arrays, metadata=metadata, source="the network"))
+    return layouts.without_batchnorm(layouts.from_arrays(arrays, metadata=metadata, source="the network"))
+
+
+@torch.no_grad()
+def unfold(net: SuperPointNet, checkpoint: Checkpoint, images: Tensor) -> None:
+    """Makes `net` compute what a shipped checkpoint does, with BatchNorm to train with.
+
+    Each BatchNorm takes away the mean and the scale that its convolution has on `images`, and puts both back: in eval
+    mode nothing changes, and in training only as far as a batch differs from them.
+
+    Args:
+        net: of the checkpoint's shape, with BatchNorm before ReLU.
+        checkpoint: Conv + ReLU, as `fold` writes it.
+        images: (B, 1, H, W) as the network will see them, on its device.
+    """
+    plain = SuperPointNet.from_checkpoint(checkpoint).to(images.device)
+    blocks = [[block for block in each.modules() if isinstance(block, Block)] for each in (net, plain)]
+    hooks = [old.conv.register_forward_hook(_measure(new)) for new, old in zip(*blocks)]
+    plain(images)
+    for hook in hooks:
+        hook.remove()
+
+
+def _measure(block: Block) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """Gives `block` the convolution that has just run, by what came out of it."""
+
+    def measured(conv: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
+        variance, mean = torch.var_mean(out, dim=(0, 2, 3), correction=0)
+        block.conv.weight.copy_(conv.weight)
+        block.conv.bias.zero_()
+        block.bn.running_mean.copy_(mean - conv.bias)
+        block.bn.running_var.copy_(variance)
+        block.bn.weight.copy_((variance + block.bn.eps).sqrt())
+        block.bn.bias.copy_(mean)
+
+    return measured

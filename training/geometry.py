@@ -60,16 +60,15 @@ class Motion:
     angle_deg: float
     """Standard deviation of the rotation."""
     wide_angle_share: float
-    """Share of views that are rotated by anything up to `WIDE_ANGLE_DEG` instead."""
+    """Share of views that are rotated by anything up to `wide_angle_deg` instead."""
     perspective: float
     """Largest change of depth from the view's centre to the middle of a side, relative."""
     stretch_octaves: float
     """Half the range of log2 of the ratio of the axes, along a random direction."""
     shift: float
     """Half the range of the centre's shift, in half sides of the view."""
-
-
-WIDE_ANGLE_DEG = 110.0
+    wide_angle_deg: float = 110.0
+    """Largest rotation of those that `wide_angle_share` counts."""
 
 
 def uniform(shape: tuple[int, ...], low: float, high: float, device: torch.device) -> Tensor:
@@ -82,7 +81,7 @@ def random_motions(count: int, view_hw: tuple[int, int], motion: Motion, device:
     height, width = view_hw
     zoom = 2 ** uniform((count, 1), -motion.zoom_octaves, motion.zoom_octaves, device)
     angle = torch.randn(count, device=device) * math.radians(motion.angle_deg)
-    wide = uniform((count,), -1, 1, device) * math.radians(WIDE_ANGLE_DEG)
+    wide = uniform((count,), -1, 1, device) * math.radians(motion.wide_angle_deg)
     angle = torch.where(uniform((count,), 0, 1, device) < motion.wide_angle_share, wide, angle)
     half = torch.tensor([(width - 1) / 2, (height - 1) / 2], device=device)
     tilt = torch.eye(3, device=device).repeat(count, 1, 1)

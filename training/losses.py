@@ -94,14 +94,14 @@ def correspondences(
     first = torch.cat([xy, anywhere], dim=1)
     second = warp(first, homography)
     wanted = torch.cat([(worth > 0) * 2.0, torch.ones_like(anywhere[..., 0])], dim=1)
-    shown = _shown(first, inside[0]) * _shown(second, inside[1])
-    chance = wanted * shown * uniform(wanted.shape, 0.4, 1, xy.device)
+    in_both = shown(first, inside[0]) * shown(second, inside[1])
+    chance = wanted * in_both * uniform(wanted.shape, 0.4, 1, xy.device)
     best = chance.topk(count, dim=1)
     rows = best.indices[..., None].expand(-1, -1, 2)
     return first.gather(1, rows), second.gather(1, rows), best.values > 0
 
 
-def _shown(xy: Tensor, inside: Tensor) -> Tensor:
+def shown(xy: Tensor, inside: Tensor) -> Tensor:
     """(B, N) float: 1 where a point lies in the part of the view that shows its image."""
     height, width = inside.shape[2:]
     nearest = xy.round()
@@ -112,7 +112,11 @@ def _shown(xy: Tensor, inside: Tensor) -> Tensor:
 
 
 def descriptor_loss(
-    first: Tensor, second: Tensor, points: tuple[Tensor, Tensor, Tensor], group: int
+    first: Tensor,
+    second: Tensor,
+    points: tuple[Tensor, Tensor, Tensor],
+    group: int,
+    same_place_px: float = SAME_PLACE_PX,
 ) -> tuple[Tensor, Tensor]:
     """Each point must know its partner among all points of `group` pairs.
 
@@ -124,6 +128,7 @@ def descriptor_loss(
         second: of the second views.
         points: of `correspondences`.
         group: how many pairs share their negatives; must divide B.
+        same_place_px: points this near to the partner are neither right nor wrong.
 
     Returns:
         the loss, and the share of points whose partner is nearest.
@@ -140,7 +145,7 @@ def descriptor_loss(
     apart = (place[:, :, None] - place[:, None]).square().sum(dim=-1)
     itself = torch.eye(members, dtype=torch.bool, device=a.device)
     real = real.reshape(groups, members)
-    ignored = (apart < SAME_PLACE_PX**2) & ~itself | ~real[:, None] | ~real[..., None] & ~itself
+    ignored = (apart < same_place_px**2) & ~itself | ~real[:, None] | ~real[..., None] & ~itself
     similarity = similarity.masked_fill(ignored, -1e4)
     target = torch.arange(members, device=a.device).expand(groups, -1)
     there = F.cross_entropy(similarity.transpose(1, 2), target, reduction="none")

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from superpoint_trt.checkpoint import layouts as checkpoints
-from superpoint_trt.checkpoint.layouts import NormPlacement
+from superpoint_trt.checkpoint import layouts
+from superpoint_trt.checkpoint.layouts import Checkpoint, NormPlacement
 from superpoint_trt.checkpoint.reference import SuperPointNet
-from training import leaves, losses, photos, shapes
+from training import leaves, losses, photos, places, shapes
 from training.adapt import VIEW_HW, adapt
 from training.bank import Bank, join
-from training.fold import fold
+from training.fold import fold, unfold
 from training.geometry import inverse, warp
 from training.rounding import forward
 from training.validate import validate
-from training.views import Views, disturb, pair
+from training.views import Views, blur_strongly, darken, disturb, pair
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,22 @@ class Plan:
         Stage("second", 3000, 1e-3, 96),
         Stage("third", 3000, 1e-3, 96),
         Stage("fourth", 7500, 1e-3, 128),
+        Stage("fifth", 16000, 1e-3, 40),
     )
     pairs: int = 32
     """Of views, a step."""
-    group: int = 4
+    group: int = 32
     """Pairs that share their negatives."""
     points: int = 256
     """Correspondences of each pair."""
+    same_place_px: float = losses.SAME_PLACE_PX
+    """Of losses.descriptor_loss."""
     view_hw: tuple[int, int] = (240, 320)
     channels: tuple[int, ...] = (64, 64, 128, 128, 256)
     descriptor_dim: int = 256
     shapes: int = 12000
-    collages: int = 300
-    collage_share: float = 0.5
+    collages: int = 200
+    collage_share: float = 0.3
     adapt_batch: int = 16
     adapt_hw: tuple[int, int] = VIEW_HW
     descriptor_weight: float = 1.0
@@ -66,11 +69,32 @@ class Plan:
     """Of losses.detector_loss."""
     rounded_share: float = 0.5
     """Of views, those that the network sees through int8's rounding, and of steps, those with rounded weights."""
+    far_share: float = 0.2
+    """Of pairs, those that differ by any rotation and a zoom down to 0.25 (views.FAR)."""
+    blurred_share: float = 0.125
+    """Of pairs, those with strong blur in one view (views.blur_strongly)."""
+    night_share: float = 0.125
+    """Of pairs, those with night in one view (views.darken)."""
+    coarsest_step_octaves: float = -3.0
+    """Of compression in views.disturb: -4.5 is about JPEG quality 65, -3 about 20."""
+    found: int = 256
+    """Points of each view that the next three look at."""
+    place_weight: float = 0.5
+    """Of how far apart two views place the same point (places.place_losses)."""
+    spread_weight: float = 0.1
+    """Of how widely the scores spread around a place."""
+    choice_weight: float = 1.0
+    """Of scores given to points that would not match (places.choice_loss)."""
     seed: int = 1
     validation_pairs: int = 16
     canvas_px: int = photos.CANVAS_PX
     validate_every: int = 2500
     save_every_s: float = 120.0
+
+    @property
+    def looks_at_found(self) -> bool:
+        """Whether any loss needs the detector's own points."""
+        return max(self.place_weight, self.spread_weight, self.choice_weight) > 0
 
 
 SMOKE = Plan(
@@ -84,7 +108,7 @@ SMOKE = Plan(
     shapes=4,
     collages=1,
     adapt_batch=2,
-    adapt_hw=(64, 80),
+    adapt_hw=(64, 96),
     validation_pairs=1,
     validate_every=2,
     save_every_s=0.0,
@@ -93,6 +117,8 @@ SMOKE = Plan(
 """Seconds on a CPU: every stage once, to see that it runs."""
 
 LOG_EVERY = 50
+WARM_STEPS = 10
+"""Before a stage's time counts."""
 WARM_UP = 0.03
 WEIGHT_DECAY = 0.01
 MOST_GRADIENT = 10.0
@@ -115,6 +141,14 @@ class Batch(NamedTuple):
     """(B, N, 2): losses.correspondences, with the next two."""
     second_xy: Tensor
     real: Tensor
+    inside: Tensor
+    """(2 B, 1, H, W): where the views show their image."""
+    homography: Tensor
+    """(B, 3, 3) from the first views to the second."""
+
+
+FIGURES = ("detector", "descriptor", "known", "apart_px", "spread_px", "choice", "chance")
+"""What each step reports: losses, and the shares of points whose partner is nearest and would be matched."""
 
 
 @dataclass
@@ -130,6 +164,10 @@ class Run:
     held_out: Bank
     device: torch.device
     compiled: bool = False
+    start: Checkpoint | None = None
+    """Weights to go on from: Conv + ReLU, of the plan's shape."""
+    stage_limit_s: float = math.inf
+    """A stage ends by then whatever its steps, its learning rate having fallen to nothing: machines are lent."""
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -139,6 +177,8 @@ class Run:
         self.net = SuperPointNet(self.plan.channels, self.plan.descriptor_dim, NormPlacement.BEFORE_RELU)
         _ready_detector(self.net)
         self.net.to(self.device, memory_format=torch.channels_last)
+        if self.start:
+            unfold(self.net, self.start, self._looks_at_photographs())
         if self.compiled:
             self._prepare = torch.compile(self._prepare, dynamic=False)  # type: ignore[method-assign]
             self._objective = torch.compile(self._objective, dynamic=False)  # type: ignore[method-assign]
@@ -150,13 +190,19 @@ class Run:
         for number, stage in enumerate(self.plan.stages):
             if number < state.get("stage", 0):
                 continue
-            bank = self._bank(number, stage)
+            bank = self.labelled(number, stage)
             resumed = state if number == state.get("stage") and "optimizer" in state else {}
             self._stage(number, stage, bank, resumed)
             state = {}
         return self.folder / f"{self.plan.stages[-1].name}.safetensors"
 
-    def _bank(self, number: int, stage: Stage) -> Bank:
+    def _looks_at_photographs(self) -> Tensor:
+        """A batch of views such as the network will see."""
+        index = self.train.sample(self.plan.pairs)
+        first, second, _ = pair(self.train.images[index], self.train.sizes[index], self.plan.view_hw)
+        return disturb(torch.cat([first.image, second.image]))
+
+    def labelled(self, number: int, stage: Stage) -> Bank:
         """What a stage learns from, by a seed of its own: a resumed run draws what its labels on disk belong to."""
         plan = self.plan
         torch.manual_seed(plan.seed * 1000 + number)
@@ -185,40 +231,47 @@ class Run:
 
     def _stage(self, number: int, stage: Stage, bank: Bank, resumed: dict[str, Any]) -> None:
         optimizer = _optimizer(self.net, self.device)
-        first = 0
+        first = done = 0
         if resumed:
-            first = resumed["step"]
+            first = done = resumed["step"]
             optimizer.load_state_dict(resumed["optimizer"])
             _set_random_state(resumed["random"].cpu(), self.device)
-        sums, saved, since = torch.zeros(3, device=self.device), time.perf_counter(), time.perf_counter()
+        sums = torch.zeros(len(FIGURES), device=self.device)
+        begun = saved = since = time.perf_counter()
         for step in range(first, stage.steps):
+            if step == first + WARM_STEPS:
+                begun = time.perf_counter()  # compiled by now
+            spent = max(step / stage.steps, (time.perf_counter() - begun) / self.stage_limit_s)
+            if spent >= 1:
+                break
             for group in optimizer.param_groups:
-                group["lr"] = stage.learning_rate * group["pace"] * _schedule(step / stage.steps)
+                group["lr"] = stage.learning_rate * group["pace"] * _schedule(spent)
             self.net.train()
             sums += self._step(bank, optimizer, bool(stage.adapted_views))
             done = step + 1
             if done % LOG_EVERY == 0 or done == stage.steps:
                 window = (done - first - 1) % LOG_EVERY + 1
-                detector, descriptor, known = (sums / window).tolist()
+                rounded = {name: round(value, 4) for name, value in zip(FIGURES, (sums / window).tolist())}
                 rate = window * 2 * self.plan.pairs / (time.perf_counter() - since)
-                losses_now = {"detector": detector, "descriptor": descriptor, "known": known}
-                rounded = {name: round(value, 4) for name, value in losses_now.items()}
                 self._log(stage=stage.name, step=done, **rounded, images_per_s=round(rate))
                 sums.zero_()
                 since = time.perf_counter()
-            if done % self.plan.validate_every == 0 or done == stage.steps:
-                self.net.eval()
-                self._log(stage=stage.name, step=done, **validate(self.net, self.held_out, self.plan.validation_pairs))
+            if done % self.plan.validate_every == 0 and done < stage.steps:
+                self._validate(stage, done)
                 since = time.perf_counter()
             if done < stage.steps and time.perf_counter() - saved > self.plan.save_every_s:
                 self._save_state(number, done, optimizer)
                 saved = time.perf_counter()
-        self.net.eval()
-        checkpoints.save(fold(self.net), self.folder / f"{stage.name}.safetensors", half=True)
+        self._validate(stage, done)
+        layouts.save(fold(self.net), self.folder / f"{stage.name}.safetensors", half=True)
         self._save_state(number + 1, 0, None)
 
+    def _validate(self, stage: Stage, step: int) -> None:
+        self.net.eval()
+        self._log(stage=stage.name, step=step, **validate(self.net, self.held_out, self.plan.validation_pairs))
+
     def _step(self, bank: Bank, optimizer: torch.optim.Optimizer, descriptors: bool) -> Tensor:
-        """One update; the detector's loss, the descriptor's, and the share of partners known, on the device."""
+        """One update; `FIGURES`, on the device."""
         index = bank.sample(self.plan.pairs)
         batch = self._prepare(bank.images[index], bank.sizes[index], *bank.points(index))
         loss, figures = self._objective(batch, descriptors)
@@ -231,26 +284,46 @@ class Run:
     @torch.no_grad()
     def _prepare(self, colour: Tensor, sizes: Tensor, xy: Tensor, worth: Tensor) -> Batch:
         """Fresh pairs of views of some images, and what is true of them."""
-        first, second, homography = pair(colour, sizes, self.plan.view_hw)
-        seen, worths = zip(*(_seen(view, xy, worth) for view in (first, second)))
+        plan = self.plan
+        first, second, homography = pair(colour, sizes, plan.view_hw, plan.far_share)
+        image, lost = _spoil(torch.cat([first.image, second.image]), plan.blurred_share, plan.night_share)
+        seen, worths = zip(*(_seen(view, xy, worth, octaves) for view, octaves in zip((first, second), lost.chunk(2))))
         inside = torch.cat([first.inside, second.inside])
         target, counts = losses.detector_targets(torch.cat(seen), torch.cat(worths), inside)
         both = (first.inside, second.inside)
-        points = losses.correspondences(seen[0], worths[0], homography, both, self.plan.points)
-        return Batch(disturb(torch.cat([first.image, second.image])), target, counts, *points)
+        points = losses.correspondences(seen[0], worths[0], homography, both, plan.points)
+        return Batch(disturb(image, plan.coarsest_step_octaves), target, counts, *points, inside, homography)
 
     def _objective(self, batch: Batch, descriptors: bool) -> tuple[Tensor, Tensor]:
-        """The loss to descend, and its parts for the log."""
+        """The loss to descend, and `FIGURES`."""
         image = batch.image.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             logits, coarse = forward(self.net, image, self.plan.rounded_share if descriptors else 0.0)
-        detector = losses.detector_loss(logits, batch.target, batch.counts, self.plan.placing)
+        plan = self.plan
+        detector = losses.detector_loss(logits, batch.target, batch.counts, plan.placing)
+        nothing = torch.zeros_like(detector)
         if not descriptors:
-            return detector, torch.stack([detector, torch.zeros_like(detector), torch.zeros_like(detector)])
+            return detector, torch.stack([detector, *[nothing] * (len(FIGURES) - 1)])
         points = (batch.first_xy, batch.second_xy, batch.real)
-        descriptor, known = losses.descriptor_loss(*coarse.chunk(2), points, self.plan.group)
-        loss = detector + self.plan.descriptor_weight * descriptor
-        return loss, torch.stack([detector, descriptor, known])
+        descriptor, known = losses.descriptor_loss(*coarse.chunk(2), points, plan.group, plan.same_place_px)
+        loss = detector + plan.descriptor_weight * descriptor
+        apart = spread = choice = chance = nothing
+        if plan.looks_at_found:
+            wrong, apart, spread, choice, chance = self._of_found(logits, coarse, batch)
+            loss = loss + plan.place_weight * wrong + plan.spread_weight * spread + plan.choice_weight * choice
+        return loss, torch.stack([detector, descriptor, known, apart, spread, choice, chance])
+
+    def _of_found(self, logits: Tensor, coarse: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """What both views say of the points that the detector finds: places.place_losses and places.choice_loss."""
+        scores = places.score_map(logits)
+        views = [
+            places.detect(part, inside, self.plan.found) for part, inside in zip(scores.chunk(2), batch.inside.chunk(2))
+        ]
+        inside = batch.inside.chunk(2)
+        there = places.partners(views[0], views[1], batch.homography, (inside[0], inside[1]))
+        back = places.partners(views[1], views[0], inverse(batch.homography), (inside[1], inside[0]))
+        placed = places.place_losses(views[0], views[1], there, batch.homography)
+        return *placed, *places.choice_loss(views[0], views[1], coarse.chunk(2), there, back)
 
     def _restore(self) -> dict[str, Any]:
         path = self.folder / "state.pt"
@@ -275,9 +348,43 @@ class Run:
             log.write(line + "\n")
 
 
-def _seen(view: Views, xy: Tensor, worth: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the bank's points those of the level that suits each view: (B, K, 2) px of the view, and (B, K)."""
-    level = view.octaves().round().clamp(0, xy.shape[1] - 1).long()
+def _spoil(image: Tensor, blurred_share: float, night_share: float) -> tuple[Tensor, Tensor]:
+    """Strong blur and night, each in one view of some pairs.
+
+    The first pairs of a batch, since batches are drawn at random; of those half in the first view, half in the second.
+
+    Args:
+        image: (2 B, 1, H, W), the first views, then the second.
+        blurred_share: of pairs.
+        night_share: of pairs, the ones after those.
+
+    Returns:
+        the views, and (2 B,) how many octaves of detail each has lost.
+    """
+    pairs = len(image) // 2
+    blurred, dark = round(blurred_share * pairs), round(night_share * pairs)
+    rows = _in_one_view(0, blurred, pairs), _in_one_view(blurred, blurred + dark, pairs)
+    lost = image.new_zeros(len(image))
+    if blurred:
+        image, lost = image.clone(), lost.clone()
+        image[rows[0]], lost[rows[0]] = blur_strongly(image[rows[0]])
+    if dark:
+        image = image.clone()
+        image[rows[1]] = darken(image[rows[1]])
+    return image, lost
+
+
+def _in_one_view(start: int, stop: int, pairs: int) -> list[int]:
+    """Rows of the pairs from `start` to before `stop`: of every other pair the first view, of the rest the second."""
+    return [row + pairs * (row % 2) for row in range(start, stop)]
+
+
+def _seen(view: Views, xy: Tensor, worth: Tensor, lost: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """Of the bank's points those of the level that suits each view: (B, K, 2) px of the view, and (B, K).
+
+    lost: (B,) octaves of detail that the view has lost, as if it looked from that much farther away.
+    """
+    level = (view.octaves() + lost).round().clamp(0, xy.shape[1] - 1).long()
     rows = torch.arange(len(xy), device=xy.device)
     return warp(xy[rows, level], inverse(view.to_canvas)), worth[rows, level]
 

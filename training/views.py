@@ -42,34 +42,52 @@ FIRST = Motion(0.0, 12.0, 0.1, 0.12, 0.2, 0.0)
 """The first view of a pair, on top of a zoom that suits the image."""
 SECOND = Motion(0.9, 22.0, 0.2, 0.3, 0.45, 0.35)
 """The second view, relative to the first."""
+FAR = Motion(0.3, 0.0, 1.0, 0.2, 0.3, 0.15, wide_angle_deg=180.0)
+"""The second view of a far pair, relative to the first, on top of the steps back: turned by anything."""
+FAR_OCTAVES = 2.0
+"""The other view of a far pair sees its image up to this much smaller: 2 octaves are a zoom of 0.25."""
+FAR_ROOM_OCTAVES = 0.7
+"""What steps farther back than this must begin nearer by, so that the image still fills the view."""
 ZOOM_OCTAVES = (-0.5, 1.3)
 """log2 of canvas pixels along one pixel of the first view."""
 
 
-def pair(colour: Tensor, sizes: Tensor, view_hw: tuple[int, int]) -> tuple[Views, Views, Tensor]:
+def pair(
+    colour: Tensor, sizes: Tensor, view_hw: tuple[int, int], far_share: float = 0.0
+) -> tuple[Views, Views, Tensor]:
     """Two views of each image, and the homographies between them.
 
     Args:
         colour: (B, 3, S, S) uint8 canvases.
         sizes: (B, 2) height and width in px of what each holds.
         view_hw: size of the views.
+        far_share: of pairs, those whose views differ by any rotation and a zoom down to 0.25, either way.
 
     Returns:
         both views, and (B, 3, 3): pixels of the first -> pixels of the second.
     """
-    first = _first(sizes, view_hw)
+    count, device = len(sizes), sizes.device
+    far = uniform((count, 1, 1), 0, 1, device) < far_share
+    back = uniform((count, 1), 0, FAR_OCTAVES, device) * far[:, 0]
+    first = _first(sizes, view_hw, (back[:, 0] - FAR_ROOM_OCTAVES).clamp(min=0))
     centre = first.new_tensor([[(view_hw[1] - 1) / 2, (view_hw[0] - 1) / 2]])
-    second = first @ translation(centre) @ random_motions(len(sizes), view_hw, SECOND, sizes.device)
+    usual, other = (random_motions(count, view_hw, motion, device) for motion in (SECOND, FAR))
+    second = first @ translation(centre) @ scaling(2 ** back.expand(-1, 2)) @ torch.where(far, other, usual)
+    swapped = far & (uniform((count, 1, 1), 0, 1, device) < 0.5)
+    first, second = torch.where(swapped, second, first), torch.where(swapped, first, second)
     views = [Views(*look(_mix(colour), sizes, matrix, view_hw), matrix) for matrix in (first, second)]
     return views[0], views[1], inverse(second) @ first
 
 
-def _first(sizes: Tensor, view_hw: tuple[int, int]) -> Tensor:
-    """Zoom and place: anything between a detail and the whole image, mostly inside it; half of them mirrored."""
+def _first(sizes: Tensor, view_hw: tuple[int, int], nearer: Tensor) -> Tensor:
+    """Zoom and place: anything between a detail and the whole image, mostly inside it; half of them mirrored.
+
+    nearer: (B,) octaves by which the widest of views must come nearer.
+    """
     device, sizes = sizes.device, sizes.flip(1)  # width, height
     view = sizes.new_tensor([view_hw[1], view_hw[0]])
     low, high = ZOOM_OCTAVES
-    widest = ((sizes / view).amin(dim=1).log2() + 0.1).clamp(low, high)
+    widest = ((sizes / view).amin(dim=1).log2() + 0.1 - nearer).clamp(low, high)
     zoom = 2 ** (low + (widest - low) * uniform((len(sizes),), 0, 1, device))[:, None]
     room = (sizes - view * zoom).clamp(min=0)
     centre = (sizes - 1) / 2 + room * uniform((len(sizes), 2), -0.5, 0.5, device)
@@ -119,7 +137,11 @@ def _mix(colour: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ light and noise
 
 
-def disturb(image: Tensor) -> Tensor:
+COARSEST_STEP_OCTAVES = -4.5
+"""log2 of the coarsest step of compression that `disturb` takes unless told: about JPEG quality 65."""
+
+
+def disturb(image: Tensor, coarsest_step_octaves: float = COARSEST_STEP_OCTAVES) -> Tensor:
     """Uneven light, exposure, blur, compression and noise, each view's own; (B, 1, H, W) in [0, 1] again."""
 
     def some(share: float) -> Tensor:
@@ -129,7 +151,7 @@ def disturb(image: Tensor) -> Tensor:
     image = _exposure(image)
     blurred = _blur(image)
     image = torch.lerp(image, blurred, some(0.4))
-    image = torch.lerp(image, _compress(image), some(0.2))
+    image = torch.lerp(image, _compress(image, coarsest_step_octaves), some(0.2))
     noise = torch.randn(image.shape, device=image.device)
     strength = uniform((len(image), 1, 1, 1), 0, 1, image.device) ** 2 * 0.07
     return (image + noise * strength * some(0.7)).clamp(0, 1)
@@ -171,13 +193,13 @@ def _blur(image: Tensor) -> Tensor:
     return F.conv2d(padded, kernel, groups=count).transpose(0, 1)
 
 
-def _compress(image: Tensor) -> Tensor:
+def _compress(image: Tensor, coarsest_step_octaves: float) -> Tensor:
     """Blocks of 8 x 8 px through a coarsely rounded DCT, as JPEG does."""
     count, _, height, width = image.shape
     k = torch.arange(8, device=image.device).float()
     basis = torch.cos(math.pi / 8 * (k[None] + 0.5) * k[:, None]) * math.sqrt(2 / 8)
     basis[0] /= math.sqrt(2)
-    step = (1 + k[:, None] + k[None]) * 2 ** uniform((count, 1, 1, 1, 1), -8, -4.5, image.device)
+    step = (1 + k[:, None] + k[None]) * 2 ** uniform((count, 1, 1, 1, 1), -8, coarsest_step_octaves, image.device)
     # The camera's blocks do not lie on the network's cells.
     down, right = torch.randint(8, (2, 1), device=image.device)
     rows, columns = (
@@ -189,3 +211,54 @@ def _compress(image: Tensor) -> Tensor:
     rounded = (coefficients / step).round() * step
     restored = (basis.T @ rounded @ basis).transpose(2, 3).reshape(image.shape)
     return restored[:, :, (rows - 2 * down) % height][..., (columns - 2 * right) % width]
+
+
+# ------------------------------------------------------------------------------------------- strong blur, and the night
+
+STRONG_BLUR_PX = 7
+DEFOCUS_RADIUS_PX = (1.5, 5.0)
+MOTION_LENGTH_PX = (4.0, 14.0)
+SHARP_SIGMA_PX = 0.7
+"""Standard deviation of a blur that takes nothing away from a view: about that of its own pixels."""
+
+
+def blur_strongly(image: Tensor) -> tuple[Tensor, Tensor]:
+    """A lens out of focus (a disk) or a camera that moved (a line), one or the other for each view.
+
+    Args:
+        image: (B, 1, H, W).
+
+    Returns:
+        the same blurred, and (B,) how many octaves of detail are lost: from how much farther away it seems to be seen.
+    """
+    count, side, device = len(image), 2 * STRONG_BLUR_PX + 1, image.device
+    at = torch.arange(-STRONG_BLUR_PX, STRONG_BLUR_PX + 1, device=device).float()
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    radius = uniform((count, 1, 1), *DEFOCUS_RADIUS_PX, device)
+    disk = (radius + 0.5 - (x.square() + y.square()).sqrt()).clamp(0, 1)
+    length = uniform((count, 1, 1), *MOTION_LENGTH_PX, device)
+    angle = uniform((count, 1, 1), 0, math.pi, device)
+    along = (x * angle.cos() + y * angle.sin()).abs()
+    across = (-x * angle.sin() + y * angle.cos()).abs()
+    line = (length / 2 + 0.5 - along).clamp(0, 1) * (1.2 - across).clamp(0, 1)
+    moved = uniform((count, 1, 1), 0, 1, device) < 0.5
+    kernel = torch.where(moved, line, disk)
+    kernel = (kernel / kernel.sum(dim=(1, 2), keepdim=True)).view(count, 1, side, side)
+    padded = F.pad(image, (STRONG_BLUR_PX,) * 4, mode="replicate").transpose(0, 1)
+    # Per axis, the variance of a disk is radius^2 / 4; of a line length^2 / 12, shared by two axes.
+    variance = torch.where(moved, length.square() / 24, radius.square() / 4).flatten()
+    lost = (1 + variance / SHARP_SIGMA_PX**2).log2() / 2
+    return F.conv2d(padded, kernel, groups=count).transpose(0, 1), lost
+
+
+def darken(image: Tensor) -> Tensor:
+    """Night: light from a few lamps, few photons, an exposure that makes up for some of it. (B, 1, H, W) in [0, 1]."""
+    shape, device = (len(image), 1, 1, 1), image.device
+    coarse = torch.randn((len(image), 1, 4, 5), device=device)
+    lamps = F.interpolate(coarse, image.shape[-2:], mode="bicubic") * uniform(shape, 0.3, 1.1, device)
+    light = image.clamp(1e-4, 1) ** uniform(shape, 1.4, 2.8, device) * lamps.exp()
+    mean = light.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-4)
+    exposed = light / mean * uniform(shape, 0.08, 0.3, device)
+    photons = 2 ** uniform(shape, 5, 9, device)
+    grainy = exposed + torch.randn(image.shape, device=device) * (exposed.clamp(min=0) / photons + 1e-5).sqrt()
+    return grainy.clamp(0, 1) ** uniform(shape, 0.6, 1, device)

@@ -10,10 +10,10 @@ Importing this package costs numpy alone. The names below are imported when they
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from superpoint_trt._version import __version__
 
+TYPE_CHECKING = False  # type checkers know the name; importing typing would take most of this module's time
 if TYPE_CHECKING:
     from superpoint_trt.core.types import (
         DecodeOptions,

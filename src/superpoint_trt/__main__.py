@@ -1,5 +1,53 @@
-"""`python -m superpoint_trt` is the command `superpoint`."""
+"""Starts the command `superpoint`, also as `python -m superpoint_trt`.
 
-from superpoint_trt.cli.main import main
+Importing what the commands need takes most of a short command's time, and may take more memory than there is. Neither
+an interrupt nor a lack of memory ends in a traceback meanwhile.
+"""
 
-main()
+import os
+import signal
+import sys
+
+
+def main() -> None:
+    """Runs the command line of this process, and ends the process with its exit code."""
+    # Otherwise whoever started this process has interrupts ignored.
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _take_closed_streams()
+    from superpoint_trt.core.memory import OUT_OF_MEMORY, ran_out_of_memory
+
+    try:
+        from superpoint_trt.cli.main import cli, run
+        from superpoint_trt.cli.terminal import INTERRUPTED
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        os.write(2, f"error: {OUT_OF_MEMORY}\n".encode())
+        sys.exit(2)
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = run(cli)
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if code == INTERRUPTED:
+        # Libraries whose import was interrupted crash when Python takes them down; `run` has flushed the streams.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _take_closed_streams() -> None:
+    """Opens the standard streams that are closed (`superpoint ... >&-`), so that no file gets their numbers.
+
+    A library that writes to a stream by its number would write into that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,12 +15,12 @@ is read and parsed once.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 
-from superpoint_trt.convert.engine import BuildOptions, PhaseProgress, check_build, check_engine_name
+from superpoint_trt.convert.engine import BuildOptions, check_build, check_engine_name
 from superpoint_trt.convert.engine import build as build_engine
 from superpoint_trt.convert.onnx_file import (
     OnnxFile,
@@ -54,13 +54,14 @@ from superpoint_trt.convert.quantize.qdq import (
 )
 from superpoint_trt.convert.quantize.ranges_file import (
     Calibration,
+    check_same_network,
     load_calibration,
     ranges_path,
     rounded_weights_path,
     save_calibration,
 )
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable
-from superpoint_trt.core.progress import Progress
+from superpoint_trt.core.progress import BUILDING, PhaseProgress, Progress
 from superpoint_trt.core.types import Precision, SuperPointError
 from superpoint_trt.gpu.engine_file import EngineMetadata
 from superpoint_trt.prove.gates import check_limits
@@ -191,9 +192,11 @@ def quantize_and_verify(
     source = read_onnx(model)
     build = (build or BuildOptions()).with_quantization(options.start, options.ranges)
     stages = _Stages(progress, notify)
-    _check(source, options, output, engine, build, stages)
-    images = _images(source, options, stages)
-    result = _measured(source, options, images, stages)
+    _check(source, options, output, engine, build)
+    images, given = _images(source, options), _given_ranges(source, options)
+    for warning in _doubts(source, options):  # not before everything is validated: an error stands alone
+        stages.warn(warning)
+    result = _measured(source, options, images, given, stages)
     if options.rank_layers or options.choose_layers:
         few = images.proof[:FEW_IMAGES]
         stage = stages.progress("quantising one layer at a time")
@@ -240,9 +243,8 @@ def _check(
     output: PathLike | None,
     engine: PathLike | None,
     build: BuildOptions,
-    stages: _Stages,
 ) -> None:
-    """Validates model, options and paths before the slow calibration, and warns of BatchNorms.
+    """Validates model, options and paths before the slow calibration.
 
     Raises:
         SuperPointError: naming what is wrong.
@@ -262,6 +264,9 @@ def _check(
         )
     if options.ranges is not None and options.rounding:
         raise SuperPointError(f"--rounding is for measuring anew: {options.ranges} says how its weights are rounded.")
+    if options.ranges is None:
+        ranges = check_writable(ranges_path(source.path))
+        check_writable(rounded_weights_path(ranges))
     check_quantizable(source.model)
     kept_layers(source.model, options.start)
     if output is not None:
@@ -271,7 +276,6 @@ def _check(
         check_build(source, engine, build)
     if output is None and engine is None and not (options.rank_layers or options.choose_layers):
         raise SuperPointError("nothing to do: give --output FILE.onnx to write, or --sensitivity to rank the layers.")
-    _warn_of_batch_norms(source, precision, stages)
 
 
 def _check_output(source: OnnxFile, options: LowPrecisionOptions, output: PathLike, engine: PathLike | None) -> None:
@@ -281,16 +285,32 @@ def _check_output(source: OnnxFile, options: LowPrecisionOptions, output: PathLi
     check_distinct(check_writable(output), source.path, options.ranges, weights, engine)
 
 
-def _warn_of_batch_norms(source: OnnxFile, precision: str, stages: _Stages) -> None:
+def _given_ranges(source: OnnxFile, options: LowPrecisionOptions) -> Calibration | None:
+    """Reads the ranges of an earlier run; None if they are to be measured.
+
+    Raises:
+        SuperPointError: the file is unusable, or belongs to another network.
+    """
+    if options.ranges is None:
+        return None
+    found = load_calibration(options.ranges)
+    check_same_network(found, source.description, source.path)
+    return found
+
+
+def _doubts(source: OnnxFile, options: LowPrecisionOptions) -> Iterator[str]:
+    """What to warn of before the work."""
+    if options.images == SYNTHETIC:
+        yield "synthetic pictures: the ranges of photographs differ; do not ship this model"
     norms, description = normalizations_after_relu(source.model), source.description
     if not norms:
         return
     # Another tool's graph cannot be exported again, and a folded one is folded as far as it goes.
     foldable = description.family is not None and not description.approximation
     remedy = "; superpoint export --fold-batchnorm folds them, as an approximation near the border" if foldable else ""
-    stages.warn(
-        f"{len(norms)} BatchNorms follow a ReLU ({norms[0]}, ...): no {precision} kernel takes them in; int8 of the v6 "
-        f"layout, with eight, took 1.25 times as long as fp16 (TensorRT 8.6, H100){remedy}"
+    yield (
+        f"{len(norms)} BatchNorms follow a ReLU ({norms[0]}, ...): no {options.start.precision.value} kernel takes "
+        f"them in; int8 of the v6 layout, with eight, took 1.25 times as long as fp16 (TensorRT 8.6, H100){remedy}"
     )
 
 
@@ -307,13 +327,12 @@ class _Images:
     """To choose layers and verify on; empty: nothing is verified."""
 
 
-def _images(source: OnnxFile, options: LowPrecisionOptions, stages: _Stages) -> _Images:
+def _images(source: OnnxFile, options: LowPrecisionOptions) -> _Images:
     """The images to calibrate on and those to verify on."""
     count = options.calibration.count
     if options.images is None:
         return _Images([], [])
     if options.images == SYNTHETIC:
-        stages.warn("synthetic pictures: the ranges of photographs differ; do not ship this model")
         model, (height_px, width_px) = source.description, SYNTHETIC_SIZE_HW
         size = (model.height_px or height_px, model.width_px or width_px)
         return _Images(synthetic_images(min(count, FEW_SYNTHETIC), size), [])
@@ -321,13 +340,15 @@ def _images(source: OnnxFile, options: LowPrecisionOptions, stages: _Stages) -> 
     return _Images(found.calibration, found.held_out or found.calibration[:MOST_HELD_OUT])
 
 
-def _measured(source: OnnxFile, options: LowPrecisionOptions, images: _Images, stages: _Stages) -> LowPrecisionResult:
-    """Measures ranges and rounds weights, or reads those of an earlier run."""
+def _measured(
+    source: OnnxFile, options: LowPrecisionOptions, images: _Images, given: Calibration | None, stages: _Stages
+) -> LowPrecisionResult:
+    """Measures ranges and rounds weights, unless they are given."""
     start = options.start
     kept = tuple(kept_layers(source.model, start))
     first = tuple(first_convolutions(source.model))
-    if options.ranges is not None:
-        return LowPrecisionResult(Path(options.ranges), load_calibration(options.ranges), start, kept, first)
+    if options.ranges is not None and given is not None:
+        return LowPrecisionResult(Path(options.ranges), given, start, kept, first)
     found = calibrate(source, images.calibration, options.calibration, stages.progress("calibrating"))
     for note in found.notes:
         stages.warn(note)
@@ -353,7 +374,7 @@ def _written(
         build = build.with_quantization(result.quantize, result.ranges)
         phases = stages.phases
         if phases:
-            phases("building: kernels are timed, this can take minutes", 0, 0)
+            phases(BUILDING, 0, 0)
         tell = (lambda phase, done, total: phases(f"building: {phase}", done, total)) if phases else None
         metadata = build_engine(source, engine, build, tell)
         result = replace(result, engine=Path(engine), engine_metadata=metadata)

@@ -51,12 +51,12 @@ def test_the_defaults_are_the_package_s():
 
     @click.command()
     @ExportArgs.declare("arguments")
-    @RuntimeArgs.declare("runtime", threads={"default": 3})
+    @RuntimeArgs.declare("runtime", threads={"default": 1})
     def command(arguments, runtime):
         passed["options"], passed["runtime"] = arguments.options(), runtime
 
     assert run(command, []) == 0
-    assert passed == {"options": ExportOptions(), "runtime": RuntimeArgs("auto", 3)}
+    assert passed == {"options": ExportOptions(), "runtime": RuntimeArgs("auto", 1)}
     assert run(command, ["--type", "heads", "--dynamic", "--nms-radius", "2", "--device", "cpu"]) == 0
     assert passed["options"].type is OutputType.HEADS and passed["options"].dynamic
     assert (passed["options"].decode.nms_radius_px, passed["runtime"].device) == (2, "cpu")

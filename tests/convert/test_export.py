@@ -207,6 +207,23 @@ def test_top_k_is_exact_without_suppression(number, checkpoint):
     np.testing.assert_array_equal(outputs["scores"][0], np.sort(scores.ravel())[::-1][:number])
 
 
+@pytest.mark.parametrize("opset", [11, 17])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_image_whose_logits_are_not_finite_has_scores_that_are_nan(value, dynamic, opset, checkpoint):
+    """Not 0 keypoints, which would look like a blank image. The other images of the batch are as ever."""
+    options = ExportOptions(OutputType.KEYPOINTS, 120, 160, dynamic, max_batch_size=3, max_keypoints=200, opset=opset)
+    model = to_onnx(checkpoint("own"), options)
+    images = photographs(3)
+    alone = run(model, images[:1] if dynamic else images)
+    images[1, 0, 50, 70] = value
+    found = run(model, images)
+    assert np.isnan(found["scores"][1]).all()
+    for name, values in alone.items():
+        np.testing.assert_allclose(found[name][0], values[0], atol=1e-5, err_msg=name)
+    assert np.isfinite(found["scores"][[0, 2]]).all() and (found["num_keypoints"][[0, 2]] > 0).all()
+
+
 def test_no_top_k_sees_the_whole_map(checkpoint):
     """The exact two-level top-k: a plain one over 307,200 scores costs TensorRT 1.1 ms (design.md)."""
     model = to_onnx(checkpoint("v6"), ExportOptions(OutputType.KEYPOINTS, max_keypoints=1024))

@@ -32,14 +32,19 @@ def in_numpy(superpoint: SuperPoint, image: np.ndarray) -> Keypoints:
     return superpoint.decode(superpoint.infer(prepared[None, None]), [placement])[0]
 
 
+SAME_PLACE_PX = 1e-3
+"""Sub-pixel places follow the rounding of the scores."""
+
+
 def assert_same(found: Keypoints, expected: Keypoints, least: int = 100) -> None:
     """Up to softmax's rounding, which may let neighbours in the order change places."""
     assert len(found) == len(expected) >= least
     assert found.image_size == expected.image_size
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-6)
-    equal = (found.xy == expected.xy).all(axis=1)
+    equal = (np.abs(found.xy - expected.xy) < SAME_PLACE_PX).all(axis=1)
     assert equal.mean() > 0.99
-    assert len({tuple(p) for p in found.xy.tolist()} ^ {tuple(p) for p in expected.xy.tolist()}) <= 2
+    moved = np.abs(np.sort(found.xy[~equal], axis=0) - np.sort(expected.xy[~equal], axis=0)) >= SAME_PLACE_PX
+    assert moved.any(axis=1).sum() <= 2
     off = np.abs(found.descriptors[equal].astype(np.float32) - expected.descriptors[equal]).max()
     assert off < (1e-3 if found.descriptors.dtype == np.float16 else 1e-5)
 

@@ -11,17 +11,20 @@ from superpoint_trt.run.extractor import SuperPoint
 
 FOUND_WITHIN_PX = 1.0
 TOP = 1024
+SUBPIXEL = True
+"""As the engines of the packaged weights have their keypoints."""
 
 
 def expected(truth: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The reference's best keypoints (N, 2) and descriptors (N, D)."""
-    xy, _ = decode.select(truth["scores"][0], DecodeOptions(max_keypoints=TOP))
+    xy, _ = decode.select(truth["scores"][0], DecodeOptions(max_keypoints=TOP, subpixel=SUBPIXEL))
     return xy, decode.sample_descriptors(xy, truth["descriptors"][0], 8, Sampling.HALF_PIXEL)
 
 
 def agreement(truth: dict[str, np.ndarray], engine) -> tuple[float, float, np.ndarray]:
     """Shares of points found again, there and back, and the cosines of those found."""
     with SuperPoint(engine, max_keypoints=TOP) as superpoint:
+        assert superpoint.options.subpixel is SUBPIXEL
         found = superpoint.extract(truth["inputs"][0, 0])
     xy, descriptors = expected(truth)
     distance = np.linalg.norm(xy[:, None] - found.xy[None], axis=2)

@@ -116,6 +116,8 @@ class FakeEngine(Engine):
         )
         self.precision = "fp32"
         self.refuses = False
+        self.broken_head = ""
+        """The head that is NaN for images whose first pixel is white."""
         self.prepared: list[tuple[int, ...]] = []
 
     def new_scratch(self):
@@ -156,13 +158,16 @@ class FakeExecution(Execution):
         logits[:] = 0
         logits[:, 0] = cells
         at(self.addresses["coarse_descriptors"], self.outputs[1].shape, np.float32)[:] = 1
+        for tensor in self.outputs:
+            if tensor.name == self._engine.broken_head:
+                at(self.addresses[tensor.name], tensor.shape, np.float32)[image[:, 0, 0, 0] == 1] = np.nan
 
 
 class FakeDecoder:
     """Finds the first pixel of every cell inside the image; its score is the cell's logit 0."""
 
     def __init__(self, logits: Head, descriptors: Head, options: DecodeOptions, sampling: object) -> None:
-        self._logits, self._dim, self._options = logits, descriptors.shape[1], options
+        self._logits, self._descriptors, self._dim, self._options = logits, descriptors, descriptors.shape[1], options
         self.usual_rows = 6
 
     def rows(self, half: bool, least: int = 0) -> Rows:
@@ -178,11 +183,13 @@ class FakeDecoder:
         )
         for image, (width, height) in enumerate(sizes):
             found = [(x, y) for y in range(0, height, 8) for x in range(0, width, 8)][: self._options.max_keypoints]
-            counts[image] = len(found)
             for row, (x, y) in enumerate(found[: rows.capacity]):
                 xy[image, row] = x, y
                 scores[image, row] = logits[image, 0, y // 8, x // 8]
                 descriptors[image, row] = 1
+            heads = (self._logits, -1), (self._descriptors, -2)
+            broken = [code for head, code in heads if np.isnan(at(head.address, head.shape, np.float32)[image]).any()]
+            counts[image] = broken[0] if broken else len(found)
 
 
 def launch(kernel, grid, stream, arguments, threads=0) -> None:

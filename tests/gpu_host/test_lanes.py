@@ -152,6 +152,28 @@ def test_a_run_that_fails_is_an_error_and_the_next_one_works(engine):
     assert len(runner.lanes._slots) <= 2
 
 
+@pytest.mark.parametrize("head", ["logits", "coarse_descriptors"])
+def test_a_head_that_is_not_finite_is_its_images_error_on_every_way(engine, head):
+    runner = opened(engine)
+    engine.broken_head = head
+    images = [picture(seed) for seed in range(4)]
+    for image, white in zip(images, (0, 0, 255, 0)):
+        image[0, 0] = white
+    told = f"output {head} holds NaN or infinite values"
+    for way in (
+        lambda: run(runner, images[2]),
+        lambda: run(runner, *images),
+        lambda: runner.run_timed(images),
+        lambda: runner.run_on_device(images[2]),
+    ):
+        with pytest.raises(SuperPointError, match=told):
+            way()
+    found = list(stream_keypoints(runner, images, StreamOptions(4, 2)))
+    assert told in str(found.pop(2)) and len(found) == 3
+    for one, image in zip(found, [*images[:2], images[3]]):
+        np.testing.assert_allclose(one.scores, expected(image), atol=1e-6)
+
+
 def test_what_the_engine_does_not_take_is_refused(engine):
     with pytest.raises(SuperPointError, match="this engine was built for"):
         run(opened(engine), picture(0, 72, 64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import cv2
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.match.geometry import Estimator, Model, estimate
+from superpoint_trt.match.geometry import Estimator, Geometry, Model, distances, estimate, log10_nfa
 
 
 @pytest.mark.parametrize("estimator", Estimator)
@@ -114,3 +115,82 @@ def test_another_order_draws_other_samples():
 def test_a_threshold_that_is_none_is_refused(threshold):
     with pytest.raises(SuperPointError, match="inlier distance is"):
         estimate(*scattered(), threshold_px=threshold)
+
+
+@pytest.mark.parametrize(
+    ("matches", "inliers", "nfa"),
+    [
+        # p = pi 10^2 / (100 pi * 1000) = 1/1000.
+        (10, 4, 6 * 210 * 1 * 1.0),
+        (10, 5, 6 * 252 * 5 * 1e-3),
+        (10, 6, 6 * 210 * 15 * 1e-6),
+        (10, 10, 6 * 1 * 210 * 1e-18),
+        (4, 4, 1.0),  # four matches always fit
+        (5, 5, 1 * 1 * 5 * 1e-3),
+    ],
+)
+def test_false_alarms_of_a_homography_worked_out_by_hand(matches, inliers, nfa):
+    found = log10_nfa(Model.HOMOGRAPHY, matches, inliers, 10.0, (100 * math.pi, 1000))
+    assert found == pytest.approx(math.log10(nfa), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("matches", "inliers", "nfa"),
+    [
+        # d = 500 and p = 2 * 3 * 500 / (300 * 400) = 1/40.
+        (12, 7, 3 * 5 * 792 * 1 * 1.0),
+        (12, 10, 3 * 5 * 66 * 120 / 40**3),
+        (12, 11, 3 * 5 * 12 * 330 / 40**4),
+        (8, 8, 3 * 1 * 1 * 8 / 40),
+    ],
+)
+def test_false_alarms_of_a_fundamental_matrix_worked_out_by_hand(matches, inliers, nfa):
+    found = log10_nfa(Model.FUNDAMENTAL, matches, inliers, 3.0, (300, 400))
+    assert found == pytest.approx(math.log10(nfa), abs=1e-9)
+
+
+@pytest.mark.parametrize(("model", "few"), [(Model.HOMOGRAPHY, 3), (Model.FUNDAMENTAL, 6)])
+def test_fewer_inliers_than_a_sample_support_nothing(model, few):
+    assert log10_nfa(model, 100, few, 3.0, (640, 480)) == math.inf
+
+
+def test_a_circle_larger_than_the_image_proves_nothing():
+    assert log10_nfa(Model.HOMOGRAPHY, 10, 10, 1000.0, (64, 64)) > 0
+
+
+@pytest.mark.parametrize(("figure", "supported"), [(-0.1, True), (0.0, False), (7.9, False), (math.inf, False)])
+def test_fewer_than_one_false_alarm_is_support(figure, supported):
+    assert Geometry(Model.HOMOGRAPHY, np.eye(3), np.ones(5, bool), figure).supported is supported
+
+
+def test_distances_worked_out_by_hand():
+    first, second = np.float32([[10, 10], [0, 0]]), np.float32([[15, 17], [2, 3]])
+    shift = np.array([[1, 0, 2], [0, 1, 3], [0, 0, 1]], float)
+    assert distances(Model.HOMOGRAPHY, shift, first, second).tolist() == [5, 0]
+    sideways = np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]], float)  # epipolar lines are the rows
+    assert distances(Model.FUNDAMENTAL, sideways, first, second).tolist() == [7, 3]
+
+
+@pytest.mark.parametrize("estimator", Estimator)
+@pytest.mark.parametrize("model", Model)
+@pytest.mark.parametrize("count", [8, 30, 200])
+def test_matches_at_random_support_nothing(model, estimator, count):
+    for seed in range(5):
+        a, b = np.random.default_rng(seed).uniform(0, 600, (2, count, 2)).astype(np.float32)
+        found = estimate(a, b, model, estimator, second_wh=(600, 600))
+        assert not found.supported, (seed, found.log10_nfa, found.inliers.sum())
+
+
+@pytest.mark.parametrize("estimator", Estimator)
+@pytest.mark.parametrize("model", Model)
+def test_a_shift_among_wrong_matches_is_supported(model, estimator):
+    found = estimate(*scattered(), model, estimator)
+    assert found.supported and found.log10_nfa < -10
+
+
+def test_one_way_matches_to_one_point_support_nothing():
+    """A homography that maps everything to that point agrees with all of them."""
+    a = np.random.default_rng(6).uniform(0, 600, (100, 2)).astype(np.float32)
+    b = np.random.default_rng(7).uniform(0, 600, (100, 2)).astype(np.float32)
+    b[:80] = 300
+    assert not estimate(a, b, second_wh=(600, 600)).supported

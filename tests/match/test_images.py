@@ -31,7 +31,10 @@ def test_a_shift_is_found_and_written(tmp_path):
             "inliers",
             "geometry",
             "geometry_type",
+            "geometry_supported",
+            "geometry_log10_nfa",
         }
+        assert arrays["geometry_supported"] and arrays["geometry_log10_nfa"] == found.geometry.log10_nfa < -100
         np.testing.assert_array_equal(arrays["keypoints1"], found.second.xy)
         np.testing.assert_array_equal(arrays["matches"], found.matches.rows)
         assert str(arrays["geometry_type"]) == "homography"
@@ -42,3 +45,4 @@ def test_no_geometry_is_written_as_zeros(tmp_path):
     with np.load(save_matches(tmp_path / "m.npz", found)) as arrays:
         assert not arrays["geometry"].any() and not arrays["inliers"].any()
         assert str(arrays["geometry_type"]) == "fundamental"
+        assert not arrays["geometry_supported"] and arrays["geometry_log10_nfa"] == np.inf

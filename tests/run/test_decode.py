@@ -101,6 +101,24 @@ def test_a_zero_descriptor_stays_zero():
     assert decode.normalize(np.zeros((3, 2)), axis=1).tolist() == [[0, 0]] * 3
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_descriptor_whose_squares_overflow_gets_unit_length():
+    """3e38 * (1, 0) and 1e30 * (3, 4), between vectors of ordinary lengths, which keep every bit."""
+    vectors = np.array([[3, 4], [3e38, 0], [0.1, 0.7], [3e30, 4e30]], np.float32)
+    unit = decode.normalize(vectors, axis=1)
+    np.testing.assert_allclose(unit[[0, 1, 3]], [[0.6, 0.8], [1, 0], [0.6, 0.8]], rtol=1e-6)
+    np.testing.assert_array_equal(unit[[0, 2]], decode.normalize(vectors[[0, 2]], axis=1))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so_in_silence(value):
+    """`verify` decodes such outputs, and reports them itself."""
+    broken = np.full((1, 65, 2, 2), value, np.float32)
+    assert np.isnan(decode.normalize(broken, axis=1)).all()
+    assert np.isnan(decode.scores_from_logits(broken)).all()
+
+
 def test_one_cell():
     descriptors = np.ones((4, 1, 1), np.float32) / 2
     sampled = decode.sample_descriptors(np.array([[0, 7]], np.float32), descriptors, 8, Sampling.HALF_PIXEL)

@@ -12,6 +12,7 @@ from conftest import photograph, write_checkpoint
 from superpoint_trt import SuperPoint, SuperPointError
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import OutputType
+from superpoint_trt.run import runner as runner_module
 
 SIZE = (96, 128)
 
@@ -110,6 +111,39 @@ def test_a_run_that_fails_costs_only_its_own_image(model, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("step", ["prepare", "submit", "collect"])
+def test_memory_that_runs_out_costs_only_its_own_image(model, monkeypatch, step):
+    """One large image among small ones; memory is back as soon as that image is given up."""
+    images = different(5)
+    large = images[2] = np.full_like(images[2], 7)
+
+    def is_large(image) -> bool:
+        return image is large or bool(np.ptp(getattr(image, "pixels", image)) == 0)
+
+    with SuperPoint(model) as superpoint:
+        runner = superpoint._runner
+        prepare, slot, run_now = runner.prepare, runner_module._HostSlot, runner.run_now
+
+        def failing(work):
+            def wrapped(first, *rest):
+                if any(map(is_large, first if isinstance(first, list) else [first])):
+                    raise MemoryError
+                return work(first, *rest)
+
+            return wrapped
+
+        if step == "prepare":
+            monkeypatch.setattr(runner, "prepare", failing(prepare))
+        elif step == "collect":
+            monkeypatch.setattr(runner, "run_now", failing(run_now))
+        else:
+            submit = slot.submit
+            monkeypatch.setattr(slot, "submit", lambda self, *given: failing(lambda *two: submit(self, *two))(*given))
+        found = list(superpoint.extract_many(images, batch_size=4))
+    assert [isinstance(one, SuperPointError) for one in found] == [False, False, True, False, False]
+    assert "memory ran out" in str(found[2])
+
+
 @pytest.mark.parametrize(("batch_size", "in_flight"), [(1, 1), (2, 1), (2, 3)])
 def test_reads_no_further_than_it_must(model, batch_size, in_flight):
     taken = 0
@@ -171,6 +205,28 @@ def test_a_stream_that_fails_is_its_owners_matter(model):
 def test_what_is_refused(model, options, told):
     with SuperPoint(model) as superpoint, pytest.raises(SuperPointError, match=told):
         superpoint.extract_many([], **options)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_are_an_error_on_every_way(model, monkeypatch, value):
+    (image,) = different(1)
+    with SuperPoint(model) as superpoint:
+        infer = superpoint._backend.infer
+        for output in infer(superpoint.prepare(image).pixels[None, None]):
+
+            def broken(inputs, output=output):
+                outputs = {name: values.copy() for name, values in infer(inputs).items()}
+                outputs[output].flat[-1] = value
+                return outputs
+
+            monkeypatch.setattr(superpoint._backend, "infer", broken)
+            told = f"output {output} holds NaN or infinite values"
+            with pytest.raises(SuperPointError, match=told):
+                superpoint.extract(image)
+            for way in (superpoint.extract_batch, superpoint.extract_timed):
+                with pytest.raises(SuperPointError, match=told):
+                    way([image])
+            assert not np.isfinite(superpoint.infer(superpoint.prepare(image).pixels[None, None])[output]).all()
 
 
 def test_half_descriptors(model):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
@@ -13,12 +14,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import photograph
-from training import losses, photos, shapes, train, views
+from training import ablation, development, losses, photos, places, shapes, train, views
 from training.__main__ import main
 from training.adapt import adapt, grade
 from training.bank import Bank, join
-from training.fold import fold
-from training.geometry import inverse
+from training.fold import fold, unfold
+from training.geometry import inverse, warp
 from training.rounding import _through, forward
 from training.train import SMOKE, Run
 
@@ -33,6 +34,8 @@ from superpoint_trt.core.types import OutputType, Sampling, SuperPointError
 from superpoint_trt.run.backends import open_backend
 
 CPU = torch.device("cpu")
+SHAPE = ((8, 8, 16, 16, 24), 32, NormPlacement.BEFORE_RELU)
+"""Of a tiny network."""
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +94,104 @@ def test_disturbances_differ_and_stay_in_range(bank):
     one, other = views.disturb(image), views.disturb(image)
     assert one.shape == image.shape and one.min() >= 0 and one.max() <= 1
     assert (one - other).abs().mean() > 0.01
+
+
+def test_far_pairs_turn_by_anything_and_step_back_to_a_quarter(bank):
+    index = torch.arange(3).repeat(40)
+    first, second, homography = views.pair(bank.images[index], bank.sizes[index], (24, 32), far_share=1.0)
+    centre = torch.tensor([[15.5, 11.5], [16.5, 11.5]]).expand(len(index), -1, -1)
+    moved = warp(centre, homography).diff(dim=1)[:, 0]
+    octaves = second.octaves() - first.octaves()
+    assert octaves.max() > 1.5 and octaves.min() < -1.5
+    mirrored = torch.det(homography[:, :2, :2]) < 0
+    turned = torch.atan2(moved[:, 1], moved[:, 0])[~mirrored]
+    assert (turned.abs() > 2.4).any() and ((turned > 0.7) & (turned < 2.4)).any()
+
+
+def test_strong_blur_keeps_the_light_and_loses_detail():
+    image = torch.rand(12, 1, 48, 64)
+    blurred, lost = views.blur_strongly(image)
+    inner = slice(8, -8)
+    assert blurred.mean(dim=(1, 2, 3)) == pytest.approx(image.mean(dim=(1, 2, 3)), abs=0.05)
+    assert (blurred[..., inner, inner].std(dim=(1, 2, 3)) < 0.7 * image.std(dim=(1, 2, 3))).all()
+    assert (lost > 0.3).all() and (lost < 3).all()
+
+
+def test_night_is_dark_uneven_and_grainy():
+    dark = views.darken(torch.full((8, 1, 48, 64), 0.6))
+    assert dark.min() >= 0 and dark.max() <= 1 and dark.mean() < 0.45
+    assert (dark.diff(dim=3).abs().mean(dim=(1, 2, 3)) > 1e-3).all()
+
+
+def test_every_other_pair_is_spoilt_in_its_second_view():
+    image = torch.rand(12, 1, 32, 32)
+    spoilt, lost = train._spoil(image, 0.5, 1 / 3)
+    changed = (spoilt != image).flatten(1).any(dim=1)
+    assert changed.tolist() == [row in (0, 7, 2, 9, 4) for row in range(12)]
+    assert (lost > 0).tolist() == [row in (0, 7, 2) for row in range(12)]
+    assert train._spoil(image, 0, 0)[0] is image
+
+
+# --------------------------------------------------------------------------------------------------------------- places
+
+
+def two_views(offset: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Score maps of two views with the same two spots, `offset` px apart, and the homography (the identity)."""
+    y, x = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij")
+    maps = []
+    for dx, dy in ((0.0, 0.0), offset):
+        spots = [((x - cx - dx) ** 2 + (y - cy - dy) ** 2).mul(-1).exp() for cx, cy in ((20.0, 20.0), (44.0, 30.0))]
+        maps.append((0.9 * spots[0] + 0.5 * spots[1])[None, None])
+    return maps[0], maps[1], torch.eye(3)[None]
+
+
+def test_places_are_read_to_a_fraction_of_a_pixel_and_pull_the_views_together():
+    first, second, homography = two_views((0.3, -0.2))
+    second.requires_grad_()
+    inside = torch.ones_like(first)
+    found = [places.detect(scores, inside, 5) for scores in (first, second)]
+    assert found[0].real.tolist() == [[True, True, False, False, False]]
+    torch.testing.assert_close(found[0].xy[0, :2], torch.tensor([[20.0, 20.0], [44.0, 30.0]]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found[1].xy[0, :2], torch.tensor([[20.3, 19.8], [44.3, 29.8]]), atol=0.02, rtol=0)
+    who = places.partners(*found, homography, (inside, inside))
+    assert who.same.tolist() == [[True, True, False, False, False]] and who.nearest[0, :2].tolist() == [0, 1]
+    wrong, apart, spread = places.place_losses(*found, who, homography)
+    assert apart.item() == pytest.approx(0.36, abs=0.02) and 0.5 < spread < 1.2
+    assert wrong.item() == pytest.approx(0.36**2 / (0.36**2 + 1), abs=0.01)
+    wrong.backward()
+    assert second.grad[0, 0, 20, 19] < 0 < second.grad[0, 0, 20, 22]  # descending moves it back to the left
+
+
+def test_a_distance_counts_in_the_view_that_sees_less():
+    first, second, _ = two_views((0.5, 0.0))
+    homography = torch.diag(torch.tensor([4.0, 4.0, 1.0]))[None]
+    found = [places.detect(scores, torch.ones_like(scores), 2) for scores in (first, second)]
+    same = places.Partners(torch.tensor([[0, 1]]), torch.tensor([[True, False]]), torch.tensor([[True, True]]))
+    found[1] = found[1]._replace(xy=found[0].xy * 4 + torch.tensor([2.0, 0.0]))
+    assert places.place_losses(*found, same, homography)[1].item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_points_outside_their_image_are_not_found():
+    first, _, _ = two_views((0, 0))
+    inside = torch.ones_like(first)
+    inside[..., 40:] = 0
+    assert places.detect(first, inside, 2).real.tolist() == [[True, False]]
+
+
+def test_scores_rise_where_matches_are_right():
+    first, second, homography = two_views((0.0, 0.0))
+    first.requires_grad_()
+    coarse = torch.randn(1, 16, 6, 8)
+    other = coarse.clone()
+    other[..., 4:] = torch.randn(1, 16, 6, 4)  # nothing on the right-hand side looks the same again
+    inside = torch.ones_like(second)
+    found = [places.detect(scores, inside, 2) for scores in (first, second)]
+    there = places.partners(*found, homography, (inside, inside))
+    back = places.partners(*found[::-1], homography, (inside, inside))
+    loss, chance = places.choice_loss(*found, (coarse, other), there, back)
+    assert 0 < loss < 1 and 0.2 < chance < 0.95
+    loss.backward()
+    assert first.grad[0, 0, 20, 20] < 0 < first.grad[0, 0, 30, 44]
 
 
 # --------------------------------------------------------------------------------------------------------------- shapes
@@ -296,6 +397,19 @@ def test_folding_changes_nothing():
             torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-3)
 
 
+def test_unfolding_goes_on_from_what_was_shipped():
+    shape = (8, 8, 16, 16, 24), 32
+    shipped = fold(SuperPointNet(*shape, NormPlacement.BEFORE_RELU).eval())
+    net = SuperPointNet(*shape, NormPlacement.BEFORE_RELU)
+    images = torch.rand(4, 1, 48, 64)
+    unfold(net, shipped, images)
+    with torch.no_grad():
+        expected = SuperPointNet.from_checkpoint(shipped)(images)
+        for mode in (net.eval(), net.train()):
+            for got, wanted in zip(mode(images), expected):
+                torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-3)
+
+
 def test_batchnorm_after_relu_is_not_folded(checkpoint):
     with pytest.raises(SuperPointError, match="after ReLU"):
         layouts.without_batchnorm(checkpoint("v6"))
@@ -380,6 +494,106 @@ def test_every_stage_runs_repeats_itself_and_goes_on_from_where_it_was_cut_off(t
         np.testing.assert_array_equal(weight, resumed[name])
 
 
+INGREDIENTS = {
+    "far_share": 1.0,
+    "blurred_share": 0.5,
+    "night_share": 0.5,
+    "coarsest_step_octaves": -3.0,
+    "place_weight": 0.3,
+    "spread_weight": 0.15,
+    "choice_weight": 0.5,
+}
+
+
+def test_the_command_goes_on_from_a_checkpoint_with_every_ingredient(tiny, folder, tmp_path):
+    shape = SMOKE.channels, SMOKE.descriptor_dim, NormPlacement.BEFORE_RELU
+    layouts.save(fold(SuperPointNet(*shape).eval()), tmp_path / "start.safetensors", half=True)
+    settings = [word for name, value in INGREDIENTS.items() for word in ("--set", f"{name}={value}")]
+    paths = ["--photos", str(folder), "--output", str(tmp_path / "r"), "--start", str(tmp_path / "start.safetensors")]
+    done = CliRunner().invoke(main, [*paths, "--device", "cpu", "--smoke", *settings])
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in (tmp_path / "r").glob("*.safetensors")} == {"last.safetensors"}
+    log = [json.loads(line) for line in (tmp_path / "r/log.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(entry["apart_px"]) for entry in log if "apart_px" in entry)
+
+
+def test_a_stage_ends_in_time(tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WARM_STEPS", 1)
+    paths = sorted(folder.iterdir())
+    banks = [photos.load(paths, CPU, SMOKE.canvas_px), photos.load(paths[:1], CPU, SMOKE.canvas_px)]
+    endless = replace(SMOKE, stages=(train.Stage("shapes", 10**6, 1e-3),))
+    assert Run(endless, tmp_path, *banks, CPU, stage_limit_s=0.5).run().exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- development
+
+
+def test_development_pairs_show_the_same_place_and_repeat_themselves(folder):
+    gray = cv2.imread(str(folder / "camera.png"), cv2.IMREAD_GRAYSCALE)
+    for change in development.CHANGES:
+        picture, matrix = development.changed(gray, change, 3)
+        again, _ = development.changed(gray, change, 3)
+        np.testing.assert_array_equal(picture, again)
+        if change.spoil is None and change.zoom > 0.4:
+            height, width = picture.shape
+            expected = cv2.warpPerspective(gray, matrix, (width, height), borderValue=127)
+            assert np.abs(expected.astype(float) - picture).mean() < 6
+
+
+def test_development_figures_of_a_known_case():
+    xy = torch.tensor([[10.0, 10.0], [30.0, 10.0], [10.0, 30.0], [30.0, 30.0]])
+    off = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 9.0], [0.5, 0.0]])
+    got = development.judge((xy, torch.eye(4)), (xy + off, torch.eye(4)), np.eye(3), (48, 64))
+    assert got == {"mma1": 0.5, "mma3": 0.75, "rep1": 0.5, "rep3": 0.75, "right": 0.75}
+
+
+def test_development_prints_a_table(tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "HELD_OUT", ("camera",))
+    monkeypatch.setattr(development, "CHANGES", development.CHANGES[:2])
+    layouts.save(fold(SuperPointNet(*SHAPE).eval()), tmp_path / "net.safetensors")
+    for weights in (str(tmp_path / "net.safetensors"), "sift"):
+        words = ["--photos", str(folder), "--weights", weights, "--json", str(tmp_path / "figures.json")]
+        done = CliRunner().invoke(development.main, words)
+        assert done.exit_code == 0, done.output
+        assert set(json.loads((tmp_path / "figures.json").read_text())) == {"side 0.15", "side 0.3", "view", "all"}
+
+
+def test_the_ablation_trains_and_judges_its_variants(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(photos, "HELD_OUT", ("camera",))
+    monkeypatch.setattr(development, "CHANGES", development.CHANGES[:1])
+    monkeypatch.setattr("training.leaves.SIDE_PX", 64)
+    monkeypatch.setattr("training.leaves.LEAVES", 6)
+    started = []
+
+    class Pretended:
+        def __init__(self, words, stdout, stderr):
+            started.append(words)
+            out = Path(words[words.index("--output") + 1])
+            shutil.copy(tmp_path / "start.safetensors", out / "last.safetensors")
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(ablation.subprocess, "Popen", Pretended)
+    shape = SMOKE.channels, SMOKE.descriptor_dim, NormPlacement.BEFORE_RELU
+    layouts.save(fold(SuperPointNet(*shape).eval()), tmp_path / "start.safetensors")
+    words = ["--photos", str(folder), "--start", str(tmp_path / "start.safetensors"), "--output", str(tmp_path / "a")]
+    words += ["--variant", "plain", "--variant", "choice", "--device", "cpu", "--smoke"]
+    done = CliRunner().invoke(ablation.main, words)
+    assert done.exit_code == 0, done.output
+    assert set(json.loads((tmp_path / "a/figures.json").read_text())) == {"start", "plain", "choice"}
+    assert (tmp_path / "a/choice/labels-last.pt").exists()
+    assert [("choice_weight=0" in words, "place_weight=0" in words) for words in started] == [
+        (True, True),
+        (False, True),
+    ]
+
+
+def test_switched_off_means_every_ingredient():
+    plan = asdict(train.Plan())
+    assert all(plan[name] != value for name, value in ablation.PLAIN.items())
+
+
 def test_the_command(tiny, folder, tmp_path):
     done = CliRunner().invoke(
         main,
@@ -421,9 +635,11 @@ def test_bad_arguments_end_in_one_line(arguments, words, tmp_path, monkeypatch):
 
 
 def test_what_is_held_out_is_not_trained_on(tmp_path):
-    for name in (*photos.HELD_OUT, "mine.png"):
-        cv2.imwrite(str(tmp_path / name), np.zeros((16, 16), np.uint8))
+    whole_source = f"{photos.HELD_OUT_SOURCES[0]}/one"
+    (tmp_path / whole_source).parent.mkdir()
+    for name in (*photos.HELD_OUT, whole_source, "mine"):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((16, 16), np.uint8))
     train, held_out = photos.find([tmp_path])
-    assert {path.name for path in held_out} == set(photos.HELD_OUT)
-    names = {path.name for path in train}
-    assert "mine.png" in names and not names & {*photos.HELD_OUT, "astronaut.png", "camera.png"}
+    assert {path.stem for path in held_out} == {*photos.HELD_OUT, "one"}
+    names = {path.stem for path in train}
+    assert "mine" in names and not names & {*photos.HELD_OUT, "one", "astronaut", "camera"}

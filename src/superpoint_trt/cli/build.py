@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from superpoint_trt.cli.progress import phase_bar
 from superpoint_trt.cli.quantize import (
     CalibrationFlags,
     calibration_options,
     end,
-    phase_bar,
     print_layers,
     print_verdict,
     print_warning,
 )
-from superpoint_trt.cli.terminal import builder_progress, open_model, print_info
+from superpoint_trt.cli.terminal import open_model, print_info
+from superpoint_trt.core.progress import BUILDING
 from superpoint_trt.core.types import Precision, SuperPointError
 from superpoint_trt.gpu.tensorrt_api import Flavor
 
@@ -106,8 +107,10 @@ def build_engine(onnx: OnnxSource, engine: str, options: BuildOptions, test: boo
                 f"{source.path} is quantized already, so {option} comes too late; use the fp32 .onnx."
             )
     options = options.with_quantization(flags.quantize_options(options.precision), flags.ranges)
-    with builder_progress() as progress:
-        metadata = build(source, engine, options, progress)
+    with phase_bar(BUILDING) as progress:
+        metadata = build(
+            source, engine, options, lambda phase, done, total: progress(f"building: {phase}", done, total)
+        )
     _print_engine(engine, metadata, test)
 
 

@@ -9,6 +9,7 @@ import click
 import numpy as np
 
 from superpoint_trt import packaged
+from superpoint_trt.cli.match import print_geometry
 from superpoint_trt.cli.options import MODEL, RuntimeArgs
 from superpoint_trt.cli.terminal import open_model, print_row
 from superpoint_trt.core.files import PathLike, make_folder
@@ -40,9 +41,8 @@ def demo(model: str | None, output: str, runtime: RuntimeArgs) -> None:
 def print_demo(demo: Demo) -> None:
     """Prints what was found and how much of it is right."""
     found = demo.found
-    inliers = int(found.geometry.inliers.sum())
     print_row("keypoints", f"{len(found.first)} in the photograph, {len(found.second)} in its warped, darker copy")
-    print_row("matches", f"{len(found.matches)}, {inliers} inliers of one homography")
+    print_geometry(found)
     print_row("correct", f"{demo.correct:.1%} of the matches within {CORRECT_PX:g} px of where the true warp puts them")
     print_row("homography", f"its corners are off by {demo.corner_error_px:.2f} px")
     for picture in demo.pictures:

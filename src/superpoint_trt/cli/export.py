@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from superpoint_trt.cli.options import DECODE_FIELDS, SAMPLING, WEIGHTS, ExportArgs, chosen_sampling, given_flags
-from superpoint_trt.cli.terminal import print_info
+from superpoint_trt.cli.terminal import print_aside, print_info
 from superpoint_trt.core.types import TENSORRT_MAX_TOPK, OutputType
 
 
@@ -29,6 +29,6 @@ def _print_notes(arguments: ExportArgs) -> None:
         useless = given_flags(DECODE_FIELDS)
         if useless:
             why = f"a {arguments.kind} model decodes at run time"
-            click.echo(f"note: {', '.join(useless)} changes nothing: {why}", err=True)
+            print_aside("note", f"{', '.join(useless)} changes nothing: {why}")
     elif arguments.max_keypoints > TENSORRT_MAX_TOPK:
-        click.echo(f"note: TensorRT takes at most {TENSORRT_MAX_TOPK} keypoints in a graph", err=True)
+        print_aside("note", f"TensorRT takes at most {TENSORRT_MAX_TOPK} keypoints in a graph")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from superpoint_trt.cli.build import build_engine, parse_targets
 from superpoint_trt.cli.options import WEIGHTS, ExtractArgs, GraphArgs, OptionGroup, option
+from superpoint_trt.cli.progress import progress_bar
 from superpoint_trt.cli.prove import print_bench
 from superpoint_trt.cli.quantize import CalibrationFlags
 from superpoint_trt.cli.terminal import (
@@ -23,15 +24,15 @@ from superpoint_trt.cli.terminal import (
     open_model,
     print_found,
     print_info,
-    progress_bar,
     save_drawing,
 )
+from superpoint_trt.core.contract import check_finite
 from superpoint_trt.core.files import PathLike, check_writable
 from superpoint_trt.core.image import load_image, to_gray
-from superpoint_trt.core.types import CELL_PX, DecodeOptions, Precision, SuperPointError
+from superpoint_trt.core.types import CELL_PX, DecodeOptions, OutputType, Precision, SuperPointError
 from superpoint_trt.gpu.tensorrt_api import Flavor
 from superpoint_trt.prove.agreement import FOUND_WITHIN_PX, nearest, within
-from superpoint_trt.prove.benchmark import bench
+from superpoint_trt.prove.benchmark import BenchOptions, bench
 from superpoint_trt.run.backends import open_backend
 from superpoint_trt.run.decode import sample_descriptors, select
 
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 GUIDE_OPSET = 11
 GUIDE_MAX_KEYPOINTS = 1000
 """The guide's default of --top-k."""
+BENCHMARK_ITERATIONS = 100
+"""What --benchmark times without a number."""
 
 Size = Optional[tuple[int, int]]
 
@@ -80,12 +83,17 @@ class SuperPointTRT:
 
         Returns:
             The model's outputs by name, with the batch axis (`core.types.OUTPUT_NAMES`).
+
+        Raises:
+            SuperPointError: the image does not fit the model, the run failed, or an output is not finite.
         """
         if image.ndim == 3 and image.shape[2] == 3:
             image = image[..., ::-1]
         # A gray uint8 image is not converted here: an engine divides by 255 on the GPU.
         pixels = image if image.ndim == 2 and image.dtype == np.uint8 else to_gray(image)
-        return dict(self._backend.infer(pixels[None, None]))
+        outputs = self._backend.infer(pixels[None, None])
+        check_finite(outputs)
+        return dict(outputs)
 
     def extract_keypoints_from_dense(
         self,
@@ -129,16 +137,23 @@ class SuperPointTRT:
 
         Args:
             pytorch_out: from `superpoint_pytorch.SuperPoint`: lists of keypoints, keypoint_scores, descriptors.
-            trt_out: from `infer` of a dense model.
+            trt_out: from `infer`.
 
         Returns:
             A few lines to print.
         """
         names = ("keypoints", "keypoint_scores", "descriptors")
         xy, scores, descriptors = (np.asarray(pytorch_out[name][0].cpu()) for name in names)
-        (found,) = self.extract_keypoints_from_dense(
-            trt_out["scores"][:1], trt_out["descriptors"][:1], top_k=max(1, len(xy)), stride=self.description.stride_px
-        )
+        if self.description.type is OutputType.KEYPOINTS:
+            rows = trt_out["scores"][0] > 0  # not the rows behind the last keypoint
+            found = {name: trt_out[name][0][rows] for name in ("keypoints", "scores", "descriptors")}
+        else:
+            (found,) = self.extract_keypoints_from_dense(
+                trt_out["scores"][:1],
+                trt_out["descriptors"][:1],
+                top_k=max(1, len(xy)),
+                stride=self.description.stride_px,
+            )
         counts = f"keypoints     {len(xy)} in PyTorch, {len(found['keypoints'])} in the engine"
         if not len(xy) or not len(found["keypoints"]):
             return counts
@@ -256,15 +271,18 @@ def convert_to_tensorrt(onnx: str, engine: str, arguments: EngineArgs, test: boo
 @click.option("--output", default="output_keypoints.jpg", show_default=True, help="Picture to write.")
 @click.option("--type", "kind", type=click.Choice(["dense", "keypoints"]), default="dense", show_default=True)
 @ExtractArgs.declare("extract", max_keypoints={"default": GUIDE_MAX_KEYPOINTS, "show_default": True})
-@click.option("--benchmark", is_flag=True, help="Time the model.")
+@click.option(
+    "--benchmark", type=int, is_flag=False, flag_value=BENCHMARK_ITERATIONS, metavar="[N]", help="Time N calls (100)."
+)
 def tensorrt_inference(
-    engine: str, image_path: str, output: str, kind: str, extract: ExtractArgs, benchmark: bool
+    engine: str, image_path: str, output: str, kind: str, extract: ExtractArgs, benchmark: int | None
 ) -> None:
     """Find keypoints with a converted model and draw them."""
     from superpoint_trt.run.draw import check_picture_name
 
     check_outputs((output,), (image_path, engine))
     check_picture_name(output)
+    timed = None if benchmark is None else BenchOptions(iterations=benchmark)
     pixels = load_image(image_path, extract.reading())
     with open_model(engine, extract=extract) as superpoint:
         _check_type(engine, superpoint.description.type.value, kind)
@@ -273,9 +291,10 @@ def tensorrt_inference(
         elapsed_ms = (time.perf_counter() - started) * 1e3
     print_found(keypoints, elapsed_ms)
     save_drawing(pixels, keypoints, output)
-    if benchmark:
+    if timed:
         with progress_bar("timing") as progress:
-            print_bench(bench([engine], image=pixels, progress=progress))
+            report = bench([engine], timed, pixels, progress=progress)
+        print_bench(report)
 
 
 def _check_type(engine: str, found: str, asked: str) -> None:

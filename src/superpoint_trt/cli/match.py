@@ -86,11 +86,22 @@ def match(
 
 def print_matches(found: ImageMatches) -> None:
     """Prints how many matches there are, and whether they support a geometry."""
-    kind = "homography" if found.geometry.model is Model.HOMOGRAPHY else "fundamental matrix"
     print_row("keypoints", f"{len(found.first)} and {len(found.second)}")
-    print_row("matches", f"{len(found.matches)}, {int(found.geometry.inliers.sum())} inliers of one {kind}")
-    if found.geometry.matrix is None:
+    print_geometry(found)
+
+
+def print_geometry(found: ImageMatches) -> None:
+    """Prints how many matches agree with the geometry, and whether that is more than chance gives."""
+    geometry = found.geometry
+    kind = "homography" if geometry.model is Model.HOMOGRAPHY else "fundamental matrix"
+    matches, inliers = len(found.matches), int(geometry.inliers.sum())
+    print_row("matches", f"{matches}, {inliers} inliers of one {kind}")
+    if geometry.matrix is None:
         print_row("geometry", f"none: the matches support no {kind}")
+        return
+    doubt = f"not supported: {inliers} inliers of {matches} matches are what chance gives"
+    said = "supported" if geometry.supported else doubt
+    print_row("geometry", f"{said} (10^{geometry.log10_nfa:.1f} such models expected by chance)")
 
 
 def _draw(found: ImageMatches, first: str, second: str, reading: ReadOptions, output: str) -> Path:

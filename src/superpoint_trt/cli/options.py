@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable, TypeVar
 import click
 
 from superpoint_trt import packaged
+from superpoint_trt.cli.streams import Notes
 from superpoint_trt.core.device import DeviceChoice
 from superpoint_trt.core.image_file import MOST_PIXELS, ReadOptions
 from superpoint_trt.core.types import DecodeOptions, OutputType, Sampling, SuperPointError
@@ -49,6 +51,21 @@ def _check_device(context: click.Context, parameter: click.Parameter, device: st
         return str(DeviceChoice.parse(device))
     except SuperPointError as error:
         raise click.BadParameter(str(error)) from error
+
+
+def _check_threads(context: click.Context, parameter: click.Parameter, threads: int | None) -> int | None:
+    """Takes no more threads than the machine has, and notes it; what is no number of threads is refused later."""
+    if threads is None:
+        return None
+    from superpoint_trt.run.extractor import MOST_THREADS
+
+    most = os.cpu_count() or 1
+    if not most < threads <= MOST_THREADS:
+        return threads
+    notes = context.find_object(Notes)
+    if notes is not None:
+        notes.append(f"{threads} threads were asked for, this machine has {most}")
+    return most
 
 
 WEIGHTS = click.option(
@@ -122,7 +139,9 @@ class RuntimeArgs(OptionGroup):
     """What a model runs on."""
 
     device: str = option("--device", default="auto", callback=_check_device, metavar="auto|cpu|cuda|cuda:N")
-    threads: int | None = option("--threads", type=int, help="CPU threads.  [default: the runtime's choice]")
+    threads: int | None = option(
+        "--threads", type=int, callback=_check_threads, help="CPU threads.  [default: the runtime's choice]"
+    )
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import click
 from rich.table import Table
 
 from superpoint_trt.cli.options import JSON, SUBPIXEL, WEIGHTS, ImageArgs, OptionGroup, RuntimeArgs, option
+from superpoint_trt.cli.progress import progress_bar
 from superpoint_trt.cli.terminal import (
     check_outputs,
     console,
     model_or_packaged,
+    print_aside,
     print_row,
-    progress_bar,
     write_json,
 )
 from superpoint_trt.core.image import find_images, load_image, parse_size
@@ -98,7 +99,7 @@ def print_verification(found: Verification) -> None:
     for note in found.notes:
         click.echo(f"note: {note}")
     for problem in found.problems:
-        click.echo(f"left out: {problem}", err=True)
+        print_aside("left out", problem)
     click.echo("PASSED" if found.passed else "FAILED: " + ", ".join(gate.name for gate in found.failed))
 
 
@@ -208,7 +209,7 @@ def evaluate(
 def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
     """Prints one table per model: its sequences, kinds of sequences, and the total."""
     for problem in dict.fromkeys(problem for evaluation in evaluations for problem in evaluation.problems):
-        click.echo(f"left out: {problem}", err=True)
+        print_aside("left out", problem)
     columns = ("rep.", "loc. px", "MMA@1", "MMA@3", "MMA@10", "H@1", "H@3", "H@5", "M.score", "NN mAP")
     for evaluation in evaluations:
         table = Table(evaluation.model, "pairs", *columns, caption=evaluation.runtime, caption_justify="left")

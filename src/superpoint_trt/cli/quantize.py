@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -12,8 +10,9 @@ import click
 from rich.table import Table
 
 from superpoint_trt.cli.options import JSON
+from superpoint_trt.cli.progress import phase_bar
 from superpoint_trt.cli.prove import GATE_FAILED, print_verification
-from superpoint_trt.cli.terminal import console, print_info, write_json
+from superpoint_trt.cli.terminal import console, print_aside, print_info, write_json
 from superpoint_trt.convert.quantize.options import (
     COARSE,
     CalibrationOptions,
@@ -218,25 +217,9 @@ def _figures(result: LowPrecisionResult) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- shared with build
 
 
-@contextmanager
-def phase_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for work in several phases; nothing if that is no terminal.
-
-    Yields:
-        What to call with (phase, steps done, steps in all).
-    """
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    screen = console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total or None)
-
-
 def print_warning(warning: str) -> None:
     """Prints a warning to stderr."""
-    click.echo(f"warning: {warning}", err=True)
+    print_aside("warning", warning)
 
 
 def print_layers(result: LowPrecisionResult, options: LowPrecisionOptions) -> None:

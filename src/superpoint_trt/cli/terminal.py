@@ -1,17 +1,21 @@
-"""What commands share with the terminal: progress bars, printed rows, and how errors end."""
+"""What commands share: checks before the work, printed rows, and how a command ends."""
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Callable
 
 import click
 from rich.console import Console
 
 from superpoint_trt.cli.options import ExtractArgs, RuntimeArgs
-from superpoint_trt.core.progress import Progress
+from superpoint_trt.cli.streams import Notes, StandardStreams
+from superpoint_trt.core.memory import OUT_OF_MEMORY, ran_out_of_memory
 from superpoint_trt.core.types import SuperPointError
 
 if TYPE_CHECKING:
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+LONGEST_MESSAGE = 900
+"""Most characters of an error; a library's log may be long."""
 
 _WIDE = 160
 """Columns of a table if the output is a file or a pipe, which has no width."""
@@ -89,6 +96,11 @@ def print_row(label: str, value: object) -> None:
     click.echo(f"{label:<14}{value}")
 
 
+def print_aside(kind: str, text: str) -> None:
+    """Prints "warning: ...", "note: ..." or "left out: ..." to stderr, on one line."""
+    click.echo(f"{kind}: {' '.join(text.split())}", err=True)
+
+
 def print_info(file: PathLike) -> None:
     """Prints what a file of this project is."""
     from superpoint_trt.cli.info import facts
@@ -129,46 +141,6 @@ def console(stderr: bool = False) -> Console:
     return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, markup=False, width=_WIDE)
 
 
-# ------------------------------------------------------------------------------------------------------------- progress
-
-
-@contextmanager
-def progress_bar(label: str) -> Iterator[Progress]:
-    """Shows a bar on stderr while work reports (steps done, all steps); nothing if stderr is no terminal."""
-    from rich.progress import Progress as Bar
-
-    screen = console(stderr=True)
-    with Bar(console=screen, disable=not screen.is_terminal, transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def download_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Shows bytes and speed on stderr while a download reports (bytes done, all bytes); stays when it is done."""
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    screen = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bar(*columns, console=screen, disable=not screen.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def builder_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows the builder's phase and steps on stderr; only the time that passes where TensorRT reports none (8.6)."""
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    screen = console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("building: {task.description}"), BarColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=screen, disable=not screen.is_terminal, transient=True) as bar:
-        task = bar.add_task("kernels are timed, this can take minutes", total=None)
-        yield lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total or None)
-
-
 # ----------------------------------------------------------------------------------------------------- running commands
 
 
@@ -183,22 +155,67 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, name: st
     Returns:
         The exit code.
     """
+    notes = Notes()
+    with StandardStreams() as streams:
+        with _noting_interrupts() as interrupts:
+            code, message = _end(command, None if arguments is None else list(arguments), name, notes, interrupts)
+        if code == INTERRUPTED:
+            return code
+        message = message or streams.problem()
+        if message:
+            click.echo(f"error: {_cut(message)}", err=True)
+            return BAD_INPUT
+        for note in notes:
+            print_aside("note", note)
+        return code
+
+
+def _end(
+    command: click.Command, arguments: list[str] | None, name: str | None, notes: Notes, interrupts: list[int]
+) -> tuple[int, str | None]:
+    """Runs a command; returns its exit code, and the message if it failed."""
     try:
-        code = command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
-    except SuperPointError as error:
-        return _complain(str(error))
-    except click.ClickException as error:
-        return _complain(error.format_message())
+        code = command.main(args=arguments, prog_name=name, standalone_mode=False, obj=notes)
     except (click.Abort, KeyboardInterrupt):
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader (head, for example) has seen enough
-        return 0
-    return code if isinstance(code, int) else 0  # click returns the code of an Exit
+        return INTERRUPTED, None
+    except Exception as error:
+        if interrupts:  # a library whose import is interrupted may raise an ImportError
+            return INTERRUPTED, None
+        if isinstance(error, click.ClickException):
+            return BAD_INPUT, error.format_message()
+        if ran_out_of_memory(error):
+            return BAD_INPUT, OUT_OF_MEMORY
+        if isinstance(error, SuperPointError):
+            return BAD_INPUT, str(error)
+        raise
+    return code if isinstance(code, int) else 0, None  # click returns the code of an Exit
 
 
-def _complain(message: str) -> int:
-    click.echo("error: " + " ".join(message.split()), err=True)
-    return BAD_INPUT
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Collects interrupts while they raise KeyboardInterrupt as usual; nothing where something else handles them."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _cut(message: str) -> str:
+    """A message on one line. Of a long one the beginning and the end stay: what is wrong, and what to do."""
+    line = " ".join(message.split())
+    half = LONGEST_MESSAGE // 2
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[:half]} ... {line[-half:]}"
 
 
 def script(command: click.Command) -> Callable[[], None]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from superpoint_trt.cli.options import SAMPLING, chosen_sampling
-from superpoint_trt.cli.terminal import download_bar, print_info
+from superpoint_trt.cli.progress import download_bar
+from superpoint_trt.cli.terminal import print_info
 from superpoint_trt.core.types import SuperPointError
 
 FOLDER = Path("weights")

@@ -7,7 +7,7 @@ import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import onnx
 
@@ -28,6 +28,7 @@ from superpoint_trt.convert.quantize.qdq import quantize
 from superpoint_trt.convert.quantize.ranges_file import check_same_network, load_calibration
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, read_bytes, sha256, write_atomically
 from superpoint_trt.core.install import install_hint
+from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import (
     CELL_PX,
     ENGINE_SUFFIXES,
@@ -48,9 +49,6 @@ MIN_SHAPE_HW, MAX_SHAPE_HW = (240, 320), (960, 1280)
 
 MOST_WORKSPACE_GIB = 1024.0
 HIGHEST_LEVEL = 5
-
-PhaseProgress = Callable[[str, int, int], None]
-"""Called with the name of a phase, the steps done and the steps in all; 0 in all: not known."""
 
 
 @dataclass(frozen=True)

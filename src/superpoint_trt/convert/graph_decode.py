@@ -48,6 +48,8 @@ def write_keypoints(
 ) -> None:
     """Writes NMS, border, top-k, threshold, sub-pixel places and descriptor sampling: a `keypoints` model's outputs.
 
+    If a logit of an image is not finite, all its scores are NaN.
+
     Args:
         graph: to add to.
         score_map: name of (B, 1, H, W).
@@ -69,10 +71,21 @@ def write_keypoints(
     sampled = _sample_descriptors(graph, xy, descriptors, checkpoint, shape, options)
     zero, minus_one = (graph.constant(f"{v}f", np.array(v, np.float32)) for v in (0, -1))
     graph.node("Where", [found_column, xy, minus_one], output="keypoints")
-    graph.node("Where", [found, best, zero], output="scores")
+    total = _total(graph, score_map, checkpoint.stride_px)
+    is_sound = graph.node("Greater", [total, minus_one])
+    # The sum itself where it is NaN: without this a broken network would look like an image without keypoints.
+    graph.node("Where", [is_sound, graph.node("Where", [found, best, zero]), total], output="scores")
     graph.node("Where", [found_column, sampled, zero], output="descriptors")
     counted = graph.node("Cast", [found], to=TensorProto.INT32)
     graph.reduce("ReduceSum", counted, 1, keepdims=0, output="num_keypoints")
+
+
+def _total(graph: GraphWriter, score_map: str, stride_px: int) -> str:
+    """The sum of one score of each cell, (B, 1): NaN if a logit is not finite, because the softmax spreads that."""
+    corners = score_map
+    for axis in (2, 3):
+        corners = graph.slice(corners, axis, 0, 2**31 - 1, stride_px)
+    return graph.reduce("ReduceSum", graph.reshape(corners, [0, -1]), 1)
 
 
 @dataclass(frozen=True)

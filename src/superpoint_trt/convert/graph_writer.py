@@ -55,9 +55,9 @@ class GraphWriter:
             return self.node(op, [x, self._axes([axis])], output=output, keepdims=keepdims)
         return self.node(op, [x], output=output, axes=[axis], keepdims=keepdims)
 
-    def slice(self, x: str, axis: int, start: int, stop: int) -> str:
-        """Cuts start to stop, stop excluded, out of one axis."""
-        bounds = [self._axes([value]) for value in (start, stop, axis)]
+    def slice(self, x: str, axis: int, start: int, stop: int, step: int = 1) -> str:
+        """Cuts start to stop, stop excluded, out of one axis, or every step-th of them."""
+        bounds = [self._axes([value]) for value in ((start, stop, axis) if step == 1 else (start, stop, axis, step))]
         return self.node("Slice", [x, *bounds])
 
     def reshape(self, x: str, shape: Sequence[int], output: str | None = None) -> str:

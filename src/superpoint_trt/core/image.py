@@ -9,13 +9,14 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.core.files import PathLike, is_regular_file
+from superpoint_trt.core.files import PathLike, is_regular_file, one_line
 from superpoint_trt.core.image_file import LARGE_PX, LoadedImage, ReadOptions, read_image_file
 from superpoint_trt.core.types import CELL_PX, Float32, ModelDescription, SuperPointError
 
@@ -158,17 +159,17 @@ class Placement:
     input_width_px: int
     input_height_px: int
 
-    @property
+    @cached_property
     def image_wh(self) -> tuple[int, int]:
         """(width, height) in px of the caller's image."""
         return self.image_width_px, self.image_height_px
 
-    @property
+    @cached_property
     def placed_wh(self) -> tuple[int, int]:
         """(width, height) in px of the image inside the input, without padding."""
         return self.placed_width_px, self.placed_height_px
 
-    @property
+    @cached_property
     def resized(self) -> bool:
         """Whether the image was shrunk to fit."""
         return self.placed_wh != self.image_wh
@@ -324,13 +325,27 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def as_array(image: ImageLike) -> NDArray[Any]:
-    """The pixels of a path or of an array-like (numpy, PIL)."""
+    """The pixels of a path or of an array-like (numpy, PIL).
+
+    Raises:
+        SuperPointError: the path is no image, or the object is no array.
+    """
+    if type(image) is np.ndarray:
+        return image
     if isinstance(image, (str, os.PathLike)):
         return load_image(image)
-    if getattr(image, "mode", None) in ("P", "CMYK", "PA", "YCbCr", "LAB", "HSV", "1"):
-        pil_image: Any = image  # in a mode that is neither gray, RGB nor RGBA
-        return np.asarray(pil_image.convert("RGB"))
-    return np.asarray(image)
+    try:
+        if getattr(image, "mode", None) in ("P", "CMYK", "PA", "YCbCr", "LAB", "HSV", "1"):
+            pil_image: Any = image  # in a mode that is neither gray, RGB nor RGBA
+            return np.asarray(pil_image.convert("RGB"))
+        return np.asarray(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # the caller's object may raise anything
+        raise SuperPointError(
+            f"image is a {type(image).__name__} that makes no array ({type(error).__name__}: {one_line(error)}); "
+            "expected a path or an array."
+        ) from error
 
 
 def as_loaded(image: ImageLike, options: ReadOptions, side_px: int | None) -> LoadedImage:

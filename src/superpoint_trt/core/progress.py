@@ -1,4 +1,4 @@
-"""Reports the progress of long work, for progress bars."""
+"""Reports how far long work is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from typing import Callable
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
+
+PhaseProgress = Callable[[str, int, int], None]
+"""Called with (what is being done, steps done, steps in all; 0 if nobody knows)."""
+
+BUILDING = "building: kernels are timed, this can take minutes"
+"""The phase of a builder that has not reported one; TensorRT 8.6 reports none."""
 
 
 class Steps:

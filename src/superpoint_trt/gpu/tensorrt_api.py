@@ -6,6 +6,7 @@ thread, and goes into the exception.
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import re
 import threading
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module, util
+from pathlib import Path
 from typing import Any, Callable
 
 from superpoint_trt.core.install import install_hint
@@ -86,12 +88,31 @@ def load(flavor: Flavor | None = None) -> TensorRT:
         try:
             _loaded[flavor] = TensorRT(flavor, import_module(MODULES[flavor]))
         except (ImportError, OSError, AttributeError) as error:  # AttributeError: another library of that name
-            reason = " ".join(str(error).split())
+            cause = _hidden_error(MODULES[flavor], error) or error
+            reason = " ".join(str(cause).split())
             raise SuperPointError(
                 f"{MODULES[flavor]} is installed but does not load: {reason}; reinstall it: "
                 f"{install_hint(flavor.value)}. On a Jetson use JetPack's own, see docs/tensorrt.md."
-            ) from error
+            ) from cause
     return _loaded[flavor]
+
+
+def _hidden_error(module: str, error: Exception) -> OSError | None:
+    """Why a library of NVIDIA's package does not load, too little memory for example.
+
+    The package ignores it and then reports that there is no such library. None if that is so.
+    """
+    library = re.match(r"(\S+): cannot open shared object file", str(error))
+    package = util.find_spec(f"{module}_libs")
+    if library and package:
+        for folder in package.submodule_search_locations or ():
+            path = Path(folder) / library[1]
+            if path.is_file():
+                try:
+                    ctypes.CDLL(str(path))
+                except OSError as hidden:
+                    return hidden
+    return None
 
 
 _loaded: dict[Flavor, TensorRT] = {}

@@ -24,7 +24,7 @@ class ImageMatches:
     matches: Matches
     """Pairs of rows of `first` and `second`."""
     geometry: Geometry
-    """The geometry that fits the matches; its `inliers` are rows of `matches`."""
+    """The geometry that fits the matches, and whether they support it; its `inliers` are rows of `matches`."""
 
     def places(self) -> tuple[Float32, Float32]:
         """The matched points in both images, each (M, 2) in their own pixels."""
@@ -54,13 +54,16 @@ def match_images(
     """
     matches = match(first.descriptors, second.descriptors, options)
     xy = first.xy[matches.rows[:, 0]], second.xy[matches.rows[:, 1]]
-    return ImageMatches(first, second, matches, estimate(*xy, model, estimator, threshold_px))
+    geometry = estimate(*xy, model, estimator, threshold_px, second_wh=second.image_size)
+    return ImageMatches(first, second, matches, geometry)
 
 
 def save_matches(path: PathLike, found: ImageMatches) -> Path:
     """Writes both feature sets (`keypoints0`, `keypoints1`, ...), matches, distances, inliers and geometry as .npz.
 
     `matches` is (M, 2) rows of the two sets, `inliers` (M,) bool, `geometry` (3, 3), all zeros if there is none.
+    `geometry_supported` is False if chance gives as many inliers; `geometry_log10_nfa` is the figure behind that
+    (`Geometry.log10_nfa`).
 
     Raises:
         SuperPointError: the file cannot be written; a file that was there is unchanged.
@@ -73,4 +76,6 @@ def save_matches(path: PathLike, found: ImageMatches) -> Path:
     matrix = np.zeros((3, 3)) if found.geometry.matrix is None else found.geometry.matrix
     arrays.update(matches=found.matches.rows, distances=found.matches.distances)
     arrays.update(inliers=found.geometry.inliers, geometry=matrix, geometry_type=np.array(found.geometry.model.value))
+    arrays.update(geometry_supported=np.array(found.geometry.supported))
+    arrays.update(geometry_log10_nfa=np.array(found.geometry.log10_nfa))
     return write_npz(path, arrays)

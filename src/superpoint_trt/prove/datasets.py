@@ -13,6 +13,9 @@ import numpy as np
 from superpoint_trt.core.files import PathLike, read_bytes
 from superpoint_trt.core.types import Matrix, SuperPointError
 
+MOST_HOMOGRAPHY_BYTES = 10_000
+"""A file of nine numbers is smaller."""
+
 ILLUMINATION, VIEWPOINT, OTHER = "illumination", "viewpoint", "other"
 
 
@@ -133,14 +136,26 @@ def _image(images: dict[int, Path], index: int, folder: Path) -> Path:
 
 
 def _homography(path: Path) -> Matrix:
+    if not path.exists():
+        raise SuperPointError(f"{path} is missing; the pair is left out.")
+    text = read_bytes(path, "homography")
     try:
-        lines = read_bytes(path, "homography").decode().splitlines()
-        matrix = np.array([line.split() for line in lines if line.strip()], dtype=np.float64)
-    except (SuperPointError, ValueError):  # not UTF-8 is a ValueError, too
-        raise SuperPointError(f"{path} is missing or no 3x3 matrix of numbers; the pair is left out.") from None
-    if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or np.linalg.cond(matrix) > 1 / np.finfo(float).eps:
+        if len(text) > MOST_HOMOGRAPHY_BYTES:
+            raise ValueError("too long")
+        matrix = np.array([line.split() for line in text.decode().splitlines() if line.strip()], dtype=np.float64)
+    except ValueError:  # also of text that is no UTF-8
+        raise SuperPointError(f"{path} is no 3x3 matrix of numbers; the pair is left out.") from None
+    if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or not _is_invertible(matrix):
         raise SuperPointError(f"{path} is no invertible 3x3 homography; the pair is left out.")
     return matrix
+
+
+def _is_invertible(matrix: Matrix) -> bool:
+    try:
+        with np.errstate(all="ignore"):  # numbers near the end of float64
+            return bool(np.linalg.cond(matrix) <= 1 / np.finfo(float).eps and np.isfinite(np.linalg.inv(matrix)).all())
+    except np.linalg.LinAlgError:
+        return False
 
 
 def _kind(name: str) -> str:

@@ -19,8 +19,8 @@ from superpoint_trt.match.nearest import MatchOptions, match
 
 def warp(xy: NDArray[np.floating], homography: Matrix) -> NDArray[np.float64]:
     """Maps points (N, 2) in pixels through a homography (3, 3); returns (N, 2). Points at infinity become infinite."""
-    homogeneous = np.concatenate([xy, np.ones((len(xy), 1))], axis=1) @ homography.T
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
+        homogeneous = np.concatenate([xy, np.ones((len(xy), 1))], axis=1) @ homography.T
         warped: NDArray[np.float64] = homogeneous[:, :2] / homogeneous[:, 2:]
     return warped
 
@@ -93,7 +93,8 @@ def homography_error_px(
         return float("inf")
     right, bottom = first.image_size[0] - 1, first.image_size[1] - 1
     corners = np.array([[0, 0], [right, 0], [0, bottom], [right, bottom]], dtype=np.float64)
-    error = np.linalg.norm(warp(corners, found) - warp(corners, homography), axis=1).mean()
+    with np.errstate(all="ignore"):
+        error = np.linalg.norm(warp(corners, found) - warp(corners, homography), axis=1).mean()
     return float(error) if np.isfinite(error) else float("inf")
 
 
@@ -113,7 +114,8 @@ def matching_accuracy(
     rows = match(a.descriptors, b.descriptors).rows
     if not len(rows):
         return [0.0 for _ in thresholds_px]
-    error = np.linalg.norm(warp(a.xy[rows[:, 0]], homography) - b.xy[rows[:, 1]], axis=1)
+    with np.errstate(all="ignore"):
+        error = np.linalg.norm(warp(a.xy[rows[:, 0]], homography) - b.xy[rows[:, 1]], axis=1)
     return [float((error <= threshold).mean()) for threshold in thresholds_px]
 
 
@@ -189,5 +191,6 @@ def _average_precision(side: _Nearest) -> float:
 
 def _distances(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
     """Distances of all points a (N, 2) from all points b (M, 2): (N, M) in pixels."""
-    distance: NDArray[np.float64] = np.linalg.norm(a[:, None, :] - b[None, :, :], axis=2)
+    with np.errstate(all="ignore"):
+        distance: NDArray[np.float64] = np.linalg.norm(a[:, None, :] - b[None, :, :], axis=2)
     return distance

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,23 @@ from superpoint_trt.prove.gates import MEANINGS
 from superpoint_trt.prove.verify import Verification
 from superpoint_trt.run.draw import draw_points, encode_picture
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
 MOST_PICTURES = 24
 WIDEST_PICTURE_PX = 960
+
+IMAGE_LABELS = (
+    "reference points",
+    "found again",
+    "model points",
+    "found back",
+    "rank corr.",
+    "cosine median",
+    "cosine p1",
+    "right matches",
+)
+"""The columns of the table of images, after the name."""
 
 KEPT, LOST, NEW = (46, 204, 64), (255, 65, 54), (51, 161, 255)
 """RGB colors of the points; the page's template names the same colors."""
@@ -77,10 +93,13 @@ def write_report(path: PathLike, verification: Verification) -> Path:
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         meaning=MEANINGS,
         number=_number,
+        breakable=_breakable,
+        image_labels=IMAGE_LABELS,
+        image_figures=_image_figures,
         plots=_plots(verification),
         pictures=[_picture(image) for image in _most_different(verification)],
     )
-    return write_atomically(path, page.encode())
+    return write_atomically(path, page.encode(errors="backslashreplace"))
 
 
 def _most_different(verification: Verification) -> list[ImageResult]:
@@ -125,7 +144,8 @@ def _histogram(title: str, values: NDArray[np.floating]) -> _Plot:
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes: Any = figure.subplots()
     bins = np.logspace(np.log10(smallest), max(0.0, np.log10(max(values.max(), smallest))), 60)
-    axes.hist(np.clip(values, smallest, None), bins=bins)
+    # As float64: the float32 number next to the lowest bin's edge lies below it.
+    axes.hist(np.clip(values.astype(np.float64), bins[0], None), bins=bins)
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=1)
     axes.set_xlabel(title)
@@ -137,6 +157,28 @@ def _histogram(title: str, values: NDArray[np.floating]) -> _Plot:
 
 def _data_url(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _image_figures(image: ImageResult) -> list[tuple[str, str]]:
+    """One image's row of the table: (label, figure), in the order of `IMAGE_LABELS`."""
+    figures = (
+        str(image.reference_keypoints),
+        str(image.found_again),
+        str(image.model_keypoints),
+        str(image.found_back),
+        _number(image.score_rank_correlation),
+        _number(image.cosine_median),
+        _number(image.cosine_p1),
+        f"{image.model_matches} of {image.reference_matches}",
+    )
+    return list(zip(IMAGE_LABELS, figures))
+
+
+def _breakable(name: str) -> Markup:
+    """A file's name that a browser may break where a person would: after slashes, dots, dashes and underscores."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([/._-])", r"\1<wbr>", str(escape(name))))
 
 
 def _number(value: float | None) -> str:

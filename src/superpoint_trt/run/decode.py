@@ -30,8 +30,9 @@ def scores_from_logits(logits: NDArray[Any]) -> Float32:
         (B, H, W) float32.
     """
     x = np.moveaxis(logits.astype(np.float32), 1, -1)
-    x = np.exp(x - x.max(axis=-1, keepdims=True))
-    cells = x[..., :-1] / x.sum(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # infinity - infinity: the scores are NaN, as they should be
+        x = np.exp(x - x.max(axis=-1, keepdims=True))
+        cells = x[..., :-1] / x.sum(axis=-1, keepdims=True)
     batch, rows, columns, pixels = cells.shape
     stride = round(pixels**0.5)
     cells = cells.reshape(batch, rows, columns, stride, stride).transpose(0, 1, 3, 2, 4)
@@ -40,11 +41,21 @@ def scores_from_logits(logits: NDArray[Any]) -> Float32:
 
 
 def normalize(descriptors: NDArray[Any], axis: int) -> Float32:
-    """Scales vectors to unit length along `axis`; float32."""
+    """Scales vectors to unit length along `axis`; float32. What is not finite becomes NaN, without a warning."""
     descriptors = descriptors.astype(np.float32, copy=False)
-    length = np.sqrt(np.square(descriptors).sum(axis=axis, keepdims=True, dtype=np.float32))
-    unit: Float32 = descriptors / np.maximum(length, np.float32(NORM_EPS))
+    with np.errstate(over="ignore", invalid="ignore"):
+        length = _length(descriptors, axis)
+        if np.isinf(length).any():  # squares overflow from about 1e19 on
+            largest = np.abs(descriptors).max(axis=axis, keepdims=True)
+            descriptors = descriptors / np.where(np.isinf(length), largest, np.float32(1))
+            length = _length(descriptors, axis)
+        unit: Float32 = descriptors / np.maximum(length, np.float32(NORM_EPS))
     return unit
+
+
+def _length(vectors: Float32, axis: int) -> Float32:
+    length: Float32 = np.sqrt(np.square(vectors).sum(axis=axis, keepdims=True, dtype=np.float32))
+    return length
 
 
 def suppress(scores: Float32, radius_px: int) -> Float32:

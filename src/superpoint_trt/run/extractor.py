@@ -205,7 +205,10 @@ class SuperPoint:
         return self._host.prepare(image)
 
     def infer(self, inputs: Float32) -> Outputs:
-        """The second step: (B, 1, H, W) float32 in [0, 1] -> the model's outputs by name (`OUTPUT_NAMES`)."""
+        """The second step: (B, 1, H, W) float32 in [0, 1] -> the model's outputs by name (`OUTPUT_NAMES`).
+
+        Unlike `extract`, it returns NaN and infinity as they come, for who looks into a model that is broken.
+        """
         return self._backend.infer(inputs)
 
     def infer_timed(self, inputs: Float32) -> tuple[Outputs, dict[str, float]]:

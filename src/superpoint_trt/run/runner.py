@@ -195,6 +195,7 @@ class HostRunner(Runner):
         spans = {"preprocess": time.perf_counter() - started}
         outputs, steps = self._backend.infer_timed(inputs)
         started = time.perf_counter()
+        check_finite(outputs)
         self.decode(outputs, [image.placement for image in batch])
         return {**spans, **steps, "decode": time.perf_counter() - started}
 

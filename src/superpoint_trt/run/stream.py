@@ -107,6 +107,8 @@ def _prepare(runner: Runner, image: ImageLike) -> PreparedOrError:
         return runner.prepare(image)
     except SuperPointError as error:
         return error
+    except MemoryError:
+        return _out_of_memory("prepared")
 
 
 def grouped(prepared: Iterable[PreparedOrError], batch_size: int) -> Iterator[list[PreparedOrError]]:
@@ -139,7 +141,8 @@ class _BatchUnderWay:
         self._images = [one for one in group if not isinstance(one, SuperPointError)]
         self._is_submitted = False
         if self._images:
-            with suppress(SuperPointError):  # then the images are run one by one, which shows the one at fault
+            # After an error the images are run one by one, which shows the one at fault.
+            with suppress(SuperPointError, MemoryError):
                 slot.submit(self._images, batch_size)
                 self._is_submitted = True
 
@@ -152,7 +155,7 @@ class _BatchUnderWay:
     def _found(self) -> Sequence[Keypoints | SuperPointError]:
         if self._is_submitted:
             self._is_submitted = False
-            with suppress(SuperPointError):
+            with suppress(SuperPointError, MemoryError):
                 return self._slot.collect()
         return [self._alone(image) for image in self._images]
 
@@ -161,8 +164,14 @@ class _BatchUnderWay:
             return self._runner.run([image])[0]
         except SuperPointError as error:
             return error
+        except MemoryError:
+            return _out_of_memory("run")
 
     def abandon(self) -> None:
         """Forgets the results; waits for the run if it is under way."""
         if self._is_submitted:
             self._slot.abandon()
+
+
+def _out_of_memory(step: str) -> SuperPointError:
+    return SuperPointError(f"memory ran out while the image was {step}; use smaller images (max_side_px) or batches.")

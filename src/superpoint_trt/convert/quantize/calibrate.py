@@ -263,6 +263,29 @@ def convolution_inputs(model: onnx.ModelProto) -> list[str]:
     return list(dict.fromkeys(node.input[0] for node in convolutions(model).values()))
 
 
+def _keep_what_makes(graph: onnx.GraphProto, tensors: Sequence[str]) -> None:
+    """Removes the nodes that no listed tensor needs.
+
+    The nodes that decode keypoints may have the size of a static model in them, and measuring runs images of others.
+    """
+    wanted = set(tensors)
+    kept = []
+    for node in reversed(graph.node):
+        if wanted.intersection(node.output):
+            wanted.update(_read_by(node))
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+
+
+def _read_by(node: onnx.NodeProto) -> Iterator[str]:
+    """Yields the tensors that a node reads, also those that only its branches or its loop's body read."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _read_by(inner)
+
+
 class Activations:
     """Computes the tensors that a graph's convolutions read, in onnxruntime on the CPU.
 
@@ -284,6 +307,7 @@ class Activations:
         self.names = convolution_inputs(model)
         self._computed = [name for name in self.names if name != INPUT_NAME]
         cut = copy.deepcopy(model)
+        _keep_what_makes(cut.graph, self._computed)
         del cut.graph.output[:]
         values = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in self._computed)
         cut.graph.output.extend(values)

@@ -338,10 +338,9 @@ def check_counts(counts: Sequence[int]) -> None:
     Raises:
         SuperPointError: naming the head.
     """
-    faults = {-1: "logits", -2: "coarse_descriptors"}
-    broken = [faults[count] for count in counts if count < 0]
-    if broken:
-        raise not_finite(broken[0])
+    if min(counts) < 0:
+        faults = {-1: "logits", -2: "coarse_descriptors"}
+        raise not_finite(next(faults[count] for count in counts if count < 0))
 
 
 def is_tiled(radius_px: int, stride_px: int) -> bool:
