@@ -75,21 +75,20 @@ class _Window:
     def _enter(self, alone: bool) -> _Visit:
         with self._changed:
             self._changed.wait_for(lambda: not self._is_reserved)
-            if alone:
-                self._is_reserved = True  # no thread enters from here on
-                self._changed.wait_for(lambda: not self._visits)
-            visit = _Visit()
-            if not self._visits:
-                try:
+            self._is_reserved = alone  # then no thread enters from here on
+            try:
+                if alone:
+                    self._changed.wait_for(lambda: not self._visits)
+                if not self._visits:
                     self._open()
-                except OSError:
-                    self._is_reserved = False
-                    self._changed.notify_all()
-                    raise
+            except BaseException:  # also an interrupt: the other threads would wait for ever
+                self._is_reserved = False
+                self._changed.notify_all()
+                raise
+            visit = _Visit(alone=not self._visits)
+            for one in self._visits:
+                one.alone = False
             self._visits.append(visit)
-            if len(self._visits) > 1:
-                for one in self._visits:
-                    one.alone = False
             return visit
 
     def _leave(self, visit: _Visit, is_theirs: Callable[[str], bool], alone: bool) -> None:
