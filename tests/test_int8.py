@@ -257,3 +257,31 @@ def test_a_quantized_model_is_no_source(model, ranges, tmp_path):
     written = quantize_and_verify(model, options, tmp_path / "q.onnx").onnx
     with pytest.raises(SuperPointError, match="already quantized; use the fp32"):
         quantize_and_verify(written, options, tmp_path / "r.onnx")
+
+
+# ------------------------------------------------------------------------------------------------- errors stand alone
+
+
+@pytest.fixture
+def with_batch_norms(checkpoint_file, tmp_path) -> Path:
+    """A model that is warned of."""
+    return export(checkpoint_file("v6"), tmp_path / "norms.onnx", ExportOptions(OutputType.HEADS, *SIZE))
+
+
+def refused(model: Path, options: LowPrecisionOptions) -> list[str]:
+    """The warnings that were told before the workflow refused."""
+    told: list[str] = []
+    with pytest.raises(SuperPointError):
+        quantize_and_verify(model, options, model.with_name("q.onnx"), notify=told.append)
+    return told
+
+
+def test_nothing_is_warned_of_before_a_refusal(with_batch_norms, ranges, tmp_path):
+    assert refused(with_batch_norms, LowPrecisionOptions(tmp_path / "nothing")) == []
+    assert refused(with_batch_norms, LowPrecisionOptions(ranges=tmp_path / "none.calibration.json")) == []
+    assert refused(with_batch_norms, LowPrecisionOptions(ranges=ranges)) == [], "ranges of another network"
+
+
+def test_ranges_that_cannot_be_written_are_refused_before_the_calibration(model, photos):
+    model.with_name("superpoint.calibration.json").mkdir()
+    assert refused(model, LowPrecisionOptions(photos)) == []

@@ -282,7 +282,10 @@ def needed(arguments: list[str], folder: Path) -> int:
 @pytest.mark.parametrize("share", [0.98, 0.9, 0.8, 0.6])
 @EVERY
 def test_too_little_memory_is_one_line(desk, name, share):
-    """A native library that runs out of memory may end the process in its own words; nothing else may."""
+    """A native library that runs out of memory may end the process in its own words; nothing else may.
+
+    TensorRT prints lines of its own beside ours ("Schema error: std::bad_alloc").
+    """
     before = contents(desk)
     most = int(needed(words(name), desk) * share)
     for output in outputs(name):
@@ -291,6 +294,9 @@ def test_too_little_memory_is_one_line(desk, name, share):
     assert_whole(desk, name, before)
     assert "Traceback" not in done.err, done.err[-1500:]
     if done.code == 2:
+        if name == "build":
+            ours = [line for line in done.err.splitlines(keepends=True) if line.startswith("error: ")]
+            done = Done(done.code, done.out, "".join(ours))
         assert_refused(done, "memory")
         assert left_over(desk, before) == []
 
