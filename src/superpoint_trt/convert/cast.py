@@ -24,7 +24,8 @@ from superpoint_trt.convert.onnx_file import (
     constants,
     convolution_type,
     has_low_type,
-    load_onnx,
+    model_description,
+    read_onnx,
     set_metadata,
 )
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, write_atomically
@@ -62,7 +63,9 @@ def cast(model_path: PathLike, output: PathLike, precision: Precision) -> Path:
     if output.suffix.lower() != ".onnx":
         raise SuperPointError(f"output {output}: a model's name ends in .onnx.")
     check_distinct(output, model_path)
-    typed = to_precision(load_onnx(model_path), precision)
+    source = read_onnx(model_path)
+    typed = to_precision(source.model, precision)
+    model_description(typed, source.path)  # nothing is written that no command would read
     return write_atomically(output, typed.SerializeToString())
 
 
@@ -180,6 +183,10 @@ class _Retyped:
 
     def _low_constant(self, constant: onnx.TensorProto) -> onnx.TensorProto:
         values = numpy_helper.to_array(constant).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise SuperPointError(
+                f"{constant.name} holds values that are not finite; check the checkpoint with superpoint info."
+            )
         if self._precision is Precision.FP16 and np.abs(values).max(initial=0) > _FP16_MAX:
             raise SuperPointError(
                 f"{constant.name} holds {np.abs(values).max():.3g}, beyond fp16's largest number {_FP16_MAX:g}; "

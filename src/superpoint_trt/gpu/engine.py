@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from superpoint_trt.core.contract import recognize
 from superpoint_trt.core.files import PathLike, sha256
+from superpoint_trt.core.typed_json import JsonError, parse
 from superpoint_trt.core.types import (
     INPUT_NAME,
     OUTPUT_NAMES,
@@ -34,6 +35,9 @@ from superpoint_trt.gpu.arrays import channels_last
 from superpoint_trt.gpu.cuda import DeviceMemory
 from superpoint_trt.gpu.engine_file import EngineMetadata, check_runs_here, read_plan, with_profile
 from superpoint_trt.gpu.tensorrt_api import FailureLog, TensorRT, flavor_of, load
+
+_LONGEST_NAME = 1 << 20
+"""Characters of a plan's name that is read as a description."""
 
 ImageShape = tuple[int, ...]
 """(B, 1, H, W)."""
@@ -363,7 +367,7 @@ def described_by_plan(engine: Any, path: Path) -> ModelDescription:
 def description_inside(engine: Any) -> ModelDescription | None:
     """The description that this package writes into a plan's name; None: another tool built the plan."""
     try:
-        metadata = json.loads(engine.name)
-    except ValueError:
+        metadata = parse(engine.name, _LONGEST_NAME)
+    except JsonError:
         return None
     return ModelDescription.from_metadata(metadata) if isinstance(metadata, dict) else None

@@ -69,8 +69,9 @@ def quantize_file(
         SuperPointError: the ranges are of another network, or `quantize` fails. Nothing is written then.
     """
     source = read_onnx(model)
+    description = source.description
     calibration = load_calibration(ranges)
-    check_same_network(calibration, source.description, source.path)
+    check_same_network(calibration, description, source.path)
     return write_atomically(output, quantize(source.model, calibration, options).SerializeToString())
 
 
@@ -406,6 +407,11 @@ class _PairWriter:
                 raise SuperPointError(
                     f"the calibration rounded other weights than this model's {name}: calibrate this model with "
                     "--calibration-images FOLDER."
+                )
+            if steps.shape != weight.shape:
+                raise SuperPointError(
+                    f"the calibration's rounded weights of {name} are {steps.shape}, the model's {weight.shape}: "
+                    "calibrate this model with --calibration-images FOLDER."
                 )
             values = steps * (largest / self._largest).reshape(-1, 1, 1, 1)
             set_initializers(self._graph, {name: values.astype(np.float32)})
