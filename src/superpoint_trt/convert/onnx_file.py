@@ -99,9 +99,17 @@ def parse_onnx(data: bytes, path: PathLike) -> onnx.ModelProto:
 # ------------------------------------------------------------------------------------------------------ the description
 
 
-def own_description(model: onnx.ModelProto) -> ModelDescription | None:
-    """What a model says of itself in its metadata; None if another tool made it."""
-    return ModelDescription.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+def own_description(model: onnx.ModelProto, path: PathLike = "the model") -> ModelDescription | None:
+    """What a model says of itself in its metadata; None if another tool made it.
+
+    Args:
+        model: any model.
+        path: names the file in the error.
+
+    Raises:
+        SuperPointError: the metadata cannot be read.
+    """
+    return ModelDescription.from_metadata({entry.key: entry.value for entry in model.metadata_props}, path)
 
 
 def model_description(model: onnx.ModelProto, path: PathLike) -> ModelDescription:
@@ -112,15 +120,20 @@ def model_description(model: onnx.ModelProto, path: PathLike) -> ModelDescriptio
         path: names the file in the error.
 
     Raises:
-        SuperPointError: the model is no SuperPoint.
+        SuperPointError: the model is no SuperPoint, or its metadata cannot be read or contradict its tensors.
     """
     inputs, outputs = (
         {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
-        for values in (model.graph.input, model.graph.output)
+        for values in (_inputs(model.graph), model.graph.output)
     )
-    return own_description(model) or recognize(
-        Path(path), None, inputs, outputs, remedy="make one with superpoint export"
-    )
+    remedy = "make one with superpoint export"
+    return recognize(Path(path), own_description(model, path), inputs, outputs, remedy)
+
+
+def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """The graph's inputs. Before opset 9 every constant is listed there, too."""
+    constant_names = {constant.name for constant in graph.initializer}
+    return [value for value in graph.input if value.name not in constant_names]
 
 
 def set_metadata(model: onnx.ModelProto, **values: str) -> None:

@@ -77,7 +77,7 @@ class EngineMetadata:
             return cls._from_flat(mapping(parse(data, _MOST_CHARS), "the file"))
         except (JsonError, SuperPointError) as error:
             raise SuperPointError(
-                f"{path} cannot be read as an engine's metadata: {str(error).rstrip('.')}. Build the engine again, or "
+                f"{path} cannot be read as an engine's metadata: {str(error).rstrip('.')}; build the engine again, or "
                 "remove the .json to run the plan without it."
             ) from error
 

@@ -133,7 +133,7 @@ def _describe(session: Any, path: Path) -> ModelDescription:
     """What the model is, by its metadata; another tool's model by the names, ranks and shapes of its tensors."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     try:
-        described = ModelDescription.from_metadata(session.get_modelmeta().custom_metadata_map)
+        described = ModelDescription.from_metadata(session.get_modelmeta().custom_metadata_map, path)
     except UnicodeDecodeError:
         raise SuperPointError(f"{path} has metadata that is not text; export it again.") from None
     takes, gives = ({tensor.name: list(tensor.shape) for tensor in tensors} for tensors in (inputs, outputs))
