@@ -24,6 +24,7 @@ from superpoint_trt.convert.onnx_file import (
     constants,
     convolution_type,
     has_low_type,
+    infer_shapes,
     model_description,
     read_onnx,
     set_metadata,
@@ -104,7 +105,7 @@ class _Retyped:
     """One graph being cast: decides which nodes get the low type and writes the casts at the border."""
 
     def __init__(self, model: onnx.ModelProto, precision: Precision) -> None:
-        self._source = onnx.shape_inference.infer_shapes(model)
+        self._source = infer_shapes(model)
         self._precision = precision
         self._type = LOW_TYPES[precision]
         self._suffix = "." + precision.value
@@ -141,7 +142,7 @@ class _Retyped:
                 value.type.tensor_type.elem_type = self._type
         # ONNX allows bfloat16 convolutions from opset 22 on, but parsers take them at older opsets.
         strict = self._precision is not Precision.BF16
-        return onnx.shape_inference.infer_shapes(typed, check_type=strict) if strict else typed
+        return infer_shapes(typed, check_type=strict) if strict else typed
 
     def _add_low(self, node: onnx.NodeProto) -> None:
         node = copy.deepcopy(node)

@@ -122,8 +122,9 @@ def _listed(tensors: Shapes) -> str:
 def check_metadata(
     path: Path, described: ModelDescription, image: Sequence[Any], outputs: Shapes, remedy: str
 ) -> ModelDescription:
-    """Checks what a model's metadata say against the shapes of its tensors. Free sizes are checked when it runs
-    (`check_output_shapes`).
+    """Checks a model's metadata against the shapes of its tensors.
+
+    Free sizes are checked when the model runs (`check_output_shapes`).
 
     Args:
         path: the model's file, for the error.

@@ -36,6 +36,7 @@ from superpoint_trt.convert.onnx_file import (
     check_quantizable,
     constants,
     convolutions,
+    infer_shapes,
     node_name,
     read_onnx,
     set_initializers,
@@ -139,7 +140,7 @@ def quantize(
         handed_over=" ".join(int8_input_only),
         first_convolution=first.value,
     )
-    return onnx.shape_inference.infer_shapes(quantized)
+    return infer_shapes(quantized)
 
 
 def fp16_with_int8_input(model: onnx.ModelProto, options: QuantizeOptions, kept: Sequence[str]) -> list[str]:
@@ -349,7 +350,7 @@ def split_image(model: onnx.ModelProto, calibration: Calibration) -> tuple[onnx.
             del graph.initializer[index]
             break
     ranges = {PARTS: 127 * step, **calibration.ranges}
-    return onnx.shape_inference.infer_shapes(split), replace(calibration, ranges=ranges)
+    return infer_shapes(split), replace(calibration, ranges=ranges)
 
 
 def _rounded_at(weight: NDArray[np.float32], place: np.float32) -> NDArray[np.float32]:
