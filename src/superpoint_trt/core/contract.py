@@ -188,7 +188,7 @@ def check_output_shapes(model: ModelDescription, image: Sequence[int], outputs: 
     Args:
         model: what the model is.
         image: shape of the input (B, 1, H, W).
-        outputs: shapes of the outputs, by name; outputs that the contract does not name are not looked at.
+        outputs: shapes of the outputs, by name; those that no model must have are not looked at.
 
     Raises:
         SuperPointError: an output has another shape than the description says.
@@ -204,7 +204,6 @@ def check_output_shapes(model: ModelDescription, image: Sequence[int], outputs: 
             "keypoints": (batch, count, 2),
             "scores": (batch, count),
             "descriptors": (batch, count, dim),
-            "num_keypoints": (batch,),
         },
     }
     for name, shape in expected[model.type].items():
