@@ -137,9 +137,8 @@ def _describe(session: Any, path: Path) -> ModelDescription:
     except UnicodeDecodeError:
         raise SuperPointError(f"{path} has metadata that is not text; export it again.") from None
     takes, gives = ({tensor.name: list(tensor.shape) for tensor in tensors} for tensors in (inputs, outputs))
-    description = recognize(path, described, takes, gives, remedy="make one with: superpoint export")
-    if inputs[0].type != "tensor(float)":
+    if [tensor.type for tensor in inputs if tensor.name == INPUT_NAME] not in ([], ["tensor(float)"]):
         raise SuperPointError(
             f"{path} takes {inputs[0].type}; expected float32 images. Export it with superpoint export."
         )
-    return description
+    return recognize(path, described, takes, gives, remedy="make one with: superpoint export")
