@@ -92,6 +92,11 @@ def check_graph(model: onnx.ModelProto, data: bytes, path: PathLike) -> None:
         onnx.checker.check_model(data)
     except Exception as error:  # the checker's exceptions share no base
         raise SuperPointError(f"{path} is not a valid ONNX model: {one_line(error)}; export it again.") from error
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type not in TensorProto.DataType.values():
+            raise SuperPointError(
+                f"{path}: {value.name} has the unknown type {value.type.tensor_type.elem_type}; export the model again."
+            )
     for tensor in tensors:
         try:
             numpy_helper.to_array(tensor)
