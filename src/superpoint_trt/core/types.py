@@ -199,16 +199,9 @@ _ENUM_FIELDS: Mapping[str, type[enum.Enum]] = {
     "family": Family,
 }
 _COUNTS = ("height_px", "width_px", "max_batch_size", "stride_px", "descriptor_dim", "opset", "max_keypoints")
-_FLAGS = ("dynamic", "subpixel")
-_TEXT_FIELDS = (
-    "checkpoint_sha256",
-    "superpoint_trt_version",
-    "calibration",
-    "kept_layers",
-    "fp16_with_int8_input",
-    "first_convolution",
-    "approximation",
-)
+# The types are text, because annotations are not evaluated.
+_FLAGS = tuple(field.name for field in fields(ModelDescription) if field.type == "bool")
+_TEXT_FIELDS = tuple(field.name for field in fields(ModelDescription) if field.type in ("str", "str | None"))
 
 
 def _parse(key: str, value: str) -> Any:
