@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import LAYOUTS
 
+import superpoint_trt
 from superpoint_trt import __version__
 from superpoint_trt.cli import doctor
 from superpoint_trt.cli.main import cli, run
@@ -76,6 +78,18 @@ def test_doctor_names_the_command_for_what_is_missing(without, monkeypatch, capf
         assert not found[name].present, name
     for name in ("numpy", "OpenCV", "onnx", "onnxruntime", "find keypoints with .onnx", "export .safetensors to .onnx"):
         assert found[name].present, name
+
+
+def test_doctor_says_it_short_and_where_the_package_is(without, capfd):
+    without("tensorrt", "tensorrt_rtx")
+    assert run(cli, ["doctor"]) == 0
+    out = capfd.readouterr().out
+    assert "version, or how to add it" in out and "how, or what is missing" in out
+    assert "superpoint doctor" not in out, "this is doctor"
+    found = findings()
+    for name in ("build TensorRT engines", "run TensorRT engines"):
+        assert found[name].detail.startswith("pip install '.[tensorrt]' or pip install '.[rtx]'")
+    assert found["superpoint-trt"].detail == f"{__version__} ({Path(superpoint_trt.__file__).parent})"
 
 
 def test_doctor_with_torch():

@@ -302,7 +302,7 @@ def test_weights_that_do_not_fit_carry_tensorrts_words(model_file, tmp_path):
         ("--engine a.engine --min-shape 240", "HEIGHTxWIDTH"),
         (
             "--engine a.engine --runtime tensorrt",
-            "tensorrt is not installed here: pip install '.[tensorrt]'",
+            "TensorRT is not installed here: pip install '.[tensorrt]' (in your clone of superpoint-trt).",
         ),
         ("--engine nowhere/a.engine", "does not exist"),
         ("--engine a.engine --runtime rtx", "--target"),
