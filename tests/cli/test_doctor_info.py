@@ -250,7 +250,8 @@ def test_info_of_a_model(info, checkpoint_file, tmp_path, kind, dynamic):
     assert rows["made by"] == f"superpoint-trt {__version__}"
     assert rows["opset"] == "16"
     assert rows["size"] == ("any (multiples of 8 px, 96x64 px expected)" if dynamic else "96x64 px")
-    assert rows["largest batch"] == "5"
+    assert rows["largest batch"] == ("any (superpoint-trt runs 5 at a time)" if dynamic else "5")
+    assert rows["keypoints at"] == "whole pixels"
     assert rows["sampling"] == "legacy"
     assert rows["inputs"] == f"image [batch, 1, {'height, width' if dynamic else '64, 96'}] float"
     assert rows["checkpoint"] == f"layout magicleap, sha256 {sha256(checkpoint_file('magicleap'))}"

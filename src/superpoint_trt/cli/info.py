@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from superpoint_trt.cli.terminal import print_info
+from superpoint_trt.cli.terminal import keypoints_at, print_info
 from superpoint_trt.core.files import PathLike, git_blob_id, one_line, read_bytes, sha256
 from superpoint_trt.core.types import ModelDescription, OutputType, SuperPointError
 from superpoint_trt.gpu.engine_file import read_plan
@@ -90,7 +90,10 @@ def _onnx_model(path: Path) -> Iterator[tuple[str, str]]:
     yield "outputs", tensors[1]
     description = ModelDescription.from_metadata(metadata)
     if description:
-        yield from _model(description)
+        most = description.max_batch_size
+        yield from _model(
+            description, f"any (superpoint-trt runs {most} at a time)" if description.dynamic else str(most)
+        )
     else:
         yield "what", "another tool's model: no superpoint_trt metadata"
     yield "sha256", sha256(data)
@@ -108,7 +111,7 @@ def _engine(path: Path) -> Iterator[tuple[str, str]]:
     if metadata is None:
         yield "what", f"{flavor.value if flavor else 'unknown'} engine without a .json: superpoint infer opens it"
         return
-    yield from _model(metadata.description)
+    yield from _model(metadata.description, str(metadata.profile.max[0]))
     yield "takes", str(metadata.profile)
     if metadata.build.get("channels_last"):
         yield "channels-last", ", ".join(metadata.build["channels_last"])
@@ -118,14 +121,14 @@ def _engine(path: Path) -> Iterator[tuple[str, str]]:
     yield "sha256", metadata.plan_sha256
 
 
-def _model(model: ModelDescription) -> Iterator[tuple[str, str]]:
+def _model(model: ModelDescription, largest_batch: str) -> Iterator[tuple[str, str]]:
     yield "what", f"SuperPoint, {model.type.value} outputs, {model.precision.value}"
     size = f"{model.width_px}x{model.height_px} px"
     yield "size", f"any (multiples of {model.stride_px} px, {size} expected)" if model.dynamic else size
-    yield "largest batch", str(model.max_batch_size)
+    yield "largest batch", largest_batch
     yield "sampling", model.sampling.value
     yield "checkpoint", f"layout {model.family.value if model.family else 'unknown'}, sha256 {model.checkpoint_sha256}"
-    yield "places", "sub-pixel" if model.subpixel else "whole pixels"
+    yield "keypoints at", keypoints_at(model.subpixel)
     if model.approximation:
         yield "approximation", model.approximation
     if model.calibration:
