@@ -21,7 +21,9 @@ from superpoint_trt.cli import doctor
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import DecodeOptions, Keypoints, OutputType
-from superpoint_trt.run.store import save_features
+from superpoint_trt.match.geometry import Model
+from superpoint_trt.match.images import match_images, save_matches
+from superpoint_trt.run.store import _GEOMETRIES, save_features
 
 # --------------------------------------------------------------------------------------------------------------- doctor
 
@@ -316,6 +318,45 @@ def test_info_of_features(info, tmp_path, count):
     assert rows.get("scores") == ("0.2500 to 0.7500" if count else None)
 
 
+@pytest.mark.parametrize("shift", [0, 7])
+def test_info_of_matches(info, tmp_path, shift):
+    """Of points that move by 7 px, and of none."""
+    rng = np.random.default_rng(0)
+    count = 40 if shift else 0
+    xy = rng.uniform(10, 90, (count, 2)).astype(np.float32)
+    rows = np.eye(count, 64, dtype=np.float32)
+    scores = np.full(count, 0.5, np.float32)
+    first, second = (
+        Keypoints(places, scores, rows, size) for places, size in ((xy, (100, 90)), (xy + shift, (80, 70)))
+    )
+    path = save_matches(tmp_path / "m.npz", match_images(first, second))
+    found = info(path)
+    assert found["what"] == "matches of two images"
+    assert found["first image"] == f"100x90 px, {count} keypoints"
+    assert found["second image"] == f"80x70 px, {count} keypoints"
+    assert found["matches"] == f"{count}, {count} inliers of one homography model"
+    assert found["geometry"] == ("supported" if shift else "none")
+
+
+@pytest.mark.parametrize("name", ["inliers", "geometry", "geometry_type", "image_size0", "matches", "keypoints1"])
+def test_a_damaged_file_of_matches_is_one_line(tmp_path, capfd, name):
+    none = Keypoints(*(np.zeros(shape, np.float32) for shape in ((0, 2), (0,), (0, 8))), (100, 90))
+    path = save_matches(tmp_path / "m.npz", match_images(none, none))
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, name: np.array("odd")})
+    assert run(cli, ["info", str(path)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "m.npz is not a file of matches" in line
+    del arrays[name]
+    np.savez(path, **arrays)
+    assert run(cli, ["info", str(path)]) == 2
+    assert "m.npz is not a f" in capfd.readouterr().err
+
+
 def test_info_does_not_care_for_the_case_of_endings(info, checkpoint_file, tmp_path):
     (tmp_path / "MODEL.PTH").write_bytes(checkpoint_file("v6").read_bytes())
     assert info(tmp_path / "MODEL.PTH")["layout"] == "v6"
+
+
+def test_info_knows_every_geometry():
+    assert set(_GEOMETRIES) == {model.value for model in Model}

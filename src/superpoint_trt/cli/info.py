@@ -28,12 +28,12 @@ IMAGE_IN_PARTS = "split into 4 int8 channels; 8-bit images: exact except for the
 @click.command()
 @click.argument("file")
 def info(file: str) -> None:
-    """Say what a checkpoint, an .onnx, an engine or a feature file is."""
+    """Say what a checkpoint, an .onnx, an engine, a feature file or a file of matches is."""
     print_info(file)
 
 
 def facts(path: PathLike) -> Facts:
-    """Tells what a checkpoint, an .onnx, an engine or a feature file is.
+    """Tells what a checkpoint, an .onnx, an engine, a feature file or a file of matches is.
 
     Raises:
         SuperPointError: not a file of this project, or damaged.
@@ -45,7 +45,9 @@ def facts(path: PathLike) -> Facts:
     if suffix in CHECKPOINT_SUFFIXES:
         return _checkpoint(path)
     if suffix == ".npz":
-        return _features(path)
+        from superpoint_trt.run.store import is_matches_file
+
+        return _matches(path) if is_matches_file(path) else _features(path)
     if suffix in ENGINE_SUFFIXES:
         return _engine(path)
     known = ", ".join((".onnx", *CHECKPOINT_SUFFIXES, ".npz", *ENGINE_SUFFIXES))
@@ -159,6 +161,21 @@ def _features(path: Path) -> Iterator[tuple[str, str]]:
     yield "descriptors", f"{found.descriptors.shape[1]} x {found.descriptors.dtype}"
     if len(found):
         yield "scores", f"{found.scores.min():.4f} to {found.scores.max():.4f}"
+
+
+def _matches(path: Path) -> Iterator[tuple[str, str]]:
+    from superpoint_trt.run.store import read_matches_file
+
+    found = read_matches_file(path)
+    yield "file", f"{path} ({_size(path)})"
+    yield "what", "matches of two images"
+    for name, (width, height), count in zip(("first image", "second image"), found.image_sizes, found.keypoints):
+        yield name, f"{width}x{height} px, {count} keypoints"
+    yield "matches", f"{found.matches}, {found.inliers} inliers of one {found.geometry} model"
+    if not found.found:
+        yield "geometry", "none"
+    else:
+        yield "geometry", "supported" if found.supported else "not supported: chance gives as many inliers"
 
 
 def _tensor(value: ValueInfoProto) -> str:
