@@ -128,7 +128,7 @@ def test_doctor_with_a_tensorrt(tmp_path, monkeypatch):
     del sys.modules["tensorrt"]  # for good: monkeypatch would bring it back for the tests that follow
     assert (found["tensorrt"].present, found["tensorrt"].detail) == (True, "10.9.0")
     running = found["run TensorRT engines"]
-    assert not running.present and "no usable NVIDIA GPU: cuda" in running.detail, "a library alone runs nothing"
+    assert not running.present and "no usable NVIDIA GPU: " in running.detail, "a library alone runs nothing"
 
 
 NVIDIA_SMI = {

@@ -6,7 +6,6 @@ import ctypes
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata, util
@@ -150,11 +149,12 @@ def _gpu() -> Finding:
 
 
 def _cuda_driver() -> Finding:
+    driver, version = cuda.driver(), ctypes.c_int(0)
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        version = ctypes.c_int(0)
-        failed = driver.cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
+        failed = driver.cuDriverGetVersion(ctypes.byref(version)) if driver else None
+    except AttributeError:
+        failed = None
+    if failed is None:
         return Finding("CUDA driver", False, "no libcuda; it comes with the NVIDIA driver")
     if failed:
         return Finding("CUDA driver", False, f"cuDriverGetVersion failed with code {failed}")
