@@ -109,8 +109,9 @@ def read_matches_file(path: PathLike) -> MatchesFile:
     data = read_bytes(path, "file of matches")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            first, second, matches = (_read_header(archive, name) for name in ("keypoints0", "keypoints1", "matches"))
-            _check_match_headers([_read_header(archive, name) for name in _MATCH_ARRAYS], matches)
+            rows = [_read_header(archive, name) for name in ("keypoints0", "keypoints1", "matches")]
+            _check_match_headers(rows, [_read_header(archive, name) for name in _MATCH_ARRAYS])
+            first, second, matches = (header.shape[0] for header in rows)
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             geometry = str(arrays["geometry_type"])
             if geometry not in _GEOMETRIES:
@@ -118,8 +119,8 @@ def read_matches_file(path: PathLike) -> MatchesFile:
             (w0, h0), (w1, h1) = ((int(side) for side in arrays[name]) for name in _MATCH_ARRAYS[:2])
             return MatchesFile(
                 image_sizes=((w0, h0), (w1, h1)),
-                keypoints=(first.shape[0], second.shape[0]),
-                matches=matches.shape[0],
+                keypoints=(first, second),
+                matches=matches,
                 inliers=int(arrays["inliers"].sum()),
                 geometry=geometry,
                 found=bool(arrays["geometry"].any()),
@@ -131,13 +132,20 @@ def read_matches_file(path: PathLike) -> MatchesFile:
         ) from error
 
 
-def _check_match_headers(headers: Sequence[_Header], matches: _Header) -> None:
-    """Checks the arrays of `_MATCH_ARRAYS`.
+def _check_match_headers(rows: Sequence[_Header], headers: Sequence[_Header]) -> None:
+    """Checks the arrays of a file of matches.
+
+    Args:
+        rows: the keypoints of both images, and the matches; their numbers of rows are told, they are not unpacked.
+        headers: the arrays of `_MATCH_ARRAYS`.
 
     Raises:
         ValueError: saying what is wrong.
     """
-    shapes = ((2,), (2,), (matches.shape[0],), (3, 3), (), ())
+    for header in rows:
+        if len(header.shape) != 2 or header.shape[1] != 2 or header.shape[0] < 0:
+            raise ValueError(f"{header.name} has shape {header.shape}")
+    shapes = ((2,), (2,), (rows[2].shape[0],), (3, 3), (), ())
     for header, kinds, shape in zip(headers, ("iu", "iu", "b", "f", "U", "b"), shapes):
         if header.shape != shape or header.dtype.kind not in kinds:
             raise ValueError(f"{header.name} is {header.dtype} {header.shape}")
