@@ -4,8 +4,9 @@ Importing what the commands need takes most of a short command's time, and may t
 an interrupt nor a lack of memory ends in a traceback meanwhile.
 """
 
+# Not the module signal, which makes enumerations first: that takes long enough to be interrupted meanwhile.
+import _signal as signal  # type: ignore[import-not-found, unused-ignore]
 import os
-import signal
 import sys
 
 

@@ -50,6 +50,7 @@ from superpoint_trt.convert.quantize.qdq import (
     first_convolutions,
     kept_layers,
     normalizations_after_relu,
+    quantize,
     quantize_file,
 )
 from superpoint_trt.convert.quantize.ranges_file import (
@@ -206,8 +207,8 @@ def quantize_and_verify(
         stage = stages.progress("verifying a choice of layers")
         start, limits = options.start, dict(options.gates)
         choice = fewest_kept(source, result.calibration, images.proof, result.layer_costs, start, limits, stage)
-        quantize = replace(start, keep_fp16=tuple(choice.patterns)) if choice.passed else start
-        result = replace(result, choice=choice, quantize=quantize, kept_layers=tuple(choice.kept))
+        chosen = replace(start, keep_fp16=tuple(choice.patterns)) if choice.passed else start
+        result = replace(result, choice=choice, quantize=chosen, kept_layers=tuple(choice.kept))
     if result.chosen:
         result = _written(source, result, output, engine, build, stages)
         if options.verify and images.proof and (result.onnx or result.engine):
@@ -295,6 +296,7 @@ def _given_ranges(source: OnnxFile, options: LowPrecisionOptions) -> Calibration
         return None
     found = load_calibration(options.ranges)
     check_same_network(found, source.description, source.path)
+    quantize(source.model, found, options.start)  # refuses ranges that do not fit the network
     return found
 
 

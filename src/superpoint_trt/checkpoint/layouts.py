@@ -26,6 +26,9 @@ from superpoint_trt.core.types import Family, Float32, Sampling, SuperPointError
 FEWEST_STAGES, MOST_STAGES = 3, 6
 """3 to 6 stages make cells of 4 to 32 px. The published networks have 4 stages, so cells of 8 px."""
 
+_MOST_VALUES = 1 << 26
+"""Values of one tensor that are accepted; the published networks' largest has 589,824."""
+
 BATCHNORM_EPS = 1e-3
 """Epsilon of the MIT model's BatchNorm; torch's own default is 1e-5."""
 
@@ -148,8 +151,8 @@ def from_arrays(
     """
     metadata = metadata or {}
     family, named = _recognize(arrays, metadata, source)
+    _check_shapes({name: _shapes(name, parameters, source) for name, parameters in named.items()}, source)
     layers = {name: _layer(name, parameters, source) for name, parameters in named.items()}
-    _verify(layers, source)
     norm = _norm_placement(family, layers, metadata, source)
     sampling = sampling or _sampling(family, layers, metadata, source)
     return Checkpoint(layers, family, norm, sampling, subpixel=_subpixel(metadata, source))
@@ -278,11 +281,36 @@ def _network_order(name: str) -> tuple[int, str]:
     return (int(stage[1]), stage[2]) if stage else (10_000, {"P": "1", "D": "2"}[name[4]] + name[5])
 
 
-def _layer(name: str, parameters: Mapping[str, NDArray[Any]], source: str) -> Layer:
-    def take(parameter: str) -> Float32:
+def _shapes(name: str, parameters: Mapping[str, NDArray[Any]], source: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of one layer's parameters, as the file has them: parameter -> shape.
+
+    Raises:
+        SuperPointError: the layer lacks a parameter.
+    """
+    needed = ["weight", "bias"]
+    if any(parameter.startswith("bn.") for parameter in parameters):
+        needed += [f"bn.{field}" for field in BatchNorm.__dataclass_fields__]
+    for parameter in needed:
         if parameter not in parameters:
             raise SuperPointError(f"{source} is incomplete: layer {name} has no {parameter}.")
-        array = np.ascontiguousarray(parameters[parameter], dtype=np.float32)
+    return {parameter: parameters[parameter].shape for parameter in needed}
+
+
+def _layer(name: str, parameters: Mapping[str, NDArray[Any]], source: str) -> Layer:
+    """Copies one layer whose shapes were checked, as float32.
+
+    Raises:
+        SuperPointError: a value is not finite, no number, or a variance is negative.
+    """
+
+    def take(parameter: str) -> Float32:
+        try:
+            with np.errstate(over="ignore"):
+                array = np.ascontiguousarray(parameters[parameter], dtype=np.float32)
+        except (ValueError, TypeError) as error:
+            raise SuperPointError(
+                f"{source}: {name}.{parameter} holds no float32 values: {one_line(error)}."
+            ) from error
         if not np.isfinite(array).all():
             raise SuperPointError(f"{source} is damaged: {name}.{parameter} holds values that are not finite.")
         return array
@@ -290,11 +318,21 @@ def _layer(name: str, parameters: Mapping[str, NDArray[Any]], source: str) -> La
     norm = None
     if any(parameter.startswith("bn.") for parameter in parameters):
         norm = BatchNorm(*(take(f"bn.{field}") for field in BatchNorm.__dataclass_fields__))
+        if (norm.running_var < 0).any():
+            raise SuperPointError(f"{source} is damaged: {name}.bn.running_var is negative in places.")
     return Layer(take("weight"), take("bias"), norm)
 
 
-def _verify(layers: Mapping[str, Layer], source: str) -> None:
-    """Checks that every layer is there, and that kernels and channels fit (DeTone et al. 2018, section 3)."""
+def _check_shapes(layers: Mapping[str, Mapping[str, tuple[int, ...]]], source: str) -> None:
+    """Checks that every layer is there, and that kernels and channels fit (DeTone et al. 2018, section 3).
+
+    Args:
+        layers: layer -> parameter -> shape.
+        source: names the checkpoint in the error.
+
+    Raises:
+        SuperPointError: naming the first layer that does not fit.
+    """
     stages = [int(match[1]) for name in layers for match in [re.fullmatch(r"conv(\d+)a", name)] if match]
     if max([*stages, 0]) > MOST_STAGES:
         last = f"conv{max(stages)}a"
@@ -309,20 +347,17 @@ def _verify(layers: Mapping[str, Layer], source: str) -> None:
         raise SuperPointError(f"{source} is incomplete: no layer {', '.join(missing)}.")
     inputs = 1
     for name in expected:
-        layer = layers[name]
+        shapes = layers[name]
         if name in ("convPa", "convDa"):
-            inputs = layers[f"conv{max(stages)}b"].weight.shape[0]
+            inputs = layers[f"conv{max(stages)}b"]["weight"][0]
         kernel = 1 if name in ("convPb", "convDb") else 3
-        outputs = max(1, layer.weight.shape[0] if layer.weight.ndim else 0)
-        _expect(source, f"{name}.weight", layer.weight, (outputs, inputs, kernel, kernel))
-        _expect(source, f"{name}.bias", layer.bias, (outputs,))
-        for field, array in vars(layer.norm).items() if layer.norm else ():
-            _expect(source, f"{name}.bn.{field}", array, (outputs,))
-        if layer.norm and (layer.norm.running_var < 0).any():
-            raise SuperPointError(f"{source} is damaged: {name}.bn.running_var is negative in places.")
+        outputs = max(1, next(iter(shapes["weight"]), 0))
+        for parameter, shape in shapes.items():
+            fitting = (outputs, inputs, kernel, kernel) if parameter == "weight" else (outputs,)
+            _expect(source, f"{name}.{parameter}", shape, fitting)
         inputs = outputs
     stride = 2 ** (max(stages) - 1)
-    cells = layers["convPb"].weight.shape[0]
+    cells = layers["convPb"]["weight"][0]
     if cells != stride**2 + 1:
         raise SuperPointError(
             f"{source} is not a SuperPoint: its detector has {cells} channels; {max(stages)} stages make cells of "
@@ -330,9 +365,9 @@ def _verify(layers: Mapping[str, Layer], source: str) -> None:
         )
 
 
-def _expect(source: str, what: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise SuperPointError(f"{source} does not fit a SuperPoint: {what} is {array.shape}, expected {shape}.")
+def _expect(source: str, what: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise SuperPointError(f"{source} does not fit a SuperPoint: {what} is {shape}, expected {expected}.")
 
 
 def _norm_placement(
@@ -445,7 +480,8 @@ def state_arrays(state: Any, source: str = "state dict") -> dict[str, NDArray[An
     """Turns a torch state_dict into float32 arrays; takes it out of the dictionary that training scripts put it in.
 
     Raises:
-        SuperPointError: it is no mapping of names to tensors.
+        SuperPointError: it is no mapping of names to tensors, or a tensor is too large, or of a kind that has no
+            float32 values.
     """
     import torch
 
@@ -453,7 +489,46 @@ def state_arrays(state: Any, source: str = "state dict") -> dict[str, NDArray[An
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         kind = type(state).__name__
         raise SuperPointError(f"{source} is not a checkpoint: expected a state_dict of arrays, got {kind}.")
-    return {str(key): value.detach().cpu().to_dense().float().numpy() for key, value in state.items()}
+    for key, value in state.items():
+        _check_tensor(key, value, source)
+    arrays = {}
+    for key, value in state.items():
+        try:
+            arrays[str(key)] = value.detach().cpu().to_dense().float().numpy()
+        except (RuntimeError, NotImplementedError, TypeError, MemoryError) as error:
+            raise SuperPointError(
+                f"{source}: {_key_text(key)} cannot be read as float32 values ({one_line(error)}); save the state_dict "
+                "as float32."
+            ) from error
+    return arrays
+
+
+def _check_tensor(key: object, tensor: Any, source: str) -> None:
+    """Checks one tensor of a state_dict before its values are copied: an expanded or sparse one can be of any size.
+
+    Raises:
+        SuperPointError: the tensor is too large, or of a kind that has no float32 values.
+    """
+    dtype = str(tensor.dtype).rpartition(".")[2]
+    strange = {
+        "a meta tensor, which has no values": tensor.is_meta,
+        "a quantized tensor": tensor.is_quantized,
+        "a nested tensor": tensor.is_nested,
+        f"a tensor of {dtype}": tensor.is_complex() or dtype.startswith("bits"),
+    }
+    for kind, is_of_kind in strange.items():
+        if is_of_kind:
+            raise SuperPointError(f"{source}: {_key_text(key)} is {kind}; save the state_dict as float32.")
+    if tensor.numel() > _MOST_VALUES:
+        raise SuperPointError(
+            f"{source} is not a SuperPoint: {_key_text(key)} is {tuple(tensor.shape)}, {tensor.numel()} values; "
+            f"expected {_MOST_VALUES} at most."
+        )
+
+
+def _key_text(key: object) -> str:
+    """A parameter's name for an error: on one line, cut to 80 characters."""
+    return " ".join(str(key).split())[:80]
 
 
 def _unwrap(state: Any) -> Any:

@@ -90,7 +90,7 @@ def _onnx_model(path: Path) -> Iterator[tuple[str, str]]:
     yield "opset", ", ".join(str(opset.version) for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
     yield "inputs", tensors[0]
     yield "outputs", tensors[1]
-    description = ModelDescription.from_metadata(metadata)
+    description = ModelDescription.from_metadata(metadata, path)
     if description:
         most = description.max_batch_size
         yield from _model(

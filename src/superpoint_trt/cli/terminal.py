@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
 import threading
@@ -190,12 +191,20 @@ def _end(
 
 @contextmanager
 def _noting_interrupts() -> Iterator[list[int]]:
-    """Collects interrupts while they raise KeyboardInterrupt as usual; nothing where something else handles them."""
+    """Collects interrupts while they raise KeyboardInterrupt as usual; nothing where something else handles them.
+
+    One that arrives in the middle of an import waits for its end: extension modules crash if they are interrupted
+    while they are set up.
+    """
     noted: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.append(number)
-        raise KeyboardInterrupt
+        if not _is_importing(frame):
+            raise KeyboardInterrupt
+        again = threading.Timer(0.02, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -206,6 +215,15 @@ def _noting_interrupts() -> Iterator[list[int]]:
         yield noted
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a command that runs in this frame is importing a module."""
+    while frame is not None and frame.f_code is not _end.__code__:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _cut(message: str) -> str:

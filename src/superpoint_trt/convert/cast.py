@@ -24,7 +24,9 @@ from superpoint_trt.convert.onnx_file import (
     constants,
     convolution_type,
     has_low_type,
-    load_onnx,
+    infer_shapes,
+    model_description,
+    read_onnx,
     set_metadata,
 )
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, write_atomically
@@ -62,7 +64,9 @@ def cast(model_path: PathLike, output: PathLike, precision: Precision) -> Path:
     if output.suffix.lower() != ".onnx":
         raise SuperPointError(f"output {output}: a model's name ends in .onnx.")
     check_distinct(output, model_path)
-    typed = to_precision(load_onnx(model_path), precision)
+    source = read_onnx(model_path)
+    typed = to_precision(source.model, precision)
+    model_description(typed, source.path)  # nothing is written that no command would read
     return write_atomically(output, typed.SerializeToString())
 
 
@@ -101,7 +105,7 @@ class _Retyped:
     """One graph being cast: decides which nodes get the low type and writes the casts at the border."""
 
     def __init__(self, model: onnx.ModelProto, precision: Precision) -> None:
-        self._source = onnx.shape_inference.infer_shapes(model)
+        self._source = infer_shapes(model)
         self._precision = precision
         self._type = LOW_TYPES[precision]
         self._suffix = "." + precision.value
@@ -138,7 +142,7 @@ class _Retyped:
                 value.type.tensor_type.elem_type = self._type
         # ONNX allows bfloat16 convolutions from opset 22 on, but parsers take them at older opsets.
         strict = self._precision is not Precision.BF16
-        return onnx.shape_inference.infer_shapes(typed, check_type=strict) if strict else typed
+        return infer_shapes(typed, check_type=strict) if strict else typed
 
     def _add_low(self, node: onnx.NodeProto) -> None:
         node = copy.deepcopy(node)
@@ -180,6 +184,10 @@ class _Retyped:
 
     def _low_constant(self, constant: onnx.TensorProto) -> onnx.TensorProto:
         values = numpy_helper.to_array(constant).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise SuperPointError(
+                f"{constant.name} holds values that are not finite; check the checkpoint with superpoint info."
+            )
         if self._precision is Precision.FP16 and np.abs(values).max(initial=0) > _FP16_MAX:
             raise SuperPointError(
                 f"{constant.name} holds {np.abs(values).max():.3g}, beyond fp16's largest number {_FP16_MAX:g}; "

@@ -207,6 +207,7 @@ def check_build(model: OnnxSource, engine: PathLike, options: BuildOptions) -> B
     for output in (engine, check_writable(sidecar(engine))):
         check_distinct(output, path, options.timing_cache, options.calibration)
     source = read_onnx(model)
+    model_description(source.model, source.path)  # refuses what is no SuperPoint
     tensorrt = load(options.runtime)
     _profile(source.model, options)
     _check_fits(source, options, tensorrt)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
 import onnx
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto, helper, numpy_helper
 
 from superpoint_trt.core.contract import recognize
@@ -55,19 +57,96 @@ def read_onnx(source: OnnxSource) -> OnnxFile:
     """Reads, parses and checks one .onnx file; hands an `OnnxFile` back as it is.
 
     Raises:
-        SuperPointError: the file is missing, is no ONNX, is damaged, or keeps its weights in another file.
+        SuperPointError: the file is missing, is no ONNX, is damaged or inconsistent, or keeps its weights in another
+            file.
     """
     if isinstance(source, OnnxFile):
         return source
     data = read_bytes(source, "model")
     model = parse_onnx(data, source)
-    outside = [weight.name for weight in model.graph.initializer if weight.data_location == TensorProto.EXTERNAL]
+    check_graph(model, data, source)
+    return OnnxFile(Path(source), model, sha256(data))
+
+
+def check_graph(model: onnx.ModelProto, data: bytes, path: PathLike) -> None:
+    """Refuses what ONNX does not allow, and what the stages here do not take: TensorRT's parser dies of some of it.
+
+    Args:
+        model: what `parse_onnx` made of `data`.
+        data: the file's content.
+        path: names the file in the error.
+
+    Raises:
+        SuperPointError: the graph is inconsistent, a name is not text, or weights lie in another file.
+    """
+    if not _all_text(model):
+        raise SuperPointError(f"{path} has names that are not UTF-8 text; export the model again.")
+    tensors = [*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute if a.HasField("t"))]
+    outside = [tensor.name for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL]
     if outside:
         raise SuperPointError(
-            f"{source} keeps its weights ({outside[0]}, ...) in another file; make it one file: "
+            f"{path} keeps its weights ({outside[0]}, ...) in another file; make it one file: "
             "onnx.save(onnx.load(path), path)."
         )
-    return OnnxFile(Path(source), model, sha256(data))
+    try:
+        onnx.checker.check_model(data)
+    except Exception as error:  # the checker's exceptions share no base
+        raise SuperPointError(f"{path} is not a valid ONNX model: {one_line(error)}; export it again.") from error
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type not in TensorProto.DataType.values():
+            raise SuperPointError(
+                f"{path}: {value.name} has the unknown type {value.type.tensor_type.elem_type}; export the model again."
+            )
+    for tensor in tensors:
+        try:
+            numpy_helper.to_array(tensor)
+        except Exception as error:  # of numpy, protobuf and onnx
+            reason = one_line(error) or type(error).__name__
+            raise SuperPointError(
+                f"{path}: the tensor {tensor.name} cannot be read ({reason}); export it again."
+            ) from error
+    for node in model.graph.node:
+        if node.op_type == "Constant" and len(node.attribute) != 1:
+            raise SuperPointError(f"{path}: the constant {node_name(node)} has no value; export the model again.")
+    known = constants(model.graph)
+    for name, node in convolutions(model).items():
+        weight = known.get(node.input[1])
+        if weight is not None and (len(weight.dims) != 4 or 0 in weight.dims):
+            raise SuperPointError(
+                f"{path}: the convolution {name} has weights {list(weight.dims)}; expected 4 sizes, (O, I, K, K)."
+            )
+
+
+def _all_text(message: Message) -> bool:
+    """Whether every text in a message is UTF-8: protobuf hands others over as bytes, or refuses to."""
+    try:
+        for field, value in message.ListFields():
+            values = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
+            if field.type == FieldDescriptor.TYPE_STRING and not all(isinstance(one, str) for one in values):
+                return False
+            if field.type == FieldDescriptor.TYPE_MESSAGE and not all(_all_text(one) for one in values):
+                return False
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def infer_shapes(model: onnx.ModelProto, check_type: bool = False) -> onnx.ModelProto:
+    """A copy of a model with the types and shapes of all tensors that ONNX can tell.
+
+    Args:
+        model: any model.
+        check_type: checks the types of the operators' inputs, too.
+
+    Raises:
+        SuperPointError: the types or shapes contradict each other.
+    """
+    try:
+        return onnx.shape_inference.infer_shapes(model, check_type=check_type)
+    except Exception as error:  # InferenceError, and the binding's own
+        raise SuperPointError(
+            f"the types or shapes in the .onnx contradict each other: {one_line(error)}; export it again."
+        ) from error
 
 
 def load_onnx(path: PathLike) -> onnx.ModelProto:
@@ -85,8 +164,6 @@ def parse_onnx(data: bytes, path: PathLike) -> onnx.ModelProto:
     Raises:
         SuperPointError: the bytes are no ONNX, or are damaged.
     """
-    from google.protobuf.message import DecodeError
-
     try:
         model = onnx.load_model_from_string(data)
     except (DecodeError, ValueError, TypeError) as error:
@@ -99,9 +176,17 @@ def parse_onnx(data: bytes, path: PathLike) -> onnx.ModelProto:
 # ------------------------------------------------------------------------------------------------------ the description
 
 
-def own_description(model: onnx.ModelProto) -> ModelDescription | None:
-    """What a model says of itself in its metadata; None if another tool made it."""
-    return ModelDescription.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+def own_description(model: onnx.ModelProto, path: PathLike = "the model") -> ModelDescription | None:
+    """What a model says of itself in its metadata; None if another tool made it.
+
+    Args:
+        model: any model.
+        path: names the file in the error.
+
+    Raises:
+        SuperPointError: the metadata cannot be read.
+    """
+    return ModelDescription.from_metadata({entry.key: entry.value for entry in model.metadata_props}, path)
 
 
 def model_description(model: onnx.ModelProto, path: PathLike) -> ModelDescription:
@@ -112,15 +197,20 @@ def model_description(model: onnx.ModelProto, path: PathLike) -> ModelDescriptio
         path: names the file in the error.
 
     Raises:
-        SuperPointError: the model is no SuperPoint.
+        SuperPointError: the model is no SuperPoint, or its metadata cannot be read or contradict its tensors.
     """
     inputs, outputs = (
         {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
-        for values in (model.graph.input, model.graph.output)
+        for values in (_inputs(model.graph), model.graph.output)
     )
-    return own_description(model) or recognize(
-        Path(path), None, inputs, outputs, remedy="make one with superpoint export"
-    )
+    remedy = "make one with superpoint export"
+    return recognize(Path(path), own_description(model, path), inputs, outputs, remedy)
+
+
+def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """The graph's inputs. Before opset 9 every constant is listed there, too."""
+    constant_names = {constant.name for constant in graph.initializer}
+    return [value for value in graph.input if value.name not in constant_names]
 
 
 def set_metadata(model: onnx.ModelProto, **values: str) -> None:
@@ -148,7 +238,7 @@ def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     """Initializers, and the tensors of Constant nodes, by name."""
     found = {constant.name: constant for constant in graph.initializer}
     for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
             tensor = copy.deepcopy(node.attribute[0].t)
             tensor.name = node.output[0]
             found[tensor.name] = tensor

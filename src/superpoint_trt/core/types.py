@@ -5,13 +5,14 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt._version import __version__
+from superpoint_trt.core.typed_json import JsonError, choice, flag, integer, parse, real, shown, text
 
 if TYPE_CHECKING:
     import cv2
@@ -25,6 +26,18 @@ CELL_PX = 8
 
 MOST_PX = 1024
 """The largest NMS radius or border that is accepted; a larger number is taken for a mistake."""
+
+LONGEST_SIDE_PX = 1 << 16
+"""The largest height or width that is accepted, of a model or an engine."""
+
+LARGEST_BATCH = 1 << 16
+"""The largest batch that is accepted, of a model or an engine."""
+
+STRIDES_PX = (2, 64)
+"""The smallest and the largest detector cell that is accepted."""
+
+LARGEST_DESCRIPTOR_DIM = 4096
+"""The longest descriptor that is accepted."""
 
 TENSORRT_MAX_TOPK = 3840
 """The largest K that TensorRT's TopK layer takes."""
@@ -171,50 +184,91 @@ class ModelDescription:
         }
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> ModelDescription | None:
+    def from_metadata(cls, metadata: Mapping[str, object], source: object = "the model") -> ModelDescription | None:
         """Reads what `to_metadata` wrote; None if the metadata has none of this package's keys.
 
+        Args:
+            metadata: keys and texts. Keys that a later version added are ignored; missing ones have their default.
+            source: the file, for the error.
+
         Raises:
-            SuperPointError: a value cannot be read.
+            SuperPointError: a value is of another type than its field, or out of range.
         """
         prefix = cls.METADATA_PREFIX
         found = {key[len(prefix) :]: value for key, value in metadata.items() if key.startswith(prefix)}
         if "type" not in found:
             return None
-        known = {_METADATA_KEYS.get(field.name, field.name): field.name for field in fields(cls)}
+        keys = {_METADATA_KEYS.get(name, name): name for name in _READERS}
         try:
-            # Keys that a later version added are ignored.
-            return cls(**{known[key]: _parse(known[key], value) for key, value in found.items() if key in known})
-        except (ValueError, TypeError) as error:
-            raise SuperPointError(f"the model's metadata cannot be read ({error}); export the model again.") from error
+            return cls(**{keys[key]: _READERS[keys[key]](text(found[key], key), key) for key in found if key in keys})
+        except JsonError as error:
+            raise SuperPointError(
+                f"the metadata of {source} cannot be read: {error}; export the model again."
+            ) from error
 
 
 _METADATA_KEYS = {"fp16_with_int8_input": "handed_over"}
 """Fields that have another name in metadata: published files keep their keys."""
 
-_ENUM_FIELDS: Mapping[str, type[enum.Enum]] = {
-    "type": OutputType,
-    "precision": Precision,
-    "sampling": Sampling,
-    "family": Family,
+_Reader = Callable[[str, str], Any]
+"""A metadata value and its key -> the field's value; raises JsonError."""
+
+_LONGEST_NUMBER = 64
+"""Characters of a number in metadata."""
+
+
+def _one_of(kind: type[enum.Enum]) -> _Reader:
+    return lambda value, key: choice(value, key, kind)
+
+
+def _parsed(value: str, key: str) -> object:
+    try:
+        return parse(value, _LONGEST_NUMBER)
+    except JsonError:
+        raise JsonError(f"{key} is {shown(value)}; expected a number, true or false") from None
+
+
+def _whole(low: int, high: int) -> _Reader:
+    return lambda value, key: integer(_parsed(value, key), key, low, high)
+
+
+def _flag(value: str, key: str) -> bool:
+    return flag(_parsed(value, key), key)
+
+
+def _threshold(value: str, key: str) -> float:
+    threshold = real(_parsed(value, key), key, 0.0, 1.0)
+    if threshold == 1.0:
+        raise JsonError(f"{key} is {shown(value)}; scores are probabilities: expected less than 1")
+    return threshold
+
+
+_READERS: Mapping[str, _Reader] = {
+    "type": _one_of(OutputType),
+    "precision": _one_of(Precision),
+    "sampling": _one_of(Sampling),
+    "family": _one_of(Family),
+    "checkpoint_sha256": text,
+    "height_px": _whole(1, LONGEST_SIDE_PX),
+    "width_px": _whole(1, LONGEST_SIDE_PX),
+    "dynamic": _flag,
+    "max_batch_size": _whole(1, LARGEST_BATCH),
+    "stride_px": _whole(*STRIDES_PX),
+    "descriptor_dim": _whole(1, LARGEST_DESCRIPTOR_DIM),
+    "opset": _whole(1, 100),
+    "nms_radius_px": _whole(0, MOST_PX),
+    "remove_borders_px": _whole(0, MOST_PX),
+    "threshold": _threshold,
+    "max_keypoints": _whole(1, 1 << 24),
+    "calibration": text,
+    "kept_layers": text,
+    "fp16_with_int8_input": text,
+    "first_convolution": text,
+    "approximation": text,
+    "subpixel": _flag,
+    "superpoint_trt_version": text,
 }
-_COUNTS = ("height_px", "width_px", "max_batch_size", "stride_px", "descriptor_dim", "opset", "max_keypoints")
-# The types are text, because annotations are not evaluated.
-_FLAGS = tuple(field.name for field in fields(ModelDescription) if field.type == "bool")
-_TEXT_FIELDS = tuple(field.name for field in fields(ModelDescription) if field.type in ("str", "str | None"))
-
-
-def _parse(key: str, value: str) -> Any:
-    if key in _ENUM_FIELDS:
-        return _ENUM_FIELDS[key](value)
-    if key in _TEXT_FIELDS:
-        return value
-    number = json.loads(value)
-    if key in _FLAGS and not isinstance(number, bool):
-        raise ValueError(f"{key} is {value}")
-    if not isinstance(number, (bool, int, float)) or number < (1 if key in _COUNTS else 0):
-        raise ValueError(f"{key} is {value}")
-    return number
+"""Field of `ModelDescription` -> how its metadata value is read."""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.core.contract import recognize
+from superpoint_trt.core.contract import check_contract, check_metadata, check_output_shapes, recognize
 from superpoint_trt.core.files import PathLike, sha256
+from superpoint_trt.core.typed_json import JsonError, parse
 from superpoint_trt.core.types import (
     INPUT_NAME,
     OUTPUT_NAMES,
@@ -34,6 +35,11 @@ from superpoint_trt.gpu.arrays import channels_last
 from superpoint_trt.gpu.cuda import DeviceMemory
 from superpoint_trt.gpu.engine_file import EngineMetadata, check_runs_here, read_plan, with_profile
 from superpoint_trt.gpu.tensorrt_api import FailureLog, TensorRT, flavor_of, load
+
+_LONGEST_NAME = 1 << 20
+"""Characters of a plan's name that is read as a description."""
+
+_REMEDY = "build one with: superpoint build"
 
 ImageShape = tuple[int, ...]
 """(B, 1, H, W)."""
@@ -76,7 +82,9 @@ class Engine:
             check_formats(self.tensorrt, self._shared.engine, path)
             if metadata:
                 check_same_model(metadata, self._shared.engine, self.profiles, path)
-        self.description = with_profile(known, self.profiles[0])
+            self.description = _checked(
+                with_profile(known, self.profiles[0]), self._shared.engine, self.profiles[0], path
+            )
         self.precision = known.precision.value if metadata or known.superpoint_trt_version else "precision unknown"
 
     @property
@@ -126,7 +134,9 @@ class Engine:
                 stream.synchronize()
             if not context.set_input_shape(INPUT_NAME, shape):
                 raise log.failed()
-            return Execution(self.tensorrt, context, stream, shape, output_tensors(self.tensorrt, context, log))
+            outputs = output_tensors(self.tensorrt, context, log)
+            check_output_shapes(self.description, shape, {tensor.name: tensor.shape for tensor in outputs})
+            return Execution(self.tensorrt, context, stream, shape, outputs)
 
     def layers(self) -> list[dict[str, Any]]:
         """What TensorRT's inspector tells of each layer; empty if the plan was built without these details."""
@@ -351,19 +361,40 @@ def described_by_plan(engine: Any, path: Path) -> ModelDescription:
     Raises:
         SuperPointError: it is no SuperPoint.
     """
+    inputs, outputs = _tensor_shapes(engine)
+    inside = description_inside(engine)
+    if inside is None:
+        return replace(recognize(path, None, inputs, outputs, _REMEDY), precision=Precision.FP32)
+    check_contract(path, inside, inputs, outputs, _REMEDY)
+    return inside
+
+
+def _tensor_shapes(engine: Any) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Shapes of the inputs and of the outputs, by name; -1 stands for a free size."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     shapes = {name: list(engine.get_tensor_shape(name)) for name in names}
     modes = {name: engine.get_tensor_mode(name).name for name in names}
     inputs, outputs = ({name: shapes[name] for name in names if modes[name] == mode} for mode in ("INPUT", "OUTPUT"))
-    inside = description_inside(engine)
-    found = recognize(path, inside, inputs, outputs, remedy="build one with: superpoint build")
-    return found if inside else replace(found, precision=Precision.FP32)
+    return inputs, outputs
+
+
+def _checked(described: ModelDescription, engine: Any, profile: ShapeRange, path: Path) -> ModelDescription:
+    """Checks a description, with the profile's sizes, against the engine's tensors.
+
+    Raises:
+        SuperPointError: the engine's inputs or outputs are not those of the contract, or the description contradicts
+            them.
+    """
+    inputs, outputs = _tensor_shapes(engine)
+    check_contract(path, described, inputs, outputs, _REMEDY)
+    batch, height, width = (low if low == high else -1 for low, high in zip(profile.min, profile.max))
+    return check_metadata(path, described, (batch, 1, height, width), outputs, _REMEDY)
 
 
 def description_inside(engine: Any) -> ModelDescription | None:
     """The description that this package writes into a plan's name; None: another tool built the plan."""
     try:
-        metadata = json.loads(engine.name)
-    except ValueError:
+        metadata = parse(engine.name, _LONGEST_NAME)
+    except JsonError:
         return None
     return ModelDescription.from_metadata(metadata) if isinstance(metadata, dict) else None

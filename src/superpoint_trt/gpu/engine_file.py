@@ -6,16 +6,38 @@ The plan itself is plain TensorRT, which trtexec, Triton and C++ programs load.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from superpoint_trt.core.files import PathLike, one_line, read_bytes, sha256
-from superpoint_trt.core.types import ModelDescription, ShapeRange, SuperPointError
+from superpoint_trt.core.files import PathLike, read_bytes, sha256
+from superpoint_trt.core.typed_json import (
+    JsonError,
+    choice,
+    integer,
+    integers,
+    mapping,
+    member,
+    optional_text,
+    parse,
+    text,
+    texts,
+)
+from superpoint_trt.core.types import (
+    LARGEST_BATCH,
+    LONGEST_SIDE_PX,
+    ModelDescription,
+    ShapeRange,
+    SuperPointError,
+)
 from superpoint_trt.gpu.tensorrt_api import Flavor
 
 FORMAT = 1
 """Version of the .json's layout. It rises when an older reader can no longer read the file."""
+
+_MOST_CHARS = 1 << 20
+"""Length of the .json that is accepted; ordinary ones have 2,000 characters."""
 
 
 @dataclass(frozen=True)
@@ -49,31 +71,55 @@ class EngineMetadata:
         """Reads what `to_json` wrote.
 
         Raises:
-            SuperPointError: the file is damaged, or of a later format.
+            SuperPointError: the file is damaged, of a later format, or holds a value of another type or range.
         """
         try:
-            flat = json.loads(data)
-            if flat.pop("format") != FORMAT:
-                raise ValueError("another format")
-            description = ModelDescription.from_metadata(flat["description"])
-            if description is None:
-                raise ValueError("no description")
-            sizes = {name: (int(b), int(h), int(w)) for name, (b, h, w) in flat["profile"].items()}
-            known = {name: flat[_KEYS.get(name, name)] for name in cls.__dataclass_fields__}
-            return cls(
-                **{
-                    **known,
-                    "description": description,
-                    "flavor": Flavor(flat["flavour"]),
-                    "targets": tuple(flat["targets"]),
-                    "profile": ShapeRange(**sizes),
-                }
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, SuperPointError) as error:
+            return cls._from_flat(mapping(parse(data, _MOST_CHARS), "the file"))
+        except (JsonError, SuperPointError) as error:
             raise SuperPointError(
-                f"{path} cannot be read as an engine's metadata ({one_line(error)}); build the engine again, or remove "
-                "the .json to run the plan without it."
+                f"{path} cannot be read as an engine's metadata: {str(error).rstrip('.')}; build the engine again, or "
+                "remove the .json to run the plan without it."
             ) from error
+
+    @classmethod
+    def _from_flat(cls, flat: Mapping[str, object]) -> EngineMetadata:
+        """The content of the .json, each value checked.
+
+        Raises:
+            JsonError: a value is missing, of another type, or out of range.
+            SuperPointError: the description cannot be read.
+        """
+        integer(member(flat, "format"), "format", FORMAT, FORMAT)
+        description = ModelDescription.from_metadata(mapping(member(flat, "description"), "description"), "the engine")
+        if description is None:
+            raise JsonError("description has no superpoint_trt.type")
+        build = mapping(flat.get("build", {}), "build")
+        texts(build.get("channels_last", []), "build.channels_last")
+        return cls(
+            description=description,
+            flavor=choice(member(flat, _KEYS["flavor"]), _KEYS["flavor"], Flavor),
+            tensorrt_version=text(member(flat, "tensorrt_version"), "tensorrt_version"),
+            targets=texts(member(flat, "targets"), "targets"),
+            gpu_name=optional_text(member(flat, "gpu_name"), "gpu_name"),
+            profile=_read_profile(mapping(member(flat, "profile"), "profile")),
+            plan_sha256=text(member(flat, "plan_sha256"), "plan_sha256"),
+            onnx_sha256=text(member(flat, "onnx_sha256"), "onnx_sha256"),
+            rebuild=text(member(flat, "rebuild"), "rebuild"),
+            build=build,
+        )
+
+
+def _read_profile(sizes: Mapping[str, object]) -> ShapeRange:
+    """The optimization profile; its three sizes must rise."""
+    low, usual, high = (_read_shape(member(sizes, name), f"profile.{name}") for name in ("min", "opt", "max"))
+    if not all(a <= b <= c for a, b, c in zip(low, usual, high)):
+        raise JsonError(f"profile runs from {low} over {usual} to {high}; expected min <= opt <= max")
+    return ShapeRange(low, usual, high)
+
+
+def _read_shape(value: object, key: str) -> tuple[int, int, int]:
+    batch, height, width = integers(value, key, 3, 1, LONGEST_SIDE_PX)
+    return integer(batch, key, 1, LARGEST_BATCH), height, width
 
 
 _KEYS = {"flavor": "flavour"}

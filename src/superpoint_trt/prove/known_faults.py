@@ -20,6 +20,14 @@ SMALLEST_SCORE_FAULT = 2e-3
 MUCH_BETTER = 0.2
 """Another reading of the reference is believed if it leaves at most this part of the error."""
 
+SETTLED_PX = 0.2
+"""Sub-pixel points this near to a whole pixel, in x and in y, count as found there."""
+
+LARGEST_FP16 = 65504
+
+MOST_ROUNDED = 0.5
+"""More points than this at places of rounded indices are no chance. Rounded scores hide some of them."""
+
 NOT_FINITE = "not-finite"
 """The name of the one finding that needs no signature."""
 
@@ -69,9 +77,7 @@ def findings(evidence: Evidence) -> list[Finding]:
     raw = evidence.raw_xy if evidence.raw_xy is not None else evidence.found.xy
     height, width = evidence.scores.shape
     inside = np.asarray((np.isfinite(raw) & (raw >= 0) & (raw < np.array([width, height]))).all(axis=1))
-    if evidence.subpixel and inside.all():
-        raw = _peaks(raw, evidence.scores)
-    found = [*_coordinates(inside), *_fp16_indices(evidence, raw, inside)]
+    found = [*_coordinates(inside), *_fp16_indices(evidence, raw[inside])]
     if not found:  # points at rounded indices may lie in the border, which is not a fault of its own
         found += _border(evidence, raw[inside])
     if len(evidence.found) >= FEWEST_POINTS and inside.all():
@@ -79,16 +85,9 @@ def findings(evidence: Evidence) -> list[Finding]:
     return found
 
 
-def _peaks(xy: Float32, scores: Float32) -> Float32:
-    """The whole pixels that sub-pixel points come from: the highest score within their reach."""
-    reach = decode.SUBPIXEL_REACH_PX
-    padded = np.pad(scores, reach, constant_values=-1)
-    dy, dx = np.indices((2 * reach + 1, 2 * reach + 1)).reshape(2, -1)
-    height, width = scores.shape
-    nearest = np.rint(np.clip(xy, 0, (width - 1, height - 1))).astype(np.int64)
-    best = padded[nearest[:, 1, None] + dy, nearest[:, 0, None] + dx].argmax(axis=1)
-    peaks: Float32 = (nearest + np.stack([dx[best], dy[best]], axis=1) - reach).astype(np.float32)
-    return peaks
+def _on_whole_pixels(xy: Float32) -> NDArray[np.bool_]:
+    """Which sub-pixel points hardly moved, so that the nearest pixel is the one they were found at."""
+    return np.asarray((np.abs(xy - np.rint(xy)) < SETTLED_PX).all(axis=1))
 
 
 def _coordinates(inside: NDArray[np.bool_]) -> Iterator[Finding]:
@@ -96,10 +95,13 @@ def _coordinates(inside: NDArray[np.bool_]) -> Iterator[Finding]:
         yield Finding("coordinates", f"{int((~inside).sum())} keypoints lie outside the image or are not finite")
 
 
-def _fp16_indices(evidence: Evidence, raw: Float32, inside: NDArray[np.bool_]) -> Iterator[Finding]:
+def _fp16_indices(evidence: Evidence, raw: Float32) -> Iterator[Finding]:
     """Above 2048 float16 holds only every 2nd, above 4096 every 4th integer, ..., above 65504 none."""
+    if evidence.subpixel:
+        yield from _fp16_subpixel(evidence)
+        return
     width = evidence.scores.shape[1]
-    flat = raw[inside, 1].astype(np.int64) * width + raw[inside, 0].astype(np.int64)
+    flat = raw[:, 1].astype(np.int64) * width + raw[:, 0].astype(np.int64)
     coarse = flat[flat > 4096]
     with np.errstate(over="ignore"):
         representable = coarse.astype(np.float16).astype(np.float64) == coarse
@@ -107,11 +109,32 @@ def _fp16_indices(evidence: Evidence, raw: Float32, inside: NDArray[np.bool_]) -
         yield Finding("fp16-indices", "every flat pixel index is a float16 number: indices went through half precision")
 
 
+def _fp16_subpixel(evidence: Evidence) -> Iterator[Finding]:
+    """Tests whether sub-pixel points lie where their rounded indices would put them.
+
+    Scores are not rounded, so the reference's map tells the pixel that each point was found at: the one of that score.
+    """
+    height, width = evidence.scores.shape
+    order = np.argsort(evidence.scores, axis=None)
+    ranked, wanted = evidence.scores.ravel()[order], evidence.found.scores
+    above = np.clip(np.searchsorted(ranked, wanted), 1, order.size - 1)
+    flat = order[above - (wanted - ranked[above - 1] < ranked[above] - wanted)]
+    rounded = np.minimum(flat, LARGEST_FP16).astype(np.float16).astype(np.int64)
+    moved = (rounded != flat) & (rounded < height * width)
+    if not evidence.in_graph or moved.sum() < FEWEST_POINTS:
+        return
+    places = decode.refine(np.stack([rounded[moved] % width, rounded[moved] // width], axis=1), evidence.scores)
+    fits = np.linalg.norm(places - evidence.found.xy[moved], axis=1) < 0.1
+    if fits.mean() > MOST_ROUNDED:
+        yield Finding("fp16-indices", "keypoints lie at rounded flat pixel indices: they went through half precision")
+
+
 def _border(evidence: Evidence, raw: Float32) -> Iterator[Finding]:
     height, width = evidence.scores.shape
     border = evidence.border_px
+    slack = decode.SUBPIXEL_REACH_PX if evidence.subpixel else 0
     far = np.array([width, height]) - border
-    outside = ((raw < border) | (raw >= far)).any(axis=1)
+    outside = ((raw < border - slack) | (raw >= far + slack)).any(axis=1)
     if border and outside.any():
         yield Finding(
             "border", f"{int(outside.sum())} keypoints lie within {border} px of an edge, which is not removed"
@@ -121,8 +144,10 @@ def _border(evidence: Evidence, raw: Float32) -> Iterator[Finding]:
 def _scores(evidence: Evidence) -> Iterator[Finding]:
     """Tests whether the scores fit a wrong reading of the reference's score map better than the right one."""
     stride = evidence.stride_px
-    xy = _peaks(evidence.found.xy, evidence.scores) if evidence.subpixel else evidence.found.xy
-    x, y = xy.astype(np.int64).T
+    found = evidence.found.rows(_on_whole_pixels(evidence.found.xy)) if evidence.subpixel else evidence.found
+    if len(found) < FEWEST_POINTS:
+        return
+    x, y = np.rint(found.xy).astype(np.int64).T
     read = evidence.scores[y, x]
     height, width = evidence.scores.shape
     cells = evidence.scores.reshape(height // stride, stride, width // stride, stride).sum(axis=(1, 3))
@@ -131,9 +156,9 @@ def _scores(evidence: Evidence) -> Iterator[Finding]:
         "dustbin": (read / cells[y // stride, x // stride], "scores are normalized without the dustbin"),
         "cell-order": (turned, "rows and columns inside a cell are exchanged"),
     }
-    direct = _typical_error(evidence.found.scores, read)
+    direct = _typical_error(found.scores, read)
     for name, (reading, detail) in readings.items():
-        error = _typical_error(evidence.found.scores, reading)
+        error = _typical_error(found.scores, reading)
         if direct > SMALLEST_SCORE_FAULT * read.mean() and error < MUCH_BETTER * direct:
             yield Finding(name, f"{detail}: typical score error {error:.2g} that way, {direct:.2g} the right way")
 

@@ -36,6 +36,7 @@ from superpoint_trt.convert.onnx_file import (
     check_quantizable,
     constants,
     convolutions,
+    infer_shapes,
     node_name,
     read_onnx,
     set_initializers,
@@ -69,8 +70,9 @@ def quantize_file(
         SuperPointError: the ranges are of another network, or `quantize` fails. Nothing is written then.
     """
     source = read_onnx(model)
+    description = source.description
     calibration = load_calibration(ranges)
-    check_same_network(calibration, source.description, source.path)
+    check_same_network(calibration, description, source.path)
     return write_atomically(output, quantize(source.model, calibration, options).SerializeToString())
 
 
@@ -138,7 +140,7 @@ def quantize(
         handed_over=" ".join(int8_input_only),
         first_convolution=first.value,
     )
-    return onnx.shape_inference.infer_shapes(quantized)
+    return infer_shapes(quantized)
 
 
 def fp16_with_int8_input(model: onnx.ModelProto, options: QuantizeOptions, kept: Sequence[str]) -> list[str]:
@@ -348,7 +350,7 @@ def split_image(model: onnx.ModelProto, calibration: Calibration) -> tuple[onnx.
             del graph.initializer[index]
             break
     ranges = {PARTS: 127 * step, **calibration.ranges}
-    return onnx.shape_inference.infer_shapes(split), replace(calibration, ranges=ranges)
+    return infer_shapes(split), replace(calibration, ranges=ranges)
 
 
 def _rounded_at(weight: NDArray[np.float32], place: np.float32) -> NDArray[np.float32]:
@@ -406,6 +408,11 @@ class _PairWriter:
                 raise SuperPointError(
                     f"the calibration rounded other weights than this model's {name}: calibrate this model with "
                     "--calibration-images FOLDER."
+                )
+            if steps.shape != weight.shape:
+                raise SuperPointError(
+                    f"the calibration's rounded weights of {name} are {steps.shape}, the model's {weight.shape}: "
+                    "calibrate this model with --calibration-images FOLDER."
                 )
             values = steps * (largest / self._largest).reshape(-1, 1, 1, 1)
             set_initializers(self._graph, {name: values.astype(np.float32)})

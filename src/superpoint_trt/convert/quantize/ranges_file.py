@@ -12,10 +12,33 @@ from numpy.typing import NDArray
 
 from superpoint_trt.convert.quantize.options import Method
 from superpoint_trt.core.files import PathLike, check_writable, one_line, read_bytes, sha256, write_atomically
+from superpoint_trt.core.typed_json import (
+    JsonError,
+    choice,
+    integer,
+    mapping,
+    member,
+    optional_text,
+    parse,
+    real,
+    shown,
+    text,
+)
 from superpoint_trt.core.types import ModelDescription, SuperPointError
 
 FORMAT = 1
 """Version of the .json; a reader refuses any other."""
+
+_MOST_CHARS = 1 << 24
+"""Length of the .json that is accepted. Each image takes about 150 characters, so that is 100,000 images."""
+
+_RANGES = (1e-30, float(np.finfo(np.float32).max))
+"""The smallest and the largest range that is accepted: a 127th of it is still a float32 of full precision."""
+
+_FACTORS = (1e-6, 1e6)
+"""The smallest and the largest channel factor that is accepted; `equalize.factors` makes 1e-3 to 1."""
+
+_PERCENTILES = (50.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -78,32 +101,54 @@ class Calibration:
                 weights are missing.
         """
         try:
-            flat = json.loads(data)
-            if flat["format"] != FORMAT:
-                raise ValueError(f"format {flat['format']}, expected {FORMAT}")
-            ranges = {str(name): float(value) for name, value in flat["ranges"].items()}
-            bad = [name for name, value in ranges.items() if not 0 < value < np.inf]
-            if bad or not ranges:
-                raise ValueError(f"the range of {bad[0]} is {ranges[bad[0]]}" if bad else "no ranges")
-            return cls(
-                method=Method(flat["method"]),
-                percentile=flat["percentile"],
-                size=str(flat["size"]),
-                checkpoint_sha256=flat["checkpoint_sha256"],
-                approximation=flat.get("approximation"),
-                images={str(name): str(value) for name, value in flat["images"].items()},
-                ranges=ranges,
-                channels={str(name): [float(f) for f in text.split()] for name, text in flat["channels"].items()},
-                weights=_read_weights(path, flat.get("weights_sha256")),
-                rounded_from={str(name): str(value) for name, value in flat.get("rounded_from", {}).items()},
-            )
-        except SuperPointError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls._from_flat(mapping(parse(data, _MOST_CHARS), "the file"), path)
+        except JsonError as error:
             raise SuperPointError(
-                f"{path} cannot be read as calibration ranges ({one_line(error)}); make them again with "
+                f"{path} cannot be read as calibration ranges: {error}; make them again with "
                 "--calibration-images FOLDER."
             ) from error
+
+    @classmethod
+    def _from_flat(cls, flat: Mapping[str, object], path: PathLike) -> Calibration:
+        """The content of the .json, each value checked.
+
+        Raises:
+            JsonError: a value is missing, of another type, or out of range.
+            SuperPointError: the rounded weights cannot be read.
+        """
+        integer(member(flat, "format"), "format", FORMAT, FORMAT)
+        percentile = member(flat, "percentile")
+        ranges = mapping(member(flat, "ranges"), "ranges")
+        if not ranges:
+            raise JsonError("ranges is empty")
+        channels = mapping(flat.get("channels", {}), "channels")
+        return cls(
+            method=choice(member(flat, "method"), "method", Method),
+            percentile=None if percentile is None else real(percentile, "percentile", *_PERCENTILES),
+            size=text(member(flat, "size"), "size"),
+            checkpoint_sha256=optional_text(member(flat, "checkpoint_sha256"), "checkpoint_sha256"),
+            approximation=optional_text(flat.get("approximation"), "approximation"),
+            images=_read_texts(member(flat, "images"), "images"),
+            ranges={name: real(value, f"ranges[{shown(name)}]", *_RANGES) for name, value in ranges.items()},
+            channels={name: _read_factors(value, f"channels[{shown(name)}]") for name, value in channels.items()},
+            weights=_read_weights(path, optional_text(flat.get("weights_sha256"), "weights_sha256")),
+            rounded_from=_read_texts(flat.get("rounded_from", {}), "rounded_from"),
+        )
+
+
+def _read_texts(value: object, key: str) -> dict[str, str]:
+    return {name: text(one, f"{key}[{shown(name)}]") for name, one in mapping(value, key).items()}
+
+
+def _read_factors(value: object, key: str) -> list[float]:
+    """Channel factors: numbers in one text, separated by spaces."""
+    try:
+        factors = [float(word) for word in text(value, key).split()]
+    except ValueError:
+        raise JsonError(f"{key} is {shown(value)}; expected numbers separated by spaces") from None
+    if not factors:
+        raise JsonError(f"{key} is empty; expected a factor for each channel")
+    return [real(factor, key, *_FACTORS) for factor in factors]
 
 
 def ranges_path(model: PathLike) -> Path:
@@ -149,9 +194,15 @@ def _read_weights(ranges: PathLike, digest: str | None) -> dict[str, NDArray[np.
     if sha256(data) != digest:
         raise SuperPointError(f"{path} is not the file that {ranges} was written with: {remedy}")
     try:
-        return dict(from_bytes(data))
-    except SafetensorError as error:
+        weights = dict(from_bytes(data))
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise SuperPointError(f"{path} cannot be read as rounded weights ({one_line(error)}): {remedy}") from error
+    for name, values in weights.items():
+        if values.dtype != np.int8:
+            raise SuperPointError(
+                f"{path} cannot be read as rounded weights: {shown(name)} is {values.dtype}, expected int8: {remedy}"
+            )
+    return weights
 
 
 def weight_digest(weight: NDArray[np.floating]) -> str:

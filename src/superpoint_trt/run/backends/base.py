@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from superpoint_trt.core.contract import check_output_shapes
 from superpoint_trt.core.types import INPUT_NAME, DecodeOptions, Float32, ModelDescription, SuperPointError
 
 if TYPE_CHECKING:
@@ -67,12 +68,15 @@ class Backend(abc.ABC):
             The outputs by name.
 
         Raises:
-            SuperPointError: the input does not fit the model, or the runtime failed.
+            SuperPointError: the input does not fit the model, the runtime failed, or an output has another shape than
+                the model's description says.
         """
         if image.dtype not in (np.float32, np.uint8):
             raise SuperPointError(f"{INPUT_NAME} is {image.dtype}; expected float32 in [0, 1], or uint8.")
         self.check(image.shape)
-        return self._infer(image)
+        outputs = self._infer(image)
+        check_output_shapes(self.description, image.shape, {name: value.shape for name, value in outputs.items()})
+        return outputs
 
     def infer_timed(self, image: Image) -> tuple[Outputs, dict[str, float]]:
         """As `infer`, and seconds: network, and where they exist host_to_device and device_to_host."""

@@ -134,13 +134,12 @@ def _describe(session: Any, path: Path) -> ModelDescription:
     """What the model is, by its metadata; another tool's model by the names, ranks and shapes of its tensors."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     try:
-        described = ModelDescription.from_metadata(session.get_modelmeta().custom_metadata_map)
+        described = ModelDescription.from_metadata(session.get_modelmeta().custom_metadata_map, path)
+        takes, gives = ({tensor.name: list(tensor.shape) for tensor in tensors} for tensors in (inputs, outputs))
     except UnicodeDecodeError:
-        raise SuperPointError(f"{path} has metadata that is not text; export it again.") from None
-    takes, gives = ({tensor.name: list(tensor.shape) for tensor in tensors} for tensors in (inputs, outputs))
-    description = recognize(path, described, takes, gives, remedy="make one with: superpoint export")
-    if inputs[0].type != "tensor(float)":
+        raise SuperPointError(f"{path} has names or metadata that are not text; export it again.") from None
+    if [tensor.type for tensor in inputs if tensor.name == INPUT_NAME] not in ([], ["tensor(float)"]):
         raise SuperPointError(
             f"{path} takes {inputs[0].type}; expected float32 images. Export it with superpoint export."
         )
-    return description
+    return recognize(path, described, takes, gives, remedy="make one with: superpoint export")
