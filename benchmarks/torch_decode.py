@@ -5,9 +5,9 @@
 With --ready everything is compiled first, then FILE is written; with --go timing waits for FILE: compilation takes
 minutes, which another process may use.
 
-eager reference: network.py's SuperPoint in float32, as its users run it. compiled: fp16 channels-last network and a
-decode of fixed shape under torch.compile, with both copies in one CUDA graph. That decode keeps the four best of each
-8x8 cell before the top-k (not exact on plateaus, which favours it).
+eager reference: checkpoint/reference.py's SuperPoint in float32, as its users run it. compiled: fp16 channels-last
+network and a decode of fixed shape under torch.compile, with both copies in one CUDA graph. That decode keeps the four
+best of each 8x8 cell before the top-k (not exact on plateaus, which favours it).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def test_equal_neighbors_all_survive():
 
 @pytest.mark.parametrize("sampling", Sampling)
 def test_sampling_known_answers(sampling):
-    """A descriptor that is its own column number shows where a pixel lands. Figures: facts.md and by hand.
+    """A descriptor that is its own column number shows where a pixel lands. The figures are computed by hand.
 
     W = 64, so 8 columns. Half-pixel: (x + 0.5) / 8 - 0.5. Legacy: (x - 3.5) / (64 - 4.5) * 7.
     """

@@ -464,6 +464,13 @@ def test_engine_without_tensorrt(refuse, desk, no_tensorrt, line, ending):
     refuse(line.replace("FILE", f"model.{ending}"), *says)
 
 
+def test_the_runtime_asked_for_is_the_one_to_install(refuse, no_tensorrt):
+    _, said = refuse(
+        "superpoint build --onnx dense.onnx --engine a.engine --runtime rtx", "TensorRT-RTX is not installed"
+    )
+    assert "'.[rtx]'" in said and "'.[tensorrt]'" not in said
+
+
 @pytest.mark.parametrize("line", [*ENGINE_COMMANDS, "superpoint info FILE"])
 def test_engine_that_is_missing(refuse, line):
     refuse(line.replace("FILE", "missing.engine"), "missing.engine", "does not exist")

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,12 +15,15 @@ import pytest
 import torch
 from conftest import LAYOUTS
 
+import superpoint_trt
 from superpoint_trt import __version__
 from superpoint_trt.cli import doctor
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import DecodeOptions, Keypoints, OutputType
-from superpoint_trt.run.store import save_features
+from superpoint_trt.match.geometry import Model
+from superpoint_trt.match.images import match_images, save_matches
+from superpoint_trt.run.store import _GEOMETRIES, save_features
 
 # --------------------------------------------------------------------------------------------------------------- doctor
 
@@ -78,6 +82,18 @@ def test_doctor_names_the_command_for_what_is_missing(without, monkeypatch, capf
         assert found[name].present, name
 
 
+def test_doctor_says_it_short_and_where_the_package_is(without, capfd):
+    without("tensorrt", "tensorrt_rtx")
+    assert run(cli, ["doctor"]) == 0
+    out = capfd.readouterr().out
+    assert "version, or how to add it" in out and "how, or what is missing" in out
+    assert "superpoint doctor" not in out, "this is doctor"
+    found = findings()
+    for name in ("build TensorRT engines", "run TensorRT engines"):
+        assert found[name].detail.startswith("pip install '.[tensorrt]' or pip install '.[rtx]'")
+    assert found["superpoint-trt"].detail == f"{__version__} ({Path(superpoint_trt.__file__).parent})"
+
+
 def test_doctor_with_torch():
     found = findings()
     assert found["torch"].present and found["torch"].detail.startswith(torch.__version__)
@@ -112,7 +128,7 @@ def test_doctor_with_a_tensorrt(tmp_path, monkeypatch):
     del sys.modules["tensorrt"]  # for good: monkeypatch would bring it back for the tests that follow
     assert (found["tensorrt"].present, found["tensorrt"].detail) == (True, "10.9.0")
     running = found["run TensorRT engines"]
-    assert not running.present and "no usable NVIDIA GPU: cuda" in running.detail, "a library alone runs nothing"
+    assert not running.present and "no usable NVIDIA GPU: " in running.detail, "a library alone runs nothing"
 
 
 NVIDIA_SMI = {
@@ -236,7 +252,8 @@ def test_info_of_a_model(info, checkpoint_file, tmp_path, kind, dynamic):
     assert rows["made by"] == f"superpoint-trt {__version__}"
     assert rows["opset"] == "16"
     assert rows["size"] == ("any (multiples of 8 px, 96x64 px expected)" if dynamic else "96x64 px")
-    assert rows["largest batch"] == "5"
+    assert rows["largest batch"] == ("any (superpoint-trt runs 5 at a time)" if dynamic else "5")
+    assert rows["keypoints at"] == "whole pixels"
     assert rows["sampling"] == "legacy"
     assert rows["inputs"] == f"image [batch, 1, {'height, width' if dynamic else '64, 96'}] float"
     assert rows["checkpoint"] == f"layout magicleap, sha256 {sha256(checkpoint_file('magicleap'))}"
@@ -301,6 +318,45 @@ def test_info_of_features(info, tmp_path, count):
     assert rows.get("scores") == ("0.2500 to 0.7500" if count else None)
 
 
+@pytest.mark.parametrize("shift", [0, 7])
+def test_info_of_matches(info, tmp_path, shift):
+    """Of points that move by 7 px, and of none."""
+    rng = np.random.default_rng(0)
+    count = 40 if shift else 0
+    xy = rng.uniform(10, 90, (count, 2)).astype(np.float32)
+    rows = np.eye(count, 64, dtype=np.float32)
+    scores = np.full(count, 0.5, np.float32)
+    first, second = (
+        Keypoints(places, scores, rows, size) for places, size in ((xy, (100, 90)), (xy + shift, (80, 70)))
+    )
+    path = save_matches(tmp_path / "m.npz", match_images(first, second))
+    found = info(path)
+    assert found["what"] == "matches of two images"
+    assert found["first image"] == f"100x90 px, {count} keypoints"
+    assert found["second image"] == f"80x70 px, {count} keypoints"
+    assert found["matches"] == f"{count}, {count} inliers of one homography model"
+    assert found["geometry"] == ("supported" if shift else "none")
+
+
+@pytest.mark.parametrize("name", ["inliers", "geometry", "geometry_type", "image_size0", "matches", "keypoints1"])
+def test_a_damaged_file_of_matches_is_one_line(tmp_path, capfd, name):
+    none = Keypoints(*(np.zeros(shape, np.float32) for shape in ((0, 2), (0,), (0, 8))), (100, 90))
+    path = save_matches(tmp_path / "m.npz", match_images(none, none))
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, name: np.array("odd")})
+    assert run(cli, ["info", str(path)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "m.npz is not a file of matches" in line
+    del arrays[name]
+    np.savez(path, **arrays)
+    assert run(cli, ["info", str(path)]) == 2
+    assert "m.npz is not a f" in capfd.readouterr().err
+
+
 def test_info_does_not_care_for_the_case_of_endings(info, checkpoint_file, tmp_path):
     (tmp_path / "MODEL.PTH").write_bytes(checkpoint_file("v6").read_bytes())
     assert info(tmp_path / "MODEL.PTH")["layout"] == "v6"
+
+
+def test_info_knows_every_geometry():
+    assert set(_GEOMETRIES) == {model.value for model in Model}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
+
 import click
 import cv2
 import numpy as np
@@ -10,10 +13,11 @@ from conftest import photograph
 
 from superpoint_trt.cli import guide, terminal
 from superpoint_trt.cli.main import cli, run
-from superpoint_trt.cli.options import ExportArgs, RuntimeArgs
+from superpoint_trt.cli.options import ExportArgs, ExtractArgs, RuntimeArgs
 from superpoint_trt.convert.export import ExportOptions
 from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import OutputType
+from superpoint_trt.run.extractor import SuperPoint
 
 
 @pytest.fixture
@@ -91,6 +95,36 @@ def test_a_gpu_by_its_number_is_passed_on(device, monkeypatch):
     with pytest.raises(KeyError):
         terminal.open_model("m.onnx", RuntimeArgs(device, None))
     assert seen == [device]
+
+
+def test_every_option_of_an_extraction_is_a_parameter_of_superpoint():
+    """`open_model` passes them by name, so a new option needs the parameter's name and type."""
+    taken = inspect.signature(SuperPoint).parameters
+    for field in fields(ExtractArgs):
+        assert field.name in taken, field.name
+        assert field.type == taken[field.name].annotation, field.name
+    assert ExtractArgs(nms_radius_px=7).settings()["nms_radius_px"] == 7
+
+
+@pytest.mark.parametrize(
+    "line", ["infer --model m.onnx --image a.png --save f.npz", "match --model m.onnx a.png a.png --save f.npz"]
+)
+def test_radius_and_border_are_free_at_run_time(desk, line):
+    found = {}
+    for words in ("", " --nms-radius 12", " --remove-borders 30"):
+        assert run(cli, (line + words).split()) == 0
+        arrays = np.load("f.npz")
+        found[words] = arrays["keypoints" if "keypoints" in arrays else "keypoints0"]
+    apart = np.abs(found[" --nms-radius 12"][:, None] - found[" --nms-radius 12"][None]).max(axis=2)
+    assert apart[~np.eye(len(apart), dtype=bool)].min() > 12 and len(apart) < len(found[""])
+    bordered = found[" --remove-borders 30"]
+    assert len(bordered) and (bordered >= 30).all() and (bordered < [130, 90]).all() and (found[""] < 30).any()
+
+
+def test_a_radius_that_the_graph_does_not_have_is_refused(exported, desk, capsys):
+    (desk / "k.onnx").write_bytes(exported("v6", type=OutputType.KEYPOINTS, height_px=120, width_px=160).read_bytes())
+    assert run(cli, ["infer", "--model", "k.onnx", "--image", "a.png", "--nms-radius", "9"]) == 2
+    assert "nms_radius_px 9 was asked for, but this model does 4 in its graph" in capsys.readouterr().err
 
 
 def test_useless_options_are_named(desk, capsys):

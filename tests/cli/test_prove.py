@@ -155,6 +155,16 @@ def test_evaluate_prints_all_and_writes_json(desk, capsys, tmp_path):
         assert word in out
 
 
+def test_evaluate_calls_the_packaged_weights_by_their_name(desk, capsys, tmp_path):
+    """The table; the JSON's "model" stays the file that ran."""
+    write_sequence(tmp_path / "data" / "v_a")
+    line = ("evaluate", "--dataset", tmp_path / "data", "--no-baselines", "--json", tmp_path / "e.json")
+    out, _ = text(desk, capsys, *line)
+    model = json.loads((tmp_path / "e.json").read_text())["model"]
+    assert "packaged weights" in out and model not in out
+    assert model.endswith(".onnx")
+
+
 def test_sequences_called_like_kinds_keep_their_rows(desk, capsys, tmp_path):
     """A row for each of the four sequences, for each of the three kinds, and the total."""
     for name in ("total", "other", "viewpoint", "v_illumination", "i_a"):

@@ -225,7 +225,7 @@ def test_an_image_whose_logits_are_not_finite_has_scores_that_are_nan(value, dyn
 
 
 def test_no_top_k_sees_the_whole_map(checkpoint):
-    """The exact two-level top-k: a plain one over 307,200 scores costs TensorRT 1.1 ms (design.md)."""
+    """The exact two-level top-k: a plain one over 307,200 scores costs TensorRT 1.1 ms (docs/architecture.md)."""
     model = to_onnx(checkpoint("v6"), ExportOptions(OutputType.KEYPOINTS, max_keypoints=1024))
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
     lengths = [shapes[node.input[0]][-1] for node in model.graph.node if node.op_type == "TopK"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import cv2
 import numpy as np
 import pytest
 
-from superpoint_trt.core.types import Keypoints, ModelDescription, OutputType, Precision
+from superpoint_trt.core.types import Family, Keypoints, ModelDescription, OutputType, Precision, Sampling
 
 
 def keypoints(dtype=np.float32) -> Keypoints:
@@ -46,3 +48,21 @@ def test_the_keys_of_published_metadata_stay():
     assert "superpoint_trt.fp16_with_int8_input" not in metadata
     assert ModelDescription.from_metadata(metadata) == model
     assert ModelDescription.from_metadata({**metadata, "superpoint_trt.of_the_future": "1"}) == model
+
+
+SAMPLE_OF_TYPE = {
+    "OutputType": OutputType.KEYPOINTS,
+    "Precision": Precision.INT8,
+    "Sampling": Sampling.LEGACY,
+    "Family": Family.V6,
+    "str": "1e3",  # text that JSON would read as a number
+    "bool": True,
+    "int": 24,
+    "float": 0.25,
+}
+
+
+def test_every_field_of_a_description_comes_back_from_metadata():
+    values = {field.name: SAMPLE_OF_TYPE[str(field.type).split(" | ")[0]] for field in fields(ModelDescription)}
+    model = ModelDescription(**values)
+    assert ModelDescription.from_metadata(model.to_metadata()) == model

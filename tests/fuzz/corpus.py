@@ -179,6 +179,21 @@ def features() -> dict[str, np.ndarray]:
     }
 
 
+def matches() -> dict[str, np.ndarray]:
+    """What `superpoint match --save` writes."""
+    both = {f"{name}{index}": array for index in range(2) for name, array in features().items()}
+    return {
+        **both,
+        "matches": np.stack([np.arange(5)] * 2, axis=1),
+        "distances": np.zeros(5, np.float32),
+        "inliers": np.array([True, True, True, True, False]),
+        "geometry": np.eye(3),
+        "geometry_type": np.array("homography"),
+        "geometry_supported": np.array(True),
+        "geometry_log10_nfa": np.array(-3.0),
+    }
+
+
 def npz(arrays: dict[str, np.ndarray], compressed: bool = False) -> bytes:
     buffer = io.BytesIO()
     (np.savez_compressed if compressed else np.savez)(buffer, **arrays)

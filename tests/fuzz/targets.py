@@ -250,7 +250,11 @@ def _headers(draw: st.DrawFn) -> bytes:
 
 
 def npz_cases() -> st.SearchStrategy[Case]:
-    seeds = [corpus.npz(corpus.features()), corpus.npz(corpus.features(), compressed=True)]
+    seeds = [
+        corpus.npz(corpus.features()),
+        corpus.npz(corpus.features(), compressed=True),
+        corpus.npz(corpus.matches()),
+    ]
     content = mutations.bytes_like(seeds) | feature_files() | feature_files()
     return st.builds(lambda data: Case({"odd.npz": data}, ("info", "odd.npz")), content)
 

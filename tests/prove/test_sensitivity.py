@@ -186,6 +186,23 @@ def test_the_gate_that_fails_says_which_rank_counts(folder, ranges, monkeypatch,
     assert choice.passed and choice.kept == expected
 
 
+def test_every_gate_says_what_it_looks_at():
+    cost = LayerCost("convPa", 0.75, 0.5)
+    lost = {gate: cost.lost(gate) for gate in GATE_NAMES}
+    points, descriptors = 0.25, 0.5
+    assert lost == {
+        "score_error_max": points,
+        "keypoints_found_share": points,
+        "score_rank_correlation": points,
+        "descriptor_cosine_median": descriptors,
+        "descriptor_cosine_p1": descriptors,
+        "matches_kept_share": points + descriptors,
+        "findings": points,
+    }
+    with pytest.raises(KeyError):
+        cost.lost("descriptor_of_a_new_gate")
+
+
 def test_the_first_convolution_is_a_layer_to_choose_too(folder, ranges, monkeypatch):
     """Where its parts cost the points, it alone goes back to fp16; asked for in fp16, it is there from the start."""
     monkeypatch.setattr(sensitivity, "verify", Played("keypoints_found_share", {"conv1a"}))

@@ -231,6 +231,17 @@ def test_the_other_sampling_convention_is_named(bench):
     assert "legacy" in result.notes[0]
 
 
+def test_a_reference_without_pytorch_says_that_it_is_not_independent(checkpoint_file, folder, tmp_path, monkeypatch):
+    one = Bench(checkpoint_file("packaged"), folder, tmp_path)
+    assert not any("independent" in note for note in one.verify(OutputType.DENSE).notes)
+    monkeypatch.setattr("superpoint_trt.prove.references.util.find_spec", lambda name: None)
+    note = one.verify(OutputType.DENSE).notes[-1]
+    assert note.startswith(
+        "without PyTorch the reference is this package's own export, run by onnxruntime; pip install"
+    )
+    assert "'.[torch]'" in note and note.endswith("makes it independent")
+
+
 def test_indices_beyond_float16_are_named(checkpoint_file, folder, tmp_path):
     """Above 65,504 there is no float16 number left: points land outside the image."""
 

@@ -6,7 +6,6 @@ import ctypes
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata, util
@@ -15,6 +14,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
+import superpoint_trt
 from superpoint_trt._version import __version__
 from superpoint_trt.cli.terminal import console
 from superpoint_trt.core.files import one_line
@@ -22,22 +22,23 @@ from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.onnx_runtime import import_onnxruntime
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.gpu import cuda
-from superpoint_trt.gpu.tensorrt_api import MODULES, RTX_TARGETS, Flavor, installed, missing
+from superpoint_trt.gpu.tensorrt_api import MODULES, RTX_TARGETS, Flavor, installed
 
 _ADD_CUDA = "pip uninstall onnxruntime, then pip install onnxruntime-gpu (NVIDIA GPU with CUDA)"
 _ADD_TORCH = install_hint("torch")
+_ADD_TENSORRT = install_hint(*(flavor.value for flavor in Flavor))
 
 
 @click.command()
 def doctor() -> None:
     """Say what this machine can do, and the command that adds what it cannot."""
-    print_findings("this machine", examine())
-    print_findings("what you can do", abilities())
+    print_findings("this machine", "version, or how to add it", examine())
+    print_findings("what you can do", "how, or what is missing", abilities())
 
 
-def print_findings(title: str, findings: Iterable[Finding]) -> None:
-    """Prints findings as a table."""
-    table = Table(title, "", "version, or how to add it")
+def print_findings(title: str, detail: str, findings: Iterable[Finding]) -> None:
+    """Prints findings as a table, whose last column is headed `detail`."""
+    table = Table(title, "", detail)
     for finding in findings:
         table.add_row(finding.name, "yes" if finding.present else "no", finding.detail)
     console().print(table, markup=False)
@@ -56,7 +57,7 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Looks at this machine. Imports the libraries that it reports on, so that "present" means that they load."""
     yield Finding("Python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    yield Finding("superpoint-trt", True, f"{__version__} ({Path(__file__).parent})")
+    yield Finding("superpoint-trt", True, f"{__version__} ({Path(superpoint_trt.__file__).parent})")
     yield from _core()
     yield _torch()
     yield _gpu()
@@ -93,7 +94,7 @@ def _engines() -> Iterator[Finding]:
         builds = None
     runs = gpu is not None and (Flavor.TENSORRT in flavors or gpu in RTX_TARGETS) and bool(flavors)
     no_gpu = f"no usable NVIDIA GPU: {why}" if why else "no NVIDIA GPU that the installed TensorRT runs on"
-    lacking = missing() or no_gpu
+    lacking = no_gpu if flavors else f"{_ADD_TENSORRT}; docs/tensorrt.md"
     yield Finding("build TensorRT engines", builds is not None, builds or lacking)
     yield Finding("run TensorRT engines", runs, "superpoint infer --model X.engine" if runs else lacking)
 
@@ -148,11 +149,12 @@ def _gpu() -> Finding:
 
 
 def _cuda_driver() -> Finding:
+    driver, version = cuda.driver(), ctypes.c_int(0)
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        version = ctypes.c_int(0)
-        failed = driver.cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
+        failed = driver.cuDriverGetVersion(ctypes.byref(version)) if driver else None
+    except AttributeError:
+        failed = None
+    if failed is None:
         return Finding("CUDA driver", False, "no libcuda; it comes with the NVIDIA driver")
     if failed:
         return Finding("CUDA driver", False, f"cuDriverGetVersion failed with code {failed}")

@@ -31,7 +31,7 @@ def infer(
     if save:
         check_npz(save)
     # A picture is drawn in full size; without one, a large file may be decoded at a smaller scale.
-    loaded = read_image_file(image, extract.reading(), None if output else extract.max_side)
+    loaded = read_image_file(image, extract.reading(), None if output else extract.max_side_px)
     with open_model(model, runtime, extract) as superpoint:
         started = time.perf_counter()
         keypoints = superpoint.extract(loaded)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from superpoint_trt.cli.terminal import print_info
+from superpoint_trt.cli.terminal import keypoints_at, print_info
 from superpoint_trt.core.files import PathLike, git_blob_id, one_line, read_bytes, sha256
 from superpoint_trt.core.types import ModelDescription, OutputType, SuperPointError
 from superpoint_trt.gpu.engine_file import read_plan
@@ -28,12 +28,12 @@ IMAGE_IN_PARTS = "split into 4 int8 channels; 8-bit images: exact except for the
 @click.command()
 @click.argument("file")
 def info(file: str) -> None:
-    """Say what a checkpoint, an .onnx, an engine or a feature file is."""
+    """Say what a checkpoint, an .onnx, an engine, a feature file or a file of matches is."""
     print_info(file)
 
 
 def facts(path: PathLike) -> Facts:
-    """Tells what a checkpoint, an .onnx, an engine or a feature file is.
+    """Tells what a checkpoint, an .onnx, an engine, a feature file or a file of matches is.
 
     Raises:
         SuperPointError: not a file of this project, or damaged.
@@ -45,7 +45,9 @@ def facts(path: PathLike) -> Facts:
     if suffix in CHECKPOINT_SUFFIXES:
         return _checkpoint(path)
     if suffix == ".npz":
-        return _features(path)
+        from superpoint_trt.run.store import is_matches_file
+
+        return _matches(path) if is_matches_file(path) else _features(path)
     if suffix in ENGINE_SUFFIXES:
         return _engine(path)
     known = ", ".join((".onnx", *CHECKPOINT_SUFFIXES, ".npz", *ENGINE_SUFFIXES))
@@ -90,7 +92,10 @@ def _onnx_model(path: Path) -> Iterator[tuple[str, str]]:
     yield "outputs", tensors[1]
     description = ModelDescription.from_metadata(metadata, path)
     if description:
-        yield from _model(description)
+        most = description.max_batch_size
+        yield from _model(
+            description, f"any (superpoint-trt runs {most} at a time)" if description.dynamic else str(most)
+        )
     else:
         yield "what", "another tool's model: no superpoint_trt metadata"
     yield "sha256", sha256(data)
@@ -108,7 +113,7 @@ def _engine(path: Path) -> Iterator[tuple[str, str]]:
     if metadata is None:
         yield "what", f"{flavor.value if flavor else 'unknown'} engine without a .json: superpoint infer opens it"
         return
-    yield from _model(metadata.description)
+    yield from _model(metadata.description, str(metadata.profile.max[0]))
     yield "takes", str(metadata.profile)
     if metadata.build.get("channels_last"):
         yield "channels-last", ", ".join(metadata.build["channels_last"])
@@ -118,14 +123,14 @@ def _engine(path: Path) -> Iterator[tuple[str, str]]:
     yield "sha256", metadata.plan_sha256
 
 
-def _model(model: ModelDescription) -> Iterator[tuple[str, str]]:
+def _model(model: ModelDescription, largest_batch: str) -> Iterator[tuple[str, str]]:
     yield "what", f"SuperPoint, {model.type.value} outputs, {model.precision.value}"
     size = f"{model.width_px}x{model.height_px} px"
     yield "size", f"any (multiples of {model.stride_px} px, {size} expected)" if model.dynamic else size
-    yield "largest batch", str(model.max_batch_size)
+    yield "largest batch", largest_batch
     yield "sampling", model.sampling.value
     yield "checkpoint", f"layout {model.family.value if model.family else 'unknown'}, sha256 {model.checkpoint_sha256}"
-    yield "places", "sub-pixel" if model.subpixel else "whole pixels"
+    yield "keypoints at", keypoints_at(model.subpixel)
     if model.approximation:
         yield "approximation", model.approximation
     if model.calibration:
@@ -156,6 +161,21 @@ def _features(path: Path) -> Iterator[tuple[str, str]]:
     yield "descriptors", f"{found.descriptors.shape[1]} x {found.descriptors.dtype}"
     if len(found):
         yield "scores", f"{found.scores.min():.4f} to {found.scores.max():.4f}"
+
+
+def _matches(path: Path) -> Iterator[tuple[str, str]]:
+    from superpoint_trt.run.store import read_matches_file
+
+    found = read_matches_file(path)
+    yield "file", f"{path} ({_size(path)})"
+    yield "what", "matches of two images"
+    for name, (width, height), count in zip(("first image", "second image"), found.image_sizes, found.keypoints):
+        yield name, f"{width}x{height} px, {count} keypoints"
+    yield "matches", f"{found.matches}, {found.inliers} inliers of one {found.geometry} model"
+    if not found.found:
+        yield "geometry", "none"
+    else:
+        yield "geometry", "supported" if found.supported else "not supported: chance gives as many inliers"
 
 
 def _tensor(value: ValueInfoProto) -> str:

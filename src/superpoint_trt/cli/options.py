@@ -162,7 +162,10 @@ class ImageArgs(OptionGroup):
 
 @dataclass(frozen=True)
 class ExtractArgs(ImageArgs):
-    """Which keypoints of an image are kept, and at which size they are looked for."""
+    """Which keypoints of an image are kept, and at which size they are looked for.
+
+    Each field has the name of the parameter of `SuperPoint` that it becomes.
+    """
 
     threshold: float | None = option(
         "--threshold",
@@ -172,8 +175,22 @@ class ExtractArgs(ImageArgs):
     max_keypoints: int | None = option(
         *_MAX_KEYPOINTS, type=int, help="Keep the keypoints with the highest scores.", show_default="all"
     )
-    max_side: int | None = option("--max-side", type=int, help="Shrink larger images to this many px first.")
+    nms_radius_px: int | None = option(
+        "--nms-radius",
+        type=int,
+        help=f"px; fixed inside a keypoints model.  [default: {_DECODE.nms_radius_px}, or the model's own]",
+    )
+    remove_borders_px: int | None = option(
+        "--remove-borders",
+        type=int,
+        help=f"px; fixed inside a keypoints model.  [default: {_DECODE.remove_borders_px}, or the model's own]",
+    )
+    max_side_px: int | None = option("--max-side", type=int, help="Shrink larger images to this many px first.")
     subpixel: bool | None = option(_SUBPIXEL, default=None, help=f"{_SUBPIXEL_HELP}  [default: the model's own]")
+
+    def settings(self) -> dict[str, Any]:
+        """All fields, as keyword arguments of `SuperPoint`."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
 
 def _exported(name: str) -> Callable[[], Any]:

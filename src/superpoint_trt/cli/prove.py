@@ -195,24 +195,27 @@ def evaluate(
     from superpoint_trt.prove.evaluate import BASELINES, report_with_baselines
     from superpoint_trt.prove.evaluate import evaluate as run_evaluate
 
+    title = "packaged weights" if model is None else model
     model, protocol = model_or_packaged(model), arguments.protocol()
     check_outputs((json_path,), (model, *input_files(dataset)))
     evaluations = []
     for name in (model, *(name for name in BASELINES if baselines and name != model)):
-        with progress_bar(f"evaluating {name}") as progress:
+        with progress_bar(f"evaluating {title if name == model else name}") as progress:
             evaluations.append(run_evaluate(name, dataset, protocol, runtime.device, runtime.threads, progress))
-    print_evaluations(evaluations)
+    print_evaluations(evaluations, title)
     if json_path:
         write_json(json_path, report_with_baselines(*evaluations))
 
 
-def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
-    """Prints one table per model: its sequences, kinds of sequences, and the total."""
+def print_evaluations(evaluations: Sequence[Evaluation], title: str) -> None:
+    """Prints one table per model: its sequences, kinds of sequences, and the total. The first has the title given."""
     for problem in dict.fromkeys(problem for evaluation in evaluations for problem in evaluation.problems):
         print_aside("left out", problem)
     columns = ("rep.", "loc. px", "MMA@1", "MMA@3", "MMA@10", "H@1", "H@3", "H@5", "M.score", "NN mAP")
-    for evaluation in evaluations:
-        table = Table(evaluation.model, "pairs", *columns, caption=evaluation.runtime, caption_justify="left")
+    for index, evaluation in enumerate(evaluations):
+        table = Table(
+            evaluation.model if index else title, "pairs", *columns, caption=evaluation.runtime, caption_justify="left"
+        )
         # In sections of their own, because a sequence may have the name of a kind.
         for section in (evaluation.sequences, evaluation.kinds, {"total": evaluation.total}):
             for name, row in section.items():

@@ -72,20 +72,12 @@ def open_model(model: str | None, runtime: RuntimeArgs = _RUNTIME, extract: Extr
     from superpoint_trt.run.extractor import SuperPoint
 
     superpoint = SuperPoint(
-        model_or_packaged(model),
-        threshold=extract.threshold,
-        max_keypoints=extract.max_keypoints,
-        max_side_px=extract.max_side,
-        subpixel=extract.subpixel,
-        device=runtime.device,
-        threads=runtime.threads,
-        max_pixels=extract.max_pixels,
-        allow_damaged=extract.allow_damaged,
+        model_or_packaged(model), device=runtime.device, threads=runtime.threads, **extract.settings()
     )
     named = "the packaged weights" if model is None else model
     print_row("model", f"{named} ({superpoint.description.type.value})")
     print_row("ran on", superpoint.runtime)
-    print_row("places", "sub-pixel" if superpoint.options.subpixel else "whole pixels")
+    print_row("keypoints at", keypoints_at(superpoint.options.subpixel))
     return superpoint
 
 
@@ -95,6 +87,11 @@ def open_model(model: str | None, runtime: RuntimeArgs = _RUNTIME, extract: Extr
 def print_row(label: str, value: object) -> None:
     """Prints one line: a label, and what it is."""
     click.echo(f"{label:<14}{value}")
+
+
+def keypoints_at(subpixel: bool | None) -> str:
+    """In words, where keypoints lie."""
+    return "sub-pixel places" if subpixel else "whole pixels"
 
 
 def print_aside(kind: str, text: str) -> None:

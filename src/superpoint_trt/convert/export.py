@@ -199,6 +199,7 @@ def _outputs(checkpoint: Checkpoint, options: ExportOptions, batch: Any) -> list
 
 def exported_description(checkpoint: Checkpoint, options: ExportOptions) -> ModelDescription:
     """The description that `to_onnx` writes into the model's metadata."""
+    # After a change here raise _FORMAT in convert/default_model.py: users' caches hold models described as before.
     decodes = options.type is OutputType.KEYPOINTS
     return ModelDescription(
         type=options.type,

@@ -137,7 +137,7 @@ def _inside(graph: GraphWriter, size: str, axis: int, decode: DecodeOptions) -> 
 
 
 def _suppress(graph: GraphWriter, scores: str, radius_px: int) -> str:
-    """Two suppression rounds, as `network.suppress`; (B, 1, H, W) float32 -> bool, who survives."""
+    """Two suppression rounds, as `checkpoint.reference.suppress`; (B, 1, H, W) float32 -> bool, who survives."""
 
     def window_max(x: str) -> str:
         # Rows, then columns: 2 (2 r + 1) comparisons a pixel instead of (2 r + 1)^2.

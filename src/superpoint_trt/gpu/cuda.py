@@ -5,6 +5,7 @@ Uses the runtime API of NVIDIA's `cuda.bindings`, which shares the device's prim
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import math
@@ -63,15 +64,25 @@ def call(function: str, *arguments: Any) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def driver() -> ctypes.CDLL | None:
+    """The library of the NVIDIA driver; None if this machine has none."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+
+
 def _failed(function: str, error: Any) -> SuperPointError:
     name = runtime().cudaGetErrorName(error)[1].decode()
+    if name == "cudaErrorInsufficientDriver" and driver() is None:
+        return SuperPointError("this machine has no NVIDIA driver, so engines cannot run here; run the .onnx.")
     text = runtime().cudaGetErrorString(error)[1].decode()
     return SuperPointError(f"{function} failed: {text} ({name}){_ADVICE.get(name, '')}.")
 
 
 _ADVICE = {
-    "cudaErrorInsufficientDriver": "; the NVIDIA driver is missing or older than this CUDA: nvidia-smi says which CUDA "
-    "it takes; install a newer driver, or the cuda-bindings of that version",
+    "cudaErrorInsufficientDriver": "; the NVIDIA driver is older than this CUDA: nvidia-smi says which CUDA it takes; "
+    "install a newer driver, or the cuda-bindings of that version",
     "cudaErrorNoDevice": "; no NVIDIA GPU is visible: look at nvidia-smi and CUDA_VISIBLE_DEVICES",
     "cudaErrorMemoryAllocation": "; the GPU is out of memory: close what else runs on it (nvidia-smi), or use smaller "
     "images or batches",

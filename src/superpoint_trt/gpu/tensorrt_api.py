@@ -30,6 +30,7 @@ class Flavor(str, enum.Enum):
 
 
 MODULES = {Flavor.TENSORRT: "tensorrt", Flavor.RTX: "tensorrt_rtx"}
+_NAMES = {Flavor.TENSORRT: "TensorRT", Flavor.RTX: "TensorRT-RTX"}
 
 _MAGIC = {b"ftrt": Flavor.TENSORRT, b"vtrt": Flavor.RTX}
 """The first four bytes of a plan."""
@@ -55,16 +56,17 @@ def installed() -> list[Flavor]:
     return [flavor for flavor, module in MODULES.items() if util.find_spec(module)]
 
 
-def missing() -> str | None:
-    """What to do if no TensorRT is installed; None if one is."""
-    if installed():
-        return None
-    commands = install_hint(*(flavor.value for flavor in Flavor))
-    return (
-        f"TensorRT is not installed here: {commands} on a machine with an NVIDIA GPU (the second builds engines for "
-        "RTX GPUs on any machine; superpoint doctor says what this one has). Without it the .onnx runs everywhere: "
-        "superpoint infer --model MODEL.onnx --image IMAGE."
-    )
+def _missing(flavor: Flavor | None) -> str:
+    """What to do if a TensorRT is not installed; None: if neither is."""
+    if flavor:
+        what = f"{_NAMES[flavor]} is not installed here: {install_hint(flavor.value)}."
+    else:
+        what = (
+            f"TensorRT is not installed here: {install_hint(*(known.value for known in Flavor))} on a machine with an "
+            "NVIDIA GPU (the second builds engines for RTX GPUs on any machine; superpoint doctor says what this one "
+            "has)."
+        )
+    return f"{what} Without it the .onnx runs everywhere: superpoint infer --model MODEL.onnx --image IMAGE."
 
 
 def load(flavor: Flavor | None = None) -> TensorRT:
@@ -80,10 +82,7 @@ def load(flavor: Flavor | None = None) -> TensorRT:
     if flavor is None and here:
         flavor = here[0]
     if flavor is None or flavor not in here:
-        absent = missing() or ""
-        if flavor and here:
-            absent = f"{MODULES[flavor]} is not installed here: {install_hint(flavor.value)}."
-        raise SuperPointError(absent)
+        raise SuperPointError(_missing(flavor))
     if flavor not in _loaded:
         try:
             _loaded[flavor] = TensorRT(flavor, import_module(MODULES[flavor]))
@@ -143,7 +142,7 @@ class TensorRT:
         self.logger = _logger(module, self._log)
 
     def __str__(self) -> str:
-        return f"{'TensorRT' if self.flavor is Flavor.TENSORRT else 'TensorRT-RTX'} {self.version}"
+        return f"{_NAMES[self.flavor]} {self.version}"
 
     # ---------------------------------------------------------------------------------------------------------- log
 

@@ -83,7 +83,7 @@ def homography_error_px(
         count: how many shared points of each image take part.
         estimator: OpenCV's method.
         ransac_px: how far an inlier may lie from the estimate.
-        order: the number of an order of the matches (`match.nearest.estimate`).
+        order: the number of an order of the matches (`match.geometry.estimate`).
     """
     a = shared(first, homography, second.image_size, count)
     b = shared(second, np.linalg.inv(homography), first.image_size, count)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from superpoint_trt.core.files import PathLike
+from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import Float32, ModelDescription, OutputType, Precision, SuperPointError
 from superpoint_trt.run import decode
 from superpoint_trt.run.backends import CHECKPOINT_SUFFIXES, Outputs, open_backend
@@ -19,10 +20,12 @@ class Reference(Protocol):
     Attributes:
         description: what the network is.
         runtime: what it runs on, in words.
+        note: what the reader of a verdict should know about this reference; empty if nothing.
     """
 
     description: ModelDescription
     runtime: str
+    note: str
 
     def __call__(self, image: Float32) -> Outputs:
         """Runs the network.
@@ -52,13 +55,21 @@ def open_reference(weights: PathLike) -> Reference:
 
     with tempfile.TemporaryDirectory() as folder:
         exported = export(weights, Path(folder) / "m.onnx", ExportOptions(OutputType.HEADS, dynamic=True))
-        return _OnnxReference(exported)
+        return _OnnxReference(exported, _OWN_EXPORT)
+
+
+_OWN_EXPORT = (
+    "without PyTorch the reference is this package's own export, run by onnxruntime; "
+    f"{install_hint('torch')} makes it independent"
+)
+"""The note of a checkpoint's reference where PyTorch is missing."""
 
 
 class _OnnxReference:
     """An fp32 .onnx in onnxruntime."""
 
-    def __init__(self, path: PathLike) -> None:
+    def __init__(self, path: PathLike, note: str = "") -> None:
+        self.note = note
         self._backend = open_backend(path, "cpu")
         self.description = self._backend.description
         self.runtime = str(self._backend.runtime)
@@ -76,6 +87,8 @@ class _OnnxReference:
 
 class _TorchReference:
     """A checkpoint in the PyTorch network of `checkpoint/reference.py`."""
+
+    note = ""
 
     def __init__(self, path: PathLike) -> None:
         import torch

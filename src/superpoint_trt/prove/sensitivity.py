@@ -34,6 +34,20 @@ FEW_IMAGES = 8
 """Enough images to rank layers on: the layers that matter stand out, and each layer costs a run on every image."""
 
 
+_POINTS, _DESCRIPTORS = "points", "descriptors"
+
+_LOOKS_AT: Mapping[str, tuple[str, ...]] = {
+    "score_error_max": (_POINTS,),
+    "keypoints_found_share": (_POINTS,),
+    "score_rank_correlation": (_POINTS,),
+    "descriptor_cosine_median": (_DESCRIPTORS,),
+    "descriptor_cosine_p1": (_DESCRIPTORS,),
+    "matches_kept_share": (_POINTS, _DESCRIPTORS),
+    "findings": (_POINTS,),
+}
+"""What each gate of `verify` looks at. A gate that is missing here is an error, never counted as points."""
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """How much of the fp32 points is left when this layer alone is quantized; 1 is all."""
@@ -46,10 +60,8 @@ class LayerCost:
 
     def lost(self, gate: str) -> float:
         """How much this layer alone takes away from what a gate looks at: descriptors, points, or both (matches)."""
-        points, descriptors = 1.0 - self.keypoints_found_share, 1.0 - self.descriptor_cosine_median
-        if gate.startswith("descriptor"):
-            return descriptors
-        return points + descriptors if gate.startswith("matches") else points
+        lost = {_POINTS: 1.0 - self.keypoints_found_share, _DESCRIPTORS: 1.0 - self.descriptor_cosine_median}
+        return sum(lost[what] for what in _LOOKS_AT[gate])
 
 
 @dataclass(frozen=True)

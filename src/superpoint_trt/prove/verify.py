@@ -129,7 +129,11 @@ def verify(
         outputs=comparison.outputs(),
         images=results,
         problems=problems,
-        notes=[*_notes(description, reference.description, voters), f"keypoints of both are {places}"],
+        notes=[
+            *_notes(description, reference.description, voters),
+            f"keypoints of both are {places}",
+            *([reference.note] if reference.note else []),
+        ],
     )
 
 

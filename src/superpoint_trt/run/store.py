@@ -1,4 +1,4 @@
-"""Feature files: the keypoints of one image as .npz."""
+"""Feature files: the keypoints of one image as .npz. And what a file of matches holds."""
 
 from __future__ import annotations
 
@@ -61,6 +61,97 @@ def load_features(path: PathLike) -> Keypoints:
         raise SuperPointError(
             f"{path} is not a feature file: expected an .npz with {expected} ({one_line(error)})."
         ) from error
+
+
+@dataclass(frozen=True)
+class MatchesFile:
+    """What a file of `match.images.save_matches` holds."""
+
+    image_sizes: tuple[tuple[int, int], tuple[int, int]]
+    """(width, height) in pixels of both images."""
+    keypoints: tuple[int, int]
+    """How many keypoints each image has."""
+    matches: int
+    inliers: int
+    geometry: str
+    """"homography" or "fundamental"."""
+    found: bool
+    """Whether there is a geometry."""
+    supported: bool
+    """Whether the matches support it: more inliers than chance gives."""
+
+
+def is_matches_file(path: PathLike) -> bool:
+    """Whether a file has the arrays of two images rather than of one.
+
+    Raises:
+        SuperPointError: the file is missing.
+    """
+    data = read_bytes(path, "feature file")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return "matches.npy" in archive.namelist()
+    except Exception:  # a damaged zip raises whatever its reader stumbles over; reading the features says what is wrong
+        return False
+
+
+_MATCH_ARRAYS = ("image_size0", "image_size1", "inliers", "geometry", "geometry_type", "geometry_supported")
+_GEOMETRIES = ("homography", "fundamental")
+"""The values of `match.geometry.Model`, which this folder does not import."""
+
+
+def read_matches_file(path: PathLike) -> MatchesFile:
+    """Reads what a file of matches holds. Shapes and types are checked before arrays are unpacked.
+
+    Raises:
+        SuperPointError: the file is missing, or no file of matches.
+    """
+    data = read_bytes(path, "file of matches")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            rows = [_read_header(archive, name) for name in ("keypoints0", "keypoints1", "matches")]
+            _check_match_headers(rows, [_read_header(archive, name) for name in _MATCH_ARRAYS])
+            first, second, matches = (header.shape[0] for header in rows)
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            geometry = str(arrays["geometry_type"])
+            if geometry not in _GEOMETRIES:
+                raise ValueError(f"geometry_type is none of {', '.join(_GEOMETRIES)}")
+            (w0, h0), (w1, h1) = ((int(side) for side in arrays[name]) for name in _MATCH_ARRAYS[:2])
+            return MatchesFile(
+                image_sizes=((w0, h0), (w1, h1)),
+                keypoints=(first, second),
+                matches=matches,
+                inliers=int(arrays["inliers"].sum()),
+                geometry=geometry,
+                found=bool(arrays["geometry"].any()),
+                supported=bool(arrays["geometry_supported"]),
+            )
+    except Exception as error:  # a damaged zip raises whatever its reader stumbles over
+        raise SuperPointError(
+            f"{path} is not a file of matches: expected an .npz of superpoint match --save ({one_line(error)})."
+        ) from error
+
+
+def _check_match_headers(rows: Sequence[_Header], headers: Sequence[_Header]) -> None:
+    """Checks the arrays of a file of matches.
+
+    Args:
+        rows: the keypoints of both images, and the matches; their numbers of rows are told, they are not unpacked.
+        headers: the arrays of `_MATCH_ARRAYS`.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    for header in rows:
+        if len(header.shape) != 2 or header.shape[1] != 2 or header.shape[0] < 0:
+            raise ValueError(f"{header.name} has shape {header.shape}")
+    shapes = ((2,), (2,), (rows[2].shape[0],), (3, 3), (), ())
+    for header, kinds, shape in zip(headers, ("iu", "iu", "b", "f", "U", "b"), shapes):
+        if header.shape != shape or header.dtype.kind not in kinds:
+            raise ValueError(f"{header.name} is {header.dtype} {header.shape}")
+    unpacked = sum(header.nbytes for header in headers)
+    if unpacked > _MOST_UNPACKED_BYTES:
+        raise ValueError(f"it unpacks to {unpacked} bytes; at most {_MOST_UNPACKED_BYTES} are read")
 
 
 @dataclass(frozen=True)

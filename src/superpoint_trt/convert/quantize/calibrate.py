@@ -358,7 +358,11 @@ def _range(name: str, histogram: Histogram, options: CalibrationOptions) -> floa
         found = histogram.largest
     elif options.method is Method.ENTROPY:
         found = entropy_range(histogram)
-    else:
+    elif options.method is Method.PERCENTILE:
         found = percentile_range(histogram, options.percentile)
+    else:
+        raise SuperPointError(
+            f"calibration method is {options.method}; expected one of {', '.join(method.value for method in Method)}."
+        )
     # Far finer than a range is known, and the same on every processor.
     return float(f"{found:.4g}")
