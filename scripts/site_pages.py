@@ -24,6 +24,7 @@ PAGES = {
     "README.zh-CN.md": "index.zh-CN.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
     "LICENSE": "license.md",
     "training/README.md": "training.md",
     "training/states/README.md": "training-states.md",
