@@ -200,7 +200,7 @@ def quantize_and_verify(
     result = _measured(source, options, images, given, stages)
     if options.rank_layers or options.choose_layers:
         few = images.proof[:FEW_IMAGES]
-        stage = stages.progress("quantising one layer at a time")
+        stage = stages.progress("quantizing one layer at a time")
         costs = rank(source, result.calibration, few, options.start.precision, stage)
         result = replace(result, layer_costs=tuple(costs))
     if options.choose_layers:

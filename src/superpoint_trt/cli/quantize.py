@@ -166,7 +166,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--onnx", required=True, help="An fp32 SuperPoint .onnx.")
 @click.option("--output", help="The quantized .onnx to write: Q/DQ pairs, float32 elsewhere.")
 @click.option("--precision", type=click.Choice(["int8", "fp8"]), default="int8", show_default=True)
-@click.option("--sensitivity", is_flag=True, help="Rank the layers by what quantising each alone costs.")
+@click.option("--sensitivity", is_flag=True, help="Rank the layers by what quantizing each alone costs.")
 @JSON
 @calibration_options
 def quantize(

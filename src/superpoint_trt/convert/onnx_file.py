@@ -318,7 +318,7 @@ def check_quantizable(model: onnx.ModelProto) -> None:
     found = convolution_type(model)
     if found is not Precision.FP32:
         what = f"its convolutions are {found.value}" if found else "no convolution with plain fp32 weights was found"
-        raise SuperPointError(f"quantising needs an fp32 .onnx, but {what}; export it with fp32.")
+        raise SuperPointError(f"quantizing needs an fp32 .onnx, but {what}; export it with fp32.")
 
 
 # ------------------------------------------------------------------------------------------------------------ raw heads
