@@ -177,8 +177,9 @@ ENDER = """  # ends the process at the n-th call of a function that every output
 import importlib, os, signal, sys
 step, number, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 from superpoint_trt.cli.main import cli, run
-import pathlib, tempfile
-owner, name = {"before writing": (tempfile, "NamedTemporaryFile"), "written, not yet on the disk": (os, "fsync"),
+import pathlib
+from superpoint_trt.core import files
+owner, name = {"before writing": (files, "_open_private"), "written, not yet on the disk": (os, "fsync"),
     "before the rename": (pathlib.Path, "replace")}[step]
 whole = getattr(owner, name)
 calls = 0

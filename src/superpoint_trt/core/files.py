@@ -6,8 +6,8 @@ import hashlib
 import io
 import os
 import stat
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Union
 
@@ -192,10 +192,10 @@ def write_atomically(path: PathLike, data: bytes) -> Path:
     """
     path = check_writable(path)
     target = path.resolve()  # of a link, the file that it points to is replaced
-    temporary = None
+    # The name is known before there is such a file, so that an interrupt at any moment leaves none behind.
+    temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as handle:
-            temporary = Path(handle.name)
+        with open(temporary, "xb", opener=_open_private) as handle:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
@@ -203,12 +203,16 @@ def write_atomically(path: PathLike, data: bytes) -> Path:
         temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_UMASK)
         temporary.replace(target)
     except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         if isinstance(error, OSError):
             raise SuperPointError(f"{path} cannot be written: {error.strerror}.") from error
         raise
     return path
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def write_npz(path: PathLike, arrays: Mapping[str, NDArray[Any]]) -> Path:
