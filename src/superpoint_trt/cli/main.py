@@ -9,6 +9,7 @@ from superpoint_trt.cli.build import build, cast
 from superpoint_trt.cli.demo import demo
 from superpoint_trt.cli.doctor import doctor
 from superpoint_trt.cli.export import export
+from superpoint_trt.cli.extract import extract, merge
 from superpoint_trt.cli.infer import infer
 from superpoint_trt.cli.info import info
 from superpoint_trt.cli.match import match
@@ -31,7 +32,24 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (bench, build, cast, demo, doctor, evaluate, export, infer, info, match, quantize, verify, weights):
+COMMANDS = (
+    bench,
+    build,
+    cast,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    extract,
+    infer,
+    info,
+    match,
+    merge,
+    quantize,
+    verify,
+    weights,
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 main = script(cli)

@@ -35,7 +35,7 @@ Settings = Mapping[str, object]
 
 _MOST_CHARS = 1 << 26
 _MOST = 1 << 40
-_MERGE = 1 << 40
+MERGE_LOCK = 1 << 40
 """The number that is locked by who merges; shards have smaller ones."""
 
 
@@ -59,6 +59,11 @@ class Manifest:
     def shards(self) -> int:
         """How many shards there are."""
         return -(-self.images // self.shard_size)
+
+    def images_of(self, number: int) -> range:
+        """Which of the images a shard has."""
+        start = number * self.shard_size
+        return range(start, min(start + self.shard_size, self.images))
 
     def to_json(self) -> bytes:
         """The content of manifest.json."""
@@ -194,20 +199,21 @@ class ShardFolder:
 
     def report(self, number: int) -> ShardReport | None:
         """How a shard ended; None: it is not finished."""
-        path = self._report_path(number)
+        path = self.report_path(number)
         return ShardReport.read(path) if path.exists() else None
 
     def finish(self, number: int, report: ShardReport) -> None:
         """Makes a shard finished. Its entries must be on disk."""
         content = {**asdict(report), "superpoint_trt_version": __version__}
-        write_atomically(self._report_path(number), (json.dumps(content, indent=1) + "\n").encode())
+        write_atomically(self.report_path(number), (json.dumps(content, indent=1) + "\n").encode())
 
     def unfinished(self, manifest: Manifest) -> list[int]:
         """Numbers of the shards that are not finished."""
         finished = {entry.name for entry in os.scandir(self.folder)} if self.folder.is_dir() else set()
-        return [number for number in range(manifest.shards) if self._report_path(number).name not in finished]
+        return [number for number in range(manifest.shards) if self.report_path(number).name not in finished]
 
-    def _report_path(self, number: int) -> Path:
+    def report_path(self, number: int) -> Path:
+        """The .json of a shard."""
         return self.folder / f"{number:05d}.json"
 
     def clean(self, number: int) -> None:
@@ -253,12 +259,9 @@ def difference(kept: Settings, asked: Settings) -> str | None:
         if kept.get(name) != asked.get(name):
             if name == "model":
                 return "another model"
-            return f"{name} {_shown(kept.get(name))} instead of {_shown(asked.get(name))}"
+            return f"{name} {_shown(kept.get(name))}, not {_shown(asked.get(name))}"
     return None
 
 
 def _shown(value: object) -> str:
     return "none" if value is None else str(value)
-
-
-MERGE_LOCK = _MERGE
