@@ -147,6 +147,8 @@ def _check_output(output: PathLike, inputs: Sequence[PathLike]) -> Path:
         SuperPointError: it cannot, it is an input, or h5py is missing.
     """
     path = Path(output)
+    if path.is_symlink():
+        path = path.resolve()  # so that shards lie on the file system of the file
     check_distinct(path, *inputs)
     if is_hdf5_name(path):
         import_h5py()
