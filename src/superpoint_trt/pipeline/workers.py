@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Protocol
 
 import numpy as np
 
@@ -81,6 +81,53 @@ class WorkOptions:
             "allow_damaged": bool(self.settings.get("allow_damaged", False)),
             "dtype": self.dtype,
         }
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """How the work is shared by Ray."""
+
+    address: str | None = None
+    """Of the cluster, as `ray.init` takes it; None: the one that this machine belongs to, or a new one on it."""
+    actors: int | None = None
+    """Processes that extract; None: one for each GPU of the cluster, without GPUs one for each four CPUs."""
+
+
+class Launcher(Protocol):
+    """Extracts shards, here or elsewhere."""
+
+    @property
+    def settings(self) -> Settings:
+        """What decides the content of an entry."""
+
+    @property
+    def ran_on(self) -> str:
+        """Backend, device and precision."""
+
+    def extract(self, shards: Sequence[Shard], folder: ShardFolder, advance: Callable[[int], None]) -> None:
+        """Extracts shards; `advance` is called with the number of images that were done since the last call."""
+
+
+class LocalLauncher:
+    """Extracts in this process. A context manager."""
+
+    def __init__(self, options: WorkOptions) -> None:
+        self._options = options
+        self._superpoint = options.open()
+        self.settings = options.settings_of(self._superpoint)
+        self.ran_on = str(self._superpoint.runtime)
+
+    def extract(self, shards: Sequence[Shard], folder: ShardFolder, advance: Callable[[int], None]) -> None:
+        """Extracts shards one after another."""
+        extract_shards(self._superpoint, shards, folder, self._options, advance)
+
+    def __enter__(self) -> LocalLauncher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._superpoint.close()
 
 
 _DECODE_FIELDS = ("max_keypoints", "threshold", "nms_radius_px", "remove_borders_px", "subpixel")
