@@ -49,7 +49,7 @@ class BulkArgs(OptionGroup):
         help="Do the I-th of N parts; N processes share the work, and the last one merges.",
     )
     shard_size: int = option(
-        "--shard-size", type=int, default=256, help="Images finished together; a kill loses no more."
+        "--shard-size", type=int, default=64, help="Images finished together; a kill loses no more."
     )
     launcher: str = option(
         "--launcher", type=click.Choice(["local", "ray"]), default="local", help="Work here, or on a Ray cluster."
