@@ -351,7 +351,7 @@ class _Writer:
         """
         while len(self._writing) >= _MOST_WRITES_WAITING:
             self._writing.popleft().result()
-        prepared = self._helpers.submit(_as_stored, result, source.orientation, self._dtype)
+        prepared = self._helpers.submit(as_stored, result, source.orientation, self._dtype)
         self._writing.append(self._thread.submit(self._write, source, prepared))
 
     def wait(self) -> None:
@@ -391,7 +391,7 @@ class _Writer:
             self._open.abandon()
 
 
-def _as_stored(
+def as_stored(
     result: Keypoints | SuperPointError, orientation: int, dtype: np.dtype[Any]
 ) -> Keypoints | SuperPointError:
     """A result in the pixels of its file, and with descriptors in the order of bytes in which HDF5 has them, (D, N)."""
