@@ -70,7 +70,13 @@ def _checkpoint(path: Path) -> Iterator[tuple[str, str]]:
     yield "sampling", checkpoint.sampling.value
     yield "channels", " ".join(str(count) for count in checkpoint.channels)
     yield "descriptors", f"{checkpoint.descriptor_dim}, one per {checkpoint.stride_px}x{checkpoint.stride_px} px"
+    if checkpoint.topology:
+        yield (
+            "topology",
+            f"{len(checkpoint.topology)} convolutions: {', '.join(one.name for one in checkpoint.topology)}",
+        )
     yield "parameters", f"{checkpoint.parameters:,}"
+    yield "work", f"{checkpoint.gflop():.1f} GFLOP for an image of 640x480 px"
     yield "sha256", str(checkpoint.sha256)
     yield "git blob", blob
 

@@ -94,10 +94,10 @@ class _TorchReference:
         import torch
 
         from superpoint_trt.checkpoint.layouts import load
-        from superpoint_trt.checkpoint.reference import SuperPointNet
+        from superpoint_trt.checkpoint.reference import network
 
         loaded = load(path)
-        self._net = SuperPointNet.from_checkpoint(loaded)
+        self._net = network(loaded)
         self.runtime = f"torch {torch.__version__} eager, cpu, fp32"
         self.description = ModelDescription(
             OutputType.HEADS,
