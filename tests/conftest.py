@@ -191,7 +191,7 @@ def photo() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def checkpoint_file(tmp_path_factory) -> Callable[[str], Path]:
-    """Layout name -> a random checkpoint of it, a "compact" one, the "packaged" one, or one of shared/ ("real-v6", "real-amd")."""
+    """Layout name -> a random checkpoint of it; "compact"; "packaged"; or one of shared/ ("real-v6", "real-amd")."""
     folder = tmp_path_factory.mktemp("checkpoints")
     made: dict[str, Path] = {}
 

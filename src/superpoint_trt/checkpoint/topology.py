@@ -1,7 +1,8 @@
 """A network as a list of plain convolutions, for checkpoints that are no VGG.
 
 A checkpoint of this kind keeps the list in its safetensors metadata (`topology`, JSON), its weights under the layers'
-names. The list says what reads what; the torch reference and the export are made by it. Channels and kernel sizes are the weights' own.
+names. The list says what reads what; channels and kernel sizes are the weights' own. The torch reference
+(`compact.CompactNet`) and the export follow it.
 """
 
 from __future__ import annotations

@@ -80,9 +80,9 @@ class GraphWriter:
     def repeat_2x2(self, x: str, base: str, even: bool, output: str) -> str:
         """Repeats every value of (B, C, h, w) 2x2, and cuts the result to the size of `base` (B, C, H, W).
 
-        Nearest neighbors at rounded down places give just that for a size of 2 h and of 2 h - 1 alike. So the node says
-        the size and nothing is cut; it says the factor, which more runtimes compile to a kernel, where `even` tells that
-        H and W are even at every size of the image.
+        Nearest neighbors at places rounded down give just that, for a size of 2 h as for 2 h - 1. So the node says the
+        size of `base`, and nothing is left to cut. Where `even` tells that H and W are 2 h and 2 w, it says the factor
+        2 instead.
         """
         nothing = self.constant("no_floats", np.array([], np.float32)) if self.opset < 13 else ""
         if even:
