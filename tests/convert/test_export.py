@@ -125,7 +125,6 @@ def test_a_branch_at_a_sixteenth_fits_every_size(size, dynamic, opset, checkpoin
         np.testing.assert_allclose(output, expected.numpy(), atol=1e-5)
     kinds = [node.op_type for node in model.graph.node]
     assert "Slice" not in kinds and kinds.count("Resize") == 1
-    assert kinds.count("Shape") == (1 if dynamic or height % 16 or width % 16 else 0)
 
 
 def test_the_cut_at_odd_sizes_is_felt(checkpoint):

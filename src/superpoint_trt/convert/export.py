@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from superpoint_trt._version import __version__
 from superpoint_trt.checkpoint.layouts import Checkpoint, load
-from superpoint_trt.checkpoint.topology import DESCRIPTORS, IMAGE, LOGITS, Convolution, grid_sizes
+from superpoint_trt.checkpoint.topology import DESCRIPTORS, IMAGE, LOGITS, Convolution
 from superpoint_trt.convert.export_options import ExportOptions
 from superpoint_trt.convert.fold import (
     FoldedLayer,
@@ -114,8 +114,6 @@ def _vgg(graph: GraphWriter, checkpoint: Checkpoint, options: ExportOptions) -> 
 def _compact(graph: GraphWriter, checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, str]:
     """Writes the convolutions of a topology; returns the names of the two raw heads."""
     layers = folded_layers(checkpoint, options)
-    kernels = {name: layer.weight.shape[2] for name, layer in layers.items()}
-    grids = [grid_sizes(checkpoint.topology, kernels, side) for side in (options.height_px, options.width_px)]
     made = {IMAGE: INPUT_NAME}
     for layer in checkpoint.topology:
         x = graph.concat([made[name] for name in layer.inputs], f"{layer.name}.inputs")
@@ -123,8 +121,7 @@ def _compact(graph: GraphWriter, checkpoint: Checkpoint, options: ExportOptions)
         if layer.relu:
             x = graph.node("Relu", [x], output=f"{layer.name}.relu")
         if layer.added_to:
-            even = not options.dynamic and all(grid[layer.added_to] % 2 == 0 for grid in grids)
-            x = graph.repeat_2x2(x, made[layer.added_to], even, f"{layer.name}.repeated")
+            x = graph.repeat_2x2(x, made[layer.added_to], f"{layer.name}.repeated")
             x = graph.node("Add", [made[layer.added_to], x], output=f"{layer.name}.sum")
         made[layer.name] = x
     return made[LOGITS], made[DESCRIPTORS]

@@ -77,20 +77,16 @@ class GraphWriter:
         """Joins tensors along their channels; one alone stays as it is."""
         return self.node("Concat", parts, output=output, axis=1) if len(parts) > 1 else parts[0]
 
-    def repeat_2x2(self, x: str, base: str, even: bool, output: str) -> str:
+    def repeat_2x2(self, x: str, base: str, output: str) -> str:
         """Repeats every value of (B, C, h, w) 2x2, and cuts the result to the size of `base` (B, C, H, W).
 
-        Nearest neighbors at places rounded down give just that, for a size of 2 h as for 2 h - 1. So the node says the
-        size of `base`, and nothing is left to cut. Where `even` tells that H and W are 2 h and 2 w, it says the factor
-        2 instead.
+        Nearest neighbors at places rounded down give just that, for a size of 2 h as for 2 h - 1. So the node takes the
+        size of `base`, and nothing is left to cut. It does so in a graph of fixed size as well, because calibration
+        runs that on images of any size; runtimes compute the size before the first run.
         """
         nothing = self.constant("no_floats", np.array([], np.float32)) if self.opset < 13 else ""
-        if even:
-            wanted = [nothing, self.constant("twice", np.array([1, 1, 2, 2], np.float32))]
-        else:
-            wanted = [nothing, nothing, self.node("Shape", [base])]
         how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-        return self.node("Resize", [x, *wanted], output=output, **how)
+        return self.node("Resize", [x, nothing, nothing, self.node("Shape", [base])], output=output, **how)
 
     def reshape(self, x: str, shape: Sequence[int], output: str | None = None) -> str:
         """Reshapes as ONNX does: 0 keeps a size, -1 takes what is left."""
