@@ -31,6 +31,7 @@ from superpoint_trt.checkpoint.topology import (
 )
 from superpoint_trt.core.files import PathLike, one_line, read_bytes, sha256, write_atomically
 from superpoint_trt.core.install import install_hint
+from superpoint_trt.core.networks import weights_path
 from superpoint_trt.core.types import CELL_PX, Family, Float32, Sampling, SuperPointError
 
 FEWEST_STAGES, MOST_STAGES = 3, 6
@@ -149,13 +150,14 @@ def load(path: PathLike, sampling: Sampling | None = None) -> Checkpoint:
     """Reads a checkpoint file of any known layout, recognised by its keys.
 
     Args:
-        path: `.pth` (needs torch) or `.safetensors` (does not); told apart by content, not by name.
+        path: `.pth` (needs torch) or `.safetensors` (does not); told apart by content, not by name. Or the name of a
+            packaged network.
         sampling: overrides the descriptor sampling that the family implies.
 
     Raises:
         SuperPointError: the file is missing, damaged, no checkpoint or no SuperPoint, or asks to execute code.
     """
-    path = Path(path)
+    path = Path(weights_path(path))
     data = read_bytes(path, "checkpoint")
     if _is_safetensors(data):
         arrays, metadata = _read_safetensors(data, path)

@@ -57,7 +57,7 @@ class MatchArgs(OptionGroup):
 @ExtractArgs.declare("extract", max_keypoints={"default": MAX_KEYPOINTS, "show_default": True})
 @RuntimeArgs.declare("runtime")
 def match(
-    model: str | None,
+    model: str,
     first: str,
     second: str,
     output: str | None,

@@ -68,11 +68,14 @@ def _check_threads(context: click.Context, parameter: click.Parameter, threads: 
     return most
 
 
+NETWORKS = ", ".join(network.name for network in packaged.NETWORKS)
+"""Names of the packaged networks, for the help."""
 WEIGHTS = click.option(
     "--weights",
-    default=str(packaged.WEIGHTS),
-    show_default="the packaged ones",
-    help="Checkpoint: .pth (needs torch) or .safetensors.",
+    default=packaged.DEFAULT,
+    show_default=True,
+    help=f"Checkpoint: .pth (needs torch) or .safetensors; or a packaged network: {NETWORKS}. A name wins over a file "
+    "called so; ./NAME is the file.",
 )
 SAMPLING = click.option(
     "--sampling",
@@ -81,7 +84,10 @@ SAMPLING = click.option(
 )
 SUBPIXEL = click.option(_SUBPIXEL, default=None, help=f"{_SUBPIXEL_HELP}  [default: the model's own]")
 MODEL = click.option(
-    "--model", help=".onnx, engine, or a checkpoint (runs in PyTorch).  [default: the packaged weights]"
+    "--model",
+    default=packaged.DEFAULT,
+    show_default=True,
+    help=f".onnx, engine, or a checkpoint (runs in PyTorch); or a packaged network: {NETWORKS}.",
 )
 JSON = click.option("--json", "json_path", help="File to write the figures to.")
 
