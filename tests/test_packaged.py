@@ -123,16 +123,19 @@ def test_commands_take_them_by_default(tmp_path, monkeypatch, capsys):
         ["demo", "--output", "pictures/of/it"],
     ):
         assert run(cli, arguments) == 0, arguments
-    assert "model         full (dense)" in capsys.readouterr().out
+    assert f"model         {packaged.DEFAULT} (dense)" in capsys.readouterr().out
     assert (tmp_path / "pictures/of/it/matches.jpg").is_file()
 
 
 def test_the_list_shows_them_first(capsys):
     assert run(cli, ["weights", "list"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("full (packaged, the default of every command): ") and "v6: " in out
-    assert str(packaged.WEIGHTS) in out and "MIT" in out
-    assert "1,300,865 parameters, 52.1 GFLOP for 640x480 px" in out and "256 a descriptor" in out
+    assert f"{packaged.DEFAULT} (packaged, the default of every command): " in out
+    for network in packaged.NETWORKS:
+        found = layouts.load(network.name)
+        assert out.index(f"{network.name} (packaged") < out.index("v6: ")
+        assert str(network.weights) in out and f"{found.parameters:,} parameters, {found.gflop():.1f} GFLOP" in out
+        assert f"{found.descriptor_dim} a descriptor" in out
 
 
 def test_a_demo_without_a_place_for_pictures_is_refused(tmp_path, monkeypatch, capsys):

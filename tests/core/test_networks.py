@@ -38,12 +38,10 @@ def test_a_name_wins_over_a_file_and_a_path_is_a_path(small, tmp_path):
 @pytest.mark.parametrize("name", ["tiny", "FULL", "a b", "x" * 3000, "a\nb", "\0"])
 def test_other_names_are_refused_in_one_line(small, name):
     for use in (packaged_network, layouts.load, SuperPoint, default_model):
-        with pytest.raises(
-            SuperPointError, match=r"is no packaged network and no file here; the networks are: full"
-        ) as e:
+        with pytest.raises(SuperPointError, match=r"is no packaged network and no file here; the networks") as error:
             use(name)
-        assert "small (superpoint weights list)" in str(e.value)
-        assert "\n" not in str(e.value) and len(str(e.value)) < 250
+        assert "small (superpoint weights list)" in str(error.value)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 def test_a_file_without_an_ending_is_still_read(small, tmp_path):
@@ -86,4 +84,4 @@ def test_an_unknown_name_on_the_command_line_is_one_line(small, capsys):
         cv2.imwrite("0.png", photograph(64, 64))
         assert run(cli, words.split()) == 2, words
         (line,) = capsys.readouterr().err.splitlines()
-        assert "'tiny' is no packaged network" in line and "full, small" in line
+        assert "'tiny' is no packaged network" in line and "full" in line and "small" in line
