@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,3 +260,26 @@ def test_names_that_torch_has_for_itself_are_refused():
     table[1] = ("stem1", ["train"], *table[1][2:])
     with pytest.raises(SuperPointError, match=r"a layer cannot be called train, which PyTorch has for itself"):
         reference.network(random_compact(table=table))
+
+
+def test_the_example_in_the_documentation_is_one():
+    page = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text()
+    topology = from_json(page.split("```json\n")[1].split("```")[0], "the page")
+    sides = {"stem0": 4, "eighth0": 4, "wide0": 3, "features": 1, "patches": 8, "detector_hidden": 3}
+    table = [
+        (
+            one.name,
+            one.inputs,
+            {"detector": 65}.get(one.name, 8),
+            sides.get(one.name, 1),
+            one.stride,
+            one.relu,
+            one.added_to,
+        )
+        for one in topology
+    ]
+    found = random_compact(table=table)
+    assert from_json(to_json(found.topology), "again") == topology
+    image = torch.from_numpy(photograph(104, 88)[None, None].astype(np.float32) / 255)
+    logits, descriptors = reference.network(found)(image)
+    assert (logits.shape, descriptors.shape) == ((1, 65, 13, 11), (1, 8, 13, 11))
