@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from conftest import build_level
@@ -21,7 +22,6 @@ from superpoint_trt.convert.quantize.gptq import round_weights
 from superpoint_trt.convert.quantize.options import COARSE, QuantizeOptions
 from superpoint_trt.convert.quantize.qdq import quantize_file
 from superpoint_trt.convert.quantize.ranges_file import ranges_path, save_calibration
-from superpoint_trt.core.image import load_image, to_gray
 from superpoint_trt.core.types import OutputType, Precision
 from superpoint_trt.prove.verify import verify
 from superpoint_trt.run.backends import open_backend
@@ -33,6 +33,11 @@ NAMED = [network.weights for network in packaged.NETWORKS if load(network.weight
 @pytest.fixture(params=[None, *NAMED], ids=lambda path: path.stem if path else "random")
 def compact(request, compact_weights) -> Path:
     return request.param or compact_weights
+
+
+def picture(path: Path) -> np.ndarray:
+    """Gray uint8, 640x480 px."""
+    return cv2.resize(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE), (640, 480), interpolation=cv2.INTER_AREA)
 
 
 @pytest.mark.parametrize("size_hw", [(480, 640), (488, 648)], ids=str)
@@ -58,8 +63,7 @@ def test_dynamic_sizes_equal_pytorch(engine, reference, compact, size_hw):
 @pytest.mark.parametrize(("dynamic", "batch"), [(False, 1), (True, 8)])
 def test_keypoints_equal_the_host_decode(engine, photos, compact, precision, half, dynamic, batch):
     """From the host's image to the host's keypoints in one CUDA graph; descriptors of 64 numbers."""
-    images = [to_gray(load_image(photo))[:480, :640] for photo in photos[:3]]
-    images = [np.round(image * 255).astype(np.uint8) for image in images]
+    images = [picture(photo) for photo in photos[:3]]
     model = engine("heads", precision, dynamic, batch, checkpoint=compact)
     with SuperPoint(model, half_descriptors=half, max_keypoints=1024) as superpoint:
         assert "decode on the GPU (CUDA)" in str(superpoint.runtime)
@@ -98,7 +102,7 @@ def test_int8_computes_what_its_graph_says(tensorrt, ranges_of, photos, compact,
         Precision.INT8, workspace_gib=4.0, calibration=ranges, keep_fp16=keep, optimization_level=build_level()
     )
     build(model, tmp_path / "int8.engine", options)
-    image = to_gray(load_image(photos[0]))[None, None, :480, :640].astype(np.float32)
+    image = picture(photos[0])[None, None].astype(np.float32) / np.float32(255)
     heads = []
     for path, device in ((tmp_path / "int8.engine", "cuda"), (quantized, "cpu"), (model, "cpu")):
         with open_backend(path, device) as backend:
