@@ -31,6 +31,7 @@ PLAIN: Settings = {
     "place_weight": 0,
     "spread_weight": 0,
     "choice_weight": 0,
+    "match_weight": 0,
 }
 """Every ingredient switched off."""
 
@@ -45,6 +46,7 @@ VARIANTS: dict[str, Settings] = {
     "views": _only("far_share", "blurred_share", "night_share", "coarsest_step_octaves"),
     "places": _only("place_weight", "spread_weight"),
     "choice": _only("choice_weight"),
+    "match": _only("match_weight"),
     "group": _only("group"),
     "close": {**PLAIN, "same_place_px": 4},
     "all": {},
