@@ -74,6 +74,10 @@ class Plan:
     """Of views, those that the network sees through int8's rounding, and of steps, those with rounded weights."""
     far_share: float = 0.2
     """Of pairs, those that differ by any rotation and a zoom down to 0.25 (views.FAR)."""
+    tilted_share: float = 0.2
+    """Of pairs, those where one view looks from far beside the other (views.TILTED)."""
+    shadow_share: float = 0.3
+    """Of views, those that a shadow falls on."""
     blurred_share: float = 0.125
     """Of pairs, those with strong blur in one view (views.blur_strongly)."""
     night_share: float = 0.125
@@ -326,7 +330,7 @@ class Run:
 @torch.no_grad()
 def prepare(plan: Plan, colour: Tensor, sizes: Tensor, xy: Tensor, worth: Tensor) -> Batch:
     """Fresh pairs of views of some images of a bank, and what is true of them."""
-    first, second, homography = pair(colour, sizes, plan.view_hw, plan.far_share)
+    first, second, homography = pair(colour, sizes, plan.view_hw, plan.far_share, plan.tilted_share)
     clean = torch.cat([first.image, second.image])
     image, lost = _spoil(clean, plan.blurred_share, plan.night_share)
     seen, worths = zip(*(_seen(view, xy, worth, octaves) for view, octaves in zip((first, second), lost.chunk(2))))
@@ -334,7 +338,7 @@ def prepare(plan: Plan, colour: Tensor, sizes: Tensor, xy: Tensor, worth: Tensor
     target, counts = losses.detector_targets(torch.cat(seen), torch.cat(worths), inside)
     both = (first.inside, second.inside)
     points = losses.correspondences(seen[0], worths[0], homography, both, plan.points)
-    disturbed = disturb(image, plan.coarsest_step_octaves)
+    disturbed = disturb(image, plan.coarsest_step_octaves, plan.shadow_share)
     return Batch(disturbed, target, counts, *points, inside, homography, clean, lost)
 
 
