@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -23,7 +22,6 @@ import pycolmap
 
 from superpoint_trt import Keypoints, SuperPoint
 from superpoint_trt.core.image import find_images
-from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.match.nearest import match
 
 KINDS = {"whole": False, "subpixel": True}
@@ -49,19 +47,40 @@ def write_features(path: Path, features: dict[str, Keypoints]) -> None:
             group["image_size"] = np.array(found.image_size, np.int64)
 
 
-def matched(features: dict[str, Keypoints]) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Names of two images, and (M, 2) rows of their matching keypoints; all pairs."""
-    for first, second in itertools.combinations(sorted(features), 2):
-        yield first, second, match(features[first].descriptors, features[second].descriptors).rows
-
-
 def write_matches(path: Path, features: dict[str, Keypoints]) -> None:
-    """For each keypoint of the first image the row of its match in the second, or -1."""
+    """For each keypoint of the first image of a pair the row of its match in the second, or -1; all pairs."""
     with h5py.File(path, "w") as file:
-        for first, second, rows in matched(features):
-            to = np.full(len(features[first]), -1, np.int32)
-            to[rows[:, 0]] = rows[:, 1]
-            file[f"{first}/{second}/matches0"] = to
+        for first, second in itertools.combinations(sorted(features), 2):
+            found = match(features[first].descriptors, features[second].descriptors)
+            to, scores = np.full(len(features[first]), -1, np.int32), np.zeros(len(features[first]), np.float16)
+            to[found.rows[:, 0]] = found.rows[:, 1]
+            scores[found.rows[:, 0]] = 1 - found.distances**2 / 2  # the cosine
+            group = file.create_group(f"{first}/{second}")
+            group["matches0"], group["matching_scores0"] = to, scores
+
+
+def fill_database(database: Path, pairs: Path, images: Path, folder: Path, pinhole: str | None) -> int:
+    """Writes features and matches of a folder to COLMAP's database, and the list of pairs; returns how many images."""
+    camera = {}
+    if pinhole:
+        fx, fy, cx, cy = map(float, pinhole.split(","))
+        camera = {"camera_model": "PINHOLE", "camera_params": f"{fx},{fy},{cx + 0.5},{cy + 0.5}"}
+    with h5py.File(folder / "features.h5") as features, h5py.File(folder / "matches.h5") as matches:
+        names = sorted(features)
+        with pycolmap.Database.open(database):
+            pass  # an empty one
+        pycolmap.import_images(database, images, pycolmap.CameraMode.SINGLE, image_names=names, options=camera)
+        with pycolmap.Database.open(database) as opened:
+            ids = {image.name: image.image_id for image in opened.read_all_images()}
+            for name in names:
+                # Pixel centers at integers here, at halves in COLMAP.
+                opened.write_keypoints(ids[name], features[name]["keypoints"][()] + np.float32(0.5))
+            for first, second in itertools.combinations(names, 2):
+                to = matches[first][second]["matches0"][()]
+                rows = np.flatnonzero(to >= 0)
+                opened.write_matches(ids[first], ids[second], np.stack([rows, to[rows]], axis=1).astype(np.uint32))
+    pairs.write_text("".join(f"{first} {second}\n" for first, second in itertools.combinations(names, 2)))
+    return len(names)
 
 
 def map_scene(images: Path, folder: Path, pinhole: str | None) -> dict[str, float | str]:
@@ -73,27 +92,7 @@ def map_scene(images: Path, folder: Path, pinhole: str | None) -> dict[str, floa
         pinhole: "fx,fy,cx,cy" in px, pixel centers at integers, which mapping then leaves as they are; None: unknown.
     """
     database, pairs, model = folder / "database.db", folder / "pairs.txt", folder / "map"
-    with h5py.File(folder / "features.h5") as features, h5py.File(folder / "matches.h5") as matches:
-        camera = {}
-        if pinhole:
-            fx, fy, cx, cy = map(float, pinhole.split(","))
-            camera = {"camera_model": "PINHOLE", "camera_params": f"{fx},{fy},{cx + 0.5},{cy + 0.5}"}
-        with pycolmap.Database.open(database):
-            pass  # an empty one
-        single = pycolmap.CameraMode.SINGLE
-        pycolmap.import_images(database, images, single, image_names=sorted(features), options=camera)
-        lines = []
-        with pycolmap.Database.open(database) as opened:
-            ids = {image.name: image.image_id for image in opened.read_all_images()}
-            for name, group in features.items():
-                opened.write_keypoints(ids[name], group["keypoints"][()] + np.float32(0.5))  # COLMAP's pixel corners
-            for first, second in itertools.combinations(sorted(features), 2):
-                to = matches[first][second]["matches0"][()]
-                rows = np.flatnonzero(to >= 0)
-                opened.write_matches(ids[first], ids[second], np.stack([rows, to[rows]], axis=1).astype(np.uint32))
-                lines.append(f"{first} {second}\n")
-        count = len(features)
-    pairs.write_text("".join(lines))
+    count = fill_database(database, pairs, images, folder, pinhole)
     pycolmap.set_random_seed(0)
     pycolmap.verify_matches(database, pairs, options={"ransac": {"max_num_trials": 20000, "min_inlier_ratio": 0.1}})
     fixed = ("focal_length", "principal_point", "extra_params") if pinhole else ()
@@ -123,7 +122,7 @@ def main(images, output, model, max_keypoints, max_side, pinhole, json_path) -> 
     """Maps a scene with keypoints on whole pixels and between them."""
     paths = [path for path in find_images(images) if path.parent == images]
     if len(paths) < 2:
-        raise SuperPointError(f"{images} holds {len(paths)} images; a map needs two and more.")
+        raise click.UsageError(f"{images} holds {len(paths)} images; a map needs two or more.")
     pycolmap.logging.minloglevel = 2
     figures = {}
     for kind, subpixel in KINDS.items():
