@@ -9,6 +9,8 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+from benchmarks import stress_plot
+from click.testing import CliRunner
 from conftest import photograph
 from helpers import SAME
 
@@ -111,8 +113,8 @@ def report(photos):
     return stress([photos], [None, "rootsift"], FEW)
 
 
-def test_the_report_on_real_photographs(report, photos):
-    assert report.photographs == [str(photos / f"{name}.png") for name in ("astronaut", "camera", "coffee")]
+def test_the_report_on_real_photographs(report):
+    assert report.photographs == ["astronaut.png", "camera.png", "coffee.png"]
     assert ["small.png" in report.problems[0], "torn.jpg" in report.problems[1]] == [True, True]
     packaged, sift = report.models
     assert (packaged.model, packaged.precision, packaged.subpixel) == ("packaged weights", "fp32", True)
@@ -158,7 +160,7 @@ def test_a_photograph_is_changed_alike_under_every_name(photos, tmp_path):
 def test_photographs_are_spread_over_all(photos):
     two = StressOptions(photographs=2, rotations_deg=(), zooms=(), defocus_px=(), motion_px=())
     names = [photos / f"{name}.png" for name in ("astronaut", "camera", "coffee")]
-    assert stress(names, ["orb"], two).photographs == [str(names[0]), str(names[2])]
+    assert stress(names, ["orb"], two).photographs == ["astronaut.png", "coffee.png"]
 
 
 def test_a_model_of_fixed_size_says_that_it_saw_shrunk_pictures(exported, photos):
@@ -189,6 +191,23 @@ def test_the_picture_has_a_line_for_each_model_in_each_panel(report, tmp_path):
         there = (np.abs(drawn.astype(int) - bgr) < 8).all(axis=2)
         quarters = [there[y : y + height // 3, x : x + width // 2] for y in (0, height // 3) for x in (0, width // 2)]
         assert all(quarter.sum() > 200 for quarter in quarters)
+
+
+def test_the_script_draws_models_of_several_files(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    one, two, other = (tmp_path / f"{name}.json" for name in ("one", "two", "other"))
+    data = report.to_json()
+    one.write_text(json.dumps({**data, "models": data["models"][:1]}))
+    two.write_text(json.dumps({**data, "models": data["models"][1:]}))
+    other.write_text(json.dumps({**data, "photographs": ["another.png"]}))
+    assert list(stress_plot.models_of((one, two))) == ["packaged weights", "rootsift"]
+    drawn = tmp_path / "s.svg"
+    words = [str(one), str(two), "--output", str(drawn), "--title", "packaged weights=version 1"]
+    done = CliRunner().invoke(stress_plot.main, words)
+    assert not done.exit_code, done.output
+    assert drawn.exists()
+    assert CliRunner().invoke(stress_plot.main, [*words, "--only", "nobody"]).exit_code == 2
+    assert CliRunner().invoke(stress_plot.main, [str(one), str(other), "--output", str(drawn)]).exit_code == 2
 
 
 def test_titles_say_what_differs():

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from superpoint_trt.core.files import PathLike, named, read_bytes
+from superpoint_trt.core.files import PathLike, named, names_below, read_bytes
 from superpoint_trt.core.image import find_images, load_image, place, to_gray
 from superpoint_trt.core.progress import Progress, Steps
 from superpoint_trt.core.types import Float32, Keypoints, Matrix, ModelDescription, SuperPointError
@@ -143,7 +143,7 @@ class StressReport:
 
     options: StressOptions
     photographs: list[str]
-    """Paths of those that were used."""
+    """Those that were used, each by its path below the folder that all share."""
     problems: list[str]
     """One line for each photograph that could not be used."""
     notes: list[str]
@@ -213,7 +213,8 @@ def stress(
         with _opened(model, options, device, threads) as opened:
             stressed.append(_judge(opened, photographs, options, steps))
             notes += opened.notes()
-    return StressReport(options, [photograph.name for photograph in photographs], problems, notes, stressed)
+    names = names_below([photograph.path for photograph in photographs])
+    return StressReport(options, names, problems, notes, stressed)
 
 
 # --------------------------------------------------------------------------------------------------------- photographs
@@ -223,7 +224,7 @@ def stress(
 class Photograph:
     """The first picture of all pairs that are made from it."""
 
-    name: str
+    path: Path
     gray: Float32
     """(H, W) float32 in [0, 1], in steps of 1/255."""
     seed: int
@@ -249,7 +250,7 @@ def _read(paths: Iterable[Path], side_px: int) -> tuple[list[Photograph], list[s
     for path in paths:
         try:
             gray = _fitted(to_gray(load_image(path)), side_px)
-            photographs.append(Photograph(str(path), gray, zlib.crc32(read_bytes(path, "image"))))
+            photographs.append(Photograph(path, gray, zlib.crc32(read_bytes(path, "image"))))
         except SuperPointError as error:
             problems.append(named(error, path))
     if not photographs:
