@@ -66,7 +66,7 @@ def changed(gray: Float32, change: Change, seed: int) -> ChangedPicture:
     Args:
         gray: the first picture, (H, W) float32 in [0, 1].
         change: what becomes of it.
-        seed: decides the few degrees and per cent, the fraction of a pixel and the direction of motion. Changes of one
+        seed: decides the few degrees and percent, the fraction of a pixel and the direction of motion. Changes of one
             seed have the same, so that the points of a curve differ in nothing else.
     """
     import cv2
