@@ -4,7 +4,7 @@
         [--title "NAME=full, version 1" ...] [--only NAME ...]
 
 Models from several files must have seen the same photographs with the same options. NAME is a model's name in the
-legend when no --title is given; a model that stands in several files is drawn once.
+legend when no --title is given. A model that stands in several files is drawn once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def models_of(files: tuple[Path, ...]) -> dict[str, dict]:
     """The models of all files by name.
 
     Raises:
-        click.UsageError: the files are not of the same pictures.
+        click.UsageError: the files are not of the same pictures, or different models have one name.
     """
     reports = [json.loads(file.read_text()) for file in files]
     for file, report in zip(files, reports):
@@ -31,7 +31,13 @@ def models_of(files: tuple[Path, ...]) -> dict[str, dict]:
         first = {key: reports[0]["options"][key] for key in kept}
         if kept != first or report["photographs"] != reports[0]["photographs"]:
             raise click.UsageError(f"{file} has other photographs or options than {files[0]}.")
-    return {model_title(model): model for report in reports for model in report["models"]}
+    models: dict[str, dict] = {}
+    for file, report in zip(files, reports):
+        for model in report["models"]:
+            known = models.setdefault(model_title(model), model)
+            if known != model and model["model"] not in NAMES:
+                raise click.UsageError(f"{file} has another model named {model_title(model)}, too; rename its file.")
+    return models
 
 
 @click.command()

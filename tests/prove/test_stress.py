@@ -216,6 +216,19 @@ def test_titles_say_what_differs():
     assert model_title({"model": "packaged weights", "precision": "fp32", "subpixel": True}) == "packaged weights"
 
 
+def test_files_of_one_name_are_told_apart(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    data = report.to_json()
+    first, second = ({**data["models"][0], "model": f"{folder}/full.onnx"} for folder in ("old", "new"))
+    drawn = plot_stress([first, second], tmp_path / "s.svg").read_text()
+    assert "old/full.onnx" in drawn and "new/full.onnx" in drawn
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    one.write_text(json.dumps({**data, "models": [first]}))
+    two.write_text(json.dumps({**data, "models": [second]}))
+    done = CliRunner().invoke(stress_plot.main, [str(one), str(two), "--output", str(tmp_path / "s.png")])
+    assert done.exit_code == 2 and "has another model named full" in done.output
+
+
 # -------------------------------------------------------------------------------------------------------------- command
 
 

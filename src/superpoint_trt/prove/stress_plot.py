@@ -54,7 +54,7 @@ def plot_stress(models: Sequence[Mapping[str, Any]], path: PathLike, titles: Map
 
     figure = Figure(figsize=(7, 6), layout="constrained")
     panels: Any = figure.subplots(2, 2, sharey=True)
-    names = [(titles or {}).get(title, title) for title in map(model_title, models)]
+    names = [(titles or {}).get(title, title) for title in _distinct_titles(models)]
     for axes, (curve, label) in zip(panels.flat, PANELS.items()):
         for model, name, color, mark in zip(models, names, COLORS, _MARKS):
             points = model["curves"][curve]
@@ -78,8 +78,15 @@ def plot_stress(models: Sequence[Mapping[str, Any]], path: PathLike, titles: Map
     return write_atomically(path, buffer.getvalue())
 
 
-def model_title(model: Mapping[str, Any]) -> str:
+def _distinct_titles(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`model_title` of each; with the folders of the files, where files of several folders have one name."""
+    titles = [model_title(model) for model in models]
+    return [model_title(model, whole_path=titles.count(title) > 1) for model, title in zip(models, titles)]
+
+
+def model_title(model: Mapping[str, Any], whole_path: bool = False) -> str:
     """A short name of an entry of "models": the file's, the precision if it is not fp32, whole pixels if they are."""
-    name = Path(model["model"]).stem if Path(model["model"]).suffix else model["model"]
+    path = Path(model["model"])
+    name = path.stem if path.suffix and not whole_path else str(path)
     precision = "" if model["precision"] == "fp32" else f", {model['precision']}"
     return f"{name}{precision}" + ("" if model["subpixel"] else ", whole pixels")
