@@ -20,12 +20,13 @@ from training.adapt import adapt, grade
 from training.bank import Bank, join
 from training.fold import fold, unfold
 from training.geometry import inverse, warp
+from training.networks import SHAPES
 from training.rounding import _through, forward
 from training.train import SMOKE, Run
 
 from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.layouts import NormPlacement
-from superpoint_trt.checkpoint.reference import Block, SuperPointNet, sample_descriptors
+from superpoint_trt.checkpoint.reference import Block, SuperPointNet, network, sample_descriptors
 from superpoint_trt.convert.export import ExportOptions, to_onnx
 from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.options import CalibrationOptions, Method
@@ -188,7 +189,7 @@ def test_scores_rise_where_matches_are_right():
     found = [places.detect(scores, inside, 2) for scores in (first, second)]
     there = places.partners(*found, homography, (inside, inside))
     back = places.partners(*found[::-1], homography, (inside, inside))
-    loss, chance = places.choice_loss(*found, (coarse, other), there, back)
+    loss, _, chance = places.choice_loss(*found, (coarse, other), there, back)
     assert 0 < loss < 1 and 0.2 < chance < 0.95
     loss.backward()
     assert first.grad[0, 0, 20, 20] < 0 < first.grad[0, 0, 30, 44]
@@ -395,6 +396,26 @@ def test_folding_changes_nothing():
     with torch.no_grad():
         for expected, got in zip(net(image), plain(image)):
             torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_small_networks_fold_and_unfold_too(tmp_path):
+    """Every shape that is trained makes a checkpoint that can be read again."""
+    for name, shape in SHAPES.items():
+        torch.manual_seed(0)
+        net = shape.network().eval()
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.uniform_(-0.2, 0.2)
+                module.running_var.uniform_(0.5, 2.0)
+        found = layouts.load(layouts.save(fold(net), tmp_path / f"{name}.safetensors"))
+        assert found.topology == net.topology and found.subpixel and found.descriptor_dim == shape.descriptor_dim
+        images = torch.rand(2, 1, 40, 56)
+        again = shape.network().eval()
+        with torch.no_grad():
+            unfold(again, found, images)
+            for one, *others in zip(net(images), network(found)(images), again(images)):
+                for other in others:
+                    torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
 
 
 def test_unfolding_goes_on_from_what_was_shipped():
