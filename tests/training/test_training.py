@@ -181,7 +181,7 @@ def test_a_point_without_a_partner_learns_to_choose_what_lies_around_it():
     first, second = found([[20.0, 20.0], [28.0, 20.0], [50.0, 40.0]]), found([[20.0, 20.0], [36.0, 20.0], [8.0, 8.0]])
     there = places.partners(first, second, torch.eye(3)[None], (inside, inside))
     assert there.same.tolist() == [[True, False, False]]
-    assert there.around[0, 1].tolist() == pytest.approx([0.5, 0.5, 0], abs=0.01)  # 8 px from two, 23 px from the third
+    assert there.around[0, 1].tolist() == pytest.approx([0.5, 0.5, 0], abs=0.02)  # 8 px from two, 23 px from the third
     assert there.around[0, 2, 1] > 0.99 and there.around[0, 2, 2] == 0
     coarse = torch.randn(1, 8, 6, 8, requires_grad=True)
     other = torch.randn(1, 8, 6, 8)
