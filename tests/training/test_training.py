@@ -167,9 +167,32 @@ def test_a_distance_counts_in_the_view_that_sees_less():
     first, second, _ = two_views((0.5, 0.0))
     homography = torch.diag(torch.tensor([4.0, 4.0, 1.0]))[None]
     found = [places.detect(scores, torch.ones_like(scores), 2) for scores in (first, second)]
-    same = places.Partners(torch.tensor([[0, 1]]), torch.tensor([[True, False]]), torch.tensor([[True, True]]))
+    nearest, is_same, shared = torch.tensor([[0, 1]]), torch.tensor([[True, False]]), torch.tensor([[True, True]])
+    same = places.Partners(nearest, is_same, shared, torch.zeros(1, 2, 2))
     found[1] = found[1]._replace(xy=found[0].xy * 4 + torch.tensor([2.0, 0.0]))
     assert places.place_losses(*found, same, homography)[1].item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_point_without_a_partner_learns_to_choose_what_lies_around_it():
+    def found(xy):
+        points = torch.tensor([xy])
+        return places.Found(points, torch.ones(1, len(xy)), torch.ones(1, len(xy)), torch.ones(1, len(xy)) > 0)
+
+    inside = torch.ones(1, 1, 48, 64)
+    first, second = found([[20.0, 20.0], [28.0, 20.0], [50.0, 40.0]]), found([[20.0, 20.0], [36.0, 20.0], [8.0, 8.0]])
+    there = places.partners(first, second, torch.eye(3)[None], (inside, inside))
+    assert there.same.tolist() == [[True, False, False]]
+    assert there.around[0, 1].tolist() == pytest.approx([0.5, 0.5, 0], abs=0.02)  # 8 px from two, 23 px from the third
+    assert there.around[0, 2, 1] > 0.99 and there.around[0, 2, 2] == 0
+    coarse = torch.randn(1, 8, 6, 8, requires_grad=True)
+    other = torch.randn(1, 8, 6, 8)
+    back = places.partners(second, first, torch.eye(3)[None], (inside, inside))
+    for _ in range(40):
+        strayed = places.choice_loss(first, second, (coarse, other), there, back)[2]
+        (gradient,) = torch.autograd.grad(strayed, coarse)
+        coarse = (coarse - 20 * gradient).detach().requires_grad_()
+    a, b = losses.sample(coarse, first.xy)[0], losses.sample(other, second.xy)[0]
+    assert (a @ b.T)[2].argmax() == 1  # the last point chooses the only one around it
 
 
 def test_points_outside_their_image_are_not_found():
@@ -189,7 +212,7 @@ def test_scores_rise_where_matches_are_right():
     found = [places.detect(scores, inside, 2) for scores in (first, second)]
     there = places.partners(*found, homography, (inside, inside))
     back = places.partners(*found[::-1], homography, (inside, inside))
-    loss, _, chance = places.choice_loss(*found, (coarse, other), there, back)
+    loss, _, _, chance = places.choice_loss(*found, (coarse, other), there, back)
     assert 0 < loss < 1 and 0.2 < chance < 0.95
     loss.backward()
     assert first.grad[0, 0, 20, 20] < 0 < first.grad[0, 0, 30, 44]
