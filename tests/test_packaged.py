@@ -64,10 +64,10 @@ def test_names_are_names():
     names = [network.name for network in packaged.NETWORKS]
     assert len(set(names)) == len(names) and packaged.DEFAULT in names
     assert all(re.fullmatch("[a-z][a-z0-9-]*", name) for name in names)
-    assert layouts.load(packaged.DEFAULT).sha256 == sha256(packaged.WEIGHTS.read_bytes())
+    assert layouts.load("full").sha256 == sha256(packaged.WEIGHTS.read_bytes())
 
 
-def test_the_log_belongs_to_the_default():
+def test_the_log_is_the_full_network_s():
     log = [json.loads(line) for line in packaged.TRAINING_LOG.read_text().splitlines()]
     stages = list(dict.fromkeys(entry["stage"] for entry in log if "stage" in entry and "resumed" not in entry))
     assert stages == ["shapes", "first", "second", "third", "fourth"]
@@ -115,7 +115,7 @@ def test_commands_take_them_by_default(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photo = str(packaged.PHOTO)
     assert run(cli, ["export", "--output", "m.onnx", "--height", "240", "--width", "320"]) == 0
-    assert sha256(packaged.WEIGHTS.read_bytes()) in capsys.readouterr().out
+    assert str(layouts.load(packaged.DEFAULT).sha256) in capsys.readouterr().out
     for arguments in (
         ["infer", "--image", photo, "--save", "f.npz"],
         ["match", photo, photo],

@@ -34,11 +34,11 @@ NETWORKS = (
 DEFAULT = "full"
 """Name of the network that every command takes if it is told of none."""
 
-WEIGHTS, MODEL_CARD = next((network.weights, network.card) for network in NETWORKS if network.name == DEFAULT)
-"""Files of the default network."""
+WEIGHTS, MODEL_CARD = next((network.weights, network.card) for network in NETWORKS if network.name == "full")
+"""Files of the full network, whatever the default is."""
 
 TRAINING_LOG = _FOLDER / "training_log.jsonl"
-"""One JSON object a line, as `python -m training` wrote them."""
+"""The full network's: one JSON object a line, as `python -m training` wrote them."""
 
 PHOTO = _FOLDER / "astronaut.jpg"
 """Eileen Collins, NASA, public domain; not among the training images. 512 x 512 px, RGB."""
