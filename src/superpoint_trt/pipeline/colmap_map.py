@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -234,8 +234,8 @@ def _import_images(
         colmap.import_images(database_path, images, mode, image_names=list(names), options=reading)
     except (RuntimeError, ValueError) as error:
         raise SuperPointError(
-            f"COLMAP does not take the images: {one_line(error)}; look at the camera model ({options.camera_model}) and "
-            "its parameters."
+            f"COLMAP does not take the images: {one_line(error)}; look at the camera's model, {options.camera_model}, "
+            "and parameters."
         ) from error
 
 
@@ -283,11 +283,11 @@ def _map(
         return report, None
     models = _models(colmap, folder, images, len(names), options, tell)
     if not models:
-        return _replace(report, left_out=tuple(names)), None
+        return replace(report, left_out=tuple(names)), None
     best = max(models, key=lambda model: (model.num_reg_images(), model.num_points3D()))
     placed = {image.name for image in best.images.values() if image.has_pose}
     return (
-        _replace(
+        replace(
             report,
             models=len(models),
             registered=best.num_reg_images(),
@@ -341,12 +341,6 @@ def _global(colmap: ModuleType, refine: bool) -> Any:
     adjustment = options.mapper.bundle_adjustment
     adjustment.refine_focal_length = adjustment.refine_extra_params = refine
     return options
-
-
-def _replace(report: MapReport, **changes: Any) -> MapReport:
-    from dataclasses import replace
-
-    return replace(report, **changes)
 
 
 def _silent(phase: str, done: int, total: int) -> None:

@@ -287,15 +287,19 @@ class _Hdf5File:
         self._file.close()
 
 
-def open_hdf5(path: Path) -> Any:
+def open_hdf5(path: Path, what: str = "feature file") -> Any:
     """Opens an .h5 for reading.
+
+    Args:
+        path: the file.
+        what: what it should be, for the error.
 
     Raises:
         SuperPointError: it is missing, no HDF5, or h5py is missing.
     """
     h5py = import_h5py()
     if not path.is_file():
-        raise SuperPointError(f"feature file {path} does not exist (looked in {Path.cwd()}).")
+        raise SuperPointError(f"{what} {path} does not exist (looked in {Path.cwd()}).")
     try:
         return h5py.File(path, "r")
     except OSError as error:

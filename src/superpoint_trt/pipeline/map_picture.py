@@ -60,7 +60,8 @@ def draw_map(points: MapPoints, side_px: int = SIDE_PX) -> Picture:
         """Pixels in fixed point; the picture's y points down, the map's second axis up."""
         xy = (flat - low) * scale
         pixels = np.stack([xy[..., 0] + MARGIN_PX, height - MARGIN_PX - xy[..., 1]], axis=-1)
-        return np.round(np.clip(pixels, -4 * side_px, 4 * side_px) * (1 << _SUBPIXEL_BITS)).astype(np.int64)
+        fixed: NDArray[np.int64] = np.round(pixels.clip(-4 * side_px, 4 * side_px) * (1 << _SUBPIXEL_BITS)).astype(int)
+        return fixed
 
     for center, color in zip(place(flat_points).tolist(), _darkened(points.colors_rgb).tolist()):
         cv2.circle(picture, center, 1 << _SUBPIXEL_BITS, color, -1, cv2.LINE_AA, _SUBPIXEL_BITS)

@@ -118,6 +118,17 @@ class MatchFile:
                     )
                 yield known[first], known[second]
 
+    def entries(self) -> Iterator[tuple[Pair, StoredMatches]]:
+        """All entries, under the names that the images have in this file."""
+        for first in self._file:
+            for second in self._file[first]:
+                yield (first, second), self[first, second]
+
+    def attribute(self, name: str) -> str | None:
+        """A text that the file's writer set."""
+        found = self._file.attrs.get(name)
+        return found if isinstance(found, str) else None
+
     def __contains__(self, pair: Pair) -> bool:
         return f"{group_name(*pair)}/{MATCHES}" in self._file
 
@@ -137,8 +148,8 @@ class MatchFile:
                 raise ValueError(f"{matches0.dtype} {matches0.shape} and scores {scores0.shape}")
         except (KeyError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise SuperPointError(
-                f"{self.path}: the matches of {pair[0]!r} with {pair[1]!r} cannot be read ({one_line(error)}); make the "
-                "file again."
+                f"{self.path}: the matches of {pair[0]!r} with {pair[1]!r} cannot be read ({one_line(error)}); make "
+                "the file again."
             ) from error
         return StoredMatches(matches0, scores0)
 
@@ -193,6 +204,10 @@ class MatchWriter:
             if f"{first}/{second}" in self._file:
                 raise SuperPointError(f"{self.path} has the pair {pair[0]!r} and {pair[1]!r} already.") from error
             raise self._unwritable(error) from error
+
+    def set_attribute(self, name: str, text: str) -> None:
+        """Keeps a text in the file."""
+        self._file.attrs[name] = text
 
     def _group(self, first: str) -> Any:
         """The group of a first image, which stays open until another is wanted."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ _PAIR = np.dtype([("first", "<u8"), ("second", "<u8"), ("first_count", "<i4"), (
 """match.cu's Pair."""
 _ITEMSIZES = {"columns": 8, "nearest": 4, "distances": 4, "seconds": 4}
 """Results of match.cu -> bytes of a value, in the order in which they lie in memory."""
+
+_Number = TypeVar("_Number", bound="np.generic[Any]")
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,10 @@ class _Room:
     def rows(self, pair: int, first_count: int, second_count: int) -> NearestRows:
         """A copy of one pair's results."""
 
-        def part(name: str, count: int, dtype: Any) -> NDArray[Any]:
+        def part(name: str, count: int, dtype: type[_Number]) -> NDArray[_Number]:
             start = self.offset(name) + pair * self.capacity * _ITEMSIZES[name]
-            return self._host[start : start + count * _ITEMSIZES[name]].view(dtype).copy()
+            copied: NDArray[_Number] = self._host[start : start + count * _ITEMSIZES[name]].view(dtype).copy()
+            return copied
 
         keys = part("columns", second_count, np.uint32)[::2]  # the low half of a key holds the inverted row
         return NearestRows(
