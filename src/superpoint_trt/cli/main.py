@@ -6,12 +6,15 @@ import click
 
 from superpoint_trt._version import __version__
 from superpoint_trt.cli.build import build, cast
+from superpoint_trt.cli.colmap import colmap
 from superpoint_trt.cli.demo import demo
 from superpoint_trt.cli.doctor import doctor
 from superpoint_trt.cli.export import export
 from superpoint_trt.cli.infer import infer
 from superpoint_trt.cli.info import info
 from superpoint_trt.cli.match import match
+from superpoint_trt.cli.match_pairs import match_pairs
+from superpoint_trt.cli.pairs import pairs
 from superpoint_trt.cli.prove import bench, evaluate, verify
 from superpoint_trt.cli.quantize import quantize
 from superpoint_trt.cli.terminal import run, script
@@ -31,7 +34,10 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (bench, build, cast, demo, doctor, evaluate, export, infer, info, match, quantize, verify, weights):
+_MODELS = (bench, build, cast, demo, doctor, evaluate, export, infer, info, match, quantize, verify, weights)
+_BULK = (colmap, match_pairs, pairs)
+
+for command in (*_MODELS, *_BULK):
     cli.add_command(command)
 
 main = script(cli)

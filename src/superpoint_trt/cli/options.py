@@ -83,6 +83,9 @@ SUBPIXEL = click.option(_SUBPIXEL, default=None, help=f"{_SUBPIXEL_HELP}  [defau
 MODEL = click.option(
     "--model", help=".onnx, engine, or a checkpoint (runs in PyTorch).  [default: the packaged weights]"
 )
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, callback=_check_device, metavar="auto|cpu|cuda|cuda:N"
+)
 JSON = click.option("--json", "json_path", help="File to write the figures to.")
 
 

@@ -105,6 +105,27 @@ class MapReport:
     pycolmap: str = ""
     """Version of pycolmap."""
 
+    def rows(self) -> list[tuple[str, str]]:
+        """The figures as a table for people: a label, and its value."""
+        mean = self.keypoints / max(self.images, 1)
+        rows = [
+            ("images", f"{self.images}, {mean:.0f} keypoints each"),
+            ("pairs with matches", f"{self.matched_pairs}, {self.matches} matches"),
+            ("pairs verified", f"{self.verified_pairs}, {self.verified_matches} matches"),
+        ]
+        if self.map is None:
+            return rows
+        rows.append(("images in the map", f"{self.registered} of {self.images} ({self.map})"))
+        if self.reprojection_px is None or self.track_length is None:
+            return rows
+        more = f"; {self.models - 1} smaller maps could not be joined" if self.models > 1 else ""
+        return [
+            *rows,
+            ("points", f"{self.points}{more}"),
+            ("reprojection error", f"{self.reprojection_px:.2f} px"),
+            ("track length", f"{self.track_length:.2f} images see a point"),
+        ]
+
 
 def make_map(
     images: PathLike,
