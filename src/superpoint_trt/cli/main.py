@@ -18,6 +18,7 @@ from superpoint_trt.cli.pairs import pairs
 from superpoint_trt.cli.prove import bench, evaluate, verify
 from superpoint_trt.cli.quantize import quantize
 from superpoint_trt.cli.terminal import run, script
+from superpoint_trt.cli.track import track
 from superpoint_trt.cli.weights import weights
 
 __all__ = ["cli", "main", "run", "script"]
@@ -35,7 +36,7 @@ def cli(context: click.Context) -> None:
 
 
 _MODELS = (bench, build, cast, demo, doctor, evaluate, export, infer, info, match, quantize, verify, weights)
-_BULK = (colmap, match_pairs, pairs)
+_BULK = (colmap, match_pairs, pairs, track)
 
 for command in (*_MODELS, *_BULK):
     cli.add_command(command)

@@ -118,7 +118,8 @@ class OptionGroup:
 
         Args:
             argument: the command's argument that takes the object.
-            changes: field name -> arguments of `click.option` that this command changes ("default", "help", ...).
+            changes: field name -> arguments of `click.option` that this command changes ("default", "help", ...), and
+                "aliases", further names of the option.
         """
         declared = fields(cls)
 
@@ -131,7 +132,8 @@ class OptionGroup:
             decorated: Command = with_group
             for entry in reversed(declared):
                 attributes = {"show_default": True, **entry.metadata["attributes"], **changes.get(entry.name, {})}
-                decorated = click.option(*entry.metadata["names"], entry.name, cls=_Option, **attributes)(decorated)
+                names = (*entry.metadata["names"], *attributes.pop("aliases", ()))
+                decorated = click.option(*names, entry.name, cls=_Option, **attributes)(decorated)
             return decorated
 
         return decorate

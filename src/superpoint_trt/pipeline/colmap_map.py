@@ -176,13 +176,16 @@ def import_pycolmap() -> ModuleType:
     """The module pycolmap.
 
     Raises:
-        SuperPointError: it is not installed.
+        SuperPointError: it is not installed, or too old.
     """
     try:
         import pycolmap
     except ImportError as error:
-        raise SuperPointError(f"maps need pycolmap: {install_hint('colmap')}.") from error
+        raise SuperPointError(f"maps need pycolmap, on Python 3.10 or newer: {install_hint('colmap')}.") from error
     module: ModuleType = pycolmap
+    if not hasattr(module, "geometric_verification"):
+        version = getattr(module, "__version__", "")
+        raise SuperPointError(f"pycolmap {version} is too old; expected 4 or newer: {install_hint('colmap')}.")
     return module
 
 

@@ -14,7 +14,7 @@ Float64 = NDArray[np.float64]
 SIDE_PX = 1200
 """Longest side of the picture."""
 MARGIN_PX = 60
-OUTLIERS_PERCENT = 2
+OUTLIERS_PERCENT = 4
 """Share of the points on either side, along each axis, that may lie outside the picture."""
 _CAMERA, _PATH, _INK = (214, 39, 40), (240, 170, 170), (40, 40, 40)
 _SUBPIXEL_BITS = 4
