@@ -118,7 +118,8 @@ class NearestFinder:
         room.jobs[: len(pairs)] = jobs
         kernel = function("match.cu", "nearest", (f"DIM={dims.pop()}",))
         grid = (max(-(-first.count // _TILE) for first, _ in pairs), len(pairs))
-        self._run(kernel, grid, room)
+        self._queue(kernel, grid, room)
+        self._stream.synchronize()
         return [room.rows(index, first.count, second.count) for index, (first, second) in enumerate(pairs)]
 
     def _room_for(self, pairs: int, capacity: int) -> _Room:
@@ -127,7 +128,7 @@ class NearestFinder:
             self._room = _Room(pairs, capacity)
         return self._room
 
-    def _run(self, kernel: Any, grid: tuple[int, int], room: _Room) -> None:
+    def _queue(self, kernel: Any, grid: tuple[int, int], room: _Room) -> None:
         stream, start = self._stream, room.on_gpu.address
         cuda.copy(start, room.on_host, room.jobs_nbytes, cuda.TO_DEVICE, stream)
         columns = start + room.offset("columns")
@@ -137,7 +138,6 @@ class NearestFinder:
         launch(kernel, grid, stream, (*places, room.capacity))
         results = room.jobs_nbytes
         cuda.copy(room.on_host + results, start + results, room.nbytes - results, cuda.TO_HOST, stream)
-        stream.synchronize()
 
     def close(self) -> None:
         """Frees the stream and the memory for results."""
