@@ -54,7 +54,7 @@ def test_the_layout_that_hloc_reads(tmp_path):
 
 
 def test_round_trip(path):
-    write(path, dtype=np.float32)
+    write(path, dtype="float32")
     entries = dict(read_features(path))
     assert list(entries) == sorted(NAMES)
     for index, name in enumerate(NAMES):

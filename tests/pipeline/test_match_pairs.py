@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -89,7 +92,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("after", [0, 1, 5, 17, 27])
 def test_a_killed_run_goes_on(many, tmp_path, monkeypatch, after):
-    monkeypatch.setattr(module, "PART_PAIRS", 5)
+    monkeypatch.setattr(module, "SHARD_PAIRS", 5)
     match_pairs(many, ALL, tmp_path / "whole.h5", ON_CPU)
     calls, real = [0], HostMatcher.match
 
@@ -107,7 +110,7 @@ def test_a_killed_run_goes_on(many, tmp_path, monkeypatch, after):
     summary = match_pairs(many, ALL, tmp_path / "matches.h5", ON_CPU)
     assert summary.done_before == after // 5 * 5 and summary.pairs == len(ALL)
     assert entries(tmp_path / "matches.h5") == entries(tmp_path / "whole.h5")
-    assert not list(tmp_path.glob("*.parts"))
+    assert not list(tmp_path.glob("*.shards"))
 
 
 def test_a_finished_run_is_not_done_again_and_takes_more_pairs(many, tmp_path, monkeypatch):
@@ -125,7 +128,9 @@ def test_other_options_or_features_are_refused(many, features, tmp_path):
     output = tmp_path / "matches.h5"
     match_pairs(many, ALL[:2], output, ON_CPU)
     other = PairMatchOptions(MatchOptions(max_ratio=0.9), "cpu")
-    with pytest.raises(SuperPointError, match="made of other features or with other options; give --overwrite"):
+    with pytest.raises(
+        SuperPointError, match=r"made with max_ratio none, not 0\.9; choose another --output, or --overwrite"
+    ):
         match_pairs(many, ALL[:2], output, other)
     with pytest.raises(SuperPointError, match="made of other features"):
         match_pairs(features, [("a/1.jpg", "a/2.jpg")], output, ON_CPU)
@@ -133,25 +138,75 @@ def test_other_options_or_features_are_refused(many, features, tmp_path):
     assert list(entries(output)) == [("a-1.jpg", "a-2.jpg")]
 
 
-def test_parts_of_other_options_are_not_taken(many, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PART_PAIRS", 5)
-    monkeypatch.setattr(module, "_join", lambda *_: (_ for _ in ()).throw(Killed))
-    with pytest.raises(Killed):
-        match_pairs(many, ALL, tmp_path / "matches.h5", ON_CPU)
-    monkeypatch.undo()
-    other = PairMatchOptions(MatchOptions(mutual=False), "cpu")
-    assert match_pairs(many, ALL, tmp_path / "matches.h5", other).done_before == 0
-
-
-def test_a_damaged_part_is_named(many, tmp_path, monkeypatch):
+@pytest.fixture()
+def unfinished(many, tmp_path, monkeypatch):
+    """An output whose run was killed when all its shards were finished."""
+    monkeypatch.setattr(module, "SHARD_PAIRS", 10)
     with monkeypatch.context() as patch:
         patch.setattr(module, "_join", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             match_pairs(many, ALL, tmp_path / "matches.h5", ON_CPU)
-    (part,) = tmp_path.glob("*.parts/*.npz")
+    return tmp_path / "matches.h5"
+
+
+def test_an_unfinished_run_of_something_else_is_refused(many, unfinished):
+    with pytest.raises(SuperPointError, match="was made with mutual True, not False"):
+        match_pairs(many, ALL, unfinished, PairMatchOptions(MatchOptions(mutual=False), "cpu"))
+    with pytest.raises(SuperPointError, match="unfinished run over 28 pairs, not these 27"):
+        match_pairs(many, ALL[1:], unfinished, ON_CPU)
+    assert match_pairs(many, ALL, unfinished, PairMatchOptions(device="cpu", overwrite=True)).done_before == 0
+
+
+def test_a_damaged_shard_is_named(many, unfinished):
+    part = sorted(unfinished.parent.glob("*.shards/*.npz"))[1]
     part.write_bytes(part.read_bytes()[:-30])
-    with pytest.raises(SuperPointError, match=r"\.npz is damaged .*; remove it and start the run again"):
-        match_pairs(many, ALL, tmp_path / "matches.h5", ON_CPU)
+    with pytest.raises(SuperPointError, match=r"shard 1 .* another 00001\.npz .*; remove (.*) and run") as caught:
+        match_pairs(many, ALL, unfinished, ON_CPU)
+    os.remove(str(caught.value).split("remove ")[1].split(" and run")[0])
+    assert match_pairs(many, ALL, unfinished, ON_CPU).done_before == 18
+    assert len(entries(unfinished)) == len(ALL)
+
+
+def test_a_kill_after_the_joining(many, tmp_path, monkeypatch):
+    """The output is complete, its shards are still there."""
+    output = tmp_path / "matches.h5"
+    with monkeypatch.context() as patch:
+        patch.setattr(module.ShardFolder, "remove", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            match_pairs(many, ALL, output, ON_CPU)
+    assert match_pairs(many, ALL, output, ON_CPU).done_before == len(ALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["matches.h5"]
+
+
+def test_several_processes_share_the_work(many, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_PAIRS", 3)
+    match_pairs(many, ALL, tmp_path / "whole.h5", ON_CPU)
+    parts = [
+        match_pairs(many, ALL, tmp_path / "m.h5", PairMatchOptions(device="cpu", part=i, parts=3)) for i in (3, 1, 2)
+    ]
+    assert [part.unfinished_shards > 0 for part in parts] == [True, True, False]
+    assert sum(part.pairs for part in parts) == len(ALL)
+    assert entries(tmp_path / "m.h5") == entries(tmp_path / "whole.h5")
+
+
+def test_the_same_part_twice_at_once_is_refused(many, unfinished):
+    code = f"""
+import os
+from pathlib import Path
+from superpoint_trt.pipeline.locks import RangeLock
+with RangeLock(Path({str(unfinished) + ".shards"!r}) / "lock") as lock:
+    assert lock.take(0, 1)
+    print("locked", flush=True)
+    input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(SuperPointError, match="another process works on this part"):
+            match_pairs(many, ALL, unfinished, ON_CPU)
+        other.communicate("\n")
+    assert match_pairs(many, ALL, unfinished, ON_CPU).done_before == len(ALL)
 
 
 def test_images_of_two_models_are_named(tmp_path):

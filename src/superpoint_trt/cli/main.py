@@ -10,6 +10,7 @@ from superpoint_trt.cli.colmap import colmap
 from superpoint_trt.cli.demo import demo
 from superpoint_trt.cli.doctor import doctor
 from superpoint_trt.cli.export import export
+from superpoint_trt.cli.extract import extract, merge
 from superpoint_trt.cli.infer import infer
 from superpoint_trt.cli.info import info
 from superpoint_trt.cli.match import match
@@ -17,6 +18,7 @@ from superpoint_trt.cli.match_pairs import match_pairs
 from superpoint_trt.cli.pairs import pairs
 from superpoint_trt.cli.prove import bench, evaluate, verify
 from superpoint_trt.cli.quantize import quantize
+from superpoint_trt.cli.reconstruct import reconstruct
 from superpoint_trt.cli.terminal import run, script
 from superpoint_trt.cli.track import track
 from superpoint_trt.cli.weights import weights
@@ -35,10 +37,29 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-_MODELS = (bench, build, cast, demo, doctor, evaluate, export, infer, info, match, quantize, verify, weights)
-_BULK = (colmap, match_pairs, pairs, track)
-
-for command in (*_MODELS, *_BULK):
+COMMANDS = (
+    bench,
+    build,
+    cast,
+    colmap,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    extract,
+    infer,
+    info,
+    match,
+    match_pairs,
+    merge,
+    pairs,
+    quantize,
+    reconstruct,
+    track,
+    verify,
+    weights,
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 main = script(cli)

@@ -9,7 +9,8 @@ pixels of the image file as stored (before EXIF rotation), pixel centres at inte
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,18 +18,34 @@ from types import ModuleType, TracebackType
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from superpoint_trt.core.files import PathLike, check_writable, make_folder, one_line, write_npz
+from superpoint_trt.core.files import (
+    PathLike,
+    check_writable,
+    make_folder,
+    one_line,
+    read_bytes,
+    write_atomically,
+    write_npz,
+)
 from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import Float32, Keypoints, SuperPointError
+from superpoint_trt.pipeline.journal import JournaledFile, recover
 from superpoint_trt.run.store import load_features
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
 DETECTION_NOISE_PX = 2.0
 """Uncertainty of a SuperPoint keypoint in the pixels it was found in, as hloc gives it."""
 
+DTYPES = ("float16", "float32")
+"""Types in which descriptors are stored."""
+
 _UNCERTAINTY = "uncertainty"
+DESCRIPTION = "superpoint_trt"
+"""Attribute of an .h5's root."""
+_DESCRIPTION_FILE = "superpoint_trt.json"
+"""In a folder of .npz."""
 _DATASETS = ("keypoints", "scores", "descriptors", "image_size")
 _HDF5_FORMATS = ("v108", "v108")
 """The format of HDF5 1.8, which every reader knows; groups of the older format slow down above 15,000 entries."""
@@ -123,6 +140,22 @@ class FeatureFile:
             raise SuperPointError(f"{self.path} has no entry {name!r}; its images have other names, or another root.")
         return self._source.read(name)
 
+    @property
+    def hdf5(self) -> _Hdf5File:
+        """The .h5 below.
+
+        Raises:
+            SuperPointError: this is a folder of .npz.
+        """
+        if not isinstance(self._source, _Hdf5File):
+            raise SuperPointError(f"{self.path} is a folder of .npz; expected an .h5.")
+        return self._source
+
+    @property
+    def description(self) -> str | None:
+        """The text that `FeatureWriter.describe` has kept in the file."""
+        return self._source.description()
+
     def close(self) -> None:
         """Closes the file."""
         self._source.close()
@@ -137,26 +170,36 @@ class FeatureFile:
 
 
 class FeatureWriter:
-    """Writes a new feature file. A context manager.
+    """Writes a feature file. A context manager.
 
         with FeatureWriter("features.h5") as writer:
             writer.write("street/0001.jpg", keypoints, keypoints.image_size)
 
-    An .h5 is written beside its place and renamed when the context ends without an error: until then there is no such
-    file, or the old one. In a folder each .npz appears whole as soon as it is written.
+    An .h5 changes when the context ends without an error; a process that is killed before leaves the old file, or none.
+    In a folder each .npz appears whole as soon as it is written.
 
     Args:
         path: an .h5 (or .hdf5), or a folder of .npz.
         dtype: of the descriptors, float16 or float32.
+        append: keep the entries of a file that is there, and add to them, in a time that does not depend on their
+            number. False: an .h5 that is there is replaced.
 
     Raises:
-        SuperPointError: the place cannot be written to, or h5py is missing.
+        SuperPointError: the place cannot be written to, the file to be kept is no HDF5, or h5py is missing.
     """
 
-    def __init__(self, path: PathLike, dtype: type[np.floating[Any]] = np.float16) -> None:
+    def __init__(self, path: PathLike, dtype: DTypeLike = "float16", append: bool = False) -> None:
         self.path = Path(path)
-        self._target: _Target = _NewHdf5(self.path) if is_hdf5_name(path) else _NewNpzFolder(self.path)
         self._dtype = np.dtype(dtype)
+        if self._dtype.name not in DTYPES:
+            raise SuperPointError(f"the type of descriptors is {dtype}; expected {' or '.join(DTYPES)}.")
+        self._target: _Target
+        if not is_hdf5_name(path):
+            self._target = _NewNpzFolder(self.path)
+        elif append and self.path.exists():
+            self._target = GrowingHdf5(self.path)
+        else:
+            self._target = NewHdf5(self.path)
 
     def write(
         self, name: str, keypoints: Keypoints, image_size: tuple[int, int], uncertainty: float = DETECTION_NOISE_PX
@@ -180,6 +223,24 @@ class FeatureWriter:
             "image_size": np.asarray(image_size, dtype=np.int64),
         }
         self._target.write(name, arrays, float(uncertainty))
+
+    def copy_entries(self, source: PathLike) -> int:
+        """Copies all entries of another .h5 into this one.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            SuperPointError: this is a folder, the source cannot be read, or the file has one of the entries already.
+        """
+        with FeatureFile(source) as features:
+            names = features.names()
+            self._target.copy(features, names)
+        return len(names)
+
+    def describe(self, text: str) -> None:
+        """Keeps a text in the file that readers of entries do not see; `FeatureFile.description` returns it."""
+        self._target.describe(text)
 
     def close(self) -> None:
         """Completes the file and gives it its name.
@@ -212,7 +273,12 @@ def check_name(name: str) -> None:
         SuperPointError: it is empty, absolute, or has parts such as "..".
     """
     parts = name.split("/")
-    if not name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+    try:
+        name.encode()
+        is_text = "\0" not in name
+    except UnicodeEncodeError:  # bytes of a file name that are no UTF-8
+        is_text = False
+    if not is_text or any(part in ("", ".", "..") for part in parts):
         raise SuperPointError(
             f"{name!r} cannot name an image in a feature file; expected a path below a folder: a/b.jpg."
         )
@@ -243,6 +309,8 @@ class _Source(Protocol):
     def has(self, name: str) -> bool: ...
 
     def read(self, name: str) -> StoredFeatures: ...
+
+    def description(self) -> str | None: ...
 
     def close(self) -> None: ...
 
@@ -283,6 +351,19 @@ class _Hdf5File:
         width, height = (int(side) for side in size)
         return StoredFeatures(keypoints.astype(np.float32), scores, descriptors.T, (width, height), uncertainty)
 
+    def copy_to(self, target: Any, names: Sequence[str]) -> None:
+        """Copies entries to another open file, as they lie on disk."""
+        links = self._h5py.h5p.create(self._h5py.h5p.LINK_CREATE)
+        links.set_create_intermediate_group(True)
+        links.set_char_encoding(self._h5py.h5t.CSET_UTF8)
+        for name in names:
+            place = name.encode()
+            self._h5py.h5o.copy(self._file.id, place, target.id, place, lcpl=links)
+
+    def description(self) -> str | None:
+        text = self._file.attrs.get(DESCRIPTION)
+        return text if isinstance(text, str) else None
+
     def close(self) -> None:
         self._file.close()
 
@@ -301,6 +382,7 @@ def open_hdf5(path: Path, what: str = "feature file") -> Any:
     if not path.is_file():
         raise SuperPointError(f"{what} {path} does not exist (looked in {Path.cwd()}).")
     try:
+        recover(path)
         return h5py.File(path, "r")
     except OSError as error:
         raise SuperPointError(f"{path} cannot be read as HDF5: {one_line(error)}; make it again.") from error
@@ -324,52 +406,128 @@ class _Target(Protocol):
 
     def write(self, name: str, arrays: dict[str, NDArray[Any]], uncertainty: float) -> None: ...
 
+    def copy(self, features: FeatureFile, names: Sequence[str]) -> None: ...
+
+    def describe(self, text: str) -> None: ...
+
     def finish(self) -> None: ...
 
     def abandon(self) -> None: ...
 
 
-class _NewHdf5:
-    """An .h5 that grows beside its place."""
+class Hdf5Target:
+    """An .h5 that is written; subclasses decide how it gets its place."""
 
-    def __init__(self, path: Path) -> None:
-        self._h5py, self._path = import_h5py(), path
-        target = check_writable(path).resolve()
-        self._place, self._beside = target, target.with_name(f".{target.name}.{os.urandom(8).hex()}")
-        with self._reported():
-            self._file = self._h5py.File(self._beside, "w-", libver=_HDF5_FORMATS)
+    _path: Path
+    file: Any
+    """The open h5py.File."""
 
     def write(self, name: str, arrays: dict[str, NDArray[Any]], uncertainty: float) -> None:
-        if f"{name}/keypoints" in self._file:
-            raise SuperPointError(f"{self._path} has an entry {name!r} already; two images have the same name.")
-        with self._reported():
-            group = self._file.create_group(name)
+        """Writes one image's arrays."""
+        self._check_new(name)
+        with Reported(self._path):
+            group = self.file.create_group(name)
             for key, array in arrays.items():
                 group.create_dataset(key, data=array.T if key == "descriptors" else array)
             group["keypoints"].attrs[_UNCERTAINTY] = uncertainty
 
+    def copy(self, features: FeatureFile, names: Sequence[str]) -> None:
+        """Copies entries of another file."""
+        source = features.hdf5
+        for name in names:
+            self._check_new(name)
+        with Reported(self._path):
+            source.copy_to(self.file, names)
+
+    def _check_new(self, name: str) -> None:
+        if f"{name}/keypoints" in self.file:
+            raise SuperPointError(f"{self._path} has an entry {name!r} already; two images have the same name.")
+
+    def describe(self, text: str) -> None:
+        """Keeps a text in the file."""
+        with Reported(self._path):
+            self.file.attrs[DESCRIPTION] = text
+
+
+class NewHdf5(Hdf5Target):
+    """An .h5 that grows beside its place, and is renamed in the end."""
+
+    def __init__(self, path: Path) -> None:
+        h5py, self._path = import_h5py(), path
+        target = check_writable(path).resolve()
+        self._place, self._beside = target, target.with_name(f".{target.name}.{os.urandom(8).hex()}")
+        with Reported(path):
+            self.file = h5py.File(self._beside, "w-", libver=_HDF5_FORMATS)
+
     def finish(self) -> None:
+        """Completes the file; its content is then there."""
         try:
-            with self._reported():
-                self._file.close()
+            with Reported(self._path):
+                self.file.close()
                 with open(self._beside, "r+b") as whole:
                     os.fsync(whole.fileno())
+                recover(self._place)  # so that no journal of the old file is taken for one of the new
                 self._beside.replace(self._place)
         except BaseException:
             self.abandon()
             raise
 
     def abandon(self) -> None:
+        """Ends without a change."""
         with suppress(Exception):  # on a full disk it cannot be closed, either
-            self._file.close()
+            self.file.close()
         with suppress(OSError):
             self._beside.unlink()
 
-    def _reported(self) -> _Reported:
-        return _Reported(self._path)
+
+class GrowingHdf5(Hdf5Target):
+    """An .h5 to which entries are added; a journal makes the change whole."""
+
+    def __init__(self, path: Path) -> None:
+        h5py, self._path = import_h5py(), path
+        place = check_writable(path).resolve()
+        with open_hdf5(place):  # finishes what a killed process began, and checks that this is HDF5
+            pass
+        with Reported(path):
+            self._journaled = JournaledFile(place, _used_bytes(place))
+            self.file = h5py.File(self._journaled, "r+", libver=_HDF5_FORMATS)
+
+    def finish(self) -> None:
+        """Completes the file; its content is then there."""
+        try:
+            with Reported(self._path):
+                self.file.close()
+                self._journaled.commit()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Ends without a change."""
+        with suppress(Exception):
+            self.file.close()
+        self._journaled.close()
 
 
-class _Reported:
+def _used_bytes(path: Path) -> int:
+    """Where a file ends as its superblock has it (HDF5 file format, versions 2 and 3); behind it lies nothing of use.
+
+    A process that was killed while it added entries leaves such bytes.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(_SUPERBLOCK.size)
+    if len(start) < _SUPERBLOCK.size:
+        return size
+    magic, version, offset_bytes, _, end = _SUPERBLOCK.unpack(start)
+    return min(size, end) if magic == _HDF5_MAGIC and version in (2, 3) and offset_bytes == 8 else size
+
+
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_SUPERBLOCK = struct.Struct("<8sBB18sQ")
+"""Magic, version, bytes of an offset; lengths, flags and two addresses; end of the file."""
+
+
+class Reported:
     """Turns h5py's errors of writing into one line."""
 
     def __init__(self, path: Path) -> None:
@@ -415,6 +573,10 @@ class _NpzFolder:
             uncertainty = float(arrays[_UNCERTAINTY]) if _UNCERTAINTY in arrays else 1.0
         return StoredFeatures(found.xy, found.scores, found.descriptors, found.image_size, uncertainty)
 
+    def description(self) -> str | None:
+        path = self._folder / _DESCRIPTION_FILE
+        return read_bytes(path, "description").decode("utf-8", "replace") if path.is_file() else None
+
     def close(self) -> None: ...
 
 
@@ -428,6 +590,12 @@ class _NewNpzFolder:
         path = _npz_path(self._folder, name)
         make_folder(path.parent)
         write_npz(path, {**arrays, _UNCERTAINTY: np.float64(uncertainty)})
+
+    def copy(self, features: FeatureFile, names: Sequence[str]) -> None:
+        raise SuperPointError(f"{self._folder} is a folder of .npz; entries are copied into an .h5 only.")
+
+    def describe(self, text: str) -> None:
+        write_atomically(self._folder / _DESCRIPTION_FILE, text.encode())
 
     def finish(self) -> None: ...
 

@@ -7,9 +7,7 @@ rows and else int32; and `matching_scores0` (N0,) float16, in [0, 1], 0 where th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,15 +16,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.core.files import PathLike, check_writable, one_line
+from superpoint_trt.core.files import PathLike, one_line
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.match.nearest import Matches
-from superpoint_trt.pipeline.feature_files import import_h5py, open_hdf5
+from superpoint_trt.pipeline.feature_files import (
+    DESCRIPTION,
+    GrowingHdf5,
+    NewHdf5,
+    Reported,
+    import_h5py,
+    open_hdf5,
+)
 from superpoint_trt.pipeline.pairs import Pair
 
 MATCHES, SCORES = "matches0", "matching_scores0"
-_HDF5_FORMATS = ("v108", "v108")
-"""The format of HDF5 1.8, which every reader knows; groups of the older format slow down above 15,000 entries."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,10 +127,11 @@ class MatchFile:
             for second in self._file[first]:
                 yield (first, second), self[first, second]
 
-    def attribute(self, name: str) -> str | None:
-        """A text that the file's writer set."""
-        found = self._file.attrs.get(name)
-        return found if isinstance(found, str) else None
+    @property
+    def description(self) -> str | None:
+        """The text that `MatchWriter.describe` has kept in the file."""
+        text = self._file.attrs.get(DESCRIPTION)
+        return text if isinstance(text, str) else None
 
     def __contains__(self, pair: Pair) -> bool:
         return f"{group_name(*pair)}/{MATCHES}" in self._file
@@ -167,27 +171,26 @@ class MatchFile:
 
 
 class MatchWriter:
-    """Writes a new match file. A context manager.
+    """Writes a match file. A context manager.
 
         with MatchWriter("matches.h5") as writer:
             writer.write(("a/1.jpg", "a/2.jpg"), matches)
 
-    It is written beside its place and renamed when the context ends without an error: until then there is no such
-    file, or the old one. HDF5's own functions are called, which takes a third of the time of h5py's.
+    The file changes when the context ends without an error; a process that is killed before leaves the old file, or
+    none. HDF5's own functions are called, which takes a third of the time of h5py's.
+
+    Args:
+        path: .h5.
+        append: keep the entries of a file that is there, and add to them.
 
     Raises:
-        SuperPointError: the place cannot be written to, or h5py is missing.
+        SuperPointError: the place cannot be written to, the file to be kept is no HDF5, or h5py is missing.
     """
 
-    def __init__(self, path: PathLike) -> None:
+    def __init__(self, path: PathLike, append: bool = False) -> None:
         self._h5py, self.path = import_h5py(), Path(path)
-        target = check_writable(path).resolve()
-        self._place, self._beside = target, target.with_name(f".{target.name}.{os.urandom(8).hex()}")
+        self._target = GrowingHdf5(self.path) if append and self.path.exists() else NewHdf5(self.path)
         self._open: tuple[str, Any] | None = None
-        try:
-            self._file = self._h5py.File(self._beside, "w-", libver=_HDF5_FORMATS)
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def write(self, pair: Pair, matches: StoredMatches) -> None:
         """Writes the matches of a pair. Pairs with the same first image are fastest one after another.
@@ -196,23 +199,22 @@ class MatchWriter:
             SuperPointError: the file has the pair already, or it cannot be written (a full disk).
         """
         first, second = group_name(*pair).split("/")
-        try:
-            group = self._h5py.h5g.create(self._group(first), second.encode())
+        with Reported(self.path):
+            inside = self._group(first)
+            if inside.links.exists(second.encode()):
+                raise SuperPointError(f"{self.path} has the pair {pair[0]!r} and {pair[1]!r} already.")
+            group = self._h5py.h5g.create(inside, second.encode())
             self._dataset(group, MATCHES, matches.matches0)
             self._dataset(group, SCORES, matches.scores0)
-        except (OSError, RuntimeError, ValueError) as error:
-            if f"{first}/{second}" in self._file:
-                raise SuperPointError(f"{self.path} has the pair {pair[0]!r} and {pair[1]!r} already.") from error
-            raise self._unwritable(error) from error
 
-    def set_attribute(self, name: str, text: str) -> None:
-        """Keeps a text in the file."""
-        self._file.attrs[name] = text
+    def describe(self, text: str) -> None:
+        """Keeps a text in the file that readers of entries do not see; `MatchFile.description` returns it."""
+        self._target.describe(text)
 
     def _group(self, first: str) -> Any:
         """The group of a first image, which stays open until another is wanted."""
         if self._open is None or self._open[0] != first:
-            self._open = (first, self._file.require_group(first).id)
+            self._open = (first, self._target.file.require_group(first).id)
         return self._open[1]
 
     def _dataset(self, group: Any, name: str, values: NDArray[Any]) -> None:
@@ -221,35 +223,18 @@ class MatchWriter:
         low.h5d.create(group, name.encode(), kind, space).write(low.h5s.ALL, low.h5s.ALL, values)
 
     def close(self) -> None:
-        """Completes the file and gives it its name.
+        """Completes the file.
 
         Raises:
             SuperPointError: it cannot be written; a file that was there is unchanged.
         """
         self._open = None
-        try:
-            self._file.close()
-            with open(self._beside, "r+b") as whole:
-                os.fsync(whole.fileno())
-            self._beside.replace(self._place)
-        except (OSError, RuntimeError, ValueError) as error:
-            self.abandon()
-            raise self._unwritable(error) from error
-        except BaseException:
-            self.abandon()
-            raise
+        self._target.finish()
 
     def abandon(self) -> None:
-        """Ends without a file of that name; an old one stays."""
+        """Ends without a change of the file."""
         self._open = None
-        with suppress(Exception):  # on a full disk it cannot be closed, either
-            self._file.close()
-        with suppress(OSError):
-            self._beside.unlink()
-
-    def _unwritable(self, error: BaseException) -> SuperPointError:
-        number = getattr(error, "errno", None)
-        return SuperPointError(f"{self.path} cannot be written: {os.strerror(number) if number else one_line(error)}.")
+        self._target.abandon()
 
     def __enter__(self) -> MatchWriter:
         return self

@@ -1,19 +1,17 @@
 """Matches the features of many pairs of images: feature file and pairs file -> match file.
 
-A run writes parts of `PART_PAIRS` pairs into a folder beside the output, each whole or not at all, and joins them at
-the end. So a run that was killed goes on where it was when it is started again; and an output that exists is kept and
-gets the pairs that it lacks.
+A run is kept on disk as an extraction is (`shards`): cut into shards of pairs, each finished as a whole, which are
+joined in the end. So it can be killed, started again, and shared by several processes. An output that is there is kept
+and gets the pairs that it lacks.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,17 +19,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.core.files import PathLike, check_writable, make_folder, one_line, write_atomically, write_npz
+from superpoint_trt.core.files import PathLike, check_writable, file_sha256, one_line, write_npz
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.match.matcher import Matcher, Prepared, open_matcher
 from superpoint_trt.match.nearest import Matches, MatchOptions
+from superpoint_trt.pipeline.extract import remove_run
 from superpoint_trt.pipeline.feature_files import FeatureFile
-from superpoint_trt.pipeline.match_files import MatchFile, MatchWriter, StoredMatches, check_group_names, to_stored
+from superpoint_trt.pipeline.locks import RangeLock
+from superpoint_trt.pipeline.match_files import MatchFile, MatchWriter, check_group_names, to_stored
+from superpoint_trt.pipeline.merge import MadeBy
 from superpoint_trt.pipeline.pairs import Pair, read_pairs
+from superpoint_trt.pipeline.shards import (
+    MERGE_LOCK,
+    Manifest,
+    Settings,
+    ShardFolder,
+    ShardReport,
+    difference,
+    digest_names,
+    range_of,
+)
 
-PART_PAIRS = 1000
-"""Pairs of a part: what a killed run may do twice."""
+SHARD_PAIRS = 1000
+"""Pairs of a shard: what a killed run may do twice."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +54,42 @@ class PairMatchOptions:
     """"auto": a GPU if there is one that works; "cpu", "cuda" or "cuda:N"."""
     cache_mib: int = 4096
     """Most memory, of the device that matches, for descriptors that are kept for later pairs."""
+    part: int = 1
+    """Which part of the work this process does, from 1 on."""
+    parts: int = 1
+    """How many processes share the work."""
     overwrite: bool = False
-    """Whether an output that is there is made anew."""
+    """Whether an output, or an unfinished run, that is there is replaced."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.part <= self.parts:
+            raise SuperPointError(f"--shard is {self.part}/{self.parts}; expected i/n with i from 1 to n.")
+        if self.overwrite and self.parts > 1:
+            raise SuperPointError("--overwrite with --shard would remove the others' work; remove the output first.")
 
 
 @dataclass(frozen=True)
 class PairMatchSummary:
-    """What a run did."""
+    """What a call of `match_pairs` did."""
 
     output: Path
     pairs: int
-    """Pairs in the pairs file."""
+    """Pairs of this process's part."""
     done_before: int
-    """Pairs that earlier runs had matched."""
-    matches: int
-    """Matches of the pairs that this run matched."""
-    seconds: float
-    """That this run matched for, without joining the parts."""
-    runs_on: str
-    """What computed."""
+    """Pairs that earlier calls had matched."""
+    matches: int = 0
+    """Matches of the pairs that this call matched."""
+    seconds: float = 0.0
+    """That this call matched for, without joining the shards."""
+    runs_on: str = ""
+    """What computed; empty if nothing was to be done."""
+    unfinished_shards: int = 0
+    """Shards that other processes still have to finish; 0: the output is complete."""
 
     @property
-    def pairs_per_second(self) -> float:
-        """Of the pairs that this run matched."""
-        return (self.pairs - self.done_before) / max(self.seconds, 1e-9)
+    def matched(self) -> int:
+        """Pairs that this call matched."""
+        return self.pairs - self.done_before
 
 
 def match_pairs(
@@ -83,50 +106,169 @@ def match_pairs(
         pairs: pairs file, or the pairs.
         output: match file (.h5) to write.
         options: which neighbors are matches, and where they are found.
-        progress: is told the phase, with its pairs/s, and how many pairs are done.
+        progress: is called with ("matching" or "writing", pairs done, pairs in all).
 
     Raises:
-        SuperPointError: a file is missing or damaged, the output was made of other features or with other options, or
-            it cannot be written; what was finished stays.
+        SuperPointError: a file is missing or damaged, the output was made of other features or with other options,
+            another process does this part, or the output cannot be written; what was finished stays.
     """
-    options = options or PairMatchOptions()
-    check_writable(output)
+    options, path = options or PairMatchOptions(), check_writable(output)
     with FeatureFile(features) as stored:
         wanted = (
             list(pairs) if isinstance(pairs, Sequence) and not isinstance(pairs, str) else read_pairs(pairs, stored)
         )
         check_group_names(name for pair in wanted for name in pair)
-        made_of = _made_of(Path(features), options.matching)
-        with _old_output(Path(output), made_of, options.overwrite) as old:
-            left = [pair for pair in wanted if old is None or pair not in old]
-            if old is not None and not left:
-                return PairMatchSummary(Path(output), len(wanted), len(wanted), 0, 0.0, "nothing was left to do")
-            parts = _Parts(Path(output), made_of, left)
+        run = _begin(path, wanted, _settings(Path(features), options.matching), options.overwrite)
+        if run is None:
+            return PairMatchSummary(path, len(wanted), len(wanted))
+        return _match_part(run, stored, options, progress)
+
+
+def _settings(features: Path, options: MatchOptions) -> Settings:
+    """What decides the content of a match file. The device is not among it, so that a run may go on elsewhere."""
+    return {"features": _fingerprint(features), **asdict(options)}
+
+
+_ENDS_NBYTES = 1 << 20
+
+
+def _fingerprint(features: Path) -> str:
+    """Tells feature files apart without reading gigabytes: by size, first and last bytes; folders by all sizes."""
+    digest = hashlib.sha256()
+    if features.is_dir():
+        for path in sorted(features.rglob("*.npz")):
+            digest.update(f"{path.relative_to(features).as_posix()}\0{path.stat().st_size}\0".encode())
+        return digest.hexdigest()
+    size = features.stat().st_size
+    with open(features, "rb") as file:
+        digest.update(f"{size}\0".encode() + file.read(_ENDS_NBYTES))
+        file.seek(max(0, size - _ENDS_NBYTES))
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that is kept on disk."""
+
+    folder: ShardFolder
+    manifest: Manifest
+    pairs: Sequence[Pair]
+    """To be matched: those that the output does not have."""
+    before: int
+    """Pairs that the output has."""
+
+    def pairs_of(self, number: int) -> Sequence[Pair]:
+        """The pairs of a shard."""
+        places = self.manifest.images_of(number)
+        return self.pairs[places.start : places.stop]
+
+    def path_of(self, number: int) -> Path:
+        """The file of a shard."""
+        return self.folder.folder / f"{number:05d}.npz"
+
+
+def _begin(path: Path, wanted: Sequence[Pair], settings: Settings, overwrite: bool) -> _Run | None:
+    """Begins a run, or takes up one that is kept on disk; None: the output has every pair.
+
+    Raises:
+        SuperPointError: the output, or the run that is kept, was made of something else.
+    """
+    folder = ShardFolder(path)
+    if overwrite:
+        remove_run(folder)
+    kept = folder.manifest()
+    made_by = None if overwrite or not path.exists() else _made_by(path)
+    if kept is not None and made_by is not None and made_by.run_id == kept.run_id:
+        folder.remove()  # a kill between the joining of the shards and its end
+        kept = None
+    if made_by is not None:
+        _check_settings(path, made_by.settings, settings)
+        with MatchFile(path) as old:
+            left = [pair for pair in wanted if pair not in old]
+        if not left and kept is None:
+            return None
+    else:
+        left = list(wanted)
+    names = digest_names(name for pair in left for name in pair)
+    if kept is None:
+        if not left:
+            raise SuperPointError("there are no pairs to match; the pairs file is empty.")
+        kept = folder.begin(Manifest(os.urandom(8).hex(), settings, names, len(left), SHARD_PAIRS, overwrite))
+    _check_settings(folder.folder, kept.settings, settings)
+    if kept.names_sha256 != names:
+        raise SuperPointError(
+            f"{folder.folder} keeps an unfinished run over {kept.images} pairs, not these {len(left)}; finish it with "
+            "its pairs file first, or start anew with --overwrite."
+        )
+    return _Run(folder, kept, left, len(wanted) - len(left))
+
+
+def _made_by(path: Path) -> MadeBy:
+    """What an output says of the run that made it.
+
+    Raises:
+        SuperPointError: it is of another tool, or no match file.
+    """
+    with MatchFile(path) as old:
+        made_by = MadeBy.parse(old.description)
+    if made_by is None:
+        raise SuperPointError(
+            f"{path} is there and was not made by superpoint match-pairs; choose another --output, or --overwrite."
+        )
+    return made_by
+
+
+def _check_settings(path: Path, kept: Settings, asked: Settings) -> None:
+    if kept.get("features") != asked["features"]:
+        raise SuperPointError(f"{path} was made of other features; choose another --output, or --overwrite.")
+    differs = difference(kept, asked)
+    if differs:
+        raise SuperPointError(f"{path} was made with {differs}; choose another --output, or --overwrite.")
+
+
+def _match_part(
+    run: _Run, stored: FeatureFile, options: PairMatchOptions, progress: PhaseProgress | None
+) -> PairMatchSummary:
+    """Matches this process's part of a run, and joins the shards if nothing else is left to do."""
+    folder, manifest = run.folder, run.manifest
+    numbers = range_of(options.part, options.parts, manifest.shards)
+    with RangeLock(folder.lock_path) as lock:
+        if numbers and not lock.take(numbers.start, len(numbers)):
+            raise SuperPointError(
+                f"another process works on this part of {folder.output} (its lock is {folder.lock_path}); wait for its "
+                "end."
+            )
+        todo = [number for number in folder.unfinished(manifest) if number in numbers]
+        with open_matcher(options.matching, options.device) as matcher:
             started = time.monotonic()
-            with open_matcher(options.matching, options.device) as matcher:
-                matched, found = _match(parts, _Cache(stored, matcher, options.cache_mib << 20), len(wanted), progress)
+            found = _match(run, todo, _Cache(stored, matcher, options.cache_mib << 20), progress)
             seconds = time.monotonic() - started
-            _join(Path(output), made_of, old, parts, progress)
-    parts.remove()
-    return PairMatchSummary(Path(output), len(wanted), len(wanted) - matched, found, seconds, matcher.runs_on)
+        left = _join_if_complete(run, lock, progress)
+    before = run.before if options.part == 1 else 0  # told once, by the first part
+    total = before + sum(len(run.pairs_of(number)) for number in numbers)
+    matched = sum(len(run.pairs_of(number)) for number in todo)
+    return PairMatchSummary(folder.output, total, total - matched, found, seconds, matcher.runs_on, left)
 
 
-def _match(parts: _Parts, cache: _Cache, total: int, progress: PhaseProgress | None) -> tuple[int, int]:
-    """Matches and writes each part that is not there. Returns the numbers of pairs and of matches."""
-    todo = [index for index in range(len(parts)) if not parts.is_done(index)]
-    done = total - sum(len(parts.pairs(index)) for index in todo)
-    started, matched, found = time.monotonic(), 0, 0
-    for index in todo:
+def _match(run: _Run, todo: Sequence[int], cache: _Cache, progress: PhaseProgress | None) -> int:
+    """Matches and finishes shards. Returns the number of matches."""
+    total, done, found = sum(len(run.pairs_of(number)) for number in todo), 0, 0
+    for number in todo:
         entries: list[_Entry] = []
-        for group in _groups(parts.pairs(index), cache.matcher.pairs_at_once):
+        for group in _groups(run.pairs_of(number), cache.matcher.pairs_at_once):
             entries += _match_group(group, cache)
-            matched += len(group)
+            done += len(group)
             if progress:
-                rate = matched / max(time.monotonic() - started, 1e-9)
-                progress(f"matching, {rate:.3g} pairs/s", done + matched, total)
-        parts.write(index, entries)
+                progress("matching", done, total)
+        _write_shard(run.path_of(number), entries)
+        digest = file_sha256(run.path_of(number))
+        run.folder.finish(number, ShardReport(len(entries), (), digest, cache.matcher.runs_on))
         found += sum(len(entry.matches) for entry in entries)
-    return matched, found
+    return found
 
 
 def _groups(pairs: Sequence[Pair], size: int) -> Iterator[Sequence[Pair]]:
@@ -161,7 +303,7 @@ class _Cache:
         return prepared
 
 
-# --------------------------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------------------------- shards
 
 
 @dataclass(frozen=True)
@@ -173,134 +315,66 @@ class _Entry:
     second_count: int
 
 
-class _Parts:
-    """The parts of a match file: a folder beside it, whose files are each written whole.
-
-    A part's name has a hash of its pairs, so that a part of another pairs file is not taken for it.
-
-    Args:
-        output: the match file.
-        made_of: what the matches are made of; parts that were made of something else are removed.
-        pairs: to match.
-    """
-
-    def __init__(self, output: Path, made_of: str, pairs: Sequence[Pair]) -> None:
-        self._folder = output.with_name(f"{output.name}.parts")
-        self._pairs = pairs
-        manifest = self._folder / "made_of.json"
-        if self._folder.is_dir() and (not manifest.is_file() or manifest.read_text(encoding="utf-8") != made_of):
-            shutil.rmtree(self._folder)
-        make_folder(self._folder)
-        write_atomically(manifest, made_of.encode())
-
-    def __len__(self) -> int:
-        return -(-len(self._pairs) // PART_PAIRS)
-
-    def pairs(self, index: int) -> Sequence[Pair]:
-        """The pairs of a part."""
-        return self._pairs[index * PART_PAIRS : (index + 1) * PART_PAIRS]
-
-    def _path(self, index: int) -> Path:
-        text = json.dumps(self.pairs(index)).encode()
-        return self._folder / f"{index:06}_{hashlib.sha256(text).hexdigest()[:16]}.npz"
-
-    def is_done(self, index: int) -> bool:
-        """Whether a part is written."""
-        return self._path(index).is_file()
-
-    def write(self, index: int, entries: Sequence[_Entry]) -> None:
-        """Writes a part.
-
-        Raises:
-            SuperPointError: it cannot be written (a full disk).
-        """
-        rows = [entry.matches.rows.astype(np.int32) for entry in entries]
-        counts = [(len(entry.matches), entry.first_count, entry.second_count) for entry in entries]
-        arrays: dict[str, NDArray[Any]] = {
-            "rows": np.concatenate([*rows, np.zeros((0, 2), np.int32)]),
-            "distances": np.concatenate([*(entry.matches.distances for entry in entries), np.zeros(0, np.float32)]),
-            "counts": np.array(counts, np.int64).reshape(-1, 3),
-        }
-        write_npz(self._path(index), arrays)
-
-    def read(self) -> Iterator[tuple[Pair, StoredMatches]]:
-        """Reads all parts.
-
-        Raises:
-            SuperPointError: a part is damaged.
-        """
-        for index in range(len(self)):
-            path = self._path(index)
-            try:
-                with np.load(path, allow_pickle=False) as arrays:
-                    rows, distances, counts = arrays["rows"], arrays["distances"], arrays["counts"]
-                ends = np.cumsum(counts[:, 0])
-                if len(counts) != len(self.pairs(index)) or len(rows) != len(distances) or len(rows) != ends[-1]:
-                    raise ValueError("the numbers of its pairs and matches do not agree")
-            except Exception as error:  # a damaged zip raises whatever its reader stumbles over
-                raise SuperPointError(
-                    f"{path} is damaged ({one_line(error)}); remove it and start the run again."
-                ) from error
-            for pair, (count, first, second), end in zip(self.pairs(index), counts.tolist(), ends.tolist()):
-                found = Matches(rows[end - count : end], distances[end - count : end])
-                yield pair, to_stored(found, first, second)
-
-    def remove(self) -> None:
-        """Removes the folder."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-_MADE_OF = "superpoint_trt.made_of"
-"""Attribute of a match file."""
-_ENDS_NBYTES = 1 << 20
-
-
-def _made_of(features: Path, options: MatchOptions) -> str:
-    """What matches are made of, as JSON: the features and the options. Equal texts, equal matches."""
-    return json.dumps({"format": 1, "features": _fingerprint(features), "matching": asdict(options)}, sort_keys=True)
-
-
-def _fingerprint(features: Path) -> str:
-    """Tells feature files apart without reading gigabytes: by size, first and last bytes; folders by all sizes."""
-    digest = hashlib.sha256()
-    if features.is_dir():
-        for path in sorted(features.rglob("*.npz")):
-            digest.update(f"{path.relative_to(features).as_posix()}\0{path.stat().st_size}\0".encode())
-        return digest.hexdigest()
-    size = features.stat().st_size
-    with open(features, "rb") as file:
-        digest.update(f"{size}\0".encode() + file.read(_ENDS_NBYTES))
-        file.seek(max(0, size - _ENDS_NBYTES))
-        digest.update(file.read())
-    return digest.hexdigest()
-
-
-@contextmanager
-def _old_output(output: Path, made_of: str, overwrite: bool) -> Iterator[MatchFile | None]:
-    """The output of an earlier run of the same features and options, if there is one.
+def _write_shard(path: Path, entries: Sequence[_Entry]) -> None:
+    """Writes the matches of a shard's pairs.
 
     Raises:
-        SuperPointError: there is an output of something else, and it may not be overwritten.
+        SuperPointError: it cannot be written (a full disk).
     """
-    if overwrite or not output.exists():
-        yield None
-        return
-    with MatchFile(output) as old:
-        if old.attribute(_MADE_OF) != made_of:
-            raise SuperPointError(
-                f"{output} was made of other features or with other options; give --overwrite, or another output."
-            )
-        yield old
+    counts = [(len(entry.matches), entry.first_count, entry.second_count) for entry in entries]
+    arrays: dict[str, NDArray[Any]] = {
+        "rows": np.concatenate([entry.matches.rows for entry in entries]).astype(np.int32),
+        "distances": np.concatenate([entry.matches.distances for entry in entries]),
+        "counts": np.array(counts, np.int64),
+    }
+    write_npz(path, arrays)
 
 
-def _join(output: Path, made_of: str, old: MatchFile | None, parts: _Parts, progress: PhaseProgress | None) -> None:
-    """Writes the match file: what the old one has, and the parts."""
-    with MatchWriter(output) as writer:
-        writer.set_attribute(_MADE_OF, made_of)
-        count = 0
-        for entries in (old.entries() if old else (), parts.read()):
-            for group, matches in entries:
-                writer.write(group, matches)
-                count += 1
-                if progress and not count % 100:
-                    progress("writing matches", count, 0)
+def _read_shard(path: Path) -> Iterator[_Entry]:
+    """Reads what `_write_shard` wrote.
+
+    Raises:
+        SuperPointError: the file cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            rows, distances, counts = arrays["rows"], arrays["distances"], arrays["counts"]
+    except Exception as error:  # a damaged zip raises whatever its reader stumbles over
+        raise SuperPointError(f"{path} cannot be read ({one_line(error)}).") from error
+    ends = np.cumsum(counts[:, 0])
+    for (count, first, second), end in zip(counts.tolist(), ends.tolist()):
+        yield _Entry(Matches(rows[end - count : end], distances[end - count : end]), first, second)
+
+
+def _join_if_complete(run: _Run, lock: RangeLock, progress: PhaseProgress | None) -> int:
+    """Writes the match file if all shards are finished and no other process does so.
+
+    Returns:
+        How many shards are not finished.
+    """
+    folder, manifest = run.folder, run.manifest
+    missing = len(folder.unfinished(manifest))
+    if folder.manifest() != manifest:
+        return 0  # another process has joined them meanwhile
+    if not missing and lock.take(MERGE_LOCK, 1) and folder.manifest() == manifest:
+        _join(run, progress)
+    return missing
+
+
+def _join(run: _Run, progress: PhaseProgress | None) -> None:
+    manifest, done = run.manifest, 0
+    with MatchWriter(run.folder.output, append=not manifest.replaces) as writer:
+        for number in range(manifest.shards):
+            report, path = run.folder.report(number), run.path_of(number)
+            if report is None or not path.is_file() or file_sha256(path) != report.sha256:
+                raise SuperPointError(
+                    f"shard {number} of {run.folder.output} has another {path.name} than was written; remove "
+                    f"{run.folder.report_path(number)} and run superpoint match-pairs again."
+                )
+            for pair, entry in zip(run.pairs_of(number), _read_shard(path)):
+                writer.write(pair, to_stored(entry.matches, entry.first_count, entry.second_count))
+                done += 1
+                if progress:
+                    progress("writing", done, manifest.images)
+        writer.describe(MadeBy(manifest.run_id, manifest.settings).to_json())
+    run.folder.remove()
