@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from superpoint_trt.core.files import PathLike, make_folder, one_line, write_atomically
+from superpoint_trt.core.files import PathLike, make_folder, one_line, read_bytes, write_atomically
 from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import SuperPointError
@@ -104,6 +104,19 @@ class MapReport:
     """Names of images whose place was not found."""
     pycolmap: str = ""
     """Version of pycolmap."""
+
+    @classmethod
+    def read(cls, path: Path) -> MapReport:
+        """Reads what `make_map` wrote.
+
+        Raises:
+            SuperPointError: it is no report.
+        """
+        try:
+            flat = json.loads(read_bytes(path, "report of a map"))
+            return cls(**{**flat, "left_out": tuple(flat["left_out"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise SuperPointError(f"{path} is no report of a map ({one_line(error)}); remove it.") from error
 
     def rows(self) -> list[tuple[str, str]]:
         """The figures as a table for people: a label, and its value."""

@@ -112,7 +112,8 @@ def _triangles(rotations: Float64, axes: Float64, flat_centers: Float64, length:
 def _without_outliers(flat: Float64) -> Float64:
     if not len(flat):
         return flat
-    low, high = np.percentile(flat, [OUTLIERS_PERCENT, 100 - OUTLIERS_PERCENT], axis=0)
+    low = np.percentile(flat, OUTLIERS_PERCENT, axis=0, method="lower")
+    high = np.percentile(flat, 100 - OUTLIERS_PERCENT, axis=0, method="higher")
     kept: Float64 = flat[((flat >= low) & (flat <= high)).all(axis=1)]
     return kept
 
