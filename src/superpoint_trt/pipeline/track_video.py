@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from superpoint_trt.core.files import PathLike, check_writable, make_folder
 from superpoint_trt.core.image import load_image, to_picture
+from superpoint_trt.core.image_file import opencv_quiet
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.inputs import Item, find_items
@@ -207,7 +208,8 @@ def _camera_frames(options: SourceOptions) -> Iterator[SourceFrame]:
     """The images of a camera until the user interrupts."""
     import cv2
 
-    camera = cv2.VideoCapture(options.camera)
+    with opencv_quiet():
+        camera = cv2.VideoCapture(options.camera)
     try:
         if not camera.isOpened():
             raise SuperPointError(f"camera {options.camera} cannot be opened; --camid gives another number.")
