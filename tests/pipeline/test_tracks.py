@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import photograph
-from pipeline.features import orthogonal
+from pipeline.hand_made import orthogonal
 
 from superpoint_trt import SuperPoint
 from superpoint_trt.cli.main import cli, run

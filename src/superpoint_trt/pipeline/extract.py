@@ -178,24 +178,50 @@ def _begin(path: Path, items: Sequence[Item], settings: Settings, options: Extra
     folder = ShardFolder(path)
     if options.overwrite:
         remove_run(folder)
-    kept, made_by = folder.manifest(), MadeBy.read(path)
-    if kept is not None and made_by is not None and made_by.run_id == kept.run_id:
-        folder.remove()  # a kill between the merge and its end
-        kept = None
-    replaces = options.overwrite if kept is None else kept.replaces
-    if path.exists() and not replaces:
-        _check_made_by(path, made_by, settings)
-        items_to_do = _without_entry(path, items)
-    else:
-        items_to_do = list(items)
-    if not items_to_do and kept is None:
-        return None
-    names = digest_names(item.name for item in items_to_do)
+    names = digest_names(item.name for item in items)
+    kept = _kept_run(folder, settings, names)
     if kept is None:
+        to_do = list(range(len(items))) if options.overwrite else _without_entry(path, items, settings)
+        if not to_do:
+            folder.remove()  # what a kill at the end of a merge has left
+            return None
         run_id = os.urandom(8).hex()
-        kept = folder.begin(Manifest(run_id, settings, names, len(items_to_do), options.shard_size, replaces))
-    _check_kept(folder, kept, settings, names, len(items_to_do))
-    return _Run(folder, kept, items_to_do, items)
+        manifest = Manifest(run_id, settings, names, len(to_do), options.shard_size, options.overwrite)
+        kept = folder.begin(manifest, to_do)
+        if not kept.fits(settings, names):
+            raise SuperPointError(f"another process has just begun to make {path} of other images, or in another way.")
+    return _Run(folder, kept, [items[at] for at in folder.to_do(kept)], items)
+
+
+def _kept_run(folder: ShardFolder, settings: Settings, names: str) -> Manifest | None:
+    """The unfinished run that is kept on disk, if it fits.
+
+    One that does not fit is removed if it has no finished shard, and one that was merged already, too.
+
+    Raises:
+        SuperPointError: it does not fit, and it has finished shards, or another process works on it.
+    """
+    kept, made_by = folder.manifest(), MadeBy.read(folder.output)
+    if kept is None:
+        return None
+    if made_by is not None and made_by.run_id == kept.run_id:
+        folder.remove()  # a kill between the merge and its end
+        return None
+    if kept.fits(settings, names):
+        return kept
+    if len(folder.unfinished(kept)) == kept.shards:
+        remove_run(folder)
+        return None
+    differs = difference(kept.settings, settings)
+    if differs:
+        raise SuperPointError(
+            f"{folder.folder} keeps an unfinished run with {differs}; choose another --output, or start anew with "
+            "--overwrite."
+        )
+    raise SuperPointError(
+        f"{folder.folder} keeps an unfinished run over other images; finish it with the same inputs, keep what it has "
+        f"(superpoint merge {folder.output} --unfinished), or start anew with --overwrite."
+    )
 
 
 def remove_run(folder: ShardFolder) -> None:
@@ -211,38 +237,24 @@ def remove_run(folder: ShardFolder) -> None:
             folder.remove()
 
 
-def _without_entry(path: Path, items: Sequence[Item]) -> list[Item]:
-    if not is_hdf5_name(path) and not any(path.iterdir()):
-        return list(items)
-    with FeatureFile(path) as features:
-        return [item for item in items if item.name not in features]
+def _without_entry(path: Path, items: Sequence[Item], settings: Settings) -> list[int]:
+    """Positions of the images that an output has no entry of.
 
-
-def _check_made_by(path: Path, made_by: MadeBy | None, settings: Settings) -> None:
+    Raises:
+        SuperPointError: the output was made with other settings, or by another tool.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return list(range(len(items)))
+    made_by = MadeBy.read(path)
     if made_by is None:
-        if path.is_dir() and not any(path.iterdir()):
-            return
         raise SuperPointError(
             f"{path} is there and was not made by superpoint extract; choose another --output, or --overwrite."
         )
     differs = difference(made_by.settings, settings)
     if differs:
         raise SuperPointError(f"{path} was made with {differs}; choose another --output, or --overwrite.")
-
-
-def _check_kept(folder: ShardFolder, kept: Manifest, settings: Settings, names: str, images: int) -> None:
-    differs = difference(kept.settings, settings)
-    if differs:
-        raise SuperPointError(
-            f"{folder.folder} keeps an unfinished run with {differs}; choose another --output, or start anew with "
-            "--overwrite."
-        )
-    if kept.names_sha256 != names:
-        raise SuperPointError(
-            f"{folder.folder} keeps an unfinished run over other images ({kept.images}, now {images}); finish it with "
-            f"the same inputs, keep what it has (superpoint merge {folder.output} --unfinished), or start anew with "
-            "--overwrite."
-        )
+    with FeatureFile(path) as features:
+        return [at for at, item in enumerate(items) if item.name not in features]
 
 
 def _extract_part(

@@ -9,6 +9,7 @@ pixels of the image file as stored (before EXIF rotation), pixel centres at inte
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -416,16 +417,30 @@ class _Target(Protocol):
 
 
 class Hdf5Target:
-    """An .h5 that is written; subclasses decide how it gets its place."""
+    """An .h5 that is written.
 
-    _path: Path
-    file: Any
-    """The open h5py.File."""
+    Args:
+        path: its name, for messages.
+        place: the file that is written to.
+        kept: length in bytes of the part of it that readers see until the end.
+
+    Raises:
+        SuperPointError: it cannot be written, or is no HDF5.
+
+    Attributes:
+        file: the open h5py.File.
+    """
+
+    def __init__(self, path: Path, place: Path, kept: int) -> None:
+        h5py, self._path = import_h5py(), path
+        with Reported(path):
+            self._disk = JournaledFile(place, kept)
+            self.file = h5py.File(self._disk, "r+" if kept else "w", libver=_HDF5_FORMATS)
 
     def write(self, name: str, arrays: dict[str, NDArray[Any]], uncertainty: float) -> None:
         """Writes one image's arrays."""
         self._check_new(name)
-        with Reported(self._path):
+        with self.reported():
             group = self.file.create_group(name)
             for key, array in arrays.items():
                 group.create_dataset(key, data=array.T if key == "descriptors" else array)
@@ -433,11 +448,10 @@ class Hdf5Target:
 
     def copy(self, features: FeatureFile, names: Sequence[str]) -> None:
         """Copies entries of another file."""
-        source = features.hdf5
         for name in names:
             self._check_new(name)
-        with Reported(self._path):
-            source.copy_to(self.file, names)
+        with self.reported():
+            features.hdf5.copy_to(self.file, names)
 
     def _check_new(self, name: str) -> None:
         if f"{name}/keypoints" in self.file:
@@ -445,37 +459,52 @@ class Hdf5Target:
 
     def describe(self, text: str) -> None:
         """Keeps a text in the file."""
-        with Reported(self._path):
+        with self.reported():
             self.file.attrs[DESCRIPTION] = text
+
+    def reported(self) -> Reported:
+        """A context that turns errors of writing into one line."""
+        return Reported(self._path, self._disk)
+
+    def finish(self) -> None:
+        """Completes the file; from then on readers see it."""
+        try:
+            with self.reported():
+                self.file.close()
+                self._disk.commit()
+                self._disk.close()
+                self._take_place()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _take_place(self) -> None:
+        """Gives a file that was written beside its place its name."""
+
+    def abandon(self) -> None:
+        """Ends without a change that readers see."""
+        with suppress(Exception):
+            self.file.close()
+        self._disk.close()
 
 
 class NewHdf5(Hdf5Target):
     """An .h5 that grows beside its place, and is renamed in the end."""
 
     def __init__(self, path: Path) -> None:
-        h5py, self._path = import_h5py(), path
-        target = check_writable(path).resolve()
-        self._place, self._beside = target, target.with_name(f".{target.name}.{os.urandom(8).hex()}")
+        self._place = check_writable(path).resolve()
+        self._beside = self._place.with_name(f".{self._place.name}.{os.urandom(8).hex()}")
         with Reported(path):
-            self.file = h5py.File(self._beside, "w-", libver=_HDF5_FORMATS)
+            self._beside.touch(exist_ok=False)
+        super().__init__(path, self._beside, 0)
 
-    def finish(self) -> None:
-        """Completes the file; its content is then there."""
-        try:
-            with Reported(self._path):
-                self.file.close()
-                with open(self._beside, "r+b") as whole:
-                    os.fsync(whole.fileno())
-                recover(self._place)  # so that no journal of the old file is taken for one of the new
-                self._beside.replace(self._place)
-        except BaseException:
-            self.abandon()
-            raise
+    def _take_place(self) -> None:
+        recover(self._place)  # so that no journal of the old file is taken for one of the new
+        self._beside.replace(self._place)
 
     def abandon(self) -> None:
-        """Ends without a change."""
-        with suppress(Exception):  # on a full disk it cannot be closed, either
-            self.file.close()
+        """Ends without a change that readers see."""
+        super().abandon()
         with suppress(OSError):
             self._beside.unlink()
 
@@ -484,28 +513,10 @@ class GrowingHdf5(Hdf5Target):
     """An .h5 to which entries are added; a journal makes the change whole."""
 
     def __init__(self, path: Path) -> None:
-        h5py, self._path = import_h5py(), path
         place = check_writable(path).resolve()
         with open_hdf5(place):  # finishes what a killed process began, and checks that this is HDF5
             pass
-        with Reported(path):
-            self._journaled = JournaledFile(place, _used_bytes(place))
-            self.file = h5py.File(self._journaled, "r+", libver=_HDF5_FORMATS)
-
-    def finish(self) -> None:
-        """Completes the file; its content is then there."""
-        try:
-            with Reported(self._path):
-                self.file.close()
-                self._journaled.commit()
-        finally:
-            self.abandon()
-
-    def abandon(self) -> None:
-        """Ends without a change."""
-        with suppress(Exception):
-            self.file.close()
-        self._journaled.close()
+        super().__init__(path, place, _used_bytes(place))
 
 
 def _used_bytes(path: Path) -> int:
@@ -528,23 +539,30 @@ _SUPERBLOCK = struct.Struct("<8sBB18sQ")
 
 
 class Reported:
-    """Turns h5py's errors of writing into one line."""
+    """Turns errors of writing into one line.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: the file, for the message.
+        disk: where h5py writes, whose own error counts.
+    """
+
+    def __init__(self, path: Path, disk: JournaledFile | None = None) -> None:
+        self._path, self._disk = path, disk
 
     def __enter__(self) -> None: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, (OSError, RuntimeError, ValueError)):
-            raise SuperPointError(f"{self._path} cannot be written: {_why(error)}.") from error
+        met = self._disk.error if self._disk is not None and self._disk.error is not None else error
+        if isinstance(met, (OSError, RuntimeError, ValueError)):
+            raise SuperPointError(f"{self._path} cannot be written: {_why(met)}.") from met
 
 
 def _why(error: BaseException) -> str:
     """The operating system's words if it is the reason; else HDF5's."""
-    number = getattr(error, "errno", None)
+    told = re.search(r"errno = (\d+)", str(error))  # somewhere in HDF5's text, with the file's name and the time
+    number = getattr(error, "errno", None) or (int(told[1]) if told else 0)
     return os.strerror(number) if number else one_line(error)
 
 

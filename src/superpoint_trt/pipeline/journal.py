@@ -14,6 +14,7 @@ import os
 import struct
 from contextlib import suppress
 from pathlib import Path
+from typing import Callable
 
 from superpoint_trt.core.files import write_atomically
 
@@ -28,9 +29,15 @@ _ENTRY = struct.Struct("<Q")
 class JournaledFile(io.RawIOBase):
     """A file whose first part stays as it is until `commit`. What lies behind it is written at once.
 
+    HDF5 writes through this class also where nothing is to be kept: if HDF5 itself meets a full disk, it cannot close
+    its file, and crashes when the process ends. Here the first error is noted, and what is written after it is dropped.
+
     Args:
         path: the file.
         kept: length in bytes of the first part.
+
+    Attributes:
+        error: why something could not be written; None: everything was.
 
     Raises:
         OSError: the file cannot be opened for writing.
@@ -41,6 +48,7 @@ class JournaledFile(io.RawIOBase):
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115  (closed by `close`)
         self._kept = kept
         self._at = 0
+        self.error: OSError | None = None
         self._changed: dict[int, bytearray] = {}
         """Number of a block of the first part -> its new content."""
 
@@ -69,7 +77,16 @@ class JournaledFile(io.RawIOBase):
     def truncate(self, size: int | None = None) -> int:
         """Sets the length; the first part cannot be shortened."""
         size = max(self._at if size is None else size, self._kept)
-        return self._file.truncate(size)
+        self._try(lambda: self._file.truncate(size))
+        return size
+
+    def _try(self, change: Callable[[], object]) -> None:
+        """Makes a change, unless one has failed before."""
+        if self.error is None:
+            try:
+                change()
+            except OSError as error:
+                self.error = error
 
     def readinto(self, buffer: object) -> int:
         """Reads as the file will be after `commit`."""
@@ -97,12 +114,14 @@ class JournaledFile(io.RawIOBase):
             self._overlap(view, start, number, to_view=False)
         behind = max(start, self._kept)
         if behind < end:
-            self._file.seek(behind)
-            rest = view[behind - start :]
-            while len(rest):
-                rest = rest[self._file.write(rest) or 0 :]
+            self._try(lambda: self._write_behind(behind, view[behind - start :]))
         self._at = end
         return len(view)
+
+    def _write_behind(self, start: int, rest: memoryview) -> None:
+        self._file.seek(start)
+        while len(rest):
+            rest = rest[self._file.write(rest) or 0 :]
 
     def _blocks(self, start: int, end: int) -> range:
         end = min(end, self._kept)
@@ -128,9 +147,13 @@ class JournaledFile(io.RawIOBase):
         """Makes the changes of the first part; after it the file has its new content, whatever happens.
 
         Raises:
-            SuperPointError, OSError: the journal or the file cannot be written.
+            SuperPointError, OSError: something could not be written.
         """
+        if self.error is not None:
+            raise self.error
         os.fsync(self._file.fileno())
+        if not self._changed:
+            return
         body = b"".join(
             _ENTRY.pack(number * _BLOCK_BYTES) + bytes(block).ljust(_BLOCK_BYTES, b"\0")
             for number, block in sorted(self._changed.items())

@@ -23,7 +23,6 @@ from superpoint_trt.pipeline.feature_files import (
     DESCRIPTION,
     GrowingHdf5,
     NewHdf5,
-    Reported,
     import_h5py,
     open_hdf5,
 )
@@ -199,7 +198,7 @@ class MatchWriter:
             SuperPointError: the file has the pair already, or it cannot be written (a full disk).
         """
         first, second = group_name(*pair).split("/")
-        with Reported(self.path):
+        with self._target.reported():
             inside = self._group(first)
             if inside.links.exists(second.encode()):
                 raise SuperPointError(f"{self.path} has the pair {pair[0]!r} and {pair[1]!r} already.")

@@ -177,34 +177,39 @@ def _begin(path: Path, wanted: Sequence[Pair], settings: Settings, overwrite: bo
     Raises:
         SuperPointError: the output, or the run that is kept, was made of something else.
     """
-    folder = ShardFolder(path)
+    if not wanted:
+        raise SuperPointError("there are no pairs to match.")
+    folder, names = ShardFolder(path), digest_names(name for pair in wanted for name in pair)
     if overwrite:
         remove_run(folder)
-    kept = folder.manifest()
     made_by = None if overwrite or not path.exists() else _made_by(path)
+    if made_by is not None:
+        _check_settings(path, made_by.settings, settings)
+    kept = folder.manifest()
     if kept is not None and made_by is not None and made_by.run_id == kept.run_id:
         folder.remove()  # a kill between the joining of the shards and its end
         kept = None
-    if made_by is not None:
-        _check_settings(path, made_by.settings, settings)
-        with MatchFile(path) as old:
-            left = [pair for pair in wanted if pair not in old]
-        if not left and kept is None:
-            return None
-    else:
-        left = list(wanted)
-    names = digest_names(name for pair in left for name in pair)
+    if kept is not None and not kept.fits(settings, names) and len(folder.unfinished(kept)) == kept.shards:
+        remove_run(folder)  # nothing is lost
+        kept = None
     if kept is None:
-        if not left:
-            raise SuperPointError("there are no pairs to match; the pairs file is empty.")
-        kept = folder.begin(Manifest(os.urandom(8).hex(), settings, names, len(left), SHARD_PAIRS, overwrite))
+        to_do = list(range(len(wanted))) if made_by is None else _without_entry(path, wanted)
+        if not to_do:
+            return None
+        kept = folder.begin(Manifest(os.urandom(8).hex(), settings, names, len(to_do), SHARD_PAIRS, overwrite), to_do)
     _check_settings(folder.folder, kept.settings, settings)
     if kept.names_sha256 != names:
         raise SuperPointError(
-            f"{folder.folder} keeps an unfinished run over {kept.images} pairs, not these {len(left)}; finish it with "
-            "its pairs file first, or start anew with --overwrite."
+            f"{folder.folder} keeps an unfinished run over other pairs; finish it with its own pairs file first, or "
+            "start anew with --overwrite."
         )
+    left = [wanted[at] for at in folder.to_do(kept)]
     return _Run(folder, kept, left, len(wanted) - len(left))
+
+
+def _without_entry(path: Path, wanted: Sequence[Pair]) -> list[int]:
+    with MatchFile(path) as old:
+        return [at for at, pair in enumerate(wanted) if pair not in old]
 
 
 def _made_by(path: Path) -> MadeBy:

@@ -4,6 +4,7 @@ A run over many images is cut into shards of some hundred images. While it is no
 output, OUTPUT.shards, with
 
     manifest.json   what makes the run: model and options, a digest of the images' names, the size of a shard
+    to-do.ID.npz    which of the images had no entry when the run began
     00012.h5        the entries of a shard (an .h5 as output only; .npz are written in their place at once)
     00012.json      how the shard ended: counts, failures, hash of its .h5. Written last: it makes the shard finished
     lock            who works on which shards
@@ -14,6 +15,7 @@ When all shards are finished they are merged into the output, and the folder goe
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +23,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from superpoint_trt._version import __version__
-from superpoint_trt.core.files import make_folder, read_bytes, write_atomically
+from superpoint_trt.core.files import make_folder, read_bytes, write_atomically, write_npz
 from superpoint_trt.core.typed_json import JsonError, flag, integer, mapping, member, optional_text, parse, text
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.inputs import Item
@@ -47,8 +51,9 @@ class Manifest:
     """Random; the merged output names the run that was merged last."""
     settings: Settings
     names_sha256: str
-    """Of the names of all images to be worked on, in their order."""
+    """Of the names of all inputs, in their order."""
     images: int
+    """To be worked on: the inputs without those that had an entry when the run began."""
     shard_size: int
     """Images in a shard; the last may have fewer."""
     replaces: bool
@@ -59,6 +64,10 @@ class Manifest:
     def shards(self) -> int:
         """How many shards there are."""
         return -(-self.images // self.shard_size)
+
+    def fits(self, settings: Settings, names_sha256: str) -> bool:
+        """Whether a run with these settings over images of these names is this one."""
+        return difference(self.settings, settings) is None and self.names_sha256 == names_sha256
 
     def images_of(self, number: int) -> range:
         """Which of the images a shard has."""
@@ -173,25 +182,51 @@ class ShardFolder:
                 return None
             raise
 
-    def begin(self, manifest: Manifest) -> Manifest:
+    def begin(self, manifest: Manifest, to_do: Sequence[int]) -> Manifest:
         """Keeps a new run here. If another process was faster, its run counts.
+
+        Args:
+            manifest: the run.
+            to_do: positions of the inputs to be worked on, rising.
 
         Returns:
             The run that is kept.
         """
         make_folder(self.folder)
+        write_npz(self._to_do_path(manifest), {"positions": np.asarray(to_do, dtype=np.int64)})
         own = self.folder / f"manifest.{manifest.run_id}"
         write_atomically(own, manifest.to_json())
         try:
             os.link(own, self._manifest_path)  # fails if there is one, which a rename would replace
         except FileExistsError:
             pass
-        except OSError:  # a file system without hard links
+        except OSError as error:  # a file system without hard links
+            if not own.exists():
+                raise SuperPointError(f"{self.folder} was removed while the run began; start it again.") from error
             if not self._manifest_path.exists():
                 own.replace(self._manifest_path)
         with suppress(OSError):
             own.unlink()
         return Manifest.read(self._manifest_path)
+
+    def to_do(self, manifest: Manifest) -> list[int]:
+        """Positions of the inputs that a run works on.
+
+        Raises:
+            SuperPointError: the file is damaged.
+        """
+        path = self._to_do_path(manifest)
+        try:
+            with np.load(io.BytesIO(read_bytes(path, "state of a run")), allow_pickle=False) as arrays:
+                positions: list[int] = arrays["positions"].tolist()
+        except Exception as error:  # a damaged zip raises whatever its reader stumbles over
+            raise _damaged(path, error) from error
+        if len(positions) != manifest.images:
+            raise _damaged(path, ValueError(f"it has {len(positions)} images, the manifest {manifest.images}"))
+        return positions
+
+    def _to_do_path(self, manifest: Manifest) -> Path:
+        return self.folder / f"to-do.{manifest.run_id}.npz"
 
     def features(self, number: int) -> Path:
         """The .h5 of a shard."""
@@ -226,8 +261,8 @@ class ShardFolder:
         """Removes the folder. The manifest goes last, so that a kill in between is mended by the next run."""
         if not self.folder.is_dir():
             return
-        last = (self._manifest_path, self.lock_path)
-        for path in sorted(self.folder.iterdir(), key=lambda path: path in last):
+        last = [self._manifest_path, self.lock_path]
+        for path in [path for path in self.folder.iterdir() if path not in last] + last:
             with suppress(OSError):
                 path.unlink()
         with suppress(OSError):

@@ -101,7 +101,8 @@ def extract_shards(
     Raises:
         SuperPointError: the shards cannot be written. An image that cannot be read or run is counted as failed.
     """
-    batch_size = options.batch_size or superpoint.description.max_batch_size
+    most = superpoint.description.max_batch_size
+    batch_size = most if options.batch_size is None else options.batch_size
     waiting: deque[list[_Source]] = deque()
     """The groups that were given to the model and have not come back."""
 
@@ -182,7 +183,7 @@ class _Reader:
     """
 
     def __init__(self, superpoint: SuperPoint, options: WorkOptions, batch_size: int) -> None:
-        threads = options.loaders or usable_cpus()
+        threads = usable_cpus() if options.loaders is None else options.loaders
         if not 1 <= threads <= MOST_LOADERS:
             raise SuperPointError(f"loaders is {threads}; expected 1 to {MOST_LOADERS}.")
         self._superpoint, self._reading = superpoint, options.reading()
@@ -273,6 +274,7 @@ class _Writer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="superpoint-writer")
         self._waiting: deque[Future[None]] = deque()
         self._open: _OpenShard | None = None
+        self._is_broken = False
 
     def add(self, source: _Source, result: Keypoints | SuperPointError) -> None:
         """Writes one result, later.
@@ -294,11 +296,17 @@ class _Writer:
             self._waiting.popleft().result()
 
     def _write(self, source: _Source, result: Keypoints | SuperPointError) -> None:
-        if self._open is None:
-            self._open = _OpenShard(source.shard, self._folder, self._dtype, self._ran_on)
-        if self._open.add(source, result):
-            shard, self._open = self._open, None
-            shard.finish()
+        if self._is_broken:
+            return
+        try:
+            if self._open is None:
+                self._open = _OpenShard(source.shard, self._folder, self._dtype, self._ran_on)
+            if self._open.add(source, result):
+                shard, self._open = self._open, None
+                shard.finish()
+        except BaseException:
+            self._is_broken = True  # what waits is not written, either
+            raise
 
     def __enter__(self) -> _Writer:
         return self
