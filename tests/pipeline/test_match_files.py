@@ -29,6 +29,17 @@ def test_stored_by_hand():
     assert stored.rows.tolist() == [[0, 2], [3, 0]]
 
 
+@pytest.mark.parametrize("count", [0, 1, 2048, 29_999, 30_001, 70_000])
+def test_every_number_of_keypoints_is_read_as_written(tmp_path, count):
+    rows = np.stack([np.arange(0, count, 2)] * 2, axis=1)
+    stored = to_stored(Matches(rows, np.full(len(rows), 0.5, np.float32)), count, count)
+    with MatchWriter(tmp_path / "matches.h5") as writer:
+        writer.write(("a", "b"), stored)
+    with MatchFile(tmp_path / "matches.h5") as found:
+        assert found["a", "b"].matches0.tolist() == stored.matches0.tolist()
+        assert found["a", "b"].scores0.tolist() == stored.scores0.tolist()
+
+
 @pytest.mark.parametrize(("count", "dtype"), [(32768, np.int16), (32769, np.int32)])
 def test_rows_beyond_int16_are_int32(count, dtype):
     last = Matches(np.array([[0, count - 1]]), np.zeros(1, np.float32))

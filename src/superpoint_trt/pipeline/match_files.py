@@ -29,6 +29,8 @@ from superpoint_trt.pipeline.feature_files import (
 from superpoint_trt.pipeline.pairs import Pair
 
 MATCHES, SCORES = "matches0", "matching_scores0"
+_MOST_COMPACT_NBYTES = 60_000
+"""HDF5 takes at most 64 KB in a dataset's header."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +192,9 @@ class MatchWriter:
         self._h5py, self.path = import_h5py(), Path(path)
         self._target = GrowingHdf5(self.path) if append and self.path.exists() else NewHdf5(self.path)
         self._open: tuple[str, Any] | None = None
+        # Values that lie in a dataset's own header need one write to the disk instead of two.
+        self._compact = self._h5py.h5p.create(self._h5py.h5p.DATASET_CREATE)
+        self._compact.set_layout(self._h5py.h5d.COMPACT)
 
     def write(self, pair: Pair, matches: StoredMatches) -> None:
         """Writes the matches of a pair. Pairs with the same first image are fastest one after another.
@@ -219,7 +224,8 @@ class MatchWriter:
     def _dataset(self, group: Any, name: str, values: NDArray[Any]) -> None:
         low, values = self._h5py, np.ascontiguousarray(values)
         kind, space = low.h5t.py_create(values.dtype), low.h5s.create_simple(values.shape)
-        low.h5d.create(group, name.encode(), kind, space).write(low.h5s.ALL, low.h5s.ALL, values)
+        layout = self._compact if values.nbytes <= _MOST_COMPACT_NBYTES else None
+        low.h5d.create(group, name.encode(), kind, space, layout).write(low.h5s.ALL, low.h5s.ALL, values)
 
     def close(self) -> None:
         """Completes the file.
