@@ -147,6 +147,8 @@ def _check_output(output: PathLike, inputs: Sequence[PathLike]) -> Path:
         SuperPointError: it cannot, it is an input, or h5py is missing.
     """
     path = Path(output)
+    if path.is_symlink():
+        path = path.resolve()  # so that shards lie on the file system of the file
     check_distinct(path, *inputs)
     if is_hdf5_name(path):
         import_h5py()
@@ -322,7 +324,4 @@ def _notes(items: Sequence[Item]) -> tuple[str, ...]:
     spaced = names_with_spaces(items)
     if not spaced:
         return ()
-    return (
-        f"{len(spaced)} names have spaces ({spaced[0]!r}), which a file of pairs cannot hold; rename the files before "
-        "you match them",
-    )
+    return (f"{len(spaced)} names have spaces ({spaced[0]!r}); superpoint reads pairs files with them, hloc does not",)

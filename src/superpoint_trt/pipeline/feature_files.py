@@ -184,12 +184,15 @@ class FeatureWriter:
         dtype: of the descriptors, float16 or float32.
         append: keep the entries of a file that is there, and add to them, in a time that does not depend on their
             number. False: an .h5 that is there is replaced.
+        scratch: a folder of the same file system, in which a new .h5 grows; None: the one that it will lie in.
 
     Raises:
         SuperPointError: the place cannot be written to, the file to be kept is no HDF5, or h5py is missing.
     """
 
-    def __init__(self, path: PathLike, dtype: DTypeLike = "float16", append: bool = False) -> None:
+    def __init__(
+        self, path: PathLike, dtype: DTypeLike = "float16", append: bool = False, scratch: Path | None = None
+    ) -> None:
         self.path = Path(path)
         self._dtype = np.dtype(dtype)
         if self._dtype.name not in DTYPES:
@@ -200,7 +203,7 @@ class FeatureWriter:
         elif append and self.path.exists():
             self._target = GrowingHdf5(self.path)
         else:
-            self._target = NewHdf5(self.path)
+            self._target = NewHdf5(self.path, scratch)
 
     def write(
         self, name: str, keypoints: Keypoints, image_size: tuple[int, int], uncertainty: float = DETECTION_NOISE_PX
@@ -491,9 +494,9 @@ class Hdf5Target:
 class NewHdf5(Hdf5Target):
     """An .h5 that grows beside its place, and is renamed in the end."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, scratch: Path | None = None) -> None:
         self._place = check_writable(path).resolve()
-        self._beside = self._place.with_name(f".{self._place.name}.{os.urandom(8).hex()}")
+        self._beside = (scratch or self._place.parent) / f".{self._place.name}.{os.urandom(8).hex()}"
         with Reported(path):
             self._beside.touch(exist_ok=False)
         super().__init__(path, self._beside, 0)

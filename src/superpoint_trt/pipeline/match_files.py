@@ -183,14 +183,16 @@ class MatchWriter:
     Args:
         path: .h5.
         append: keep the entries of a file that is there, and add to them.
+        scratch: folder that a new file grows in, on the same file system; default that of the file.
 
     Raises:
         SuperPointError: the place cannot be written to, the file to be kept is no HDF5, or h5py is missing.
     """
 
-    def __init__(self, path: PathLike, append: bool = False) -> None:
+    def __init__(self, path: PathLike, append: bool = False, scratch: Path | None = None) -> None:
         self._h5py, self.path = import_h5py(), Path(path)
-        self._target = GrowingHdf5(self.path) if append and self.path.exists() else NewHdf5(self.path)
+        grows = append and self.path.exists()
+        self._target = GrowingHdf5(self.path) if grows else NewHdf5(self.path, scratch)
         self._open: tuple[str, Any] | None = None
         # Values that lie in a dataset's own header need one write to the disk instead of two.
         self._compact = self._h5py.h5p.create(self._h5py.h5p.DATASET_CREATE)

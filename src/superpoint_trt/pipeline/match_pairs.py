@@ -113,6 +113,8 @@ def match_pairs(
             another process does this part, or the output cannot be written; what was finished stays.
     """
     options, path = options or PairMatchOptions(), check_writable(output)
+    if path.is_symlink():
+        path = path.resolve()  # so that shards lie on the file system of the file
     with FeatureFile(features) as stored:
         wanted = (
             list(pairs) if isinstance(pairs, Sequence) and not isinstance(pairs, str) else read_pairs(pairs, stored)
@@ -368,7 +370,9 @@ def _join_if_complete(run: _Run, lock: RangeLock, progress: PhaseProgress | None
 
 def _join(run: _Run, progress: PhaseProgress | None) -> None:
     manifest, done = run.manifest, 0
-    with MatchWriter(run.folder.output, append=not manifest.replaces) as writer:
+    run.folder.clean(f".{run.folder.output.name}.*")
+    # The file grows in the folder of the run, which goes in the end with all that a kill may have left there.
+    with MatchWriter(run.folder.output, not manifest.replaces, run.folder.folder) as writer:
         for number in range(manifest.shards):
             report, path = run.folder.report(number), run.path_of(number)
             if report is None or not path.is_file() or file_sha256(path) != report.sha256:

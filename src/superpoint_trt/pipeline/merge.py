@@ -79,7 +79,7 @@ def merge(output: PathLike, unfinished: bool = False, progress: PhaseProgress | 
         SuperPointError: there is no run, shards are missing or damaged, another process works on them, or the output
             cannot be written.
     """
-    folder = ShardFolder(Path(output))
+    folder = ShardFolder(Path(output).resolve() if Path(output).is_symlink() else Path(output))
     manifest = folder.manifest()
     if manifest is None:
         raise SuperPointError(f"{folder.folder} keeps no run; there is nothing to merge into {output}.")
@@ -147,8 +147,10 @@ def _reports(folder: ShardFolder, manifest: Manifest) -> dict[int, ShardReport]:
 def _merge(
     folder: ShardFolder, manifest: Manifest, reports: Mapping[int, ShardReport], progress: PhaseProgress | None
 ) -> None:
+    folder.clean(f".{folder.output.name}.*")
     description = MadeBy(manifest.run_id, manifest.settings).to_json()
-    with FeatureWriter(folder.output, append=not manifest.replaces) as writer:
+    # The file grows in the folder of the run, which goes in the end with all that a kill may have left there.
+    with FeatureWriter(folder.output, append=not manifest.replaces, scratch=folder.folder) as writer:
         for count, (number, report) in enumerate(reports.items()):
             if is_hdf5_name(folder.output) and report.done:
                 _copy(folder, number, report, writer)

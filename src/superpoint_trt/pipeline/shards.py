@@ -251,9 +251,9 @@ class ShardFolder:
         """The .json of a shard."""
         return self.folder / f"{number:05d}.json"
 
-    def clean(self, number: int) -> None:
-        """Removes what a killed process has left of a shard."""
-        for left in self.folder.glob(f".{number:05d}.*"):
+    def clean(self, pattern: str) -> None:
+        """Removes files that a killed process has left: ".00012.*" of a shard, ".features.h5.*" of a merge."""
+        for left in self.folder.glob(pattern):
             with suppress(OSError):
                 left.unlink()
 

@@ -327,7 +327,7 @@ class _OpenShard:
         self._failed: list[tuple[str, str]] = []
         self._done = 0
         self._path = folder.features(shard.number) if is_hdf5_name(folder.output) else folder.output
-        folder.clean(shard.number)
+        folder.clean(f".{shard.number:05d}.*")
         self._features = FeatureWriter(self._path, dtype)
 
     def add(self, source: _Source, result: Keypoints | SuperPointError) -> bool:
