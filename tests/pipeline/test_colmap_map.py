@@ -211,6 +211,26 @@ def test_rendered_pictures_are_mapped_and_a_second_run_does_nothing_twice(room, 
     assert "max_keypoints" in capsys.readouterr().err
 
 
+def test_frames_of_a_video_are_written_once_and_mapped(tmp_path, capsys):
+    pytest.importorskip("av", reason="videos need PyAV (extra bulk)")
+    from superpoint_trt.pipeline.video_writer import VideoWriter
+
+    with VideoWriter(tmp_path / "room.mp4") as video:
+        for index, camera in enumerate(cameras(7)):
+            video.write(np.repeat(render(camera)[..., None], 3, axis=2), index / 4)
+    arguments = ["reconstruct", str(tmp_path / "room.mp4"), "--output", str(tmp_path / "map"), "--device", "cpu"]
+    arguments += ["--max-keypoints", "500", "--max-side", "480", "--cameras", "single", "--camera-model", "PINHOLE"]
+    arguments += ["--camera-params", ",".join(map(str, PARAMS))]
+    assert run(cli, arguments) == 0
+    assert "4 of 4" in capsys.readouterr().out, "two frames a second"
+    frames = sorted((tmp_path / "map" / "images").iterdir())
+    names = ["000000_0.000s.jpg", "000002_0.500s.jpg", "000004_1.000s.jpg", "000006_1.500s.jpg"]
+    assert [path.name for path in frames] == names
+    written = [path.stat().st_mtime_ns for path in frames]
+    assert run(cli, arguments) == 0
+    assert [path.stat().st_mtime_ns for path in frames] == written
+
+
 def test_maps_do_not_lie_among_the_photographs(room, capsys):
     assert run(cli, ["reconstruct", str(room), "--output", str(room / "map")]) == 2
     assert "lies in the folder of the photographs" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from superpoint_trt.cli.main import cli, run
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.pairs import PairOptions, in_sequence, make_pairs, read_pairs, with_spaces, write_pairs
 
@@ -96,3 +97,19 @@ def test_names_with_line_breaks_are_refused(tmp_path):
     with pytest.raises(SuperPointError, match="line break"):
         write_pairs(tmp_path / "pairs.txt", [("a\nb", "c")])
     assert not (tmp_path / "pairs.txt").exists()
+
+
+def test_the_command(tmp_path, capsys):
+    pytest.importorskip("h5py", reason="feature files need h5py (extra bulk)")
+    from pipeline.hand_made import orthogonal, write_features
+
+    features = write_features(tmp_path / "f.h5", {name: orthogonal([1]) for name in ("a 1", "b", "c")})
+    pairs = tmp_path / "pairs.txt"
+    assert run(cli, ["pairs", str(features), "--output", str(pairs), "--sequential", "1"]) == 0
+    told = capsys.readouterr()
+    assert "2 in" in told.out and "hloc does not" in told.err
+    assert pairs.read_text() == "a 1 b\nb c\n"
+    assert run(cli, ["pairs", str(features), "--output", str(pairs)]) == 2
+    assert "0 ways" in capsys.readouterr().err
+    assert run(cli, ["pairs", str(features), "--output", str(features), "--exhaustive"]) == 2
+    assert "would overwrite" in capsys.readouterr().err
