@@ -21,6 +21,7 @@ from superpoint_trt.cli.quantize import quantize
 from superpoint_trt.cli.reconstruct import reconstruct
 from superpoint_trt.cli.terminal import run, script
 from superpoint_trt.cli.track import track
+from superpoint_trt.cli.triton import triton
 from superpoint_trt.cli.weights import weights
 
 __all__ = ["cli", "main", "run", "script"]
@@ -56,6 +57,7 @@ COMMANDS = (
     quantize,
     reconstruct,
     track,
+    triton,
     verify,
     weights,
 )
