@@ -48,6 +48,7 @@ HEAVY = (
     "h5py",
     "av",
     "pycolmap",
+    "ray",
 )
 
 

@@ -26,7 +26,7 @@ def keypoints(seed: int, count: int = 5, dim: int = 16) -> Keypoints:
 def write(path, names=NAMES, **how):
     with FeatureWriter(path, **how) as writer:
         for index, name in enumerate(names):
-            writer.write(name, keypoints(index, count=index), (4000, 3000), uncertainty=3.5)
+            writer.write(name, keypoints(index, count=index % 9), (4000, 3000), uncertainty=3.5)
     return path
 
 

@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+from helpers import rarely
 from pipeline.test_feature_files import NAMES, keypoints, write
 
 from superpoint_trt import SuperPointError
@@ -155,3 +156,30 @@ def test_reads_see_what_was_written(tmp_path):
     file.commit()
     file.close()
     assert path.read_bytes() == plain
+
+
+@pytest.mark.parametrize("count", [1500, *rarely(20_000)])
+def test_large_files_cost_no_more_bytes(tmp_path, monkeypatch, count):
+    """Opening, reading one entry and adding one touch some blocks of HDF5's index, of 64 kB at most, in any file."""
+    h5py = pytest.importorskip("h5py")
+    touched = {"read": 0, "written": 0}
+    real_read, real_write = JournaledFile.readinto, JournaledFile.write
+
+    def readinto(self, buffer):
+        touched["read"] += len(buffer)
+        return real_read(self, buffer)
+
+    def write_some(self, data):
+        touched["written"] += len(data)
+        return real_write(self, data)
+
+    path = write(tmp_path / "f.h5", [f"images/{index:07d}.jpg" for index in range(count)])
+    monkeypatch.setattr(JournaledFile, "readinto", readinto)
+    monkeypatch.setattr(JournaledFile, "write", write_some)
+    append(path, ["images/new.jpg"])
+    assert sum(touched.values()) < 300_000, touched
+    touched.update(read=0, written=0)
+    with h5py.File(JournaledFile(path, path.stat().st_size), "r") as file:
+        assert file[f"images/{count // 2:07d}.jpg"]["keypoints"].shape
+    assert sum(touched.values()) < 300_000, touched
+    assert count < 10_000 or path.stat().st_size > 20_000_000

@@ -54,12 +54,20 @@ class BulkArgs(OptionGroup):
     shard_size: int = option(
         "--shard-size", type=int, default=256, help="Images finished together; a kill loses no more."
     )
+    launcher: str = option(
+        "--launcher", type=click.Choice(["local", "ray"]), default="local", help="Work here, or on a Ray cluster."
+    )
+    ray_address: str | None = option("--ray-address", help="Of the cluster.  [default: this machine's]")
+    actors: int | None = option(
+        "--actors", type=int, help="Processes that Ray starts.  [default: one for each GPU, or for each four CPUs]"
+    )
     overwrite: bool = option("--overwrite", is_flag=True, help="Replace an output or an unfinished run that is there.")
 
     def options(self, model: str | None, extract: ExtractArgs, runtime: RuntimeArgs) -> ExtractOptions:
         """The options of `pipeline.extract.extract`."""
         from superpoint_trt.pipeline.extract import ExtractOptions
         from superpoint_trt.pipeline.inputs import InputOptions
+        from superpoint_trt.pipeline.workers import RayOptions
 
         return ExtractOptions(
             model=model,
@@ -72,6 +80,7 @@ class BulkArgs(OptionGroup):
             parts=self.shard[1],
             shard_size=self.shard_size,
             overwrite=self.overwrite,
+            ray=RayOptions(self.ray_address, self.actors) if self.launcher == "ray" else None,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
@@ -26,8 +27,7 @@ from superpoint_trt.pipeline.shards import (
     digest_names,
     range_of,
 )
-from superpoint_trt.pipeline.workers import WorkOptions, extract_shards
-from superpoint_trt.run.extractor import SuperPoint
+from superpoint_trt.pipeline.workers import Launcher, LocalLauncher, RayOptions, WorkOptions
 
 MOST_SHARD_SIZE = 1 << 20
 
@@ -56,6 +56,8 @@ class ExtractOptions:
     """Images that are finished together. After a kill at most so many are done again."""
     overwrite: bool = False
     """Replace an output, or an unfinished run, that is there."""
+    ray: RayOptions | None = None
+    """Share the work among the machines of a Ray cluster; None: work in this process."""
 
     def check(self) -> None:
         """Refuses values out of range.
@@ -132,12 +134,19 @@ def extract(
     options.check()
     path = _check_output(output, inputs)
     items = find_items(inputs, options.inputs)
-    worker = options.work()
-    with worker.open() as superpoint:
-        run = _begin(path, items, worker.settings_of(superpoint), options)
+    with _open_launcher(options) as launcher:
+        run = _begin(path, items, launcher.settings, options)
         if run is None:
             return ExtractSummary(path, len(items), 0, len(items), (), 0, "", 0.0, _notes(items))
-        return _extract_part(run, superpoint, options, progress)
+        return _extract_part(run, launcher, options, progress)
+
+
+def _open_launcher(options: ExtractOptions) -> AbstractContextManager[Launcher]:
+    if options.ray is None:
+        return LocalLauncher(options.work())
+    from superpoint_trt.pipeline.ray_launcher import RayLauncher
+
+    return RayLauncher(options.work(), options.ray)
 
 
 def _check_output(output: PathLike, inputs: Sequence[PathLike]) -> Path:
@@ -260,7 +269,7 @@ def _without_entry(path: Path, items: Sequence[Item], settings: Settings) -> lis
 
 
 def _extract_part(
-    run: _Run, superpoint: SuperPoint, options: ExtractOptions, progress: PhaseProgress | None
+    run: _Run, launcher: Launcher, options: ExtractOptions, progress: PhaseProgress | None
 ) -> ExtractSummary:
     """Works on this process's part of a run, and merges if nothing else is left to do."""
     folder, manifest = run.folder, run.manifest
@@ -270,7 +279,7 @@ def _extract_part(
         unfinished = [number for number in folder.unfinished(manifest) if number in numbers]
         shards = [Shard(number, [run.items[at] for at in manifest.images_of(number)]) for number in unfinished]
         started = time.perf_counter()
-        extract_shards(superpoint, shards, folder, options.work(), _count(shards, progress))
+        launcher.extract(shards, folder, _count(shards, progress))
         seconds = time.perf_counter() - started
         reports = {number: report for number in numbers if (report := folder.report(number))}
         left = merge_if_complete(folder, manifest, lock, progress)
@@ -285,7 +294,7 @@ def _extract_part(
         skipped=before + sum(report.done for report in reports.values()) - done,
         failed=tuple(row for report in reports.values() for row in report.failed),
         unfinished_shards=left,
-        ran_on=str(superpoint.runtime),
+        ran_on=launcher.ran_on,
         seconds=seconds,
         notes=notes,
     )

@@ -610,7 +610,9 @@ class _NewNpzFolder:
     def write(self, name: str, arrays: dict[str, NDArray[Any]], uncertainty: float) -> None:
         path = _npz_path(self._folder, name)
         make_folder(path.parent)
-        write_npz(path, {**arrays, _UNCERTAINTY: np.float64(uncertainty)})
+        # In C order, which every reader of .npz knows.
+        in_c_order = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+        write_npz(path, {**in_c_order, _UNCERTAINTY: np.float64(uncertainty)})
 
     def copy(self, features: FeatureFile, names: Sequence[str]) -> None:
         raise SuperPointError(f"{self._folder} is a folder of .npz; entries are copied into an .h5 only.")

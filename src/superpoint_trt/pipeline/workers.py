@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Protocol
+
+import numpy as np
 
 from superpoint_trt.core.files import PathLike, file_sha256
 from superpoint_trt.core.image import Placement, needed_side_px
@@ -26,6 +28,8 @@ from superpoint_trt.run.runner import run_key
 from superpoint_trt.run.stream import MOST_LOADERS, PreparedOrError
 
 _MOST_WRITES_WAITING = 64
+_MOST_SHARDS_FINISHING = 2
+_WRITE_HELPERS = 4
 _GROUPS_HELD = 4
 """Full batches of images that may wait for others of their size."""
 
@@ -77,6 +81,53 @@ class WorkOptions:
             "allow_damaged": bool(self.settings.get("allow_damaged", False)),
             "dtype": self.dtype,
         }
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """How the work is shared by Ray."""
+
+    address: str | None = None
+    """Of the cluster, as `ray.init` takes it; None: the one that this machine belongs to, or a new one on it."""
+    actors: int | None = None
+    """Processes that extract; None: one for each GPU of the cluster, without GPUs one for each four CPUs."""
+
+
+class Launcher(Protocol):
+    """Extracts shards, here or elsewhere."""
+
+    @property
+    def settings(self) -> Settings:
+        """What decides the content of an entry."""
+
+    @property
+    def ran_on(self) -> str:
+        """Backend, device and precision."""
+
+    def extract(self, shards: Sequence[Shard], folder: ShardFolder, advance: Callable[[int], None]) -> None:
+        """Extracts shards; `advance` is called with the number of images that were done since the last call."""
+
+
+class LocalLauncher:
+    """Extracts in this process. A context manager."""
+
+    def __init__(self, options: WorkOptions) -> None:
+        self._options = options
+        self._superpoint = options.open()
+        self.settings = options.settings_of(self._superpoint)
+        self.ran_on = str(self._superpoint.runtime)
+
+    def extract(self, shards: Sequence[Shard], folder: ShardFolder, advance: Callable[[int], None]) -> None:
+        """Extracts shards one after another."""
+        extract_shards(self._superpoint, shards, folder, self._options, advance)
+
+    def __enter__(self) -> LocalLauncher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._superpoint.close()
 
 
 _DECODE_FIELDS = ("max_keypoints", "threshold", "nms_radius_px", "remove_borders_px", "subpixel")
@@ -267,12 +318,20 @@ def usable_cpus() -> int:
 
 
 class _Writer:
-    """Writes entries on a thread, and finishes shards."""
+    """Writes entries on one thread, and finishes shards; other threads bring entries into the form of the file.
+
+    Args:
+        folder: where shards are kept.
+        options: type of the descriptors.
+        superpoint: made the entries.
+    """
 
     def __init__(self, folder: ShardFolder, options: WorkOptions, superpoint: SuperPoint) -> None:
-        self._folder, self._dtype, self._ran_on = folder, options.dtype, str(superpoint.runtime)
+        self._folder, self._dtype, self._ran_on = folder, np.dtype(options.dtype), str(superpoint.runtime)
+        self._helpers = ThreadPoolExecutor(_WRITE_HELPERS, thread_name_prefix="superpoint-write-helper")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="superpoint-writer")
-        self._waiting: deque[Future[None]] = deque()
+        self._writing: deque[Future[None]] = deque()
+        self._finishing: deque[Future[None]] = deque()
         self._open: _OpenShard | None = None
         self._is_broken = False
 
@@ -282,9 +341,10 @@ class _Writer:
         Raises:
             SuperPointError: an earlier result could not be written.
         """
-        while len(self._waiting) >= _MOST_WRITES_WAITING:
-            self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(self._write, source, result))
+        while len(self._writing) >= _MOST_WRITES_WAITING:
+            self._writing.popleft().result()
+        prepared = self._helpers.submit(_as_stored, result, source.orientation, self._dtype)
+        self._writing.append(self._thread.submit(self._write, source, prepared))
 
     def wait(self) -> None:
         """Waits until everything is on disk.
@@ -292,18 +352,21 @@ class _Writer:
         Raises:
             SuperPointError: a result could not be written.
         """
-        while self._waiting:
-            self._waiting.popleft().result()
+        for waiting in (self._writing, self._finishing):
+            while waiting:
+                waiting.popleft().result()
 
-    def _write(self, source: _Source, result: Keypoints | SuperPointError) -> None:
+    def _write(self, source: _Source, prepared: Future[Keypoints | SuperPointError]) -> None:
         if self._is_broken:
             return
         try:
             if self._open is None:
                 self._open = _OpenShard(source.shard, self._folder, self._dtype, self._ran_on)
-            if self._open.add(source, result):
+            if self._open.add(source, prepared.result()):
                 shard, self._open = self._open, None
-                shard.finish()
+                while len(self._finishing) >= _MOST_SHARDS_FINISHING:
+                    self._finishing.popleft().result()
+                self._finishing.append(self._helpers.submit(shard.finish))
         except BaseException:
             self._is_broken = True  # what waits is not written, either
             raise
@@ -314,15 +377,26 @@ class _Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._thread, self._helpers):
+            pool.shutdown(wait=True, cancel_futures=True)
         if self._open is not None:
             self._open.abandon()
+
+
+def _as_stored(
+    result: Keypoints | SuperPointError, orientation: int, dtype: np.dtype[Any]
+) -> Keypoints | SuperPointError:
+    """A result in the pixels of its file, and with descriptors in the order of bytes in which HDF5 has them, (D, N)."""
+    if isinstance(result, SuperPointError):
+        return result
+    stored = in_stored_pixels(result, orientation)
+    return replace(stored, descriptors=np.asfortranarray(stored.descriptors.astype(dtype, copy=False)))
 
 
 class _OpenShard:
     """The shard under way."""
 
-    def __init__(self, shard: Shard, folder: ShardFolder, dtype: str, ran_on: str) -> None:
+    def __init__(self, shard: Shard, folder: ShardFolder, dtype: np.dtype[Any], ran_on: str) -> None:
         self._shard, self._folder, self._ran_on = shard, folder, ran_on
         self._failed: list[tuple[str, str]] = []
         self._done = 0
@@ -335,8 +409,7 @@ class _OpenShard:
         if isinstance(result, SuperPointError):
             self._failed.append((source.item.name, str(result)))
         else:
-            stored = in_stored_pixels(result, source.orientation)
-            self._features.write(source.item.name, stored, stored.image_size, DETECTION_NOISE_PX * source.scale)
+            self._features.write(source.item.name, result, result.image_size, DETECTION_NOISE_PX * source.scale)
             self._done += 1
         return self._done + len(self._failed) == len(self._shard.items)
 
