@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
 PAIRS_A_LAUNCH = 64
 """Pairs that a GPU compares in one launch."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -166,8 +163,8 @@ def open_matcher(options: MatchOptions | None = None, device: str = "auto") -> M
 
     Args:
         options: which neighbors are matches.
-        device: "cpu"; "cuda" or "cuda:N"; "auto": a GPU if there is one that works, else the CPU. Why a GPU is not
-            used is logged.
+        device: "cpu"; "cuda" or "cuda:N"; "auto": a GPU if there is one that works, else the CPU. `runs_on` says
+            why a GPU that is there is not used.
 
     Raises:
         SuperPointError: the GPU that was asked for cannot be used.
@@ -180,5 +177,13 @@ def open_matcher(options: MatchOptions | None = None, device: str = "auto") -> M
     except SuperPointError as error:
         if choice.kind == "cuda":
             raise
-        _log.info("pairs are matched on the CPU: %s", error)
-        return HostMatcher(options)
+        matcher = HostMatcher(options)
+        if _has_driver():
+            matcher.runs_on += f"; the GPU cannot be used: {error}"
+        return matcher
+
+
+def _has_driver() -> bool:
+    from superpoint_trt.gpu import cuda
+
+    return cuda.driver() is not None

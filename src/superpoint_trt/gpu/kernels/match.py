@@ -63,6 +63,8 @@ def upload(descriptors: NDArray[Any]) -> DeviceDescriptors:
     memory = DeviceMemory(rows.nbytes + half_squares.nbytes)
     _copy_to_device(memory.address, rows)
     _copy_to_device(memory.address + rows.nbytes, half_squares)
+    # A copy from ordinary memory may be in flight when it returns, and the kernel's stream does not wait for it.
+    cuda.call("cudaStreamSynchronize", cuda.LEGACY_STREAM)
     return DeviceDescriptors(memory, count, dim)
 
 
