@@ -24,6 +24,7 @@ import numpy as np
 
 from superpoint_trt.core.types import Keypoints
 from superpoint_trt.match.matcher import PAIRS_A_LAUNCH, DeviceMatcher, Matcher, open_matcher
+from superpoint_trt.match.nearest import MatchOptions
 
 ROUNDS = 5
 IN_A_ROW = 20
@@ -75,7 +76,6 @@ def matcher_rate(matcher: Matcher, images: list, pairs: list[tuple[int, int]]) -
 
 def file_rates(folder: Path, images: list, pairs: list[tuple[int, int]], device: str) -> dict[str, float]:
     """Pairs a second of `match_pairs`: of matching and writing parts, and with the match file."""
-    from superpoint_trt.match.matcher import MatchOptions
     from superpoint_trt.pipeline.feature_files import FeatureWriter
     from superpoint_trt.pipeline.match_pairs import PairMatchOptions, match_pairs
 
