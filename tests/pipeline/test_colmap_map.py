@@ -97,11 +97,15 @@ def test_geometry_is_verified_without_being_asked_for(known, tmp_path):
         assert database.num_cameras() == 1
 
 
-def test_a_run_replaces_an_older_one(known, tmp_path):
+def test_a_run_replaces_an_older_one_but_no_map_of_others(known, tmp_path):
     (tmp_path / "sparse" / "7").mkdir(parents=True)
-    (tmp_path / "database.db").write_text("old")
-    assert map_of(known, tmp_path).registered == COUNT
-    assert [path.name for path in (tmp_path / "sparse").iterdir()] == ["0"]
+    with pytest.raises(SuperPointError, match="has a sparse that superpoint colmap did not make"):
+        map_of(known, tmp_path)
+    assert (tmp_path / "sparse" / "7").is_dir()
+    map_of(known, tmp_path / "own", map=None)
+    (tmp_path / "own" / "sparse" / "7").mkdir(parents=True)
+    assert map_of(known, tmp_path / "own").registered == COUNT
+    assert [path.name for path in (tmp_path / "own" / "sparse").iterdir()] == ["0"]
 
 
 def test_pictures_that_match_nothing_have_no_map(known, tmp_path):

@@ -35,6 +35,8 @@ FEWEST_IMAGES = 3
 """Images of a map that is kept beside a larger one."""
 DATABASE, MODELS, REPORT, PICTURE = "database.db", "sparse", "report.json", "map.png"
 """Names in the output folder; `sparse/0`, `sparse/1` and so on are COLMAP's own."""
+_MARK = ".superpoint-colmap"
+"""A file that says whose the folder's database and map are."""
 
 
 class MapKind(str, enum.Enum):
@@ -163,18 +165,16 @@ def make_map(
 
     Raises:
         SuperPointError: a file is missing or damaged, an image has no file, the files do not belong together, COLMAP
-            failed, or pycolmap or h5py is missing.
+            failed, the folder has a map of somebody else, or pycolmap or h5py is missing.
     """
     options = options or ColmapOptions()
     colmap, tell = import_pycolmap(), progress or _silent
     folder = make_folder(output)
-    for name in (DATABASE, REPORT, PICTURE):
-        with suppress(FileNotFoundError):
-            (folder / name).unlink()
-    shutil.rmtree(folder / MODELS, ignore_errors=True)
     with FeatureFile(features) as stored, MatchFile(matches) as matched, _quiet(colmap):
         names = stored.names()
         pairs = list(matched.pairs(names))
+        _check_images(Path(images), names, stored.path)
+        _clear(folder)
         _import(colmap, folder / DATABASE, Path(images), stored, matched, names, pairs, options, tell)
     with _quiet(colmap):
         _verify(colmap, folder / DATABASE, options, tell)
@@ -183,6 +183,38 @@ def make_map(
     if best is not None:
         save_picture(folder / PICTURE, draw_map(map_points(best)))
     return report
+
+
+def _check_images(images: Path, names: Sequence[str], features: Path) -> None:
+    """Checks that every image has a file.
+
+    Raises:
+        SuperPointError: naming one that has none.
+    """
+    missing = [name for name in names if not (images / name).is_file()]
+    if missing:
+        raise SuperPointError(
+            f"{images} has no {missing[0]!r} ({len(missing)} of {len(names)} images of {features} are missing); name "
+            "the folder that the features were extracted from (extract --root)."
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier run has left in the output folder.
+
+    Raises:
+        SuperPointError: the folder has a database or a map that is not ours.
+    """
+    there = [name for name in (DATABASE, MODELS) if (folder / name).exists()]
+    if there and not (folder / _MARK).exists():
+        raise SuperPointError(
+            f"{folder} has a {there[0]} that superpoint colmap did not make; choose another --output."
+        )
+    write_atomically(folder / _MARK, b"superpoint colmap replaces the database and the map in this folder.\n")
+    for name in (DATABASE, REPORT, PICTURE):
+        with suppress(FileNotFoundError):
+            (folder / name).unlink()
+    shutil.rmtree(folder / MODELS, ignore_errors=True)
 
 
 def import_pycolmap() -> ModuleType:
@@ -229,12 +261,6 @@ def _import(
     tell: PhaseProgress,
 ) -> None:
     """Writes cameras, images, keypoints and matches to a new database."""
-    missing = [name for name in names if not (images / name).is_file()]
-    if missing:
-        raise SuperPointError(
-            f"{images} has no {missing[0]!r} ({len(missing)} of {len(names)} images of {features.path} are missing); "
-            "name the folder that the features were extracted from (extract --root)."
-        )
     with colmap.Database.open(database_path):
         pass
     _import_images(colmap, database_path, images, names, options)
