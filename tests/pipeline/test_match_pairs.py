@@ -6,9 +6,11 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+from helpers import rarely
 from pipeline.hand_made import orthogonal, write_features
 
 from superpoint_trt.core.types import Keypoints, SuperPointError
@@ -111,6 +113,33 @@ def test_a_killed_run_goes_on(many, tmp_path, monkeypatch, after):
     assert summary.done_before == after // 5 * 5 and summary.pairs == len(ALL)
     assert entries(tmp_path / "matches.h5") == entries(tmp_path / "whole.h5")
     assert not list(tmp_path.glob("*.shards"))
+
+
+SLOWLY = """
+import sys, time
+from superpoint_trt.match.matcher import HostMatcher
+from superpoint_trt.pipeline import match_pairs as module
+real = HostMatcher.match
+HostMatcher.match = lambda self, pairs: time.sleep(0.02) or real(self, pairs)
+module.SHARD_PAIRS = 2
+module.match_pairs(sys.argv[1], sys.argv[2], sys.argv[3], module.PairMatchOptions(device="cpu"))
+"""
+
+
+@pytest.mark.parametrize("finished", [1, 7, *rarely(0, 2, 4, 10, 13, 14)])
+def test_a_process_that_is_killed_goes_on(many, tmp_path, finished):
+    """By SIGKILL, when so many of 14 shards are finished."""
+    pairs, output = write_pairs(tmp_path / "pairs.txt", ALL), tmp_path / "matches.h5"
+    with subprocess.Popen([sys.executable, "-c", SLOWLY, str(many), str(pairs), str(output)]) as process:
+        folder = tmp_path / "matches.h5.shards"
+        while process.poll() is None and len(list(folder.glob("0*.json"))) < finished:
+            time.sleep(0.002)
+        process.kill()
+    summary = match_pairs(many, pairs, output, ON_CPU)
+    assert 2 * finished <= summary.done_before <= len(ALL)
+    match_pairs(many, pairs, tmp_path / "whole.h5", ON_CPU)
+    assert entries(output) == entries(tmp_path / "whole.h5")
+    assert not folder.exists()
 
 
 def test_a_finished_run_is_not_done_again_and_takes_more_pairs(many, tmp_path, monkeypatch):

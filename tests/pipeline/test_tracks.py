@@ -171,6 +171,39 @@ def test_a_window_needs_a_screen(shifted, superpoint, monkeypatch):
         track(shifted, superpoint, TrackOutputs(window=True))
 
 
+class Camera:
+    """Shows the files of a folder, then the user presses Ctrl-C."""
+
+    def __init__(self, folder, opened=True):
+        self.paths, self.opened, self.released = iter(sorted(folder.iterdir())), opened, False
+
+    def isOpened(self):
+        return self.opened
+
+    def read(self):
+        for path in self.paths:
+            return True, cv2.imread(str(path))
+        raise KeyboardInterrupt
+
+    def release(self):
+        self.released = True
+
+
+def test_a_camera_is_followed_until_it_is_interrupted(shifted, superpoint, tmp_path, monkeypatch):
+    """What was followed until then is written, and equal to that of the files."""
+    camera = Camera(shifted)
+    monkeypatch.setattr(cv2, "VideoCapture", lambda number: camera)
+    found = track("camera", superpoint, TrackOutputs(tracks=tmp_path / "tracks.npz"))
+    expected = track(shifted, superpoint, TrackOutputs()).tracks
+    assert found.frames == FRAMES and camera.released
+    np.testing.assert_array_equal(found.tracks.track, expected.track)
+    np.testing.assert_allclose(found.tracks.xy, expected.xy, atol=0.05)  # gray of color is rounded
+    assert (tmp_path / "tracks.npz").exists()
+    camera = Camera(shifted, opened=False)
+    with pytest.raises(SuperPointError, match="camera 3 cannot be opened"):
+        track("camera", superpoint, TrackOutputs(), source_options=SourceOptions(camera=3))
+
+
 def test_the_command_takes_the_original_demos_flags(shifted, tmp_path, capsys):
     flags = "--nn_thresh 0.6 --max_length 4 --min_length 3 --conf_thresh 0.01 --nms_dist 5 --skip 2 --img_glob *.png"
     flags += f" --camid 1 --no_display --write_dir {tmp_path / 'frames'} --device cpu --save {tmp_path / 'tracks.npz'}"
