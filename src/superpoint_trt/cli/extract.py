@@ -52,7 +52,7 @@ class BulkArgs(OptionGroup):
     loaders: int | None = option("--loaders", type=int, help="Threads that read files.  [default: one for each CPU]")
     shard: tuple[int, int] = option("--shard", **_SHARD)
     shard_size: int = option(
-        "--shard-size", type=int, default=256, help="Images finished together; a kill loses no more."
+        "--shard-size", type=int, default=64, help="Images finished together; a kill loses no more."
     )
     launcher: str = option(
         "--launcher", type=click.Choice(["local", "ray"]), default="local", help="Work here, or on a Ray cluster."

@@ -52,7 +52,7 @@ class ExtractOptions:
     """Which part of the work this process does, from 1 on."""
     parts: int = 1
     """How many processes share the work."""
-    shard_size: int = 256
+    shard_size: int = 64
     """Images that are finished together. After a kill at most so many are done again."""
     overwrite: bool = False
     """Replace an output, or an unfinished run, that is there."""

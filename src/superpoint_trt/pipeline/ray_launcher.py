@@ -24,7 +24,7 @@ from superpoint_trt.pipeline.workers import RayOptions, WorkOptions, extract_sha
 CPUS_OF_AN_ACTOR = 4
 """Where there is no GPU."""
 _SHARDS_A_CALL = 4
-"""An actor reads ahead within a call, so that a GPU waits once for so many shards."""
+"""An actor reads ahead within a call, so that its GPU waits once for so many shards."""
 
 
 class RayLauncher:
@@ -83,7 +83,8 @@ class RayLauncher:
         data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         rows = [{"shard": pickle.dumps(shard)} for shard in shards]
-        tasks = data.from_items(rows, override_num_blocks=max(1, -(-len(rows) // _SHARDS_A_CALL)))
+        calls = max(-(-len(rows) // _SHARDS_A_CALL), min(len(rows), 2 * self._actors))
+        tasks = data.from_items(rows, override_num_blocks=calls)
         done = tasks.map_batches(
             ShardActor,
             fn_constructor_args=(self._options, str(folder.output.absolute())),

@@ -1,6 +1,6 @@
 """What a long run keeps on disk, so that it can be killed at any time and started again.
 
-A run over many images is cut into shards of some hundred images. While it is not complete there is a folder beside the
+A run over many images is cut into shards of some dozen images. While it is not complete there is a folder beside the
 output, OUTPUT.shards, with
 
     manifest.json   what makes the run: model and options, a digest of the images' names, the size of a shard
