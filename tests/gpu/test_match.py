@@ -112,7 +112,7 @@ def test_matches_are_those_of_the_cpu(options):
         )
     for one, other in zip(found, expected):
         same = {tuple(row) for row in one.rows.tolist()} ^ {tuple(row) for row in other.rows.tolist()}
-        assert len(other) > 300 and len(same) <= 0.002 * len(other), "but for ties and limits within rounding"
+        assert len(other) > 300 and len(same) <= 0.01 * len(other), "but for ties and limits within rounding"
 
 
 def test_images_without_descriptors(gpu):
