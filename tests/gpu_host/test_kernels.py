@@ -171,3 +171,10 @@ def test_without_a_place_to_write_it_still_compiles(fake, monkeypatch, tmp_path,
     with caplog.at_level(logging.INFO):
         assert cubin(b"a", "a.cu", "sm90") == cubin(b"a", "a.cu", "sm90")
     assert len(fake.compiled) == 2 and "not kept" in caplog.text
+
+
+@pytest.mark.parametrize("capability", ["sm75", "sm90", *rarely("sm80", "sm86", "sm87", "sm89", "sm100", "sm120")])
+@pytest.mark.parametrize("dim", [64, *rarely(32, 256, 1024)])
+def test_match_compiles_everywhere(nvrtc, monkeypatch, tmp_path, capability, dim):
+    monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path))
+    assert cubin((FOLDER / "match.cu").read_bytes(), "match.cu", capability, (f"DIM={dim}",))[:4] == b"\x7fELF"

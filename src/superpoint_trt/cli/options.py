@@ -89,6 +89,9 @@ MODEL = click.option(
     show_default=True,
     help=f".onnx, engine, or a checkpoint (runs in PyTorch); or a packaged network: {NETWORKS}.",
 )
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, callback=_check_device, metavar="auto|cpu|cuda|cuda:N"
+)
 JSON = click.option("--json", "json_path", help="File to write the figures to.")
 
 
@@ -121,7 +124,8 @@ class OptionGroup:
 
         Args:
             argument: the command's argument that takes the object.
-            changes: field name -> arguments of `click.option` that this command changes ("default", "help", ...).
+            changes: field name -> arguments of `click.option` that this command changes ("default", "help", ...), and
+                "aliases", further names of the option.
         """
         declared = fields(cls)
 
@@ -134,7 +138,8 @@ class OptionGroup:
             decorated: Command = with_group
             for entry in reversed(declared):
                 attributes = {"show_default": True, **entry.metadata["attributes"], **changes.get(entry.name, {})}
-                decorated = click.option(*entry.metadata["names"], entry.name, cls=_Option, **attributes)(decorated)
+                names = (*entry.metadata["names"], *attributes.pop("aliases", ()))
+                decorated = click.option(*names, entry.name, cls=_Option, **attributes)(decorated)
             return decorated
 
         return decorate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from superpoint_trt.core.networks import packaged_network
 from superpoint_trt.core.types import DecodeOptions, Float32, Keypoints, ModelDescription, OutputType, SuperPointError
 from superpoint_trt.run.backends import Outputs, RuntimeInfo, open_backend
 from superpoint_trt.run.runner import DeviceRunner, HostRunner, Runner, run_key
-from superpoint_trt.run.stream import StreamOptions, stream_keypoints
+from superpoint_trt.run.stream import PreparedOrError, StreamOptions, run_groups, stream_keypoints
 
 if TYPE_CHECKING:
     from superpoint_trt.gpu.kernels.decode import DeviceKeypoints
@@ -182,6 +182,36 @@ class SuperPoint:
         )
         options.check(most)
         return stream_keypoints(self._runner, images, options)
+
+    def load(self, image: ImageLike) -> PreparedImage:
+        """Reads an image and makes it ready for `extract_groups`. Several threads may do so at once.
+
+        Raises:
+            SuperPointError: not an image.
+        """
+        return self._runner.prepare(image)
+
+    def extract_groups(
+        self, groups: Iterable[Sequence[PreparedOrError]], batch_size: int | None = None, in_flight: int = 2
+    ) -> Generator[list[Keypoints | SuperPointError], None, None]:
+        """As `extract_many`, of images that the caller has loaded and sorted into runs.
+
+        Args:
+            groups: what `load` returned, at most `batch_size` images that may share a run (`run.runner.run_key`);
+                errors may stand between them.
+            batch_size: images in a run; default the model's largest batch.
+            in_flight: runs under way at once.
+
+        Yields:
+            For each group, for each entry, its Keypoints, or the SuperPointError that says why there are none.
+
+        Raises:
+            SuperPointError: at the call, batch_size or in_flight is out of range.
+        """
+        most = self.description.max_batch_size
+        options = StreamOptions(most if batch_size is None else batch_size, in_flight)
+        options.check(most)
+        return run_groups(self._runner, groups, options)
 
     def extract_device(self, image: ImageLike) -> DeviceKeypoints:
         """The keypoints of one image, left on the GPU for later steps there (a matcher). `heads` engines only.
