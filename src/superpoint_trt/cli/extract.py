@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,6 +27,15 @@ def _parse_shard(context: click.Context, parameter: click.Parameter, value: str)
     return int(found[1]), int(found[2])
 
 
+_SHARD: dict[str, Any] = {
+    "default": "1/1",
+    "callback": _parse_shard,
+    "metavar": "I/N",
+    "help": "Do the I-th of N parts; N processes share the work, and the last one merges.",
+}
+SHARD = click.option("--shard", **_SHARD)
+
+
 @dataclass(frozen=True)
 class BulkArgs(OptionGroup):
     """Which images, under which names, and how the work is shared."""
@@ -41,13 +50,7 @@ class BulkArgs(OptionGroup):
     )
     batch_size: int | None = option("--batch-size", type=int, help="Images in a run.  [default: the model's largest]")
     loaders: int | None = option("--loaders", type=int, help="Threads that read files.  [default: one for each CPU]")
-    shard: tuple[int, int] = option(
-        "--shard",
-        default="1/1",
-        callback=_parse_shard,
-        metavar="I/N",
-        help="Do the I-th of N parts; N processes share the work, and the last one merges.",
-    )
+    shard: tuple[int, int] = option("--shard", **_SHARD)
     shard_size: int = option(
         "--shard-size", type=int, default=64, help="Images finished together; a kill loses no more."
     )
@@ -60,7 +63,7 @@ class BulkArgs(OptionGroup):
     )
     overwrite: bool = option("--overwrite", is_flag=True, help="Replace an output or an unfinished run that is there.")
 
-    def options(self, model: str | None, extract: ExtractArgs, runtime: RuntimeArgs) -> ExtractOptions:
+    def options(self, model: str, extract: ExtractArgs, runtime: RuntimeArgs) -> ExtractOptions:
         """The options of `pipeline.extract.extract`."""
         from superpoint_trt.pipeline.extract import ExtractOptions
         from superpoint_trt.pipeline.inputs import InputOptions
@@ -93,7 +96,7 @@ def extract(
     context: click.Context,
     inputs: tuple[str, ...],
     output: str,
-    model: str | None,
+    model: str,
     bulk: BulkArgs,
     decoding: ExtractArgs,
     runtime: RuntimeArgs,

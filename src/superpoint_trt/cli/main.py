@@ -6,6 +6,7 @@ import click
 
 from superpoint_trt._version import __version__
 from superpoint_trt.cli.build import build, cast
+from superpoint_trt.cli.colmap import colmap
 from superpoint_trt.cli.demo import demo
 from superpoint_trt.cli.doctor import doctor
 from superpoint_trt.cli.export import export
@@ -13,9 +14,14 @@ from superpoint_trt.cli.extract import extract, merge
 from superpoint_trt.cli.infer import infer
 from superpoint_trt.cli.info import info
 from superpoint_trt.cli.match import match
+from superpoint_trt.cli.match_pairs import match_pairs
+from superpoint_trt.cli.pairs import pairs
 from superpoint_trt.cli.prove import bench, evaluate, verify
 from superpoint_trt.cli.quantize import quantize
+from superpoint_trt.cli.reconstruct import reconstruct
 from superpoint_trt.cli.terminal import run, script
+from superpoint_trt.cli.track import track
+from superpoint_trt.cli.triton import triton
 from superpoint_trt.cli.weights import weights
 
 __all__ = ["cli", "main", "run", "script"]
@@ -36,6 +42,7 @@ COMMANDS = (
     bench,
     build,
     cast,
+    colmap,
     demo,
     doctor,
     evaluate,
@@ -44,8 +51,13 @@ COMMANDS = (
     infer,
     info,
     match,
+    match_pairs,
     merge,
+    pairs,
     quantize,
+    reconstruct,
+    track,
+    triton,
     verify,
     weights,
 )

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 
-from superpoint_trt.cli.options import JSON, SUBPIXEL, WEIGHTS, ImageArgs, OptionGroup, RuntimeArgs, option
+from superpoint_trt import packaged
+from superpoint_trt.cli.options import (
+    JSON,
+    NETWORKS,
+    SUBPIXEL,
+    WEIGHTS,
+    ImageArgs,
+    OptionGroup,
+    RuntimeArgs,
+    given_flags,
+    option,
+)
 from superpoint_trt.cli.progress import progress_bar
+from superpoint_trt.cli.stress import StressArgs, run_stress
 from superpoint_trt.cli.terminal import (
     check_outputs,
     console,
-    model_or_packaged,
     print_aside,
     print_row,
     write_json,
@@ -176,46 +187,88 @@ class ProtocolArgs(OptionGroup):
 
 
 @click.command()
-@click.option("--model", help="A model file, or sift or orb.  [default: the packaged weights]")
-@click.option("--dataset", required=True, help="Folder of HPatches or Oxford sequences.")
-@click.option("--baselines/--no-baselines", default=True, show_default=True, help="SIFT and ORB for comparison.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=(packaged.DEFAULT,),
+    show_default=True,
+    help=f"A model file; a packaged network: {NETWORKS}; or sift, rootsift or orb. --stress takes several.",
+)
+@click.option("--dataset", help="Folder of HPatches or Oxford sequences.")
+@click.option(
+    "--stress",
+    "photos",
+    multiple=True,
+    metavar="PHOTOS",
+    help="Instead of a dataset: folders of photographs, or single ones, to turn, shrink and blur.",
+)
+@click.option(
+    "--baselines/--no-baselines",
+    default=True,
+    show_default=True,
+    help="SIFT and ORB for comparison; with --stress RootSIFT.",
+)
 @ProtocolArgs.declare("arguments")
+@StressArgs.declare("stress_arguments")
 @JSON
 @RuntimeArgs.declare("runtime")
 def evaluate(
-    model: str | None,
-    dataset: str,
+    models: tuple[str, ...],
+    dataset: str | None,
+    photos: tuple[str, ...],
     baselines: bool,
     arguments: ProtocolArgs,
+    stress_arguments: StressArgs,
     json_path: str | None,
     runtime: RuntimeArgs,
 ) -> None:
-    """Repeatability, homographies and matching on pairs with known homographies, as the literature defines them."""
+    """Repeatability, homographies and matching on pairs with known homographies, as the literature defines them.
+
+    With --stress: right matches over rotation, zoom and blur of photographs.
+    """
+    _check_evaluate(models, dataset, photos)
+    if photos:
+        run_stress(photos, models, stress_arguments, arguments.subpixel, baselines, json_path, runtime)
+        return
     from superpoint_trt.prove.datasets import input_files
     from superpoint_trt.prove.evaluate import BASELINES, report_with_baselines
     from superpoint_trt.prove.evaluate import evaluate as run_evaluate
 
-    title = "packaged weights" if model is None else model
-    model, protocol = model_or_packaged(model), arguments.protocol()
-    check_outputs((json_path,), (model, *input_files(dataset)))
+    (model,), protocol = models, arguments.protocol()
+    check_outputs((json_path,), (model, *input_files(str(dataset))))
     evaluations = []
     for name in (model, *(name for name in BASELINES if baselines and name != model)):
-        with progress_bar(f"evaluating {title if name == model else name}") as progress:
-            evaluations.append(run_evaluate(name, dataset, protocol, runtime.device, runtime.threads, progress))
-    print_evaluations(evaluations, title)
+        with progress_bar(f"evaluating {name}") as progress:
+            evaluations.append(run_evaluate(name, str(dataset), protocol, runtime.device, runtime.threads, progress))
+    print_evaluations(evaluations)
     if json_path:
         write_json(json_path, report_with_baselines(*evaluations))
 
 
-def print_evaluations(evaluations: Sequence[Evaluation], title: str) -> None:
-    """Prints one table per model: its sequences, kinds of sequences, and the total. The first has the title given."""
+def _check_evaluate(models: Sequence[str], dataset: str | None, photos: Sequence[str]) -> None:
+    """Checks that the options of `evaluate` go together.
+
+    Raises:
+        click.UsageError: saying which do not.
+    """
+    if bool(dataset) == bool(photos):
+        raise click.UsageError("evaluate takes either --dataset FOLDER or --stress PHOTOS.")
+    if dataset and len(models) > 1:
+        raise click.UsageError(f"{len(models)} models were given; with --dataset evaluate takes one at a time.")
+    other = StressArgs if dataset else ProtocolArgs
+    lost = given_flags(tuple(entry.name for entry in fields(other) if entry.name != "subpixel"))
+    if lost:
+        raise click.UsageError(f"{', '.join(lost)} has no effect with {'--dataset' if dataset else '--stress'}.")
+
+
+def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
+    """Prints one table per model: its sequences, kinds of sequences, and the total."""
     for problem in dict.fromkeys(problem for evaluation in evaluations for problem in evaluation.problems):
         print_aside("left out", problem)
     columns = ("rep.", "loc. px", "MMA@1", "MMA@3", "MMA@10", "H@1", "H@3", "H@5", "M.score", "NN mAP")
-    for index, evaluation in enumerate(evaluations):
-        table = Table(
-            evaluation.model if index else title, "pairs", *columns, caption=evaluation.runtime, caption_justify="left"
-        )
+    for evaluation in evaluations:
+        table = Table(evaluation.model, "pairs", *columns, caption=evaluation.runtime, caption_justify="left")
         # In sections of their own, because a sequence may have the name of a kind.
         for section in (evaluation.sequences, evaluation.kinds, {"total": evaluation.total}):
             for name, row in section.items():
@@ -257,7 +310,9 @@ class BenchArgs(OptionGroup):
     "--model",
     "models",
     multiple=True,
-    help="May be repeated: models take turns.  [default: the packaged weights]",
+    default=(packaged.DEFAULT,),
+    show_default=True,
+    help=f"A model file, or a packaged network: {NETWORKS}. May be repeated: models take turns.",
 )
 @BenchArgs.declare("arguments")
 @click.option("--image", help="A photograph to find keypoints in.  [default: a synthetic one]")
@@ -278,7 +333,6 @@ def bench(
     from superpoint_trt.prove.benchmark import bench as run_bench
     from superpoint_trt.prove.benchmark import check_plot, plot
 
-    models = models or (model_or_packaged(None),)
     check_outputs((plot_path, json_path), (*models, image))
     if plot_path:
         check_plot(plot_path)

@@ -37,7 +37,7 @@ class ExtractOptions:
     """How `extract` works."""
 
     model: PathLike | None = None
-    """As `SuperPoint` takes it; None: the packaged weights."""
+    """As `SuperPoint` takes it; None: the default packaged network."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of `SuperPoint`: threshold, max_keypoints, device, ..."""
     inputs: InputOptions = field(default_factory=InputOptions)
@@ -188,7 +188,7 @@ def _begin(path: Path, items: Sequence[Item], settings: Settings, options: Extra
     """
     folder = ShardFolder(path)
     if options.overwrite:
-        _remove(folder)
+        remove_run(folder)
     names = digest_names(item.name for item in items)
     kept = _kept_run(folder, settings, names)
     if kept is None:
@@ -221,7 +221,7 @@ def _kept_run(folder: ShardFolder, settings: Settings, names: str) -> Manifest |
     if kept.fits(settings, names):
         return kept
     if len(folder.unfinished(kept)) == kept.shards:
-        _remove(folder)
+        remove_run(folder)
         return None
     differs = difference(kept.settings, settings)
     if differs:
@@ -235,7 +235,7 @@ def _kept_run(folder: ShardFolder, settings: Settings, names: str) -> Manifest |
     )
 
 
-def _remove(folder: ShardFolder) -> None:
+def remove_run(folder: ShardFolder) -> None:
     """Removes an unfinished run.
 
     Raises:
@@ -333,7 +333,4 @@ def _notes(items: Sequence[Item]) -> tuple[str, ...]:
     spaced = names_with_spaces(items)
     if not spaced:
         return ()
-    return (
-        f"{len(spaced)} names have spaces ({spaced[0]!r}), which a file of pairs cannot hold; rename the files before "
-        "you match them",
-    )
+    return (f"{len(spaced)} names have spaces ({spaced[0]!r}); superpoint reads pairs files with them, hloc does not",)

@@ -43,7 +43,7 @@ DTYPES = ("float16", "float32")
 """Types in which descriptors are stored."""
 
 _UNCERTAINTY = "uncertainty"
-_DESCRIPTION = "superpoint_trt"
+DESCRIPTION = "superpoint_trt"
 """Attribute of an .h5's root."""
 _DESCRIPTION_FILE = "superpoint_trt.json"
 """In a folder of .npz."""
@@ -201,9 +201,9 @@ class FeatureWriter:
         if not is_hdf5_name(path):
             self._target = _NewNpzFolder(self.path)
         elif append and self.path.exists():
-            self._target = _GrowingHdf5(self.path)
+            self._target = GrowingHdf5(self.path)
         else:
-            self._target = _NewHdf5(self.path, scratch)
+            self._target = NewHdf5(self.path, scratch)
 
     def write(
         self, name: str, keypoints: Keypoints, image_size: tuple[int, int], uncertainty: float = DETECTION_NOISE_PX
@@ -363,7 +363,7 @@ class _Hdf5File:
             self._h5py.h5o.copy(self._file.id, place, target.id, place, lcpl=links)
 
     def description(self) -> str | None:
-        text = self._file.attrs.get(_DESCRIPTION)
+        text = self._file.attrs.get(DESCRIPTION)
         return text if isinstance(text, str) else None
 
     def close(self) -> None:
@@ -378,15 +378,19 @@ def _new_links(h5py: ModuleType) -> Any:
     return links
 
 
-def open_hdf5(path: Path) -> Any:
+def open_hdf5(path: Path, what: str = "feature file") -> Any:
     """Opens an .h5 for reading.
+
+    Args:
+        path: the file.
+        what: what it should be, for the error.
 
     Raises:
         SuperPointError: it is missing, no HDF5, or h5py is missing.
     """
     h5py = import_h5py()
     if not path.is_file():
-        raise SuperPointError(f"feature file {path} does not exist (looked in {Path.cwd()}).")
+        raise SuperPointError(f"{what} {path} does not exist (looked in {Path.cwd()}).")
     try:
         recover(path)
         return h5py.File(path, "r")
@@ -421,7 +425,7 @@ class _Target(Protocol):
     def abandon(self) -> None: ...
 
 
-class _Hdf5Target:
+class Hdf5Target:
     """An .h5 that is written.
 
     Args:
@@ -431,6 +435,9 @@ class _Hdf5Target:
 
     Raises:
         SuperPointError: it cannot be written, or is no HDF5.
+
+    Attributes:
+        file: the open h5py.File.
     """
 
     def __init__(self, path: Path, place: Path, kept: int) -> None:
@@ -440,15 +447,16 @@ class _Hdf5Target:
         self._layout = h5p.create(h5p.DATASET_CREATE)
         self._layout.set_obj_track_times(False)  # equal bytes for equal entries
         self._types = {np.dtype(kind): h5t.py_create(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i8")}
-        with _Reported(path):
+        with Reported(path):
             self._disk = JournaledFile(place, kept)
-            self._file = self._h5py.File(self._disk, "r+" if kept else "w", libver=_HDF5_FORMATS)
+            self.file = self._h5py.File(self._disk, "r+" if kept else "w", libver=_HDF5_FORMATS)
 
     def write(self, name: str, arrays: dict[str, NDArray[Any]], uncertainty: float) -> None:
-        with _Reported(self._path, self._disk):
+        """Writes one image's arrays."""
+        with self.reported():
             try:
                 # By h5py's lower layer, which takes half the time for small parts.
-                group = self._h5py.h5g.create(self._file.id, name.encode(), lcpl=self._links)
+                group = self._h5py.h5g.create(self.file.id, name.encode(), lcpl=self._links)
             except ValueError:
                 self._check_new(name)
                 raise
@@ -470,23 +478,30 @@ class _Hdf5Target:
         return module.create(place, name.encode(), self._types[dtype], space, **how)
 
     def copy(self, features: FeatureFile, names: Sequence[str]) -> None:
+        """Copies entries of another file."""
         for name in names if self._grows else ():
             self._check_new(name)
-        with _Reported(self._path, self._disk):
-            features.hdf5.copy_to(self._file, names)
+        with self.reported():
+            features.hdf5.copy_to(self.file, names)
 
     def _check_new(self, name: str) -> None:
-        if name in self._file:
+        if name in self.file:
             raise SuperPointError(f"{self._path} has an entry {name!r} already; two images have the same name.")
 
     def describe(self, text: str) -> None:
-        with _Reported(self._path, self._disk):
-            self._file.attrs[_DESCRIPTION] = text
+        """Keeps a text in the file."""
+        with self.reported():
+            self.file.attrs[DESCRIPTION] = text
+
+    def reported(self) -> Reported:
+        """A context that turns errors of writing into one line."""
+        return Reported(self._path, self._disk)
 
     def finish(self) -> None:
+        """Completes the file; from then on readers see it."""
         try:
-            with _Reported(self._path, self._disk):
-                self._file.close()
+            with self.reported():
+                self.file.close()
                 self._disk.commit()
                 self._disk.close()
                 self._take_place()
@@ -498,18 +513,19 @@ class _Hdf5Target:
         """Gives a file that was written beside its place its name."""
 
     def abandon(self) -> None:
+        """Ends without a change that readers see."""
         with suppress(Exception):
-            self._file.close()
+            self.file.close()
         self._disk.close()
 
 
-class _NewHdf5(_Hdf5Target):
+class NewHdf5(Hdf5Target):
     """An .h5 that grows beside its place, and is renamed in the end."""
 
-    def __init__(self, path: Path, scratch: Path | None) -> None:
+    def __init__(self, path: Path, scratch: Path | None = None) -> None:
         self._place = check_writable(path).resolve()
         self._beside = (scratch or self._place.parent) / f".{self._place.name}.{os.urandom(8).hex()}"
-        with _Reported(path):
+        with Reported(path):
             self._beside.touch(exist_ok=False)
         super().__init__(path, self._beside, 0)
 
@@ -518,12 +534,13 @@ class _NewHdf5(_Hdf5Target):
         self._beside.replace(self._place)
 
     def abandon(self) -> None:
+        """Ends without a change that readers see."""
         super().abandon()
         with suppress(OSError):
             self._beside.unlink()
 
 
-class _GrowingHdf5(_Hdf5Target):
+class GrowingHdf5(Hdf5Target):
     """An .h5 to which entries are added; a journal makes the change whole."""
 
     def __init__(self, path: Path) -> None:
@@ -552,7 +569,7 @@ _SUPERBLOCK = struct.Struct("<8sBB18sQ")
 """Magic, version, bytes of an offset; lengths, flags and two addresses; end of the file."""
 
 
-class _Reported:
+class Reported:
     """Turns errors of writing into one line.
 
     Args:

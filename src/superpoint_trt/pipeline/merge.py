@@ -40,10 +40,17 @@ class MadeBy:
             return None
         try:
             with FeatureFile(output) as features:
-                description = features.description
+                return cls.parse(features.description)
+        except SuperPointError:
+            return None
+
+    @classmethod
+    def parse(cls, description: str | None) -> MadeBy | None:
+        """Reads what `to_json` wrote; None: it is something else."""
+        try:
             flat = mapping(parse(description or "", _MOST_CHARS), "the description")
             return cls(text(member(flat, "run_id"), "run_id"), mapping(member(flat, "settings"), "settings"))
-        except (JsonError, SuperPointError):
+        except JsonError:
             return None
 
 

@@ -104,7 +104,7 @@ class VideoReader:
 
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
-        self._av = _import_av()
+        self._av = import_av()
         if not is_regular_file(self.path, "video"):
             raise SuperPointError(f"video {path} does not exist (looked in {Path.cwd()}).")
         try:
@@ -223,7 +223,12 @@ class VideoReader:
         self.close()
 
 
-def _import_av() -> ModuleType:
+def import_av() -> ModuleType:
+    """The module av, PyAV.
+
+    Raises:
+        SuperPointError: it is not installed.
+    """
     try:
         import av
         import av.error
