@@ -35,7 +35,18 @@ def test_public_names():
         _ = superpoint_trt.Superpoint
 
 
-HEAVY = ("torch", "onnx", "onnxruntime", "cv2", "safetensors", "tensorrt", "tensorrt_rtx", "cuda", "skimage")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "cv2",
+    "safetensors",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda",
+    "openvino",
+    "skimage",
+)
 
 
 def test_help_needs_no_heavy_library():

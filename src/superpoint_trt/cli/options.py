@@ -13,7 +13,7 @@ import click
 
 from superpoint_trt import packaged
 from superpoint_trt.cli.streams import Notes
-from superpoint_trt.core.device import DeviceChoice
+from superpoint_trt.core.device import ALL_DEVICES, DeviceChoice
 from superpoint_trt.core.image_file import MOST_PIXELS, ReadOptions
 from superpoint_trt.core.types import DecodeOptions, OutputType, Sampling, SuperPointError
 
@@ -28,6 +28,7 @@ _Group = TypeVar("_Group", bound="OptionGroup")
 _DECODE = DecodeOptions()
 _SUBPIXEL = "--subpixel/--no-subpixel"
 _SUBPIXEL_HELP = "Keypoints between pixels, or on whole ones."
+DEVICES = "auto|cpu|cuda[:N]|openvino[:GPU|:NPU][:fp32]"
 _MAX_KEYPOINTS = ("--max-keypoints", "--top-k")
 """One option with two names: the second is the published guide's."""
 
@@ -138,7 +139,28 @@ class OptionGroup:
 class RuntimeArgs(OptionGroup):
     """What a model runs on."""
 
-    device: str = option("--device", default="auto", callback=_check_device, metavar="auto|cpu|cuda|cuda:N")
+    device: str = option("--device", default="auto", callback=_check_device, metavar=DEVICES)
+    threads: int | None = option(
+        "--threads", type=int, callback=_check_threads, help="CPU threads.  [default: the runtime's choice]"
+    )
+
+
+def _check_devices(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name if name == ALL_DEVICES else _check_device(context, parameter, name) for name in names)
+
+
+@dataclass(frozen=True)
+class SeveralDevicesArgs(OptionGroup):
+    """What each of several models runs on, one device after the other."""
+
+    devices: tuple[str, ...] = option(
+        "--device",
+        multiple=True,
+        default=("auto",),
+        callback=_check_devices,
+        metavar=f"{DEVICES}|{ALL_DEVICES}",
+        help="May be repeated: each model runs on each. all: every device of this machine.",
+    )
     threads: int | None = option(
         "--threads", type=int, callback=_check_threads, help="CPU threads.  [default: the runtime's choice]"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -59,7 +59,7 @@ class OutputType(str, enum.Enum):
 
 
 class Precision(str, enum.Enum):
-    """The number type in which the convolutions are computed, on any device."""
+    """The number type in which the convolutions are computed, on any device. The most exact comes first."""
 
     FP32 = "fp32"
     TF32 = "tf32"
@@ -67,6 +67,12 @@ class Precision(str, enum.Enum):
     BF16 = "bf16"
     INT8 = "int8"
     FP8 = "fp8"
+
+
+def least_exact(precisions: Iterable[Precision]) -> Precision | None:
+    """The least exact of some precisions; None if there is none."""
+    order = list(Precision)
+    return max(precisions, key=order.index, default=None)
 
 
 class Sampling(str, enum.Enum):
