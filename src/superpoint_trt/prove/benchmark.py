@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -20,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt._version import __version__
+from superpoint_trt.core.device import ALL_DEVICES
 from superpoint_trt.core.files import PathLike, write_atomically
 from superpoint_trt.core.image import synthetic_photograph
 from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.progress import Progress
 from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.run.backends import RuntimeInfo, devices_for
 from superpoint_trt.run.extractor import SuperPoint
 
 STAGES = ("preprocess", "host_to_device", "network", "decode", "device_to_host", "wall")
@@ -77,7 +79,7 @@ class ModelTimes:
     """One model's figures."""
 
     model: str
-    runtime: str
+    runtime: RuntimeInfo
     description: dict[str, str]
     """The model's metadata, as `ModelDescription.to_metadata` writes it."""
     size_hw: tuple[int, int]
@@ -121,6 +123,8 @@ class BenchReport:
     machine: Machine
     options: BenchOptions
     models: list[ModelTimes]
+    left_out: list[str] = field(default_factory=list)
+    """One line for each model and device of "all" that do not go together, with the reason."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -135,7 +139,7 @@ class BenchReport:
         summaries = {stage: times.summary(stage) for stage in STAGES}
         return {
             "model": times.model,
-            "runtime": times.runtime,
+            "runtime": str(times.runtime),
             "description": times.description,
             "size_hw": list(times.size_hw),
             "keypoints": times.keypoints,
@@ -152,7 +156,7 @@ def bench(
     models: Sequence[PathLike],
     options: BenchOptions | None = None,
     image: NDArray[Any] | None = None,
-    device: str = "auto",
+    device: str | Sequence[str] = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
@@ -162,7 +166,8 @@ def bench(
         models: model files that `SuperPoint` opens.
         options: batch, size, iterations.
         image: (H, W) or (H, W, 3) uint8 to find keypoints in, scaled to the size; None: `synthetic_photograph`.
-        device: where the models run, as `SuperPoint` takes it.
+        device: where the models run, as `SuperPoint` takes it. Of several, each model runs on each. `ALL_DEVICES`: on
+            each device of this machine that takes it; what does not go together is left out and named.
         threads: CPU threads of each model; None: the runtime's own choice.
         progress: called with (calls done, all calls).
 
@@ -173,9 +178,19 @@ def bench(
     if not models:
         raise SuperPointError("there is no model to time; give at least one.")
     with ExitStack() as stack:
-        runs = [
-            _Run(stack.enter_context(_open(model, device, threads)), str(model), options, image) for model in models
-        ]
+        left_out: list[str] = []
+        runs = []
+        for model, where, required in _pairs(models, [device] if isinstance(device, str) else device):
+            try:
+                superpoint = stack.enter_context(_open(model, where, threads))
+            except SuperPointError as error:
+                if required:
+                    raise
+                left_out.append(f"{where}: {error}")
+                continue
+            runs.append(_Run(superpoint, str(model), options, image))
+        if not runs:
+            raise SuperPointError(f"no model runs on a device of this machine: {left_out[0]}")
         total = (options.warm_up + options.iterations) * len(runs)
         for start in range(0, options.warm_up + options.iterations, CALLS_PER_TURN):
             calls = range(start, min(start + CALLS_PER_TURN, options.warm_up + options.iterations))
@@ -185,7 +200,17 @@ def bench(
                     run.call(measured=call >= options.warm_up)
                 if progress:
                     progress(start * len(runs) + len(calls) * (turn + 1), total)
-        return BenchReport(_machine(threads), options, [run.times for run in runs])
+        return BenchReport(_machine(threads), options, [run.times for run in runs], left_out)
+
+
+def _pairs(models: Sequence[PathLike], devices: Sequence[str]) -> Iterator[tuple[PathLike, str, bool]]:
+    """Each model with each device that it is to run on, and whether it must run there."""
+    for model in models:
+        for device in devices:
+            if device == ALL_DEVICES:
+                yield from ((model, there, False) for there in devices_for(model))
+            else:
+                yield model, device, True
 
 
 class _Run:
@@ -211,7 +236,7 @@ class _Run:
         self._images = [np.ascontiguousarray(np.roll(picture, 8 * index, axis=1)) for index in range(options.batch)]
         self._superpoint = superpoint
         found = len(superpoint.extract(self._images[0]))
-        self.times = ModelTimes(name, str(superpoint.runtime), model.to_metadata(), size, found)
+        self.times = ModelTimes(name, superpoint.runtime, model.to_metadata(), size, found)
 
     def call(self, measured: bool) -> None:
         """Makes the call twice, as a whole and step by step; keeps the times if measured."""
@@ -229,6 +254,43 @@ def _open(model: PathLike, device: str, threads: int | None) -> SuperPoint:
         return SuperPoint(model, device=device, threads=threads)
     except SuperPointError as error:
         raise SuperPointError(f"{model}: {error}") from error
+
+
+def to_markdown(report: BenchReport) -> str:
+    """The report as a Markdown table, one row for each model and device, and a line that says how it was measured."""
+    columns = ["model", "runs on", "computed in", "network, ms", "image to keypoints, ms", "images/s", "keypoints"]
+    rows = [columns, ["---"] * len(columns)]
+    for times in report.models:
+        info = times.runtime
+        rows.append(
+            [
+                Path(times.model).name,
+                f"{info.backend}, {info.device.split(' (')[0]}",
+                info.precision,
+                *(f"{np.median(ms):.1f} ({min(ms):.1f})" for ms in map(times.times_ms.get, ("network", "wall")) if ms),
+                f"{report.images_per_s(times):.1f}",
+                str(times.keypoints),
+            ]
+        )
+    table = "\n".join(f"| {' | '.join(_cell(value) for value in row)} |" for row in rows)
+    return f"{table}\n\n{_conditions(report)}\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _conditions(report: BenchReport) -> str:
+    """In a sentence, what the figures were taken on."""
+    machine, options = report.machine, report.options
+    sizes = dict.fromkeys(f"{times.size_hw[1]}x{times.size_hw[0]}" for times in report.models)
+    threads = f"{machine.threads} threads" if machine.threads else "each runtime's own number of threads"
+    where = f"{machine.cpu} ({machine.cores} cores)" + (f", {machine.gpu}" if machine.gpu else "")
+    return (
+        f"{', '.join(sizes)}, batch {options.batch}; median (fastest) of {options.iterations} calls in turn; {where}, "
+        f"{threads}; "
+        f"superpoint-trt {machine.versions['superpoint-trt']}, {machine.time[:10]}."
+    )
 
 
 PLOT_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".pdf")
@@ -279,7 +341,7 @@ def plot(report: BenchReport, path: PathLike) -> Path:
 
 def _machine(threads: int | None) -> Machine:
     versions = {"superpoint-trt": __version__}
-    for name in ("numpy", "opencv-python-headless", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt"):
+    for name in ("numpy", "opencv-python-headless", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "tensorrt"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
