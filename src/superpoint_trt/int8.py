@@ -43,6 +43,7 @@ from superpoint_trt.convert.quantize.options import (
     CalibrationOptions,
     FirstConvolution,
     Method,
+    Placement,
     QuantizeOptions,
     Rounding,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "LowPrecisionOptions",
     "LowPrecisionResult",
     "Method",
+    "Placement",
     "Precision",
     "QuantizeOptions",
     "Rounding",
@@ -306,6 +308,12 @@ def _doubts(source: OnnxFile, options: LowPrecisionOptions) -> Iterator[str]:
         yield "synthetic pictures: the ranges of photographs differ; do not ship this model"
     norms, description = normalizations_after_relu(source.model), source.description
     if not norms:
+        return
+    if options.start.placement is Placement.CPU:
+        yield (
+            f"{len(norms)} BatchNorms follow a ReLU ({norms[0]}, ...): the convolutions before them stay in fp32; "
+            "superpoint export --fold-batchnorm folds them, as an approximation near the border"
+        )
         return
     # Another tool's graph cannot be exported again, and a folded one is folded as far as it goes.
     foldable = description.family is not None and not description.approximation

@@ -135,7 +135,9 @@ def _model(model: ModelDescription, largest_batch: str) -> Iterator[tuple[str, s
         yield "approximation", model.approximation
     if model.calibration:
         yield "calibration", model.calibration
-        yield "kept in fp16", model.kept_layers or "nothing"
+        yield f"kept in {'fp32' if model.placement else 'fp16'}", model.kept_layers or "nothing"
+        if model.placement:
+            yield "quantized for", "CPUs: onnxruntime and OpenVINO; TensorRT does not take it"
         if model.fp16_with_int8_input:
             yield "reads int8", f"{model.fp16_with_int8_input} (fp16 layers whose input is int8)"
         if model.first_convolution == "parts":

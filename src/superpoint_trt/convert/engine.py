@@ -427,6 +427,11 @@ def _check_fits(source: OnnxFile, options: BuildOptions, tensorrt: TensorRT) -> 
         SuperPointError: the model is no SuperPoint, or this TensorRT does not take it.
     """
     model, path, description = source.model, source.path, source.description
+    if description.placement:
+        raise SuperPointError(
+            f"{path} is quantized for CPUs (superpoint quantize --for cpu), which {tensorrt} does not take; build from "
+            "the fp32 .onnx, with --precision int8."
+        )
     newest = tensorrt.newest_opset
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     if newest and opset > newest:

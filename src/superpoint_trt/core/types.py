@@ -168,6 +168,8 @@ class ModelDescription:
     """Names of the `kept_layers` that read an int8 tensor (from the last max-pool), separated by spaces."""
     first_convolution: str | None = None
     """How a quantized model's first convolution, which reads the image, runs: "fp16" or "parts"."""
+    placement: str | None = None
+    """Which runtimes a quantized model is for: "cpu" (onnxruntime, OpenVINO). None: TensorRT."""
     approximation: str | None = None
     """Where the model was asked to differ from its checkpoint: "BatchNorm folded: ..."."""
     subpixel: bool = False
@@ -270,6 +272,7 @@ _READERS: Mapping[str, _Reader] = {
     "kept_layers": text,
     "fp16_with_int8_input": text,
     "first_convolution": text,
+    "placement": text,
     "approximation": text,
     "subpixel": _flag,
     "superpoint_trt_version": text,
