@@ -225,7 +225,7 @@ def test_all_devices_and_the_table(models, tmp_path, capsys):
 
 
 def test_a_device_that_refuses_a_model(models, tmp_path, monkeypatch):
-    def open_model(model, device, threads):
+    def open_model(model, device, threads, allow_host_code):
         if device == "odd":
             raise SuperPointError("not this one")
         return SuperPoint(model, device=device, threads=threads)

@@ -25,7 +25,7 @@ from superpoint_trt.core.onnx_runtime import import_onnxruntime
 from superpoint_trt.core.progress import Progress
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.gpu import cuda
-from superpoint_trt.gpu.tensorrt_api import MODULES, RTX_TARGETS, Flavor, installed
+from superpoint_trt.gpu.tensorrt_api import MODULES, RTX_TARGETS, RUNTIME_MODULES, Flavor, installed, installed_runtimes
 from superpoint_trt.prove.benchmark import BenchOptions, bench
 from superpoint_trt.run.backends import devices_for
 from superpoint_trt.run.backends.openvino import openvino_devices
@@ -76,6 +76,11 @@ def examine() -> Iterator[Finding]:
     yield _module("cuda-bindings", "cuda.bindings", install_hint("tensorrt"))
     for flavor, module in MODULES.items():
         yield _module(module.replace("_", "-"), module, f"{install_hint(flavor.value)}; docs/tensorrt.md")
+    here = installed_runtimes()
+    for part, modules in RUNTIME_MODULES.items():
+        yield _module(
+            modules[0].replace("_", "-"), here.get(part, modules[0]), f"{install_hint('lean')}; runs engines only"
+        )
 
 
 _TIMING = BenchOptions(size_hw=(240, 320), iterations=4, warm_up=1)
@@ -129,11 +134,13 @@ def _engines() -> Iterator[Finding]:
         builds = "superpoint build --runtime rtx" + ("" if gpu in RTX_TARGETS else " --target sm89 (RTX GPUs)")
     else:
         builds = None
-    runs = gpu is not None and (Flavor.TENSORRT in flavors or gpu in RTX_TARGETS) and bool(flavors)
+    full = gpu is not None and (Flavor.TENSORRT in flavors or gpu in RTX_TARGETS) and bool(flavors)
+    runs = full or (gpu is not None and bool(installed_runtimes()))
+    how = "superpoint infer --model X.engine" + ("" if full else " (built with --version-compatible)")
     no_gpu = f"no usable NVIDIA GPU: {why}" if why else "no NVIDIA GPU that the installed TensorRT runs on"
     lacking = no_gpu if flavors else f"{_ADD_TENSORRT}; docs/tensorrt.md"
     yield Finding("build TensorRT engines", builds is not None, builds or lacking)
-    yield Finding("run TensorRT engines", runs, "superpoint infer --model X.engine" if runs else lacking)
+    yield Finding("run TensorRT engines", runs, how if runs else lacking)
 
 
 def _core() -> Iterator[Finding]:

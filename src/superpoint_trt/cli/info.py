@@ -117,7 +117,7 @@ def _engine(path: Path) -> Iterator[tuple[str, str]]:
     yield "takes", str(metadata.profile)
     if metadata.build.get("channels_last"):
         yield "channels-last", ", ".join(metadata.build["channels_last"])
-    yield "runs on", f"{metadata.flavor.value} {metadata.tensorrt_version}, {', '.join(metadata.targets)}"
+    yield "runs on", f"{metadata.runs_with}, {', '.join(metadata.targets)}"
     yield "built on", metadata.gpu_name or "a machine without a GPU"
     yield "rebuild", metadata.rebuild
     yield "sha256", metadata.plan_sha256

@@ -29,6 +29,7 @@ _DECODE = DecodeOptions()
 _SUBPIXEL = "--subpixel/--no-subpixel"
 _SUBPIXEL_HELP = "Keypoints between pixels, or on whole ones."
 DEVICES = "auto|cpu|cuda[:N]|openvino[:GPU|:NPU][:fp32]"
+_HOST_CODE_HELP = "Run the code that a version-compatible engine carries. Only if you trust who built it."
 _MAX_KEYPOINTS = ("--max-keypoints", "--top-k")
 """One option with two names: the second is the published guide's."""
 
@@ -143,6 +144,7 @@ class RuntimeArgs(OptionGroup):
     threads: int | None = option(
         "--threads", type=int, callback=_check_threads, help="CPU threads.  [default: the runtime's choice]"
     )
+    allow_host_code: bool = option("--allow-host-code", is_flag=True, help=_HOST_CODE_HELP)
 
 
 def _check_devices(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -164,6 +166,7 @@ class SeveralDevicesArgs(OptionGroup):
     threads: int | None = option(
         "--threads", type=int, callback=_check_threads, help="CPU threads.  [default: the runtime's choice]"
     )
+    allow_host_code: bool = option("--allow-host-code", is_flag=True, help=_HOST_CODE_HELP)
 
 
 @dataclass(frozen=True)

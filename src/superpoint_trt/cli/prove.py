@@ -82,7 +82,18 @@ def verify(
     if report_path:
         check_report()
     with progress_bar("verifying") as progress:
-        found = run_verify(model, weights, images, limits, runtime.device, progress, limit, runtime.threads, subpixel)
+        found = run_verify(
+            model,
+            weights,
+            images,
+            limits,
+            runtime.device,
+            progress,
+            limit,
+            runtime.threads,
+            subpixel,
+            runtime.allow_host_code,
+        )
     print_verification(found)
     if json_path:
         write_json(json_path, found.to_json())
@@ -211,7 +222,10 @@ def evaluate(
     evaluations = []
     for name in (model, *(name for name in BASELINES if baselines and name != model)):
         with progress_bar(f"evaluating {title if name == model else name}") as progress:
-            evaluations.append(run_evaluate(name, dataset, protocol, runtime.device, runtime.threads, progress))
+            found = run_evaluate(
+                name, dataset, protocol, runtime.device, runtime.threads, progress, runtime.allow_host_code
+            )
+            evaluations.append(found)
     print_evaluations(evaluations, title)
     if json_path:
         write_json(json_path, report_with_baselines(*evaluations))
@@ -296,7 +310,9 @@ def bench(
         check_plot(plot_path)
     options, picture = arguments.options(), load_image(image, image_args.reading()) if image else None
     with progress_bar("timing") as progress:
-        report = run_bench(models, options, picture, runtime.devices, runtime.threads, progress)
+        report = run_bench(
+            models, options, picture, runtime.devices, runtime.threads, progress, runtime.allow_host_code
+        )
     print_bench(report)
     if markdown_path:
         print_row("table", write_atomically(markdown_path, to_markdown(report).encode()))

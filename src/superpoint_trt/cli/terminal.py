@@ -72,7 +72,11 @@ def open_model(model: str | None, runtime: RuntimeArgs = _RUNTIME, extract: Extr
     from superpoint_trt.run.extractor import SuperPoint
 
     superpoint = SuperPoint(
-        model_or_packaged(model), device=runtime.device, threads=runtime.threads, **extract.settings()
+        model_or_packaged(model),
+        device=runtime.device,
+        threads=runtime.threads,
+        allow_host_code=runtime.allow_host_code,
+        **extract.settings(),
     )
     named = "the packaged weights" if model is None else model
     print_row("model", f"{named} ({superpoint.description.type.value})")

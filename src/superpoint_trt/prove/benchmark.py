@@ -159,6 +159,7 @@ def bench(
     device: str | Sequence[str] = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    allow_host_code: bool = False,
 ) -> BenchReport:
     """Times one or more models.
 
@@ -170,6 +171,7 @@ def bench(
             each device of this machine that takes it; what does not go together is left out and named.
         threads: CPU threads of each model; None: the runtime's own choice.
         progress: called with (calls done, all calls).
+        allow_host_code: run the code that version-compatible engines carry.
 
     Raises:
         SuperPointError: there is no model, or one cannot take the batch or size. Raised before anything is timed.
@@ -182,7 +184,7 @@ def bench(
         runs = []
         for model, where, required in _pairs(models, [device] if isinstance(device, str) else device):
             try:
-                superpoint = stack.enter_context(_open(model, where, threads))
+                superpoint = stack.enter_context(_open(model, where, threads, allow_host_code))
             except SuperPointError as error:
                 if required:
                     raise
@@ -249,9 +251,9 @@ class _Run:
                 self.times.times_ms[stage].append(seconds * 1e3)
 
 
-def _open(model: PathLike, device: str, threads: int | None) -> SuperPoint:
+def _open(model: PathLike, device: str, threads: int | None, allow_host_code: bool) -> SuperPoint:
     try:
-        return SuperPoint(model, device=device, threads=threads)
+        return SuperPoint(model, device=device, threads=threads, allow_host_code=allow_host_code)
     except SuperPointError as error:
         raise SuperPointError(f"{model}: {error}") from error
 

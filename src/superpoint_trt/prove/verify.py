@@ -79,6 +79,7 @@ def verify(
     most_images: int | None = None,
     threads: int | None = None,
     subpixel: bool | None = None,
+    allow_host_code: bool = False,
 ) -> Verification:
     """Runs a model and its reference on the same images and compares points, scores, descriptors and matches.
 
@@ -93,6 +94,7 @@ def verify(
         threads: CPU threads of the model.
         subpixel: compare keypoints between pixels, or on whole ones; None: as the model has them. It is the same for
             model and reference.
+        allow_host_code: run the code that a version-compatible engine carries.
 
     Raises:
         SuperPointError: unusable model or reference, unknown gate, no readable image, or too few keypoints to prove
@@ -102,7 +104,9 @@ def verify(
     check_limits(limits)
     named_images = _with_names(image_paths, most_images)
     results, problems = [], []
-    with SuperPoint(model, device=device, threads=threads, subpixel=subpixel) as superpoint:
+    with SuperPoint(
+        model, device=device, threads=threads, subpixel=subpixel, allow_host_code=allow_host_code
+    ) as superpoint:
         reference = open_reference(weights)
         comparison = Comparison(superpoint, reference)
         for done, (name, path) in enumerate(named_images, start=1):

@@ -47,8 +47,11 @@ class SuperPoint:
         subpixel: whether keypoints lie between pixels (`run.decode.refine`); default the model's own choice, yes for
             this project's weights; fixed inside a `keypoints` model.
         max_side_px: shrink larger images first; default no.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "auto", "cpu", "cuda", "cuda:N"; or, for `.onnx`, "openvino", "openvino:GPU", "openvino:NPU", each with
+            ":fp32" behind it to compute in float32.
         threads: CPU threads; default the runtime's own choice.
+        allow_host_code: run the code that a version-compatible TensorRT engine carries. Only for engines from those you
+            trust.
         half_descriptors: descriptors as float16, which halves their memory and their copy from a GPU.
         max_pixels: image files with more pixels are refused before they are decoded; default 2^28.
         allow_damaged: read what a decoder can still read of damaged image files; default no, they are an error.
@@ -74,6 +77,7 @@ class SuperPoint:
         max_side_px: int | None = None,
         device: str = "auto",
         threads: int | None = None,
+        allow_host_code: bool = False,
         half_descriptors: bool = False,
         max_pixels: int = MOST_PIXELS,
         allow_damaged: bool = False,
@@ -86,7 +90,8 @@ class SuperPoint:
         asked = _AskedDecode(nms_radius_px, remove_borders_px, threshold, max_keypoints, subpixel)
         asked.options()  # checks the ranges before the model is opened, which can take seconds
         self._name = PACKAGED if model is None else str(Path(model))
-        self._backend = open_backend(_default_model() if model is None else model, device, threads)
+        path = _default_model() if model is None else model
+        self._backend = open_backend(path, device, threads, allow_host_code)
         self.description: ModelDescription = self._backend.description
         self.options = _decode_options(self.description, asked)
         lanes, where = self._open_lanes(half_descriptors)

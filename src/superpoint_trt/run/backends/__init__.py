@@ -34,7 +34,9 @@ def devices_for(path: PathLike) -> list[str]:
     return [name for name, provider in PROVIDERS.items() if provider in available] + openvino_devices()
 
 
-def open_backend(path: PathLike, device: str = "auto", threads: int | None = None) -> Backend:
+def open_backend(
+    path: PathLike, device: str = "auto", threads: int | None = None, allow_host_code: bool = False
+) -> Backend:
     """Opens a model with the backend for its kind of file.
 
     Args:
@@ -44,6 +46,7 @@ def open_backend(path: PathLike, device: str = "auto", threads: int | None = Non
             "openvino:GPU", "openvino:NPU": that device or an error. ":fp32" behind the last three has OpenVINO
             compute in float32.
         threads: CPU threads; None leaves the choice to the runtime.
+        allow_host_code: run the code that a version-compatible engine carries.
 
     Raises:
         SuperPointError: unknown kind of file, missing runtime, unusable model or device.
@@ -75,6 +78,6 @@ def open_backend(path: PathLike, device: str = "auto", threads: int | None = Non
     if suffix in ENGINE_SUFFIXES:
         from superpoint_trt.run.backends.tensorrt import TensorRTBackend
 
-        return TensorRTBackend(path, device)
+        return TensorRTBackend(path, device, allow_host_code)
     known = ", ".join((*ONNX_SUFFIXES, *CHECKPOINT_SUFFIXES, *ENGINE_SUFFIXES))
     raise SuperPointError(f"{path}: a model's name ends in one of {known}.")

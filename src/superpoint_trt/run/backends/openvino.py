@@ -244,8 +244,9 @@ def _device(core: Any, compiled: Any, choice: DeviceChoice) -> str:
 def _describe(model: Any, path: Path) -> ModelDescription:
     """What the model is, by its metadata; another tool's model by the names, ranks and shapes of its tensors."""
     info = model.get_rt_info()
-    kept = info["framework"] if "framework" in info else {}  # the .onnx's metadata
-    metadata = {str(key): _text(kept[key]) for key in kept} if isinstance(kept, dict) else {}
+    metadata: dict[str, str] = {}
+    if "framework" in info and isinstance(info["framework"], dict):  # the .onnx's own metadata
+        metadata = {str(key): _text(value) for key, value in info["framework"].items()}
     takes, gives = ({_name(port): _shape(port) for port in ports} for ports in (model.inputs, model.outputs))
     for port in model.inputs:
         if _name(port) == INPUT_NAME and port.get_element_type().get_type_name() != "f32":
