@@ -1,7 +1,7 @@
 """What a version-compatible engine costs: in the TensorRT that built it, and in the dispatch or lean runtime.
 
-    python benchmarks/dispatch.py build --engines FOLDER     # where the full TensorRT is, 8.6 say, with its lean runtime
-    python benchmarks/dispatch.py run --engines FOLDER       # where tensorrt_dispatch or tensorrt_lean is, on the same GPU
+    python benchmarks/dispatch.py build --engines FOLDER     # in the full TensorRT, 8.6 say, with its lean runtime
+    python benchmarks/dispatch.py run --engines FOLDER       # in tensorrt_dispatch or tensorrt_lean, on the same GPU
 
 `build` makes each engine twice, as usual and version-compatible, runs both, and keeps outputs and figures beside them.
 `run` opens the version-compatible ones, compares their outputs with the kept ones bit for bit, and prints the table.

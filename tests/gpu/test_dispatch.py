@@ -1,4 +1,4 @@
-"""TensorRT 10's dispatch or lean runtime runs what TensorRT 8.6 built. Two Pythons, one GPU:
+"""TensorRT 10's dispatch or lean runtime runs what TensorRT 8.6 built, on the same GPU.
 
 SUPERPOINT_VERSION_COMPATIBLE   the folder that `benchmarks/dispatch.py build` filled under the full TensorRT
 """
