@@ -182,6 +182,16 @@ def test_a_file_that_is_no_model(openvino, tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+def test_weights_in_another_file_are_refused(openvino, exported, tmp_path, monkeypatch):
+    """OpenVINO itself reads them, from wherever the model says."""
+    onnx.save(
+        onnx.load(exported("v6")), tmp_path / "e.onnx", save_as_external_data=True, location="w", size_threshold=0
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SuperPointError, match="keeps its weights .* in another file"):
+        open_backend("e.onnx", "openvino")
+
+
 def test_another_network_is_refused(openvino, tmp_path):
     from onnx import TensorProto, helper
 

@@ -49,6 +49,7 @@ class OpenVinoBackend(AsyncBackend):
         data = read_bytes(path, "model")
         core = openvino.Core()
         _check_device(core, choice)
+        _check_whole(data, path)
         try:
             model = core.read_model(data)
         except Exception as error:  # OpenVINO raises RuntimeError, and others where the file is damaged
@@ -182,6 +183,28 @@ def _check_device(core: Any, choice: DeviceChoice) -> None:
         f"device {choice} was asked for, but OpenVINO finds only {there} here{missing_driver}; it needs the device and "
         "its driver."
     )
+
+
+def _check_whole(data: bytes, path: PathLike) -> None:
+    """Refuses a model whose weights lie in another file: OpenVINO would read whatever file the model names.
+
+    Raises:
+        SuperPointError: such a model, or none at all.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load_model_from_string(data).graph
+    except DecodeError as error:
+        raise SuperPointError(f"{path} is not a model OpenVINO can load: {one_line(error)}.") from error
+    tensors = [*graph.initializer, *(a.t for node in graph.node for a in node.attribute if a.HasField("t"))]
+    outside = [tensor.name for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    if outside:
+        raise SuperPointError(
+            f"{path} keeps its weights ({outside[0]}, ...) in another file; make it one file: "
+            "onnx.save(onnx.load(path), path)."
+        )
 
 
 def _settings(choice: DeviceChoice, threads: int | None) -> dict[str, Any]:
