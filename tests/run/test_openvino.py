@@ -12,6 +12,7 @@ from conftest import photograph
 from onnx import numpy_helper
 
 from superpoint_trt import Keypoints, SuperPoint, SuperPointError, packaged
+from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.cast import cast
 from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.qdq import quantize
@@ -188,7 +189,7 @@ def test_weights_in_another_file_are_refused(openvino, exported, tmp_path, monke
         onnx.load(exported("v6")), tmp_path / "e.onnx", save_as_external_data=True, location="w", size_threshold=0
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SuperPointError, match="keeps its weights .* in another file"):
+    with pytest.raises(SuperPointError, match=r"keeps its weights .* in another file"):
         open_backend("e.onnx", "openvino")
 
 
@@ -216,3 +217,11 @@ def test_an_image_of_another_size_and_a_closed_model(openvino, exported):
 def test_what_openvino_does_not_run(name):
     with pytest.raises(SuperPointError, match=r"openvino:CPU was asked for, but OpenVINO runs \.onnx files"):
         open_backend(name, "openvino")
+
+
+def test_the_command_line_names_it(openvino, exported, images, capsys):
+    image, model = images / "camera.png", exported("packaged", dynamic=True)
+    assert run(cli, ["infer", "--model", str(model), "--image", str(image), "--device", "openvino:fp32"]) == 0
+    assert "ran on        OpenVINO" in capsys.readouterr().out
+    assert run(cli, ["infer", "--model", str(model), "--image", str(image), "--device", "openvino:TPU"]) == 2
+    assert "expected auto, cpu, cuda, cuda:N, openvino" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,12 @@ class OpenVinoBackend(AsyncBackend):
         data = read_bytes(path, "model")
         core = openvino.Core()
         _check_device(core, choice)
-        _check_whole(data, path)
+        metadata = _metadata(data, path)
         try:
             model = core.read_model(data)
         except Exception as error:  # OpenVINO raises RuntimeError, and others where the file is damaged
             raise SuperPointError(f"{path} is not a model OpenVINO can load: {_reason(error)}.") from error
-        self.description = _describe(model, Path(path))
+        self.description = _describe(model, metadata, Path(path))
         try:
             compiled = core.compile_model(model, choice.unit, _settings(choice, threads))
         except Exception as error:
@@ -185,19 +186,21 @@ def _check_device(core: Any, choice: DeviceChoice) -> None:
     )
 
 
-def _check_whole(data: bytes, path: PathLike) -> None:
-    """Refuses a model whose weights lie in another file: OpenVINO would read whatever file the model names.
+def _metadata(data: bytes, path: PathLike) -> dict[str, str]:
+    """The metadata of an .onnx, read by onnx: not every OpenVINO passes it on.
 
     Raises:
-        SuperPointError: such a model, or none at all.
+        SuperPointError: no model, or one whose weights lie in another file. OpenVINO would read any file that it names.
     """
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        graph = onnx.load_model_from_string(data).graph
-    except DecodeError as error:
+        model = onnx.load_model_from_string(data)
+        metadata = {str(entry.key): str(entry.value) for entry in model.metadata_props}
+    except (DecodeError, UnicodeDecodeError) as error:
         raise SuperPointError(f"{path} is not a model OpenVINO can load: {one_line(error)}.") from error
+    graph = model.graph
     tensors = [*graph.initializer, *(a.t for node in graph.node for a in node.attribute if a.HasField("t"))]
     outside = [tensor.name for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
     if outside:
@@ -205,6 +208,7 @@ def _check_whole(data: bytes, path: PathLike) -> None:
             f"{path} keeps its weights ({outside[0]}, ...) in another file; make it one file: "
             "onnx.save(onnx.load(path), path)."
         )
+    return metadata
 
 
 def _settings(choice: DeviceChoice, threads: int | None) -> dict[str, Any]:
@@ -264,12 +268,8 @@ def _device(core: Any, compiled: Any, choice: DeviceChoice) -> str:
     return f"openvino:CPU ({name}, {compiled.get_property('INFERENCE_NUM_THREADS')} threads)"
 
 
-def _describe(model: Any, path: Path) -> ModelDescription:
+def _describe(model: Any, metadata: Mapping[str, str], path: Path) -> ModelDescription:
     """What the model is, by its metadata; another tool's model by the names, ranks and shapes of its tensors."""
-    info = model.get_rt_info()
-    metadata: dict[str, str] = {}
-    if "framework" in info and isinstance(info["framework"], dict):  # the .onnx's own metadata
-        metadata = {str(key): _text(value) for key, value in info["framework"].items()}
     takes, gives = ({_name(port): _shape(port) for port in ports} for ports in (model.inputs, model.outputs))
     for port in model.inputs:
         if _name(port) == INPUT_NAME and port.get_element_type().get_type_name() != "f32":
