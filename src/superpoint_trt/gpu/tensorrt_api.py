@@ -362,8 +362,8 @@ class TensorRT:
             SuperPointError: TensorRT refuses.
         """
         runtime = self.module.Runtime(self.logger)
-        if log.has_errors:
-            # The lean and dispatch bindings return an empty object then; they end the process if it is used or freed.
+        if self.part is not Part.FULL and log.has_errors:
+            # These bindings return an empty object then, and end the process if it is used or freed.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(runtime))
             raise log.failed()
         if allow_host_code:
