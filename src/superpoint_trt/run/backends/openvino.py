@@ -136,13 +136,11 @@ def import_openvino() -> Any:
     """
     try:
         import openvino
-    except ModuleNotFoundError as error:
-        if error.name != "openvino":
-            raise
-        raise SuperPointError(
-            f"OpenVINO is not installed here: {install_hint('openvino')}. Without it: --device cpu."
-        ) from None
     except (ImportError, OSError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "openvino":
+            raise SuperPointError(
+                f"OpenVINO is not installed here: {install_hint('openvino')}. Without it: --device cpu."
+            ) from None
         raise SuperPointError(f"OpenVINO is installed but does not load: {one_line(error)}; reinstall it.") from error
     return openvino
 
