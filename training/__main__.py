@@ -12,7 +12,7 @@ import torch
 from superpoint_trt.checkpoint import layouts
 from superpoint_trt.core.types import SuperPointError
 from training import photos
-from training.train import SMOKE, Plan, Run
+from training.train import SMOKE, Plan, Run, change
 
 
 @click.command()
@@ -52,7 +52,7 @@ def main(
     stages = plan.stages[-1:] if start else plan.stages
     stages = tuple(replace(stage, steps=max(1, round(stage.steps * steps_scale))) for stage in stages)
     plan = replace(plan, stages=stages)
-    plan = replace(plan, **dict(_change(plan, text) for text in changes))
+    plan = replace(plan, **dict(change(plan, text) for text in changes))
     try:
         train, held_out = photos.find([Path(folder) for folder in folders])
         begin = layouts.load(start) if start else None
@@ -62,19 +62,6 @@ def main(
     compiled = compiled and where.type == "cuda"
     run = Run(plan, Path(output), *banks, where, compiled, start=begin, stage_limit_s=minutes * 60)
     print(f"trained: {run.run()}")
-
-
-def _change(plan: Plan, text: str) -> tuple[str, float]:
-    """`NAME=NUMBER` as a field of the plan and its value."""
-    name, _, value = text.partition("=")
-    now = getattr(plan, name, None)
-    if not isinstance(now, (int, float)):
-        numbers = [key for key, other in vars(plan).items() if isinstance(other, (int, float))]
-        raise click.UsageError(f"--set {text}: expected one of {', '.join(numbers)}, then = and a number.")
-    try:
-        return name, type(now)(value)
-    except ValueError:
-        raise click.UsageError(f"--set {text}: {value!r} is no {type(now).__name__}.") from None
 
 
 if __name__ == "__main__":

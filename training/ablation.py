@@ -25,12 +25,15 @@ Settings = dict[str, float]
 PLAIN: Settings = {
     "group": 4,
     "far_share": 0,
+    "tilted_share": 0,
+    "shadow_share": 0,
     "blurred_share": 0,
     "night_share": 0,
     "coarsest_step_octaves": -4.5,
     "place_weight": 0,
     "spread_weight": 0,
     "choice_weight": 0,
+    "match_weight": 0,
 }
 """Every ingredient switched off."""
 
@@ -43,8 +46,11 @@ def _only(*names: str) -> Settings:
 VARIANTS: dict[str, Settings] = {
     "plain": PLAIN,
     "views": _only("far_share", "blurred_share", "night_share", "coarsest_step_octaves"),
+    "tilted": _only("tilted_share"),
+    "shadows": _only("shadow_share"),
     "places": _only("place_weight", "spread_weight"),
     "choice": _only("choice_weight"),
+    "match": _only("match_weight"),
     "group": _only("group"),
     "close": {**PLAIN, "same_place_px": 4},
     "all": {},

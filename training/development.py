@@ -89,6 +89,14 @@ def _dark(exposure: float, photons: float) -> Callable[[Gray, np.random.Generato
     return spoil
 
 
+def _shaded(gray: Gray, random: np.random.Generator) -> Gray:
+    """The shadow of something in front, with a sharp edge, over about half of the picture; the rest overexposed."""
+    height, width = gray.shape
+    steps = cv2.resize(random.standard_normal((5, 6)), (width, height), interpolation=cv2.INTER_CUBIC)
+    light = np.where(cv2.GaussianBlur((steps > 0).astype(np.float64), (0, 0), 1.5) > 0.5, 1.3, 0.35)
+    return np.clip(gray * light, 0, 255).astype(np.uint8)
+
+
 def _compressed(quality: int) -> Callable[[Gray, np.random.Generator], Gray]:
     def spoil(gray: Gray, _: np.random.Generator) -> Gray:
         coded = cv2.imencode(".jpg", gray, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
@@ -100,6 +108,7 @@ def _compressed(quality: int) -> Callable[[Gray, np.random.Generator], Gray]:
 CHANGES = (
     Change("side 0.15", tilt=0.15),
     Change("side 0.3", tilt=0.3),
+    Change("side 0.4", tilt=0.4),
     *(Change(f"turn {angle}", angle_deg=angle) for angle in (30, 60, 90, 135, 180)),
     *(Change(f"zoom {zoom}", zoom=zoom) for zoom in (0.7, 0.5, 0.35, 0.25)),
     Change("turn 45 zoom 0.5", angle_deg=45, zoom=0.5),
@@ -109,6 +118,7 @@ CHANGES = (
     Change("motion 10 px", tilt=0.05, spoil=_moved(10)),
     Change("dusk", tilt=0.05, spoil=_dark(0.2, 1000)),
     Change("night", tilt=0.05, spoil=_dark(0.05, 250)),
+    Change("shade", tilt=0.15, spoil=_shaded),
     Change("jpeg 8", tilt=0.05, spoil=_compressed(8)),
 )
 GROUPS = {
@@ -116,7 +126,7 @@ GROUPS = {
     "turn": ("turn 30", "turn 60", "turn 90", "turn 135", "turn 180"),
     "zoom": ("zoom 0.5", "zoom 0.35", "zoom 0.25"),
     "blur": ("defocus", "motion"),
-    "light": ("dusk", "night"),
+    "light": ("dusk", "night", "shade"),
 }
 """Changes by how their names begin."""
 

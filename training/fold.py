@@ -35,6 +35,7 @@ def fold(net: SuperPointNet) -> Checkpoint:
         "format": Family.SUPERPOINT_TRT.value,
         "norm": NormPlacement.BEFORE_RELU.value,
         "sampling": Sampling.HALF_PIXEL.value,
+        "subpixel": "yes",
     }
     return layouts.without_batchnorm(layouts.from_arrays(arrays, metadata=metadata, source="the network"))
 

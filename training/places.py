@@ -141,7 +141,7 @@ def _length(vector: Tensor) -> Tensor:
 
 def choice_loss(
     first: Found, second: Found, coarse: tuple[Tensor, Tensor], there: Partners, back: Partners
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of each view's points those should score higher whose match is right.
 
     A point's chance is the probability, by the descriptors as they are, that it and its partner choose each other among
@@ -151,21 +151,25 @@ def choice_loss(
     Args:
         first: points of the first views.
         second: of the second views.
-        coarse: (B, D, H/8, W/8) of both views; taken as they are.
+        coarse: (B, D, H/8, W/8) of both views.
         there: partners of the first view's points.
         back: of the second view's.
 
     Returns:
-        the loss, and the mean chance.
+        the loss, by which scores learn and descriptors do not; the mean negative logarithm of the chance of points that
+        have a partner, by which descriptors learn; and the mean chance.
     """
-    a, b = (sample(part.detach(), points.xy.detach()) for part, points in zip(coarse, (first, second)))
+    a, b = (sample(part, points.xy.detach()) for part, points in zip(coarse, (first, second)))
     both = first.real[..., None] & second.real[:, None]
     similarity = (a @ b.transpose(1, 2) / TEMPERATURE).masked_fill(~both, -1e4)
-    chance = similarity.softmax(dim=2) * similarity.softmax(dim=1)
+    logarithm = similarity.log_softmax(dim=2) + similarity.log_softmax(dim=1)
+    right = logarithm.gather(2, there.nearest[..., None])[..., 0]
+    missed = -torch.where(there.same, right, 0).sum() / there.same.sum().clamp(min=1)
+    chance = logarithm.detach().exp()
     parts = []
     for points, pairs, table in ((first, there, chance), (second, back, chance.transpose(1, 2))):
         right = table.gather(2, pairs.nearest[..., None])[..., 0] * pairs.same
         score = points.score * pairs.shared
         parts.append(((score * (1 - right)).sum(dim=1) / score.sum(dim=1).clamp(min=1e-3), right, pairs.shared))
     lost, right, shared = (torch.cat(part) for part in zip(*parts))
-    return lost.mean(), (right * shared).sum() / shared.sum().clamp(min=1)
+    return lost.mean(), missed, (right * shared).sum() / shared.sum().clamp(min=1)

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from superpoint_trt.checkpoint import layouts
+from superpoint_trt.checkpoint.compact import CompactNet
 from superpoint_trt.checkpoint.layouts import Checkpoint, NormPlacement
 from superpoint_trt.checkpoint.reference import SuperPointNet
+from superpoint_trt.checkpoint.topology import LOGITS
 from training import leaves, losses, photos, places, shapes
 from training.adapt import VIEW_HW, adapt
 from training.bank import Bank, join
@@ -71,6 +74,10 @@ class Plan:
     """Of views, those that the network sees through int8's rounding, and of steps, those with rounded weights."""
     far_share: float = 0.2
     """Of pairs, those that differ by any rotation and a zoom down to 0.25 (views.FAR)."""
+    tilted_share: float = 0.2
+    """Of pairs, those where one view looks from far beside the other (views.TILTED)."""
+    shadow_share: float = 0.3
+    """Of views, those that a shadow falls on."""
     blurred_share: float = 0.125
     """Of pairs, those with strong blur in one view (views.blur_strongly)."""
     night_share: float = 0.125
@@ -85,6 +92,8 @@ class Plan:
     """Of how widely the scores spread around a place."""
     choice_weight: float = 1.0
     """Of scores given to points that would not match (places.choice_loss)."""
+    match_weight: float = 0.5
+    """Of how unlikely right matches are among the points found (the second of places.choice_loss)."""
     seed: int = 1
     validation_pairs: int = 16
     canvas_px: int = photos.CANVAS_PX
@@ -94,7 +103,7 @@ class Plan:
     @property
     def looks_at_found(self) -> bool:
         """Whether any loss needs the detector's own points."""
-        return max(self.place_weight, self.spread_weight, self.choice_weight) > 0
+        return max(self.place_weight, self.spread_weight, self.choice_weight, self.match_weight) > 0
 
 
 SMOKE = Plan(
@@ -145,9 +154,13 @@ class Batch(NamedTuple):
     """(2 B, 1, H, W): where the views show their image."""
     homography: Tensor
     """(B, 3, 3) from the first views to the second."""
+    clean: Tensor
+    """(2 B, 1, H, W): `image` before blur, night and noise."""
+    lost: Tensor
+    """(2 B,) octaves of detail that `image` has lost to strong blur."""
 
 
-FIGURES = ("detector", "descriptor", "known", "apart_px", "spread_px", "choice", "chance")
+FIGURES = ("detector", "descriptor", "known", "apart_px", "spread_px", "choice", "missed", "chance")
 """What each step reports: losses, and the shares of points whose partner is nearest and would be matched."""
 
 
@@ -175,7 +188,7 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
         self.net = SuperPointNet(self.plan.channels, self.plan.descriptor_dim, NormPlacement.BEFORE_RELU)
-        _ready_detector(self.net)
+        ready_detector(self.net)
         self.net.to(self.device, memory_format=torch.channels_last)
         if self.start:
             unfold(self.net, self.start, self._looks_at_photographs())
@@ -230,7 +243,7 @@ class Run:
         return made
 
     def _stage(self, number: int, stage: Stage, bank: Bank, resumed: dict[str, Any]) -> None:
-        optimizer = _optimizer(self.net, self.device)
+        optimizer = optimizer_of(self.net, self.device)
         first = done = 0
         if resumed:
             first = done = resumed["step"]
@@ -245,7 +258,7 @@ class Run:
             if spent >= 1:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = stage.learning_rate * group["pace"] * _schedule(spent)
+                group["lr"] = stage.learning_rate * group["pace"] * schedule(spent)
             self.net.train()
             sums += self._step(bank, optimizer, bool(stage.adapted_views))
             done = step + 1
@@ -281,49 +294,15 @@ class Run:
         optimizer.step()
         return figures.detach()
 
-    @torch.no_grad()
-    def _prepare(self, colour: Tensor, sizes: Tensor, xy: Tensor, worth: Tensor) -> Batch:
-        """Fresh pairs of views of some images, and what is true of them."""
-        plan = self.plan
-        first, second, homography = pair(colour, sizes, plan.view_hw, plan.far_share)
-        image, lost = _spoil(torch.cat([first.image, second.image]), plan.blurred_share, plan.night_share)
-        seen, worths = zip(*(_seen(view, xy, worth, octaves) for view, octaves in zip((first, second), lost.chunk(2))))
-        inside = torch.cat([first.inside, second.inside])
-        target, counts = losses.detector_targets(torch.cat(seen), torch.cat(worths), inside)
-        both = (first.inside, second.inside)
-        points = losses.correspondences(seen[0], worths[0], homography, both, plan.points)
-        return Batch(disturb(image, plan.coarsest_step_octaves), target, counts, *points, inside, homography)
+    def _prepare(self, *drawn: Tensor) -> Batch:
+        return prepare(self.plan, *drawn)
 
     def _objective(self, batch: Batch, descriptors: bool) -> tuple[Tensor, Tensor]:
         """The loss to descend, and `FIGURES`."""
         image = batch.image.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             logits, coarse = forward(self.net, image, self.plan.rounded_share if descriptors else 0.0)
-        plan = self.plan
-        detector = losses.detector_loss(logits, batch.target, batch.counts, plan.placing)
-        nothing = torch.zeros_like(detector)
-        if not descriptors:
-            return detector, torch.stack([detector, *[nothing] * (len(FIGURES) - 1)])
-        points = (batch.first_xy, batch.second_xy, batch.real)
-        descriptor, known = losses.descriptor_loss(*coarse.chunk(2), points, plan.group, plan.same_place_px)
-        loss = detector + plan.descriptor_weight * descriptor
-        apart = spread = choice = chance = nothing
-        if plan.looks_at_found:
-            wrong, apart, spread, choice, chance = self._of_found(logits, coarse, batch)
-            loss = loss + plan.place_weight * wrong + plan.spread_weight * spread + plan.choice_weight * choice
-        return loss, torch.stack([detector, descriptor, known, apart, spread, choice, chance])
-
-    def _of_found(self, logits: Tensor, coarse: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """What both views say of the points that the detector finds: places.place_losses and places.choice_loss."""
-        scores = places.score_map(logits)
-        views = [
-            places.detect(part, inside, self.plan.found) for part, inside in zip(scores.chunk(2), batch.inside.chunk(2))
-        ]
-        inside = batch.inside.chunk(2)
-        there = places.partners(views[0], views[1], batch.homography, (inside[0], inside[1]))
-        back = places.partners(views[1], views[0], inverse(batch.homography), (inside[1], inside[0]))
-        placed = places.place_losses(views[0], views[1], there, batch.homography)
-        return *placed, *places.choice_loss(views[0], views[1], coarse.chunk(2), there, back)
+        return objective(self.plan, logits, coarse, batch, descriptors)
 
     def _restore(self) -> dict[str, Any]:
         path = self.folder / "state.pt"
@@ -346,6 +325,49 @@ class Run:
         print(line, flush=True)
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(line + "\n")
+
+
+@torch.no_grad()
+def prepare(plan: Plan, colour: Tensor, sizes: Tensor, xy: Tensor, worth: Tensor) -> Batch:
+    """Fresh pairs of views of some images of a bank, and what is true of them."""
+    first, second, homography = pair(colour, sizes, plan.view_hw, plan.far_share, plan.tilted_share)
+    clean = torch.cat([first.image, second.image])
+    image, lost = _spoil(clean, plan.blurred_share, plan.night_share)
+    seen, worths = zip(*(_seen(view, xy, worth, octaves) for view, octaves in zip((first, second), lost.chunk(2))))
+    inside = torch.cat([first.inside, second.inside])
+    target, counts = losses.detector_targets(torch.cat(seen), torch.cat(worths), inside)
+    both = (first.inside, second.inside)
+    points = losses.correspondences(seen[0], worths[0], homography, both, plan.points)
+    disturbed = disturb(image, plan.coarsest_step_octaves, plan.shadow_share)
+    return Batch(disturbed, target, counts, *points, inside, homography, clean, lost)
+
+
+def objective(plan: Plan, logits: Tensor, coarse: Tensor, batch: Batch, descriptors: bool) -> tuple[Tensor, Tensor]:
+    """The loss to descend of what a network says of a batch, and `FIGURES`."""
+    detector = losses.detector_loss(logits, batch.target, batch.counts, plan.placing)
+    nothing = torch.zeros_like(detector)
+    if not descriptors:
+        return detector, torch.stack([detector, *[nothing] * (len(FIGURES) - 1)])
+    points = (batch.first_xy, batch.second_xy, batch.real)
+    descriptor, known = losses.descriptor_loss(*coarse.chunk(2), points, plan.group, plan.same_place_px)
+    loss = detector + plan.descriptor_weight * descriptor
+    apart = spread = choice = missed = chance = nothing
+    if plan.looks_at_found:
+        wrong, apart, spread, choice, missed, chance = _of_found(plan, logits, coarse, batch)
+        loss = loss + plan.place_weight * wrong + plan.spread_weight * spread
+        loss = loss + plan.choice_weight * choice + plan.match_weight * missed
+    return loss, torch.stack([detector, descriptor, known, apart, spread, choice, missed, chance])
+
+
+def _of_found(plan: Plan, logits: Tensor, coarse: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    """What both views say of the points that the detector finds: places.place_losses and places.choice_loss."""
+    scores = places.score_map(logits)
+    inside = batch.inside.chunk(2)
+    views = [places.detect(part, shown, plan.found) for part, shown in zip(scores.chunk(2), inside)]
+    there = places.partners(views[0], views[1], batch.homography, (inside[0], inside[1]))
+    back = places.partners(views[1], views[0], inverse(batch.homography), (inside[1], inside[0]))
+    placed = places.place_losses(views[0], views[1], there, batch.homography)
+    return *placed, *places.choice_loss(views[0], views[1], coarse.chunk(2), there, back)
 
 
 def _spoil(image: Tensor, blurred_share: float, night_share: float) -> tuple[Tensor, Tensor]:
@@ -389,28 +411,35 @@ def _seen(view: Views, xy: Tensor, worth: Tensor, lost: Tensor | float = 0.0) ->
     return warp(xy[rows, level], inverse(view.to_canvas)), worth[rows, level]
 
 
-def _ready_detector(net: SuperPointNet) -> None:
+def ready_detector(net: SuperPointNet | CompactNet) -> None:
     """Logits that begin with room to be sure, and nearly every cell empty.
 
     BatchNorm makes logits of unit variance, and Adam moves its scale by no more than the learning rate a step: left so,
     thousands of steps pass before any score can come near 1 (measured: 0.14 at best after 2500).
     """
-    norm = net.detector[1].bn
+    norm = _last(net)
     torch.nn.init.constant_(norm.weight, DETECTOR_SCALE)
     with torch.no_grad():
         norm.bias[-1] = EMPTY_CELL
 
 
-def _optimizer(net: SuperPointNet, device: torch.device) -> torch.optim.Optimizer:
+def _last(net: SuperPointNet | CompactNet) -> nn.BatchNorm2d:
+    """The detector's last layer."""
+    block = net.get_submodule(LOGITS) if isinstance(net, CompactNet) else net.detector[1]
+    assert isinstance(block.bn, nn.BatchNorm2d)
+    return block.bn
+
+
+def optimizer_of(net: SuperPointNet | CompactNet, device: torch.device) -> torch.optim.Optimizer:
     """AdamW; the detector's last scale and shift at a pace of their own."""
-    quick = list(net.detector[1].bn.parameters())
+    quick = list(_last(net).parameters())
     known = {id(parameter) for parameter in quick}
     others = [parameter for parameter in net.parameters() if id(parameter) not in known]
     groups = [{"params": others, "pace": 1.0}, {"params": quick, "pace": DETECTOR_PACE, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
 
 
-def _schedule(done: float) -> float:
+def schedule(done: float) -> float:
     """Warm-up, then half a cosine down to nothing."""
     return min(done / WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * done)) + 1e-4
 
@@ -431,3 +460,16 @@ def _save(path: Path, state: dict[str, Any]) -> None:
     beside = path.with_suffix(".part")
     torch.save(state, beside)
     beside.replace(path)
+
+
+def change(plan: Plan, text: str) -> tuple[str, float]:
+    """`NAME=NUMBER` as a field of the plan and its value."""
+    name, _, value = text.partition("=")
+    now = getattr(plan, name, None)
+    if not isinstance(now, (int, float)):
+        numbers = [key for key, other in vars(plan).items() if isinstance(other, (int, float))]
+        raise click.UsageError(f"--set {text}: expected one of {', '.join(numbers)}, then = and a number.")
+    try:
+        return name, type(now)(value)
+    except ValueError:
+        raise click.UsageError(f"--set {text}: {value!r} is no {type(now).__name__}.") from None

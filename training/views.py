@@ -44,6 +44,8 @@ SECOND = Motion(0.9, 22.0, 0.2, 0.3, 0.45, 0.35)
 """The second view, relative to the first."""
 FAR = Motion(0.3, 0.0, 1.0, 0.2, 0.3, 0.15, wide_angle_deg=180.0)
 """The second view of a far pair, relative to the first, on top of the steps back: turned by anything."""
+TILTED = Motion(0.5, 30.0, 0.3, 0.45, 1.4, 0.3, wide_angle_deg=180.0)
+"""The second view of a tilted pair: a plane seen from up to 68 degrees beside its normal is 2^1.4 times narrower."""
 FAR_OCTAVES = 2.0
 """The other view of a far pair sees its image up to this much smaller: 2 octaves are a zoom of 0.25."""
 FAR_ROOM_OCTAVES = 0.7
@@ -53,7 +55,7 @@ ZOOM_OCTAVES = (-0.5, 1.3)
 
 
 def pair(
-    colour: Tensor, sizes: Tensor, view_hw: tuple[int, int], far_share: float = 0.0
+    colour: Tensor, sizes: Tensor, view_hw: tuple[int, int], far_share: float = 0.0, tilted_share: float = 0.0
 ) -> tuple[Views, Views, Tensor]:
     """Two views of each image, and the homographies between them.
 
@@ -62,18 +64,21 @@ def pair(
         sizes: (B, 2) height and width in px of what each holds.
         view_hw: size of the views.
         far_share: of pairs, those whose views differ by any rotation and a zoom down to 0.25, either way.
+        tilted_share: of pairs, those where one view looks from far beside the other (TILTED); none of them is far.
 
     Returns:
         both views, and (B, 3, 3): pixels of the first -> pixels of the second.
     """
     count, device = len(sizes), sizes.device
-    far = uniform((count, 1, 1), 0, 1, device) < far_share
+    kind = uniform((count, 1, 1), 0, 1, device)
+    far, tilted = kind < far_share, kind > 1 - tilted_share
     back = uniform((count, 1), 0, FAR_OCTAVES, device) * far[:, 0]
     first = _first(sizes, view_hw, (back[:, 0] - FAR_ROOM_OCTAVES).clamp(min=0))
     centre = first.new_tensor([[(view_hw[1] - 1) / 2, (view_hw[0] - 1) / 2]])
-    usual, other = (random_motions(count, view_hw, motion, device) for motion in (SECOND, FAR))
-    second = first @ translation(centre) @ scaling(2 ** back.expand(-1, 2)) @ torch.where(far, other, usual)
-    swapped = far & (uniform((count, 1, 1), 0, 1, device) < 0.5)
+    usual, beside, other = (random_motions(count, view_hw, motion, device) for motion in (SECOND, TILTED, FAR))
+    motion = torch.where(far, other, torch.where(tilted, beside, usual))
+    second = first @ translation(centre) @ scaling(2 ** back.expand(-1, 2)) @ motion
+    swapped = (far | tilted) & (uniform((count, 1, 1), 0, 1, device) < 0.5)
     first, second = torch.where(swapped, second, first), torch.where(swapped, first, second)
     views = [Views(*look(_mix(colour), sizes, matrix, view_hw), matrix) for matrix in (first, second)]
     return views[0], views[1], inverse(second) @ first
@@ -141,13 +146,15 @@ COARSEST_STEP_OCTAVES = -4.5
 """log2 of the coarsest step of compression that `disturb` takes unless told: about JPEG quality 65."""
 
 
-def disturb(image: Tensor, coarsest_step_octaves: float = COARSEST_STEP_OCTAVES) -> Tensor:
-    """Uneven light, exposure, blur, compression and noise, each view's own; (B, 1, H, W) in [0, 1] again."""
+def disturb(image: Tensor, coarsest_step_octaves: float = COARSEST_STEP_OCTAVES, shadow_share: float = 0.0) -> Tensor:
+    """Uneven light, shadows, exposure, blur, compression and noise, each view's own; (B, 1, H, W) in [0, 1] again."""
 
     def some(share: float) -> Tensor:
         return (uniform((len(image), 1, 1, 1), 0, 1, image.device) < share).float()
 
     image = image * (_uneven_light(image) * some(0.5)).exp()
+    if shadow_share:
+        image = image * torch.lerp(torch.ones_like(image), _shadow(image), some(shadow_share))
     image = _exposure(image)
     blurred = _blur(image)
     image = torch.lerp(image, blurred, some(0.4))
@@ -163,6 +170,19 @@ def _uneven_light(image: Tensor) -> Tensor:
     return F.interpolate(coarse, image.shape[-2:], mode="bicubic") * uniform(
         (len(image), 1, 1, 1), 0, 0.7, image.device
     )
+
+
+def _shadow(image: Tensor) -> Tensor:
+    """(B, 1, H, W) factors: darker, to a sharp or soft edge, within a corner or a strip anywhere in the view."""
+    count, _, height, width = image.shape
+    y = torch.linspace(-1, 1, height, device=image.device)[:, None]
+    x = torch.linspace(-1, 1, width, device=image.device)
+    shape = (count, 2, 1, 1)
+    angle = uniform(shape, 0, 2 * math.pi, image.device)
+    away = x * angle.cos() + y * angle.sin() + uniform(shape, -0.6, 0.6, image.device)
+    sharpness = 2 ** uniform((count, 1, 1, 1), 2.5, 7.5, image.device)
+    inside = torch.sigmoid(away * sharpness).prod(dim=1, keepdim=True)
+    return 1 - inside * uniform((count, 1, 1, 1), 0.3, 0.85, image.device)
 
 
 def _exposure(image: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def test_scores_rise_where_matches_are_right():
     found = [places.detect(scores, inside, 2) for scores in (first, second)]
     there = places.partners(*found, homography, (inside, inside))
     back = places.partners(*found[::-1], homography, (inside, inside))
-    loss, chance = places.choice_loss(*found, (coarse, other), there, back)
+    loss, _, chance = places.choice_loss(*found, (coarse, other), there, back)
     assert 0 < loss < 1 and 0.2 < chance < 0.95
     loss.backward()
     assert first.grad[0, 0, 20, 20] < 0 < first.grad[0, 0, 30, 44]

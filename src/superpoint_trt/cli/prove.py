@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import click
@@ -17,9 +17,11 @@ from superpoint_trt.cli.options import (
     OptionGroup,
     RuntimeArgs,
     SeveralDevicesArgs,
+    given_flags,
     option,
 )
 from superpoint_trt.cli.progress import progress_bar
+from superpoint_trt.cli.stress import StressArgs, run_stress
 from superpoint_trt.cli.terminal import (
     check_outputs,
     console,
@@ -197,38 +199,81 @@ class ProtocolArgs(OptionGroup):
 
 
 @click.command()
-@click.option("--model", help="A model file, or sift or orb.  [default: the packaged weights]")
-@click.option("--dataset", required=True, help="Folder of HPatches or Oxford sequences.")
-@click.option("--baselines/--no-baselines", default=True, show_default=True, help="SIFT and ORB for comparison.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="A model file, or sift, rootsift or orb; --stress takes several.  [default: the packaged weights]",
+)
+@click.option("--dataset", help="Folder of HPatches or Oxford sequences.")
+@click.option(
+    "--stress",
+    "photos",
+    multiple=True,
+    metavar="PHOTOS",
+    help="Instead of a dataset: folders of photographs, or single ones, to turn, shrink and blur.",
+)
+@click.option(
+    "--baselines/--no-baselines",
+    default=True,
+    show_default=True,
+    help="SIFT and ORB for comparison; with --stress RootSIFT.",
+)
 @ProtocolArgs.declare("arguments")
+@StressArgs.declare("stress_arguments")
 @JSON
 @RuntimeArgs.declare("runtime")
 def evaluate(
-    model: str | None,
-    dataset: str,
+    models: tuple[str, ...],
+    dataset: str | None,
+    photos: tuple[str, ...],
     baselines: bool,
     arguments: ProtocolArgs,
+    stress_arguments: StressArgs,
     json_path: str | None,
     runtime: RuntimeArgs,
 ) -> None:
-    """Repeatability, homographies and matching on pairs with known homographies, as the literature defines them."""
+    """Repeatability, homographies and matching on pairs with known homographies, as the literature defines them.
+
+    With --stress: right matches over rotation, zoom and blur of photographs.
+    """
+    _check_evaluate(models, dataset, photos)
+    if photos:
+        run_stress(photos, models, stress_arguments, arguments.subpixel, baselines, json_path, runtime)
+        return
     from superpoint_trt.prove.datasets import input_files
     from superpoint_trt.prove.evaluate import BASELINES, report_with_baselines
     from superpoint_trt.prove.evaluate import evaluate as run_evaluate
 
-    title = "packaged weights" if model is None else model
-    model, protocol = model_or_packaged(model), arguments.protocol()
-    check_outputs((json_path,), (model, *input_files(dataset)))
+    title = models[0] if models else "packaged weights"
+    model, protocol = model_or_packaged(models[0] if models else None), arguments.protocol()
+    check_outputs((json_path,), (model, *input_files(str(dataset))))
     evaluations = []
     for name in (model, *(name for name in BASELINES if baselines and name != model)):
         with progress_bar(f"evaluating {title if name == model else name}") as progress:
             found = run_evaluate(
-                name, dataset, protocol, runtime.device, runtime.threads, progress, runtime.allow_host_code
+                name, str(dataset), protocol, runtime.device, runtime.threads, progress, runtime.allow_host_code
             )
             evaluations.append(found)
     print_evaluations(evaluations, title)
     if json_path:
         write_json(json_path, report_with_baselines(*evaluations))
+
+
+def _check_evaluate(models: Sequence[str], dataset: str | None, photos: Sequence[str]) -> None:
+    """Checks that the options of `evaluate` go together.
+
+    Raises:
+        click.UsageError: saying which do not.
+    """
+    if bool(dataset) == bool(photos):
+        raise click.UsageError("evaluate takes either --dataset FOLDER or --stress PHOTOS.")
+    if dataset and len(models) > 1:
+        raise click.UsageError(f"{len(models)} models were given; with --dataset evaluate takes one at a time.")
+    other = StressArgs if dataset else ProtocolArgs
+    lost = given_flags(tuple(entry.name for entry in fields(other) if entry.name != "subpixel"))
+    if lost:
+        raise click.UsageError(f"{', '.join(lost)} has no effect with {'--dataset' if dataset else '--stress'}.")
 
 
 def print_evaluations(evaluations: Sequence[Evaluation], title: str) -> None:

@@ -21,15 +21,12 @@ from superpoint_trt.core.progress import Progress, Steps
 from superpoint_trt.core.types import Float32, Keypoints, Matrix, OutputType, SuperPointError
 from superpoint_trt.prove import metrics
 from superpoint_trt.prove.datasets import Pair, load_pairs
+from superpoint_trt.prove.opencv_features import DETECTORS, Extractor, opencv_extractor, opencv_version
 from superpoint_trt.prove.protocol import Protocol, Resize
-from superpoint_trt.run.decode import normalize
 from superpoint_trt.run.extractor import SuperPoint
 
-Extractor = Callable[[Float32], Keypoints]
-"""(H, W) float32 in [0, 1] -> keypoints by falling score."""
-
 BASELINES = ("sift", "orb")
-"""OpenCV's detectors, which `evaluate` takes in place of a model file."""
+"""The detectors of `prove.opencv_features` that the command sets beside a model."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +154,10 @@ def evaluate(
     progress: Progress | None = None,
     allow_host_code: bool = False,
 ) -> Evaluation:
-    """Runs a model, or OpenCV's SIFT or ORB, over a dataset.
+    """Runs a model, or OpenCV's SIFT, RootSIFT or ORB, over a dataset.
 
     Args:
-        model: a model file, "sift" or "orb".
+        model: a model file, "sift", "rootsift" or "orb".
         dataset: folder of sequences, as `load_pairs` reads it.
         protocol: sizes, counts, thresholds.
         device: where a model file runs, as `SuperPoint` takes it.
@@ -219,8 +216,8 @@ def _open(
     model: PathLike, open_model: Callable[..., SuperPoint], protocol: Protocol, stage: _Stage, stack: ExitStack
 ) -> _Opened:
     """Opens a model file by `open_model`, or OpenCV's detector of that name; the stack closes it."""
-    if str(model) in BASELINES:
-        return _Opened(_opencv(str(model), protocol.descriptor_keypoints), f"OpenCV {cv2.__version__}, cpu")
+    if str(model) in DETECTORS:
+        return _Opened(opencv_extractor(str(model), protocol.descriptor_keypoints), f"{opencv_version()}, cpu")
     superpoint = open_model(subpixel=protocol.subpixel)
     if superpoint.description.type is OutputType.KEYPOINTS:
         stack.enter_context(superpoint)
@@ -270,31 +267,6 @@ def _extract(
 def _without_descriptors(keypoints: Keypoints) -> Keypoints:
     """Saves the memory of a dataset's descriptors, which the detector's figures do not need."""
     return replace(keypoints, descriptors=np.zeros((len(keypoints), 0), np.float32))
-
-
-def _opencv(name: str, count: int) -> Extractor:
-    """SIFT (128 floats), or ORB (256 bits as 0 and 1, whose squared L2 distance is the Hamming distance)."""
-    detector = cv2.SIFT.create(nfeatures=count) if name == "sift" else cv2.ORB.create(nfeatures=count)
-
-    def extract(gray: Float32) -> Keypoints:
-        points, descriptors = detector.detectAndCompute(np.round(gray * 255).astype(np.uint8), None)
-        size = (gray.shape[1], gray.shape[0])
-        if descriptors is None or not len(points):
-            return Keypoints(
-                np.zeros((0, 2), np.float32),
-                np.zeros(0, np.float32),
-                np.zeros((0, 256 if name == "orb" else 128), np.float32),
-                size,
-            )
-        if name == "orb":
-            descriptors = np.unpackbits(np.asarray(descriptors, dtype=np.uint8), axis=1)
-        scores = np.array([point.response for point in points], np.float32)
-        order = np.argsort(-scores, kind="stable")
-        xy = np.array([point.pt for point in points], np.float32)[order]
-        described = descriptors[order].astype(np.float32)
-        return Keypoints(xy, scores[order], described if name == "orb" else normalize(described, axis=1), size)
-
-    return extract
 
 
 def _resize(gray: Float32, size_hw: tuple[int, int], rule: Resize) -> tuple[Float32, Matrix]:

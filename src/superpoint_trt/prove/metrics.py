@@ -110,13 +110,31 @@ def matching_accuracy(
     Dusmanu et al. 2019 (D2-Net), section 5.1; the mean over pairs is their "mean matching accuracy". All points of both
     images take part, shared or not.
     """
-    a, b = first.top(count), second.top(count)
-    rows = match(a.descriptors, b.descriptors).rows
-    if not len(rows):
-        return [0.0 for _ in thresholds_px]
+    error = mutual_errors_px(first.top(count), second.top(count), homography)
+    return [float((error <= threshold).mean()) if len(error) else 0.0 for threshold in thresholds_px]
+
+
+def mutual_errors_px(first: Keypoints, second: Keypoints, homography: Matrix) -> NDArray[np.float64]:
+    """Reprojection errors (M,) of all mutual nearest neighbors, in pixels of the second image."""
+    rows = match(first.descriptors, second.descriptors).rows
     with np.errstate(all="ignore"):
-        error = np.linalg.norm(warp(a.xy[rows[:, 0]], homography) - b.xy[rows[:, 1]], axis=1)
-    return [float((error <= threshold).mean()) for threshold in thresholds_px]
+        error: NDArray[np.float64] = np.linalg.norm(
+            warp(first.xy[rows[:, 0]], homography) - second.xy[rows[:, 1]], axis=1
+        )
+    return error
+
+
+def right_share(
+    first: Keypoints, second: Keypoints, homography: Matrix, count: int = 1000, threshold_px: float = 3.0
+) -> float:
+    """Right matches as a share of the first image's shared points; 0 without such points.
+
+    A match is a mutual nearest neighbor; it is right if its reprojection error is at most the threshold. Unlike
+    `matching_accuracy` it counts points that find no partner: few sure matches are not better than many.
+    """
+    a = shared(first, homography, second.image_size, count)
+    right = mutual_errors_px(a, second.top(count), homography) <= threshold_px
+    return float(right.sum() / len(a)) if len(a) else 0.0
 
 
 def matching_score(
