@@ -90,7 +90,7 @@ def test_what_stays_in_fp32_is_named(exported, quantized):
     assert set((described.kept_layers or "").split()) == HEADS_LAST | {"conv1a"}
     assert (described.placement, described.precision) == ("cpu", Precision.INT8)
     with open_backend(quantized(options=QuantizeOptions()), "cpu") as backend:
-        assert "computed in fp32 here: superpoint quantize --for cpu" in backend.runtime.precision
+        assert "computed in fp32 (slow: superpoint quantize --for cpu)" in backend.runtime.precision
 
 
 # ---------------------------------------------------------------------------------------------------------------- what

@@ -94,7 +94,7 @@ def _precision(model: ModelDescription, provider: str) -> str:
     if precision is Precision.FP16 and platform.machine() in ("x86_64", "AMD64"):
         return "fp16 weights, computed in fp32"
     if precision is Precision.INT8 and not model.placement:
-        return "int8 for TensorRT, computed in fp32 here: superpoint quantize --for cpu makes one that is faster"
+        return "int8 steps computed in fp32 (slow: superpoint quantize --for cpu)"
     return precision.value
 
 
