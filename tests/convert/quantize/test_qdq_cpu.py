@@ -201,7 +201,7 @@ def test_sums_and_concatenations(tmp_path):
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, c, 16, 16]) for n, c in (("image", 1), ("e", 8))]
     graph = helper.make_graph(nodes, "g", values[:1], values[1:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    assert integer_convolutions(model) == ["a", "b", "c", "d"]
+    assert integer_convolutions(model) == ["a", "b", "c", "d"], "b is read by a sum and a concatenation only"
     image = rng.random((1, 1, 16, 16)).astype(np.float32)
     inputs = dict.fromkeys(node.input[0] for node in convolutions(model).values())
     ranges = Calibration(Method.MAX, None, "any", None, {}, {name: 6.0 for name in inputs})
@@ -211,6 +211,8 @@ def test_sums_and_concatenations(tmp_path):
     sessions = [onnxruntime.InferenceSession(m.SerializeToString()) for m in (model, made)]
     expected, found = (session.run(["e"], {"image": image})[0] for session in sessions)
     assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+    (tmp_path / "made.onnx").write_bytes(made.SerializeToString())
+    assert operators(tmp_path / "made.onnx", tmp_path).count("QLinearConv") == 3
 
 
 # -------------------------------------------------------------------------------------------------------------- refused

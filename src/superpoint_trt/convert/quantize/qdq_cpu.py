@@ -59,15 +59,14 @@ class _Relus:
         self._outputs = {node_name(n): n.output[0] for n in model.graph.node if n.op_type == "Conv"}
 
     def before(self, tensor: str) -> set[str]:
-        """The outputs of the ReLUs that a tensor is made of without a change of any value."""
+        """The outputs of the ReLUs that a tensor is made of; none of them is ever larger than the tensor's range."""
         maker = self._makers.get(tensor)
-        if maker is None:
+        if maker is None or not self.never_negative(tensor):
             return set()
         if maker.op_type == "Relu":
             return {str(maker.output[0])}
-        if maker.op_type == "Concat":
-            return {relu for name in maker.input for relu in self.before(name)}
-        return self.before(maker.input[0]) if maker.op_type == "MaxPool" else set()
+        parts = maker.input if maker.op_type in ("Concat", "Add") else maker.input[:1]
+        return {relu for name in parts for relu in self.before(name)}
 
     def never_negative(self, tensor: str) -> bool:
         """Whether a tensor is made of ReLUs' outputs by operations that keep the sign."""
@@ -147,7 +146,7 @@ class CpuPairWriter:
         for node in self._convolutions():
             for relu in self._relus.before(node.input[0]):
                 if relu in behind_chosen or node_name(node) in chosen:
-                    largest[relu] = max(largest.get(relu, 0.0), self._ranges[node.input[0]])
+                    largest[relu] = min(largest.get(relu, np.inf), self._ranges[node.input[0]])
         return {name: _Grid.up_to(value, False, name) for name, value in largest.items()}
 
     # ------------------------------------------------------------------------------------------------------- writing
