@@ -108,7 +108,7 @@ def test_device_precision_and_threads_are_named(openvino, exported):
     with open_backend(model, "openvino:fp32", 1) as backend:
         version = openvino.__version__.split("-")[0]
         text = str(backend.runtime)
-        assert text.startswith(f"OpenVINO {version}, openvino:CPU (") and text.endswith(", 1 threads), fp32")
+        assert text.startswith(f"OpenVINO {version}, openvino:CPU:fp32 (") and text.endswith(", 1 threads), fp32")
         assert backend.runtime.computed is Precision.FP32
     with open_backend(model, "openvino") as backend:
         can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

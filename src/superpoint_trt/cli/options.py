@@ -158,10 +158,10 @@ class SeveralDevicesArgs(OptionGroup):
     devices: tuple[str, ...] = option(
         "--device",
         multiple=True,
-        default=("auto",),
+        default=(ALL_DEVICES,),
         callback=_check_devices,
         metavar=f"{DEVICES}|{ALL_DEVICES}",
-        help="May be repeated: each model runs on each. all: every device of this machine.",
+        help="May be repeated: each model runs on each. all: every device here that takes it.",
     )
     threads: int | None = option(
         "--threads", type=int, callback=_check_threads, help="CPU threads.  [default: the runtime's choice]"

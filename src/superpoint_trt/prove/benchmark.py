@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -180,19 +180,10 @@ def bench(
     if not models:
         raise SuperPointError("there is no model to time; give at least one.")
     with ExitStack() as stack:
-        left_out: list[str] = []
-        runs = []
-        for model, where, required in _pairs(models, [device] if isinstance(device, str) else device):
-            try:
-                superpoint = stack.enter_context(_open(model, where, threads, allow_host_code))
-            except SuperPointError as error:
-                if required:
-                    raise
-                left_out.append(f"{where}: {error}")
-                continue
-            runs.append(_Run(superpoint, str(model), options, image))
-        if not runs:
-            raise SuperPointError(f"no model runs on a device of this machine: {left_out[0]}")
+        opened, left_out = _opened(models, [device] if isinstance(device, str) else device, threads, allow_host_code)
+        for _, superpoint in opened:
+            stack.enter_context(superpoint)
+        runs = [_Run(superpoint, name, options, image) for name, superpoint in opened]
         total = (options.warm_up + options.iterations) * len(runs)
         for start in range(0, options.warm_up + options.iterations, CALLS_PER_TURN):
             calls = range(start, min(start + CALLS_PER_TURN, options.warm_up + options.iterations))
@@ -205,14 +196,34 @@ def bench(
         return BenchReport(_machine(threads), options, [run.times for run in runs], left_out)
 
 
-def _pairs(models: Sequence[PathLike], devices: Sequence[str]) -> Iterator[tuple[PathLike, str, bool]]:
-    """Each model with each device that it is to run on, and whether it must run there."""
+def _opened(
+    models: Sequence[PathLike], devices: Sequence[str], threads: int | None, allow_host_code: bool
+) -> tuple[list[tuple[str, SuperPoint]], list[str]]:
+    """Opens each model on each of its devices.
+
+    Returns:
+        Names and models; and a line for each device of "all" that does not take a model that another device takes.
+    """
+    opened: list[tuple[str, SuperPoint]] = []
+    left_out: list[str] = []
     for model in models:
-        for device in devices:
-            if device == ALL_DEVICES:
-                yield from ((model, there, False) for there in devices_for(model))
-            else:
-                yield model, device, True
+        refused: list[SuperPointError] = []
+        asked = [(there, device == ALL_DEVICES) for device in devices for there in _devices(model, device)]
+        for where, may_refuse in asked:
+            try:
+                opened.append((str(model), _open(model, where, threads, allow_host_code)))
+            except SuperPointError as error:
+                refused.append(error)
+                if not may_refuse or len(refused) == len(asked):
+                    for _, superpoint in opened:
+                        superpoint.close()
+                    raise refused[0] from error
+                left_out.append(f"{where}: {error}")
+    return opened, left_out
+
+
+def _devices(model: PathLike, device: str) -> list[str]:
+    return devices_for(model) if device == ALL_DEVICES else [device]
 
 
 class _Run:
@@ -321,7 +332,10 @@ def plot(report: BenchReport, path: PathLike) -> Path:
 
     figure = Figure(figsize=(9, 1.6 + 0.6 * len(report.models)), layout="constrained")
     axes: Any = figure.subplots()
-    names = [f"{Path(times.model).name}\n{report.images_per_s(times):.1f} images/s" for times in report.models]
+    names = [
+        f"{Path(times.model).name}, {times.runtime.device.split(' (')[0]}\n{report.images_per_s(times):.1f} images/s"
+        for times in report.models
+    ]
     lines = np.arange(len(names))
     left = np.zeros(len(names))
     for stage in STAGES[:-1]:

@@ -259,11 +259,11 @@ def _precision_text(stored: Precision, computed: Counter[Precision]) -> str:
 
 
 def _device(core: Any, compiled: Any, choice: DeviceChoice) -> str:
-    """The device, for people: "openvino:CPU (AMD EPYC, 2 threads)"."""
+    """The device, for people: "openvino:CPU (AMD EPYC, 2 threads)", with ":fp32" if that was asked for."""
     name = " ".join(str(core.get_property(choice.unit, "FULL_DEVICE_NAME")).split())
     if choice.unit != "CPU":
-        return f"openvino:{choice.unit} ({name})"
-    return f"openvino:CPU ({name}, {compiled.get_property('INFERENCE_NUM_THREADS')} threads)"
+        return f"{choice} ({name})"
+    return f"{choice} ({name}, {compiled.get_property('INFERENCE_NUM_THREADS')} threads)"
 
 
 def _describe(model: Any, metadata: Mapping[str, str], path: Path) -> ModelDescription:
