@@ -140,7 +140,7 @@ def _engines() -> Iterator[Finding]:
     no_gpu = f"no usable NVIDIA GPU: {why}" if why else "no NVIDIA GPU that the installed TensorRT runs on"
     lacking = no_gpu if flavors else f"{_ADD_TENSORRT}; docs/tensorrt.md"
     yield Finding("build TensorRT engines", builds is not None, builds or lacking)
-    yield Finding("run TensorRT engines", runs, how if runs else lacking)
+    yield Finding("run TensorRT engines", runs, how if runs else no_gpu if installed_runtimes() else lacking)
 
 
 def _core() -> Iterator[Finding]:
