@@ -46,6 +46,10 @@ HEAVY = (
     "cuda",
     "openvino",
     "skimage",
+    "h5py",
+    "av",
+    "pycolmap",
+    "ray",
 )
 
 

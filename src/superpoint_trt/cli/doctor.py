@@ -15,10 +15,10 @@ import click
 from rich.table import Table
 
 import superpoint_trt
+from superpoint_trt import packaged
 from superpoint_trt._version import __version__
 from superpoint_trt.cli.progress import progress_bar
 from superpoint_trt.cli.terminal import console
-from superpoint_trt.convert.default_model import default_model
 from superpoint_trt.core.files import one_line
 from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.onnx_runtime import import_onnxruntime
@@ -81,6 +81,7 @@ def examine() -> Iterator[Finding]:
         yield _module(
             modules[0].replace("_", "-"), here.get(part, modules[0]), f"{install_hint('lean')}; runs engines only"
         )
+    yield from _bulk()
 
 
 _TIMING = BenchOptions(size_hw=(240, 320), iterations=4, warm_up=1)
@@ -95,7 +96,7 @@ def fastest_on_cpu(progress: Progress | None = None) -> list[Finding]:
     """
     devices = [device for device in devices_for("model.onnx") if device in ("cpu", "openvino:CPU")]
     try:
-        report = bench([default_model()], _TIMING, device=devices, progress=progress)
+        report = bench([packaged.DEFAULT], _TIMING, device=devices, progress=progress)
     except SuperPointError as error:
         return [Finding("timing failed", False, str(error))]
     times = sorted(report.models, key=lambda model: min(model.times_ms["network"]))
@@ -118,6 +119,14 @@ def abilities() -> Iterator[Finding]:
     on_cuda = "CUDAExecutionProvider" in _providers()
     yield Finding("the same on an NVIDIA GPU", on_cuda, "superpoint infer --device cuda" if on_cuda else _ADD_CUDA)
     yield from _engines()
+    lacking = [finding for finding in _bulk() if not finding.present]
+    how = "superpoint reconstruct" if not lacking else "; ".join(finding.detail for finding in lacking)
+    yield Finding("map photographs and videos", not lacking, how)
+
+
+def _bulk() -> Iterator[Finding]:
+    for module, name, extra in (("h5py", "h5py", "bulk"), ("av", "PyAV", "bulk"), ("pycolmap", "pycolmap", "colmap")):
+        yield _module(name, module, install_hint(extra))
 
 
 def _engines() -> Iterator[Finding]:
