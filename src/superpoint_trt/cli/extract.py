@@ -63,7 +63,7 @@ class BulkArgs(OptionGroup):
     )
     overwrite: bool = option("--overwrite", is_flag=True, help="Replace an output or an unfinished run that is there.")
 
-    def options(self, model: str | None, extract: ExtractArgs, runtime: RuntimeArgs) -> ExtractOptions:
+    def options(self, model: str, extract: ExtractArgs, runtime: RuntimeArgs) -> ExtractOptions:
         """The options of `pipeline.extract.extract`."""
         from superpoint_trt.pipeline.extract import ExtractOptions
         from superpoint_trt.pipeline.inputs import InputOptions
@@ -96,7 +96,7 @@ def extract(
     context: click.Context,
     inputs: tuple[str, ...],
     output: str,
-    model: str | None,
+    model: str,
     bulk: BulkArgs,
     decoding: ExtractArgs,
     runtime: RuntimeArgs,

@@ -48,7 +48,7 @@ class ReconstructArgs(OptionGroup):
 
     def options(
         self,
-        model: str | None,
+        model: str,
         neighbors: NeighborArgs,
         colmap: ColmapArgs,
         extract: ExtractArgs,
@@ -86,7 +86,7 @@ class ReconstructArgs(OptionGroup):
 def reconstruct(
     source: str,
     output: str,
-    model: str | None,
+    model: str,
     args: ReconstructArgs,
     neighbors: NeighborArgs,
     colmap: ColmapArgs,

@@ -88,7 +88,7 @@ class TrackOutputArgs(OptionGroup):
 )
 @RuntimeArgs.declare("runtime")
 def track(
-    model: str | None,
+    model: str,
     source: str,
     writing: TrackOutputArgs,
     args: TrackArgs,

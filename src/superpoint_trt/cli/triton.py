@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from superpoint_trt.cli.options import MODEL, ExtractArgs
-from superpoint_trt.cli.terminal import model_or_packaged, print_row
+from superpoint_trt.cli.terminal import print_row
 
 _HOST_ONLY = ("max_pixels", "allow_damaged")
 """Settings of image files, which a server does not read."""
@@ -17,7 +17,7 @@ _HOST_ONLY = ("max_pixels", "allow_damaged")
 @click.option("--name", default="superpoint", show_default=True, help="Name of the model on the server.")
 @click.option("--instances", type=int, default=1, show_default=True, help="Copies that run at once, on each GPU.")
 @ExtractArgs.declare("extract")
-def triton(model: str | None, output: str, name: str, instances: int, extract: ExtractArgs) -> None:
+def triton(model: str, output: str, name: str, instances: int, extract: ExtractArgs) -> None:
     """Write a model repository for NVIDIA's Triton Inference Server.
 
     A keypoints model runs in Triton's onnxruntime or TensorRT backend, any other one in its Python backend, whose
@@ -26,7 +26,7 @@ def triton(model: str | None, output: str, name: str, instances: int, extract: E
     from superpoint_trt.pipeline.triton import TritonOptions, make_repository
 
     settings = {k: v for k, v in extract.settings().items() if v is not None and k not in _HOST_ONLY}
-    served = make_repository(model_or_packaged(model), output, TritonOptions(name, instances, settings))
+    served = make_repository(model, output, TritonOptions(name, instances, settings))
     print_row("model", served.folder)
     print_row("backend", served.backend)
     print_row("batches", f"up to {served.max_batch_size} images" if served.max_batch_size else "one image a request")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from superpoint_trt import packaged
 from superpoint_trt._version import __version__
-from superpoint_trt.core.files import cache_folder, read_bytes, sha256
+from superpoint_trt.core.files import PathLike, cache_folder, read_bytes, sha256
 from superpoint_trt.core.networks import packaged_network
 from superpoint_trt.core.types import SuperPointError
 
@@ -37,3 +37,14 @@ def default_model(network: str = packaged.DEFAULT) -> Path:
 
         export(weights, path, ExportOptions(dynamic=True))
     return path
+
+
+def model_path(model: PathLike | None) -> Path:
+    """The file that `SuperPoint(model)` opens: a path as it is; a packaged network, by its name or None, exported.
+
+    Raises:
+        SuperPointError: as `default_model`.
+    """
+    model = packaged.DEFAULT if model is None else model
+    network = packaged_network(model)
+    return default_model(network.name) if network else Path(model)

@@ -37,7 +37,7 @@ class ExtractOptions:
     """How `extract` works."""
 
     model: PathLike | None = None
-    """As `SuperPoint` takes it; None: the packaged weights."""
+    """As `SuperPoint` takes it; None: the default packaged network."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of `SuperPoint`: threshold, max_keypoints, device, ..."""
     inputs: InputOptions = field(default_factory=InputOptions)

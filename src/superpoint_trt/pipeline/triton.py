@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from superpoint_trt.convert.default_model import model_path
 from superpoint_trt.core.files import PathLike, make_folder, read_bytes, write_atomically
 from superpoint_trt.core.types import ENGINE_SUFFIXES, ModelDescription, OutputType, SuperPointError
 from superpoint_trt.gpu.engine_file import read_plan, sidecar
@@ -54,18 +55,18 @@ class Served:
     """Images in a request; 0: requests have no batch axis."""
 
 
-def make_repository(model: PathLike, output: PathLike, options: TritonOptions | None = None) -> Served:
+def make_repository(model: PathLike | None, output: PathLike, options: TritonOptions | None = None) -> Served:
     """Writes `output`/NAME/config.pbtxt and `output`/NAME/1 with the model; what is there is replaced.
 
     Args:
-        model: .onnx, or an engine with its .json.
+        model: .onnx, or an engine with its .json, or the name of a packaged network; None: the default one.
         output: the repository, which may hold other models.
         options: name, number of instances, settings.
 
     Raises:
         SuperPointError: the model cannot be served, or the files cannot be written.
     """
-    options, model = options or TritonOptions(), Path(model)
+    options, model = options or TritonOptions(), model_path(model)
     description = _describe(model)
     folder = make_folder(Path(output) / options.name)
     version = make_folder(folder / VERSION)

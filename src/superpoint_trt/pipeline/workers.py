@@ -14,6 +14,7 @@ from typing import Any, Callable, NamedTuple, Protocol
 
 import numpy as np
 
+from superpoint_trt.convert.default_model import model_path
 from superpoint_trt.core.files import PathLike, file_sha256
 from superpoint_trt.core.image import Placement, needed_side_px
 from superpoint_trt.core.image_file import MOST_PIXELS, ReadOptions, read_image_file
@@ -56,15 +57,7 @@ class WorkOptions:
             SuperPointError: the model or a setting cannot be used.
         """
         half = {"half_descriptors": self.dtype == "float16"}
-        return SuperPoint(self.model_path(), **{**half, **self.settings})
-
-    def model_path(self) -> Path:
-        """The model's file; without one, an .onnx of the packaged weights."""
-        if self.model is not None:
-            return Path(self.model)
-        from superpoint_trt.convert.default_model import default_model
-
-        return default_model()
+        return SuperPoint(self.model, **{**half, **self.settings})
 
     def reading(self) -> ReadOptions:
         """Which image files are read."""
@@ -75,7 +68,7 @@ class WorkOptions:
     def settings_of(self, superpoint: SuperPoint) -> Settings:
         """What decides the content of an entry; equal settings give equal entries."""
         return {
-            "model": file_sha256(self.model_path()),
+            "model": file_sha256(model_path(self.model)),
             **{name: getattr(superpoint.options, name) for name in _DECODE_FIELDS},
             "max_side_px": self.settings.get("max_side_px"),
             "allow_damaged": bool(self.settings.get("allow_damaged", False)),
