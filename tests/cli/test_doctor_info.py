@@ -112,7 +112,7 @@ def test_doctor_names_the_command_for_what_is_missing(without, monkeypatch, capf
 
 
 def test_doctor_says_it_short_and_where_the_package_is(without, capfd):
-    without("tensorrt", "tensorrt_rtx")
+    without("tensorrt", "tensorrt_rtx", "tensorrt_lean_bindings", "tensorrt_dispatch_bindings")
     assert run(cli, ["doctor"]) == 0
     out = capfd.readouterr().out
     assert "version, or how to add it" in out and "how, or what is missing" in out

@@ -157,6 +157,10 @@ class RuntimeArgs(OptionGroup):
     )
     allow_host_code: bool = option("--allow-host-code", is_flag=True, help=_HOST_CODE_HELP)
 
+    def settings(self) -> dict[str, Any]:
+        """All fields, as keyword arguments of `SuperPoint`."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
 
 def _check_devices(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name if name == ALL_DEVICES else _check_device(context, parameter, name) for name in names)
