@@ -67,7 +67,7 @@ def test_every_command_takes_a_name(small, tmp_path, capsys):
     ):
         assert run(cli, words.split()) == 0, words
     out = capsys.readouterr().out
-    assert out.count("model         toy") == 5 and "PASSED" in out and "12 convolutions: stem0, stem1" in out
+    assert out.count("model         toy") >= 5 and "PASSED" in out and "12 convolutions: stem0, stem1" in out
     assert [path.name.split("-")[1] for path in sorted((tmp_path / "cache").iterdir())] == ["full", "toy"]
     assert run(cli, ["weights", "list"]) == 0
     assert "toy (packaged): a test's" in capsys.readouterr().out
