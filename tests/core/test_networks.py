@@ -59,7 +59,7 @@ def test_every_command_takes_a_name(small, tmp_path, capsys):
         "info toy",
         "infer --model toy --image 0.png --save f.npz",
         "match --model toy 0.png 0.png",
-        "bench --model toy --model full --iterations 1 --size 64x64",
+        "bench --model toy --model full --iterations 1 --size 64x64 --device cpu",
         "verify --model toy --weights toy --images .",
         "verify --model a.onnx --weights toy --images .",
         "weights convert toy b.safetensors",

@@ -42,7 +42,7 @@ def test_what_it_says_of_itself():
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.engine", "model.safetensors"])
 def test_a_device_of_another_name_is_refused_before_the_file_is_read(name):
-    with pytest.raises(SuperPointError, match="device is 'gpu'; expected auto, cpu, cuda or cuda:N"):
+    with pytest.raises(SuperPointError, match="device is 'gpu'; expected auto, cpu, cuda, cuda:N"):
         open_backend(name, "gpu")
 
 
