@@ -12,6 +12,7 @@ from superpoint_trt.core.contract import REQUIRED_RANKS, recognize
 from superpoint_trt.core.device import DeviceChoice
 from superpoint_trt.core.files import PathLike, one_line, read_bytes
 from superpoint_trt.core.onnx_runtime import import_onnxruntime
+from superpoint_trt.core.onnx_weights import refuse_bytes_with_weights_elsewhere
 from superpoint_trt.core.types import INPUT_NAME, ModelDescription, Precision, SuperPointError
 from superpoint_trt.run.backends.base import Backend, Image, Outputs, RuntimeInfo, as_unit_range
 
@@ -41,6 +42,7 @@ class OnnxRuntimeBackend(Backend):
 
         choice = DeviceChoice.parse(device)
         data = read_bytes(path, "model")
+        refuse_bytes_with_weights_elsewhere(data, path)
         options = ort.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
         if threads is not None:

@@ -15,6 +15,7 @@ from superpoint_trt.core.contract import REQUIRED_RANKS, recognize
 from superpoint_trt.core.device import DeviceChoice
 from superpoint_trt.core.files import PathLike, one_line, read_bytes
 from superpoint_trt.core.install import install_hint
+from superpoint_trt.core.onnx_weights import refuse_weights_elsewhere
 from superpoint_trt.core.types import INPUT_NAME, ModelDescription, Precision, SuperPointError, least_exact
 from superpoint_trt.run.backends.base import AsyncBackend, Image, Outputs, PendingRun, RuntimeInfo, as_unit_range
 
@@ -198,14 +199,7 @@ def _metadata(data: bytes, path: PathLike) -> dict[str, str]:
         metadata = {str(entry.key): str(entry.value) for entry in model.metadata_props}
     except (DecodeError, UnicodeDecodeError) as error:
         raise SuperPointError(f"{path} is not a model OpenVINO can load: {one_line(error)}.") from error
-    graph = model.graph
-    tensors = [*graph.initializer, *(a.t for node in graph.node for a in node.attribute if a.HasField("t"))]
-    outside = [tensor.name for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    if outside:
-        raise SuperPointError(
-            f"{path} keeps its weights ({outside[0]}, ...) in another file; make it one file: "
-            "onnx.save(onnx.load(path), path)."
-        )
+    refuse_weights_elsewhere(model, path)
     return metadata
 
 
