@@ -6,7 +6,8 @@ const POINT = "#ffffff";
 const GAP = 8;
 const STACKED_BELOW = 700; // CSS px of the canvas
 const TALLEST = 0.72; // of the window
-const MOST_LINES = { agree: 150, other: 60 };
+const MOST_LINES = 150;
+const PX_PER_LINE = 7; // of the canvas's width: a narrow one gets fewer lines
 
 /**
  * @param canvas to draw on; it gets the height that the pictures need.
@@ -66,18 +67,19 @@ function onCanvas(xy, i, box) {
 function drawPoints(pen, xy, box) {
   pen.fillStyle = POINT;
   pen.strokeStyle = "rgba(0, 0, 0, 0.75)";
-  pen.lineWidth = 1;
+  pen.lineWidth = 0.8;
+  const radius = pen.canvas.clientWidth < STACKED_BELOW ? 1.2 : 1.7;
   for (let i = 0; i < xy.length / 2; i++) {
     const [x, y] = onCanvas(xy, i, box);
     pen.beginPath();
-    pen.arc(x, y, 1.7, 0, 2 * Math.PI);
+    pen.arc(x, y, radius, 0, 2 * Math.PI);
     pen.fill();
     pen.stroke();
   }
 }
 
 function drawMatches(pen, { features, match }, boxes) {
-  const order = Array.from(match.distances.keys()).sort((i, j) => match.distances[i] - match.distances[j]);
+  const order = Array.from(match.distances.keys()); // by falling score in the first picture
   const isAgreeing = (k) => match.agree !== null && match.agree[k] === 1;
   const line = (k) => {
     const [x0, y0] = onCanvas(features.a.xy, match.rows[2 * k], boxes.a);
@@ -97,9 +99,16 @@ function drawMatches(pen, { features, match }, boxes) {
     pen.lineWidth = width;
     pen.globalAlpha = opacity;
   };
+  const most = Math.min(MOST_LINES, Math.round(pen.canvas.clientWidth / PX_PER_LINE));
   ink(OTHER, 0.8, 0.6);
-  order.filter((k) => !isAgreeing(k)).slice(0, MOST_LINES.other).forEach(line);
-  ink(AGREE, 1.3, 0.85);
-  order.filter(isAgreeing).slice(0, MOST_LINES.agree).forEach(line);
+  spread(order.filter((k) => !isAgreeing(k)), most / 3).forEach(line);
+  ink(AGREE, 1.3, 0.9);
+  spread(order.filter(isAgreeing), most).forEach(line);
   pen.globalAlpha = 1;
+}
+
+/** At most so many of a list, taken evenly from its whole length. */
+function spread(list, most) {
+  const step = Math.max(1, list.length / most);
+  return Array.from({ length: Math.min(list.length, Math.floor(most)) }, (_, i) => list[Math.floor(i * step)]);
 }

@@ -70,7 +70,8 @@ export function within(H, xyA, xyB, rows, px) {
   for (let k = 0; k < agree.length; k++) {
     const [i, j] = [2 * rows[2 * k], 2 * rows[2 * k + 1]];
     const [x, y] = apply(H, xyA[i], xyA[i + 1]);
-    agree[k] = Math.hypot(x - xyB[j], y - xyB[j + 1]) <= px ? 1 : 0;
+    const [dx, dy] = [x - xyB[j], y - xyB[j + 1]];
+    agree[k] = dx * dx + dy * dy <= px * px ? 1 : 0;
   }
   return agree;
 }

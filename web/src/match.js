@@ -14,9 +14,11 @@ export function mutualNearest(first, second) {
   const back = new Int32Array(m);
   const bestBack = new Float32Array(m).fill(-Infinity);
   // Of unit vectors the largest product is the smallest distance. Of equal ones the lowest row wins.
+  const products = new Float32Array(m);
   for (let i = 0; i < n; i++) {
+    multiplyRows(products, a.subarray(i * dim, (i + 1) * dim), b);
     for (let j = 0; j < m; j++) {
-      const product = Math.fround(dot(a, i * dim, b, j * dim, dim));
+      const product = products[j];
       if (product > best[i]) [best[i], nearest[i]] = [product, j];
       if (product > bestBack[j]) [bestBack[j], back[j]] = [product, i];
     }
@@ -31,16 +33,28 @@ export function mutualNearest(first, second) {
   return { rows: Int32Array.from(rows), distances: Float32Array.from(distances) };
 }
 
-/** Four sums at a time: a processor adds them side by side. */
-function dot(a, i, b, j, dim) {
-  let [s0, s1, s2, s3] = [0, 0, 0, 0];
-  let k = 0;
-  for (; k + 3 < dim; k += 4) {
-    s0 += a[i + k] * b[j + k];
-    s1 += a[i + k + 1] * b[j + k + 1];
-    s2 += a[i + k + 2] * b[j + k + 2];
-    s3 += a[i + k + 3] * b[j + k + 3];
+/** The products of one row with all others, four at a time: each number of the row is then read once for four. */
+function multiplyRows(products, row, others) {
+  const dim = row.length;
+  const whole = products.length - (products.length % 4);
+  for (let j = 0; j < whole; j += 4) {
+    const [at0, at1, at2, at3] = [j * dim, (j + 1) * dim, (j + 2) * dim, (j + 3) * dim];
+    let [s0, s1, s2, s3] = [0, 0, 0, 0];
+    for (let k = 0; k < dim; k++) {
+      const value = row[k];
+      s0 += value * others[at0 + k];
+      s1 += value * others[at1 + k];
+      s2 += value * others[at2 + k];
+      s3 += value * others[at3 + k];
+    }
+    products[j] = s0;
+    products[j + 1] = s1;
+    products[j + 2] = s2;
+    products[j + 3] = s3;
   }
-  for (; k < dim; k++) s0 += a[i + k] * b[j + k];
-  return s0 + s1 + s2 + s3;
+  for (let j = whole; j < products.length; j++) {
+    let sum = 0;
+    for (let k = 0; k < dim; k++) sum += row[k] * others[j * dim + k];
+    products[j] = sum;
+  }
 }

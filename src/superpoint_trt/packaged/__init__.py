@@ -44,4 +44,4 @@ PHOTO = _FOLDER / "astronaut.jpg"
 """Eileen Collins, NASA, public domain; not among the training images. 512 x 512 px, RGB."""
 
 PAGE = _FOLDER / "web"
-"""The page that `superpoint web` serves, built by `make web` from web/; not there in a copy that was made without it."""
+"""The page that `superpoint web` serves, built by `make web` from web/; a copy may be without it."""

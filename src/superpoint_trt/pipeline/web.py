@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -110,8 +111,8 @@ def _describe(model: Path, name: str) -> dict[str, Any]:
     if not fits:
         size = "any size" if description.dynamic else f"{description.width_px}x{description.height_px} px"
         raise SuperPointError(
-            f"{model} is a {description.type.value} model for {size} with cells of {description.stride_px} px; the page "
-            f"takes dense models for any size with cells of {CELL_PX} px: superpoint export --dynamic."
+            f"{model} is a {description.type.value} model for {size} with cells of {description.stride_px} px; "
+            f"the page takes dense models for any size with cells of {CELL_PX} px: superpoint export --dynamic."
         )
     return {
         "name": name,
@@ -127,26 +128,28 @@ class _Handler(SimpleHTTPRequestHandler):
     """Answers with the page's files, the model and its description."""
 
     server: PageServer
-    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **_TYPES}
 
     def __init__(self, request: Any, client_address: Any, server: PageServer) -> None:
         super().__init__(request, client_address, server, directory=str(server.page))
 
-    def do_GET(self) -> None:
-        """Sends one file."""
+    def send_head(self) -> Any:
+        """Sends the headers of one file, and returns the file; the model's description is made here."""
         if self.path.partition("?")[0] != f"/{_DESCRIPTION}":
-            super().do_GET()
-            return
+            return super().send_head()
         body = json.dumps(self.server.description).encode()
         self.send_response(200)
         self.send_header("Content-Type", _TYPES[".json"])
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        return io.BytesIO(body)
 
     def translate_path(self, path: str) -> str:
         """The file of an address: the model lies elsewhere than the page."""
         return str(self.server.model) if path.partition("?")[0] == f"/{_MODEL}" else super().translate_path(path)
+
+    def guess_type(self, path: Any) -> str:
+        """The type of a file, by its ending."""
+        return _TYPES.get(Path(path).suffix.lower()) or super().guess_type(path)
 
     def end_headers(self) -> None:
         """Adds the headers that every answer has."""
@@ -160,4 +163,3 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Prints no line for each file."""
-
