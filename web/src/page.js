@@ -160,7 +160,7 @@ async function runOnce() {
   const buffers = Object.values(images).filter(Boolean).map((image) => image.rgba);
   const shown = { ...pictures };
   result = await ask({ kind: "update", images, options: options() }, buffers);
-  window.superpoint = { result, options: options() }; // for tests, and for the browser's console
+  window.superpoint = { result, options: options(), pictures: shown }; // for tests, and for the browser's console
   byId("problem").hidden = true;
   redraw(shown);
   showFacts();

@@ -1,0 +1,181 @@
+// Uses the page as a person would, in headless Chromium, and prints what it saw as JSON, for tests/web/test_browser.py:
+// node browser.mjs SCENARIO SETTINGS, settings {browser, address, folder, flags} as JSON.
+
+import { writeFileSync } from "node:fs";
+import { join } from "node:path";
+
+import puppeteer from "puppeteer-core";
+
+const WAIT = { timeout: 120_000 };
+const FLAGS = [
+  "--no-sandbox",
+  "--disable-quic",
+  "--no-first-run",
+  "--disable-background-networking",
+  "--disable-component-update",
+  "--disable-sync",
+];
+const DESKTOP = { width: 1280, height: 900, deviceScaleFactor: 1 };
+const PHONE = { width: 400, height: 800, deviceScaleFactor: 2 }; // isMobile would load the page again
+
+const scenario = process.argv[2];
+const { browser: executablePath, address, folder, flags = [] } = JSON.parse(process.argv[3]);
+const file = (name) => join(folder, name);
+
+const seen = { requests: [], complaints: [] };
+const browser = await puppeteer.launch({ executablePath, headless: true, args: [...FLAGS, ...flags] });
+const page = await browser.newPage();
+page.on("request", (request) => seen.requests.push(request.url()));
+page.on("pageerror", (error) => seen.complaints.push(error.message));
+page.on("console", (line) => line.type() === "error" && seen.complaints.push(line.text()));
+await page.setViewport(DESKTOP);
+
+const scenarios = { pictures, keyboard, camera, refusedCamera, brokenPicture, missingNetwork };
+try {
+  Object.assign(seen, await scenarios[scenario]());
+} finally {
+  await browser.close();
+}
+console.log(JSON.stringify(seen));
+
+// ------------------------------------------------------------------------------------------------------ what is done
+
+async function pictures() {
+  await open();
+  await afterwards(async () => (await page.$("#file-a")).uploadFile(file("a.png")));
+  await afterwards(async () => (await page.$("#file-b")).uploadFile(file("b.png")));
+  const desktop = await look("desktop.png");
+  await page.setViewport(PHONE);
+  const phone = await look("phone.png");
+  const isolated = await page.evaluate(() => window.crossOriginIsolated);
+  return { ...(await found()), desktop, phone, isolated };
+}
+
+async function keyboard() {
+  await open();
+  await page.keyboard.press("Tab");
+  await afterwards(() => page.keyboard.press("Enter"));
+  const example = await found();
+  await look("example.png");
+  await page.setViewport(PHONE);
+  await look("example-phone.png");
+  await page.setViewport(DESKTOP);
+  await page.focus("#count");
+  await afterwards(() => page.keyboard.press("Home"));
+  const fewer = await found();
+  await page.focus("#subpixel");
+  await afterwards(() => page.keyboard.press("Space"));
+  const whole = await found();
+  const reached = [];
+  await page.focus("#example");
+  for (let k = 0; k < 8; k++) {
+    reached.push(await page.evaluate(() => document.activeElement.id));
+    await page.keyboard.press("Tab");
+  }
+  return { example, fewer, whole, reached };
+}
+
+async function camera() {
+  await open();
+  await afterwards(() => page.click("#camera"));
+  const alone = await found();
+  await page.click("#keep");
+  await page.waitForFunction(() => window.superpoint?.result.match, WAIT);
+  await look("camera.png");
+  const both = await found(true);
+  await page.click("#camera");
+  await settled();
+  const isClosed = await page.evaluate(() => document.getElementById("video").srcObject === null);
+  return { alone, both, isClosed };
+}
+
+async function refusedCamera() {
+  await open();
+  await page.click("#camera");
+  await page.waitForSelector("#problem:not([hidden])", WAIT);
+  return found();
+}
+
+async function brokenPicture() {
+  await open();
+  await (await page.$("#file-a")).uploadFile(file("broken.png"));
+  await page.waitForSelector("#problem:not([hidden])", WAIT);
+  const broken = await found();
+  await look("problem.png");
+  await afterwards(async () => (await page.$("#file-a")).uploadFile(file("a.png")));
+  return { broken, mended: await found() };
+}
+
+async function missingNetwork() {
+  const told = {};
+  await page.setRequestInterception(true);
+  let missing = "";
+  page.on("request", (request) => {
+    if (missing && request.url().includes(missing)) request.respond({ status: 404 });
+    else request.continue();
+  });
+  for (missing of ["model.json", "model.onnx"]) {
+    await page.goto(address);
+    await page.waitForSelector("#problem:not([hidden])", WAIT);
+    told[missing] = (await found()).problem;
+  }
+  return { told };
+}
+
+// -------------------------------------------------------------------------------------------------------------- tools
+
+async function open() {
+  await page.goto(address);
+  await settled();
+}
+
+async function settled() {
+  await page.waitForFunction(() => ["ready", "error"].includes(document.documentElement.dataset.state), WAIT);
+}
+
+/** Does something, and waits for the result that it brings. */
+async function afterwards(action) {
+  await page.evaluate(() => (window.superpoint = null));
+  await action();
+  await page.waitForFunction(() => window.superpoint || document.documentElement.dataset.state === "error", WAIT);
+}
+
+/** Takes a picture of the page; how much wider its content is than its window. */
+async function look(name) {
+  await page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
+  await page.screenshot({ path: file(name), fullPage: true });
+  return page.evaluate(() => ({ over: document.documentElement.scrollWidth - window.innerWidth }));
+}
+
+async function found(withPictures = false) {
+  const state = await page.evaluate(() => {
+    const text = (id) => document.getElementById(id).textContent;
+    const { features = {}, match = null } = window.superpoint?.result ?? {};
+    const plain = ({ xy, scores, descriptors }) => ({
+      xy: Array.from(xy),
+      scores: Array.from(scores),
+      descriptors: Array.from(descriptors),
+    });
+    return {
+      features: Object.fromEntries(Object.entries(features).map(([slot, one]) => [slot, plain(one)])),
+      rows: match && Array.from(match.rows),
+      agree: match?.agree && Array.from(match.agree),
+      said: text("said"),
+      problem: document.getElementById("problem").hidden ? "" : text("problem"),
+      backend: text("backend"),
+      network: text("network"),
+      note: text("note"),
+      times: ["network-ms", "decode-ms", "match-ms"].map(text),
+    };
+  });
+  if (withPictures) await savePictures();
+  return state;
+}
+
+/** Writes the pictures that belong to the last result. */
+async function savePictures() {
+  const urls = await page.evaluate(() =>
+    Object.entries(window.superpoint.pictures).map(([slot, canvas]) => [slot, canvas.toDataURL("image/png")]),
+  );
+  for (const [slot, url] of urls) writeFileSync(file(`seen-${slot}.png`), Buffer.from(url.split(",")[1], "base64"));
+}
