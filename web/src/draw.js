@@ -13,6 +13,7 @@ const PX_PER_LINE = 7; // of the canvas's width: a narrow one gets fewer lines
  * @param canvas to draw on; it gets the height that the pictures need.
  * @param {{a?: CanvasImageSource, b?: CanvasImageSource}} pictures with width and height.
  * @param result of the worker, or null: pictures alone.
+ * @returns {number} how many matches are drawn: a line for each would hide the pictures.
  */
 export function draw(canvas, pictures, result) {
   const shown = ["a", "b"].filter((slot) => pictures[slot]);
@@ -27,9 +28,9 @@ export function draw(canvas, pictures, result) {
     const { x, y, width, height } = boxes[slot];
     pen.drawImage(pictures[slot], x, y, width, height);
   }
-  if (!result) return;
+  if (!result) return 0;
   for (const slot of shown) if (result.features[slot]) drawPoints(pen, result.features[slot].xy, boxes[slot]);
-  if (result.match && boxes.a && boxes.b) drawMatches(pen, result, boxes);
+  return result.match && boxes.a && boxes.b ? drawMatches(pen, result, boxes) : 0;
 }
 
 /** Where the pictures lie: side by side, or below each other where there is no room; none is enlarged out of the window. */
@@ -100,11 +101,14 @@ function drawMatches(pen, { features, match }, boxes) {
     pen.globalAlpha = opacity;
   };
   const most = Math.min(MOST_LINES, Math.round(pen.canvas.clientWidth / PX_PER_LINE));
+  const agree = spread(order.filter(isAgreeing), most);
+  const other = spread(order.filter((k) => !isAgreeing(k)), most / 3);
   ink(OTHER, 0.8, 0.6);
-  spread(order.filter((k) => !isAgreeing(k)), most / 3).forEach(line);
+  other.forEach(line);
   ink(AGREE, 1.3, 0.9);
-  spread(order.filter(isAgreeing), most).forEach(line);
+  agree.forEach(line);
   pen.globalAlpha = 1;
+  return agree.length + other.length;
 }
 
 /** At most so many of a list, taken evenly from its whole length. */

@@ -84,8 +84,8 @@ async function toggleCamera() {
   if (isLive) return stopCamera();
   await openCamera(byId("video"));
   isLive = true;
+  if (trueWarp) setPicture("a", null); // the example's; a picture that was chosen is matched with the camera's
   trueWarp = null;
-  setPicture("a", null);
   showCameraButtons();
   live();
 }
@@ -172,7 +172,9 @@ function redraw(shown = pictures) {
   byId("hint").hidden = some;
   byId("view").hidden = !some;
   byId("stage").classList.toggle("filled", some);
-  if (some) draw(byId("view"), shown, changed.size ? null : result);
+  if (!some) return;
+  const lines = draw(byId("view"), shown, changed.size && !isLive ? null : result);
+  byId("drawn").textContent = `${lines} lines drawn`;
 }
 
 function showFacts() {

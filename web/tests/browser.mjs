@@ -30,7 +30,7 @@ page.on("pageerror", (error) => seen.complaints.push(error.message));
 page.on("console", (line) => line.type() === "error" && seen.complaints.push(line.text()));
 await page.setViewport(DESKTOP);
 
-const scenarios = { pictures, keyboard, camera, refusedCamera, brokenPicture, missingNetwork };
+const scenarios = { pictures, keyboard, camera, refusedCamera, brokenPicture, missingNetwork, speed };
 try {
   Object.assign(seen, await scenarios[scenario]());
 } finally {
@@ -120,6 +120,19 @@ async function missingNetwork() {
     told[missing] = (await found()).problem;
   }
   return { told };
+}
+
+/** Milliseconds of the network, the decoding and the matching, run after run; for benchmarks/page.py. */
+async function speed() {
+  await open();
+  const ms = [];
+  for (let run = 0; run < 13; run++) {
+    for (const slot of ["a", "b"]) {
+      await afterwards(async () => (await page.$(`#file-${slot}`)).uploadFile(file(`${slot}.png`)));
+    }
+    if (run >= 3) ms.push(await page.evaluate(() => window.superpoint.result.ms));
+  }
+  return { ms, backend: (await found()).backend };
 }
 
 // -------------------------------------------------------------------------------------------------------------- tools
