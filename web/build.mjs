@@ -23,7 +23,7 @@ await build({
   conditions: ["onnxruntime-web-use-extern-wasm"],
   logLevel: "warning",
 });
-for (const name of ["index.html", "style.css"]) cpSync(join(here, "src", name), join(folder, name));
+for (const name of ["index.html", "style.css", "licenses.txt"]) cpSync(join(here, "src", name), join(folder, name));
 cpSync(join(here, "..", "src", "superpoint_trt", "packaged", "astronaut.jpg"), join(folder, "astronaut.jpg"));
 for (const kind of ["", ".jspi"]) {
   for (const ending of ["mjs", "wasm"]) {

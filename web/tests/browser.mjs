@@ -160,10 +160,12 @@ async function look(name) {
   return page.evaluate(() => ({ over: document.documentElement.scrollWidth - window.innerWidth }));
 }
 
+/** What the page shows and holds; with its pictures, which belong to that result though the camera goes on. */
 async function found(withPictures = false) {
-  const state = await page.evaluate(() => {
+  const { urls, ...state } = await page.evaluate((withPictures) => {
     const text = (id) => document.getElementById(id).textContent;
-    const { features = {}, match = null } = window.superpoint?.result ?? {};
+    const { result, pictures = {} } = window.superpoint ?? {};
+    const { features = {}, match = null } = result ?? {};
     const plain = ({ xy, scores, descriptors }) => ({
       xy: Array.from(xy),
       scores: Array.from(scores),
@@ -177,18 +179,9 @@ async function found(withPictures = false) {
       problem: document.getElementById("problem").hidden ? "" : text("problem"),
       backend: text("backend"),
       network: text("network"),
-      note: text("note"),
-      times: ["network-ms", "decode-ms", "match-ms"].map(text),
+      urls: withPictures ? Object.entries(pictures).map(([slot, canvas]) => [slot, canvas.toDataURL("image/png")]) : [],
     };
-  });
-  if (withPictures) await savePictures();
-  return state;
-}
-
-/** Writes the pictures that belong to the last result. */
-async function savePictures() {
-  const urls = await page.evaluate(() =>
-    Object.entries(window.superpoint.pictures).map(([slot, canvas]) => [slot, canvas.toDataURL("image/png")]),
-  );
+  }, withPictures);
   for (const [slot, url] of urls) writeFileSync(file(`seen-${slot}.png`), Buffer.from(url.split(",")[1], "base64"));
+  return state;
 }

@@ -41,6 +41,7 @@ _TYPES = {
     ".json": "application/json",
     ".mjs": "text/javascript",
     ".onnx": "application/octet-stream",
+    ".txt": "text/plain",
     ".wasm": "application/wasm",
 }
 
