@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.exhaustive
 CAMERA_WH = (320, 240)
 FAKE_CAMERA = ("--use-fake-device-for-media-stream", "--use-file-for-fake-video-capture={video}")
 ALLOWED = "--use-fake-ui-for-media-stream"
+SOFTWARE_GPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,36 @@ def test_the_page_finds_and_matches_what_the_package_does(network, serve, model,
     assert seen["desktop"]["over"] <= 0 and seen["phone"]["over"] <= 0, "the page is wider than its window"
     if network == "full":
         assert np.mean(seen["agree"]) > 0.8, "the second picture is the first, moved"
+
+
+def set_orientation(path: Path, orientation: int) -> None:
+    """Puts an EXIF orientation into a JPEG file, behind its first marker."""
+    tiff = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    jpeg, exif = path.read_bytes(), b"Exif\0\0" + tiff
+    path.write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:])
+
+
+def test_dropped_jpegs_are_read_upright(serve, act, model, tmp_path):
+    for name, part in zip("ab", write_pictures(tmp_path)):
+        cv2.imwrite(str(tmp_path / f"{name}.jpg"), cv2.cvtColor(part, cv2.COLOR_RGB2BGR))
+    set_orientation(tmp_path / "b.jpg", 6)
+    seen = act("dropped", serve(model))
+    with SuperPoint(model, device="cpu", max_keypoints=500) as superpoint:
+        found = {name: superpoint.extract(tmp_path / f"{name}.jpg") for name in "ab"}
+    assert found["b"].image_size == (237, 310), "the test's own picture is turned"
+    for name in "ab":
+        assert_same(seen["features"][name], found[name])
+
+
+def test_webgpu_finds_the_same(serve, act, model, tmp_path):
+    """On Chromium's software adapter, which the page takes only if it is told to."""
+    parts = write_pictures(tmp_path)
+    seen = act("pictures", serve(model) + "?backend=webgpu", *SOFTWARE_GPU)
+    if seen["backend"] != "WebGPU":
+        pytest.skip(f"this Chromium has no WebGPU: {seen['note']}")
+    with SuperPoint(model, device="cpu", max_keypoints=500) as superpoint:
+        for slot, part in zip("ab", parts):
+            assert_same(seen["features"][slot], superpoint.extract(part))
 
 
 def test_the_keyboard_is_enough(serve, act):

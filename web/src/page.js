@@ -73,9 +73,11 @@ async function showExample() {
   await refresh();
 }
 
-async function showFile(slot, file) {
-  if (slot === "b") stopCamera();
-  setPicture(slot, await readPicture(file));
+/** Slot and file, one or two. */
+async function showFiles(chosen) {
+  const read = await Promise.all(chosen.map(async ([slot, file]) => [slot, await readPicture(file)]));
+  if (read.some(([slot]) => slot === "b")) stopCamera();
+  for (const [slot, canvas] of read) setPicture(slot, canvas);
   trueWarp = null;
   await refresh();
 }
@@ -263,7 +265,7 @@ for (const slot of ["a", "b"]) {
     trying(async () => {
       const [file] = input.files;
       input.value = ""; // the same file may be chosen again
-      if (file) await showFile(slot, file);
+      if (file) await showFiles([[slot, file]]);
     }),
   );
 }
@@ -281,7 +283,7 @@ document.addEventListener(
     byId("stage").classList.remove("over");
     const files = [...event.dataTransfer.files].slice(0, 2);
     const slots = files.length === 2 ? ["a", "b"] : [pictures.a ? "b" : "a"];
-    for (const [i, file] of files.entries()) await showFile(slots[i], file);
+    await showFiles(files.map((file, i) => [slots[i], file]));
   }),
 );
 new ResizeObserver(() => redraw()).observe(byId("stage"));

@@ -1,7 +1,7 @@
 // Uses the page as a person would, in headless Chromium, and prints what it saw as JSON, for tests/web/test_browser.py:
 // node browser.mjs SCENARIO SETTINGS, settings {browser, address, folder, flags} as JSON.
 
-import { writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 
 import puppeteer from "puppeteer-core";
@@ -30,7 +30,7 @@ page.on("pageerror", (error) => seen.complaints.push(error.message));
 page.on("console", (line) => line.type() === "error" && seen.complaints.push(line.text()));
 await page.setViewport(DESKTOP);
 
-const scenarios = { pictures, keyboard, camera, refusedCamera, brokenPicture, missingNetwork, speed };
+const scenarios = { pictures, dropped, keyboard, camera, refusedCamera, brokenPicture, missingNetwork, speed };
 try {
   Object.assign(seen, await scenarios[scenario]());
 } finally {
@@ -49,6 +49,23 @@ async function pictures() {
   const phone = await look("phone.png");
   const isolated = await page.evaluate(() => window.crossOriginIsolated);
   return { ...(await found()), desktop, phone, isolated };
+}
+
+/** Drops two JPEG files at once. */
+async function dropped() {
+  await open();
+  const files = ["a.jpg", "b.jpg"].map((name) => [name, readFileSync(file(name)).toString("base64")]);
+  await afterwards(() =>
+    page.evaluate((files) => {
+      const dataTransfer = new DataTransfer();
+      for (const [name, text] of files) {
+        const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+        dataTransfer.items.add(new File([bytes], name, { type: "image/jpeg" }));
+      }
+      document.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true }));
+    }, files),
+  );
+  return found();
 }
 
 async function keyboard() {
@@ -179,6 +196,7 @@ async function found(withPictures = false) {
       problem: document.getElementById("problem").hidden ? "" : text("problem"),
       backend: text("backend"),
       network: text("network"),
+      note: text("note"),
       urls: withPictures ? Object.entries(pictures).map(([slot, canvas]) => [slot, canvas.toDataURL("image/png")]) : [],
     };
   }, withPictures);
