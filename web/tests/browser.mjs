@@ -165,7 +165,10 @@ async function settled() {
 
 /** Does something, and waits for the result that it brings. */
 async function afterwards(action) {
-  await page.evaluate(() => (window.superpoint = null));
+  await page.evaluate(() => {
+    window.superpoint = null;
+    document.documentElement.dataset.state = "asked"; // not the error of an earlier action
+  });
   await action();
   await page.waitForFunction(() => window.superpoint || document.documentElement.dataset.state === "error", WAIT);
 }
