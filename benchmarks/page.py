@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from superpoint_trt import packaged
-from superpoint_trt.pipeline.web import NETWORK, PageServer, WebOptions
+from superpoint_trt.pipeline.web import PageServer, WebOptions
 
 SCRIPT = Path(__file__).resolve().parents[1] / "web" / "tests" / "browser.mjs"
 SIZE_WH = (640, 480)
@@ -26,7 +26,7 @@ SIZE_WH = (640, 480)
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=NETWORK)
+    parser.add_argument("--model", default=packaged.PAGE_NETWORK)
     parser.add_argument("--backend", default="wasm", choices=["auto", "wasm", "webgpu"])
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

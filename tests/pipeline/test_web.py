@@ -12,7 +12,7 @@ import pytest
 from superpoint_trt import packaged
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.core.types import OutputType, SuperPointError
-from superpoint_trt.pipeline.web import HOST, NETWORK, PageServer, WebOptions
+from superpoint_trt.pipeline.web import HOST, PageServer, WebOptions
 
 
 @pytest.fixture
@@ -89,11 +89,11 @@ def test_nothing_else_is_sent(ask, path):
 
 def test_a_packaged_network_has_its_name(page):
     with PageServer(WebOptions(port=0, page=page)) as server:
-        assert server.description["name"] == NETWORK
+        assert server.description["name"] == packaged.PAGE_NETWORK
         assert server.address == f"http://127.0.0.1:{server.server_port}/"
     names = [network.name for network in packaged.NETWORKS]
     expected = "small" if "small" in names else packaged.DEFAULT
-    assert expected == NETWORK
+    assert expected == packaged.PAGE_NETWORK
 
 
 def test_models_that_the_page_cannot_run_are_refused(page, exported):

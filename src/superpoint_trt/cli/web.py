@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import click
 
+from superpoint_trt import packaged
 from superpoint_trt.cli.options import NETWORKS
 from superpoint_trt.cli.terminal import print_row
 
 
-def _default_network() -> str:
-    from superpoint_trt.pipeline.web import NETWORK
-
-    return NETWORK
-
-
 @click.command()
-@click.option("--model", default=_default_network, help=f"Packaged network ({NETWORKS}), or a dynamic dense .onnx.")
+@click.option(
+    "--model",
+    default=packaged.PAGE_NETWORK,
+    show_default=True,
+    help=f"Packaged network ({NETWORKS}), or a dynamic dense .onnx.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0: any free one.")
 @click.option("--open/--no-open", "open_page", default=True, show_default=True, help="Open the page in the browser.")
 def web(model: str, port: int, open_page: bool) -> None:

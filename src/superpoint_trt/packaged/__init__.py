@@ -45,3 +45,7 @@ PHOTO = _FOLDER / "astronaut.jpg"
 
 PAGE = _FOLDER / "web"
 """The page that `superpoint web` serves, built by `make web` from web/; a copy may be without it."""
+
+_SMALL = "small"
+PAGE_NETWORK = _SMALL if any(network.name == _SMALL for network in NETWORKS) else DEFAULT
+"""The network that the page gets if it is told of none: the one that a browser runs live, if it is there."""

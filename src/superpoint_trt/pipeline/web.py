@@ -18,10 +18,6 @@ from superpoint_trt.core.types import CELL_PX, OutputType, SuperPointError
 HOST = "127.0.0.1"
 """No other machine reaches the page."""
 
-_SMALL = "small"
-NETWORK = _SMALL if any(network.name == _SMALL for network in packaged.NETWORKS) else packaged.DEFAULT
-"""The packaged network that the page gets by default: the one that a browser runs live, if it is there."""
-
 _MODEL, _DESCRIPTION = "model.onnx", "model.json"
 
 _HEADERS = {
@@ -50,7 +46,7 @@ _TYPES = {
 class WebOptions:
     """Which network the page gets, and where it is served."""
 
-    model: str = NETWORK
+    model: str = packaged.PAGE_NETWORK
     """Name of a packaged network, or a dynamic fp32 `dense` .onnx."""
     port: int = 8765
     """0: any free one."""
