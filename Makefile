@@ -1,4 +1,4 @@
-# make demo | make test | make test-all | make check | make bench: each sets up its own environment.
+# make demo | make test | make test-all | make check | make bench | make web: each sets up its own environment.
 PYTHON ?= python3
 # The tests compare with PyTorch, and .pth checkpoints need it. 2.13.0 has no build for Python 3.9.
 TORCH ?= $(shell $(PYTHON) -c "import sys; print('torch==2.13.0' if sys.version_info >= (3, 10) else 'torch>=2.6')")
@@ -24,7 +24,9 @@ PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: $(VENV)/.ready
 	$(VENV)/bin/python $(PYTEST) -m "not exhaustive"
 
+# The page is tested in a browser where Node.js and Chromium are; elsewhere its tests are skipped, and say so.
 test-all: $(VENV)/.ready
+	-$(if $(shell command -v npm),@$(MAKE) -s web)
 	$(VENV)/bin/python $(PYTEST)
 
 # Mutated files at every parser: FUZZ_INPUTS a target (tests/fuzz/README.md).
@@ -43,6 +45,17 @@ check: $(VENV)/.ready docs
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
+
+# The page of `superpoint web`, from web/ into web/dist and into the package; needs Node.js 20 or newer.
+PAGE := src/superpoint_trt/packaged/web
+.PHONY: web
+web: web/node_modules/.ready
+	cd web && npm run --silent build
+	rm -rf $(PAGE) && cp -r web/dist $(PAGE)
+
+web/node_modules/.ready: web/package-lock.json
+	cd web && npm ci --no-audit --no-fund
+	@touch $@
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/extract_overhead.py $(if $(WEIGHTS),--weights $(WEIGHTS))
@@ -79,4 +92,4 @@ $(DEMO_VENV)/.ready: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) demo build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(DEMO_VENV) demo build web/dist web/node_modules $(PAGE) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

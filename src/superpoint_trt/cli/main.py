@@ -22,6 +22,7 @@ from superpoint_trt.cli.reconstruct import reconstruct
 from superpoint_trt.cli.terminal import run, script
 from superpoint_trt.cli.track import track
 from superpoint_trt.cli.triton import triton
+from superpoint_trt.cli.web import web
 from superpoint_trt.cli.weights import weights
 
 __all__ = ["cli", "main", "run", "script"]
@@ -59,6 +60,7 @@ COMMANDS = (
     track,
     triton,
     verify,
+    web,
     weights,
 )
 for command in COMMANDS:

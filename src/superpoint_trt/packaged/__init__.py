@@ -42,3 +42,10 @@ TRAINING_LOG = _FOLDER / "training_log.jsonl"
 
 PHOTO = _FOLDER / "astronaut.jpg"
 """Eileen Collins, NASA, public domain; not among the training images. 512 x 512 px, RGB."""
+
+PAGE = _FOLDER / "web"
+"""The page that `superpoint web` serves, built by `make web` from web/; a copy may be without it."""
+
+_SMALL = "small"
+PAGE_NETWORK = _SMALL if any(network.name == _SMALL for network in NETWORKS) else DEFAULT
+"""The network that the page gets if it is told of none: the one that a browser runs live, if it is there."""

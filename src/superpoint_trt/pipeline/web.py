@@ -1,0 +1,162 @@
+"""Serves the page of web/ on this machine: points and matches in a browser, computed there."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from superpoint_trt import packaged
+from superpoint_trt.convert.default_model import model_path
+from superpoint_trt.convert.onnx_file import read_onnx
+from superpoint_trt.core.networks import packaged_network
+from superpoint_trt.core.types import CELL_PX, OutputType, SuperPointError
+
+HOST = "127.0.0.1"
+"""No other machine reaches the page."""
+
+_MODEL, _DESCRIPTION = "model.onnx", "model.json"
+
+_HEADERS = {
+    # A page that is isolated from other origins may use threads in WebAssembly.
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+
+_TYPES = {
+    # Python takes the types of endings from the machine, which may name others.
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".json": "application/json",
+    ".mjs": "text/javascript",
+    ".onnx": "application/octet-stream",
+    ".txt": "text/plain",
+    ".wasm": "application/wasm",
+}
+
+
+@dataclass(frozen=True)
+class WebOptions:
+    """Which network the page gets, and where it is served."""
+
+    model: str = packaged.PAGE_NETWORK
+    """Name of a packaged network, or a dynamic fp32 `dense` .onnx."""
+    port: int = 8765
+    """0: any free one."""
+    page: Path = packaged.PAGE
+    """Folder of the built page."""
+
+
+class PageServer(ThreadingHTTPServer):
+    """The page and its network, at `address`. `serve_forever` serves until it is interrupted."""
+
+    daemon_threads = True
+
+    def __init__(self, options: WebOptions | None = None) -> None:
+        """Exports the network if it must, and takes the port.
+
+        Raises:
+            SuperPointError: the page is not built, the model is not fit for it, or the port cannot be had.
+        """
+        options = options or WebOptions()
+        self.page = _built(options.page)
+        self.model = model_path(options.model)
+        network = packaged_network(options.model)
+        self.description = _describe(self.model, network.name if network else self.model.name)
+        try:
+            super().__init__((HOST, options.port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise SuperPointError(
+                f"port {options.port} cannot be had ({error}); choose another with --port, or any free one: --port 0."
+            ) from error
+
+    @property
+    def address(self) -> str:
+        """Where a browser on this machine finds the page."""
+        return f"http://{HOST}:{self.server_port}/"
+
+
+def _built(page: Path) -> Path:
+    """The folder, if the built page is in it.
+
+    Raises:
+        SuperPointError: it is not.
+    """
+    if not (page / "index.html").is_file():
+        raise SuperPointError(
+            f"the page is not in {page}: this copy was installed without it. In a clone of the repository, with "
+            "Node.js 20 or newer, make web builds it."
+        )
+    return page
+
+
+def _describe(model: Path, name: str) -> dict[str, Any]:
+    """What the page must know about a model.
+
+    Raises:
+        SuperPointError: the page cannot run it.
+    """
+    description = read_onnx(model).description
+    fits = description.type is OutputType.DENSE and description.dynamic and description.stride_px == CELL_PX
+    if not fits:
+        size = "any size" if description.dynamic else f"{description.width_px}x{description.height_px} px"
+        raise SuperPointError(
+            f"{model} is a {description.type.value} model for {size} with cells of {description.stride_px} px; "
+            f"the page takes dense models for any size with cells of {CELL_PX} px: superpoint export --dynamic."
+        )
+    return {
+        "name": name,
+        "file": _MODEL,
+        "bytes": model.stat().st_size,
+        "sampling": description.sampling.value,
+        "stridePx": description.stride_px,
+        "subpixel": description.subpixel,
+    }
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    """Answers with the page's files, the model and its description."""
+
+    server: PageServer
+
+    def __init__(self, request: Any, client_address: Any, server: PageServer) -> None:
+        super().__init__(request, client_address, server, directory=str(server.page))
+
+    def send_head(self) -> Any:
+        """Sends the headers of one file, and returns the file; the model's description is made here."""
+        if self.path.partition("?")[0] != f"/{_DESCRIPTION}":
+            return super().send_head()
+        body = json.dumps(self.server.description).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", _TYPES[".json"])
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        return io.BytesIO(body)
+
+    def translate_path(self, path: str) -> str:
+        """The file of an address: the model lies elsewhere than the page."""
+        return str(self.server.model) if path.partition("?")[0] == f"/{_MODEL}" else super().translate_path(path)
+
+    def guess_type(self, path: Any) -> str:
+        """The type of a file, by its ending."""
+        return _TYPES.get(Path(path).suffix.lower()) or super().guess_type(path)
+
+    def end_headers(self) -> None:
+        """Adds the headers that every answer has."""
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def list_directory(self, path: Any) -> None:
+        """No folder is listed."""
+        self.send_error(404)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Prints no line for each file."""

@@ -1,0 +1,31 @@
+"""What the tests of the page need: Node.js, Chromium, the built page. A test is skipped where one is missing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+WEB = Path(__file__).resolve().parents[2] / "web"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def needs_node() -> str:
+    """The command node; skips without it."""
+    found = shutil.which("node")
+    if not found:
+        pytest.skip("Node.js is not here (node)")
+    return found
+
+
+def needs_browser() -> str:
+    """Path of Chromium; skips without it, without puppeteer-core, or without the built page."""
+    from superpoint_trt import packaged
+
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not browser:
+        pytest.skip("Chromium is not here (Debian's package chromium)")
+    if not (WEB / "node_modules" / "puppeteer-core").is_dir() or not (packaged.PAGE / "index.html").is_file():
+        pytest.skip("the page is not built here (make web)")
+    return browser

@@ -1,0 +1,207 @@
+"""The page in real headless Chromium, served by `superpoint web`: pictures, keyboard, camera, and what can go wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from page_tools import WEB, needs_browser, needs_node
+from skimage import data
+
+from superpoint_trt import SuperPoint
+from superpoint_trt.match.nearest import match
+
+pytestmark = pytest.mark.exhaustive
+
+CAMERA_WH = (320, 240)
+FAKE_CAMERA = ("--use-fake-device-for-media-stream", "--use-file-for-fake-video-capture={video}")
+ALLOWED = "--use-fake-ui-for-media-stream"
+SOFTWARE_GPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
+
+
+@pytest.fixture(scope="module")
+def serve():
+    """Model -> address of the page; the servers end with the module."""
+    started = []
+
+    def start(model: str) -> str:
+        command = [sys.executable, "-m", "superpoint_trt", "web", "--no-open", "--port", "0", "--model", model]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(server)
+        for line in server.stdout:
+            if line.startswith("page"):
+                return line.split()[1]
+        raise AssertionError("the server ended")
+
+    yield start
+    for server in started:
+        server.terminate()
+        server.wait(20)
+        server.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def model(exported):
+    """A small random network: fast, and its points are as good as any for a comparison."""
+    return str(exported("compact", dynamic=True))
+
+
+@pytest.fixture
+def act(tmp_path):
+    """Scenario, address and flags -> what web/tests/browser.mjs saw."""
+    browser = needs_browser()
+
+    def run(scenario: str, address: str, *flags: str) -> dict:
+        settings = {"browser": browser, "address": address, "folder": str(tmp_path), "flags": flags}
+        command = [needs_node(), WEB / "tests" / "browser.mjs", scenario, json.dumps(settings)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        seen = json.loads(done.stdout)
+        home = address.partition("?")[0]
+        elsewhere = [url for url in seen["requests"] if not url.startswith((home, "data:", f"blob:{home}"))]
+        assert not elsewhere, "the page asks other machines"
+        return seen
+
+    return run
+
+
+def write_pictures(folder: Path) -> list[np.ndarray]:
+    """Two overlapping parts of a photograph in color, as PNG; RGB."""
+    photo = data.astronaut()
+    parts = [photo[40:283, 60:381], photo[60:297, 90:400]]
+    for name, part in zip("ab", parts):
+        cv2.imwrite(str(folder / f"{name}.png"), cv2.cvtColor(part, cv2.COLOR_RGB2BGR))
+    return parts
+
+
+def assert_same(page: dict, package, most_apart: int = 1) -> None:
+    """The same points within 0.1 px, and there the same scores and descriptors within 1e-3."""
+    xy = np.array(page["xy"], np.float32).reshape(-1, 2)
+    scores = np.array(page["scores"], np.float32)
+    descriptors = np.array(page["descriptors"], np.float32).reshape(len(xy), -1)
+    assert len(package) > 50
+    apart = np.linalg.norm(xy[:, None] - package.xy[None], axis=2)
+    nearest, distance = apart.argmin(axis=1), apart.min(axis=1)
+    # A point whose score lies at the threshold, or at the last place, may be in one and not in the other.
+    there = distance < 0.1
+    assert (~there).sum() <= most_apart and (apart.min(axis=0) >= 0.1).sum() <= most_apart
+    np.testing.assert_allclose(scores[there], package.scores[nearest[there]], atol=1e-4)
+    np.testing.assert_allclose(descriptors[there], package.descriptors[nearest[there]], atol=1e-3)
+
+
+@pytest.mark.parametrize("network", ["full", "compact"])
+def test_the_page_finds_and_matches_what_the_package_does(network, serve, model, act, tmp_path):
+    parts = write_pictures(tmp_path)
+    name = network if network == "full" else model
+    seen = act("pictures", serve(name) + "?backend=wasm&threads=2")
+    with SuperPoint(name, device="cpu", max_keypoints=500) as superpoint:
+        package = [superpoint.extract(part) for part in parts]
+    for slot, keypoints in zip("ab", package):
+        assert_same(seen["features"][slot], keypoints)
+    rows = {tuple(row) for row in np.reshape(seen["rows"], (-1, 2))}
+    expected = {tuple(row) for row in match(package[0].descriptors, package[1].descriptors).rows}
+    assert len(rows ^ expected) <= 0.02 * len(expected) + 2
+    assert seen["isolated"] and seen["backend"] == "WASM, 2 threads"
+    assert seen["complaints"] == [] and seen["problem"] == ""
+    assert seen["desktop"]["over"] <= 0 and seen["phone"]["over"] <= 0, "the page is wider than its window"
+    if network == "full":
+        assert np.mean(seen["agree"]) > 0.8, "the second picture is the first, moved"
+
+
+def set_orientation(path: Path, orientation: int) -> None:
+    """Puts an EXIF orientation into a JPEG file, behind its first marker."""
+    tiff = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    jpeg, exif = path.read_bytes(), b"Exif\0\0" + tiff
+    path.write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:])
+
+
+def test_dropped_jpegs_are_read_upright(serve, act, model, tmp_path):
+    for name, part in zip("ab", write_pictures(tmp_path)):
+        cv2.imwrite(str(tmp_path / f"{name}.jpg"), cv2.cvtColor(part, cv2.COLOR_RGB2BGR))
+    set_orientation(tmp_path / "b.jpg", 6)
+    seen = act("dropped", serve(model))
+    with SuperPoint(model, device="cpu", max_keypoints=500) as superpoint:
+        found = {name: superpoint.extract(tmp_path / f"{name}.jpg") for name in "ab"}
+    assert found["b"].image_size == (237, 310), "the test's own picture is turned"
+    for name in "ab":
+        assert_same(seen["features"][name], found[name])
+
+
+def test_webgpu_finds_the_same(serve, act, model, tmp_path):
+    """On Chromium's software adapter, which the page takes only if it is told to."""
+    parts = write_pictures(tmp_path)
+    seen = act("pictures", serve(model) + "?backend=webgpu", *SOFTWARE_GPU)
+    if seen["backend"] != "WebGPU":
+        pytest.skip(f"this Chromium has no WebGPU: {seen['note']}")
+    with SuperPoint(model, device="cpu", max_keypoints=500) as superpoint:
+        for slot, part in zip("ab", parts):
+            assert_same(seen["features"][slot], superpoint.extract(part))
+
+
+def test_the_keyboard_is_enough(serve, act):
+    """The example by Enter; sliders by arrow keys. Its own true warp says that the matches are right."""
+    seen = act("keyboard", serve("full"))
+    right = re.search(r"(\d+)% lie within 3 px", seen["example"]["said"])
+    assert int(right[1]) > 80
+    assert [len(seen["fewer"]["features"][slot]["scores"]) for slot in "ab"] == [50, 50]
+    whole = np.array(seen["whole"]["features"]["a"]["xy"])
+    np.testing.assert_array_equal(whole, np.round(whole))
+    assert not np.array_equal(seen["fewer"]["features"]["a"]["xy"], whole)
+    assert seen["reached"] == ["example", "file-a", "file-b", "camera", "threshold", "count", "side", "subpixel"]
+    assert seen["example"]["network"].startswith("full, ") and seen["complaints"] == []
+
+
+def write_video(path: Path) -> Path:
+    """An uncompressed video for Chromium's fake camera: a window that moves over a photograph."""
+    width, height = CAMERA_WH
+    photo = cv2.cvtColor(data.astronaut(), cv2.COLOR_RGB2BGR)
+    frames = [f"YUV4MPEG2 W{width} H{height} F10:1 Ip A1:1 C420mpeg2\n".encode()]
+    for left in (*range(20, 60, 2), *range(60, 20, -2)):
+        yuv = cv2.cvtColor(photo[60 : 60 + height, left : left + width], cv2.COLOR_BGR2YUV_I420)
+        frames += [b"FRAME\n", yuv.tobytes()]
+    path.write_bytes(b"".join(frames))
+    return path
+
+
+def test_the_camera_is_matched_with_a_kept_frame(serve, act, model, tmp_path):
+    video = write_video(tmp_path / "camera.y4m")
+    flags = [flag.format(video=video) for flag in FAKE_CAMERA]
+    seen = act("camera", serve(model), ALLOWED, *flags)
+    assert list(seen["alone"]["features"]) == ["b"] and seen["alone"]["said"].startswith("Press Keep this frame")
+    with SuperPoint(model, device="cpu", max_keypoints=500) as superpoint:
+        for slot in "ab":
+            assert_same(seen["both"]["features"][slot], superpoint.extract(tmp_path / f"seen-{slot}.png"))
+    assert len(seen["both"]["rows"]) > 50 and seen["isClosed"]
+    assert seen["complaints"] == [] and seen["both"]["problem"] == ""
+
+
+def test_a_camera_that_may_not_be_used_is_said(serve, act, model, tmp_path):
+    flags = [flag.format(video=write_video(tmp_path / "camera.y4m")) for flag in FAKE_CAMERA]
+    assert act("refusedCamera", serve(model), "--deny-permission-prompts", *flags)["problem"].startswith(
+        "The camera may not be used"
+    )
+
+
+def test_no_camera_is_said(serve, act, model):
+    assert act("refusedCamera", serve(model), ALLOWED)["problem"] == "There is no camera on this computer."
+
+
+def test_a_broken_picture_is_said_and_the_page_goes_on(serve, act, model, tmp_path):
+    write_pictures(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    seen = act("brokenPicture", serve(model))
+    assert seen["broken"]["problem"].startswith("broken.png is no picture that this browser can read")
+    assert seen["mended"]["problem"] == "" and len(seen["mended"]["features"]["a"]["scores"]) > 50
+
+
+def test_a_missing_network_is_said(serve, act, model):
+    told = act("missingNetwork", serve(model))["told"]
+    assert told["model.json"] == "There is no network here: open this page with superpoint web."
+    assert re.fullmatch(r"The network .* is missing: .*model\.onnx answered 404\.", told["model.onnx"])
