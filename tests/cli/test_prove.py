@@ -13,6 +13,7 @@ from conftest import photograph
 from helpers import SAME, write_sequence
 
 from superpoint_trt import packaged
+from superpoint_trt.cli.demo import WARP, warped_copy
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.export import ExportOptions, export
 
@@ -49,7 +50,29 @@ def test_match_finds_the_shift_and_draws_it(desk, capsys):
     assert saved["inliers"].sum() > 100
     assert saved["keypoints0"].shape[0] > saved["matches"][:, 0].max()
     picture = cv2.imread(str(desk / "m.jpg"))
-    assert picture.shape == (240, 320 + 8 + 320, 3)
+    assert picture.shape[1] == 320 + 8 + 320 and 240 < picture.shape[0] < 320, "both images and a caption"
+
+
+def test_match_draws_as_many_lines_as_it_is_told(desk, capsys):
+    """Without lines both photographs are as they were."""
+    a, b = desk / "images/a.png", desk / "images/b.png"
+    text(desk, capsys, "match", "--model", desk / "m.onnx", a, b, "--output", desk / "none.png", "--max-lines", 0)
+    picture = cv2.imread(str(desk / "none.png"))
+    np.testing.assert_array_equal(picture[:240, :320], cv2.imread(str(a)))
+    np.testing.assert_array_equal(picture[:240, 328:648], cv2.imread(str(b)))
+
+
+def test_the_demos_copy_has_no_mirrored_border():
+    """The warp puts the photograph's corners inside the copy; what lies outside of them is white."""
+    photo = np.full((512, 512, 3), 200, np.uint8)
+    copy = warped_copy(photo)
+    corners = np.array([[0, 0, 1], [511, 0, 1], [511, 511, 1], [0, 511, 1]]) @ WARP.T
+    corners = corners[:, :2] / corners[:, 2:]
+    assert (corners > 0).all() and (corners < 511).all(), "all of the photograph is seen"
+    inside = cv2.fillConvexPoly(np.zeros((512, 512), np.uint8), np.round(corners).astype(np.int32), 1)
+    well_inside, well_outside = cv2.erode(inside, np.ones((5, 5))) > 0, cv2.dilate(inside, np.ones((5, 5))) == 0
+    assert (copy[well_inside] == 110).all() and (copy[well_outside] == 255).all()
+    assert well_outside.mean() > 0.2
 
 
 def test_match_without_matches(desk, capsys, tmp_path):

@@ -104,12 +104,13 @@ def print_found(keypoints: Keypoints, elapsed_ms: float) -> None:
     print_row("descriptors", f"{keypoints.descriptors.shape}, {keypoints.descriptors.dtype}")
 
 
-def save_drawing(pixels: NDArray[Any], keypoints: Keypoints, output: str) -> None:
+def save_drawing(pixels: NDArray[Any], keypoints: Keypoints, model: str, output: str) -> None:
     """Writes the image, an array as `load_image` returns it, with its keypoints, and prints where."""
     from superpoint_trt.core.image import to_picture
-    from superpoint_trt.run.draw import draw_keypoints, save_picture
+    from superpoint_trt.run.draw import draw_keypoints, keypoints_caption, save_picture
 
-    print_row("picture", save_picture(output, draw_keypoints(to_picture(pixels), keypoints)))
+    picture = draw_keypoints(to_picture(pixels), keypoints, keypoints_caption(keypoints, model))
+    print_row("picture", save_picture(output, picture))
 
 
 def write_json(path: str, report: Mapping[str, Any]) -> None:

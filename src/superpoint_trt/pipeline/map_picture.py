@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.run.draw import Picture
+from superpoint_trt.run.captions import Picture
 
 Float64 = NDArray[np.float64]
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from superpoint_trt.core.files import PathLike, write_npz
 from superpoint_trt.core.types import Float32, Keypoints, SuperPointError
 from superpoint_trt.match.nearest import MatchOptions, match
-from superpoint_trt.run.draw import Picture, ramp
+from superpoint_trt.run.captions import Picture
+from superpoint_trt.run.draw import ramp
 
 
 @dataclass(frozen=True)

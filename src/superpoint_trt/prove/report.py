@@ -43,8 +43,8 @@ IMAGE_LABELS = (
 )
 """The columns of the table of images, after the name."""
 
-KEPT, LOST, NEW = (46, 204, 64), (255, 65, 54), (51, 161, 255)
-"""RGB colors of the points; the page's template names the same colors."""
+KEPT, LOST, NEW = (0, 158, 115), (213, 94, 0), (86, 180, 233)
+"""RGB colors of the points, told apart by color-blind people (Okabe and Ito); the page's template names the same."""
 
 
 @dataclass(frozen=True)
