@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from superpoint_trt.core.files import PathLike
     from superpoint_trt.core.types import Keypoints
+    from superpoint_trt.prove.tables import Table as FigureTable
     from superpoint_trt.run.extractor import SuperPoint
 
 BAD_INPUT = 2
@@ -111,6 +112,18 @@ def save_drawing(pixels: NDArray[Any], keypoints: Keypoints, model: str, output:
 
     picture = draw_keypoints(to_picture(pixels), keypoints, keypoints_caption(keypoints, model))
     print_row("picture", save_picture(output, picture))
+
+
+def print_table(table: FigureTable) -> None:
+    """Prints a table of several models."""
+    from rich.table import Table
+
+    from superpoint_trt.prove.tables import text_of
+
+    printed = Table(*(column.name for column in table.columns))
+    for row in table.rows:
+        printed.add_row(*map(text_of, row))
+    console().print(printed)
 
 
 def write_json(path: str, report: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from superpoint_trt.prove.comparison import Comparison, Errors, ImageResult, err
 from superpoint_trt.prove.gates import Gate, Measurements, check_limits, judge
 from superpoint_trt.prove.known_faults import FEWEST_POINTS, NOT_FINITE, Finding
 from superpoint_trt.prove.references import open_reference
+from superpoint_trt.prove.tables import Cell, Column, Table
 from superpoint_trt.run.extractor import SuperPoint
 
 
@@ -66,6 +67,24 @@ class Verification:
             "problems": self.problems,
             "notes": self.notes,
         }
+
+
+def report_of(verifications: Sequence[Verification]) -> dict[str, Any]:
+    """The report of one model; of several: whether all passed, and the reports under "models"."""
+    if len(verifications) == 1:
+        return verifications[0].to_json()
+    return {"passed": all(one.passed for one in verifications), "models": [one.to_json() for one in verifications]}
+
+
+def verification_table(verifications: Sequence[Verification]) -> Table:
+    """What the gates of several models measured, a row for each model."""
+    names = list(dict.fromkeys(gate.name for one in verifications for gate in one.gates))
+    rows: list[list[Cell]] = []
+    for one in verifications:
+        measured = {gate.name: None if gate.value is None else f"{gate.value:.6g}" for gate in one.gates}
+        verdict = "passed" if one.passed else "FAILED"
+        rows.append([one.model, one.precision.value, verdict, *(measured.get(name) for name in names)])
+    return Table([Column(name) for name in ("model", "precision", "verdict", *names)], rows)
 
 
 def verify(

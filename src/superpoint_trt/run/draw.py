@@ -106,6 +106,8 @@ class MatchDrawing:
     outlier_rgb: Color = OUTLIER
     inlier_name: str = "inlier"
     outlier_name: str = "outlier"
+    as_many_outliers: bool = False
+    """Outliers have their share of the lines, above a fifth too; and their lines are as thick."""
 
     def __post_init__(self) -> None:
         if self.most_lines < 0:
@@ -147,13 +149,14 @@ def draw_matches(
     options = options or MatchDrawing()
     picture, scale, offset = _joined(first_rgb, second_rgb)
     starts, ends = first_xy, (second_xy + 0.5) * scale - 0.5 + offset
-    rows = chosen_lines(first_xy, inliers, options.most_lines)
+    rows = chosen_lines(first_xy, inliers, options.most_lines, options.as_many_outliers)
     away = np.zeros(len(first_xy)) if distances_px is None else np.nan_to_num(distances_px, nan=np.inf)
     outliers, kept = rows[~inliers[rows]], rows[inliers[rows]]
     kept = kept[np.argsort(-away[kept], kind="stable")]  # those that agree best lie on top
     width = max(1, round(max(picture.shape[:2]) / 640))
+    bold = options.as_many_outliers
     pale = [options.outlier_rgb] * len(outliers)
-    _lines(picture, starts[outliers], ends[outliers], pale, max(1, width // 2), rim=False)
+    _lines(picture, starts[outliers], ends[outliers], pale, width if bold else max(1, width // 2), rim=bold)
     levels = np.clip(away[kept] / options.far_px, 0, 1)
     _lines(picture, starts[kept], ends[kept], ramp(_LEVELS)[np.round(levels * (_LEVELS - 1)).astype(int)], width, True)
     if not caption:
@@ -165,16 +168,20 @@ def draw_matches(
 _LEVELS = 64
 
 
-def chosen_lines(first_xy: Float32, inliers: NDArray[np.bool_], most_lines: int) -> NDArray[np.int64]:
+def chosen_lines(
+    first_xy: Float32, inliers: NDArray[np.bool_], most_lines: int, as_many_outliers: bool = False
+) -> NDArray[np.int64]:
     """Rows of the matches that are drawn: at most so many, spread over the first picture.
 
     Args:
         first_xy: (M, 2) points in the first image.
         inliers: (M,) bool.
         most_lines: a fifth of them may be outliers, more where inliers are few.
+        as_many_outliers: outliers have their share of the lines instead.
     """
     good, bad = np.flatnonzero(inliers), np.flatnonzero(~inliers)
-    bad_count = min(len(bad), max(most_lines // 5, most_lines - len(good)))
+    share = round(most_lines * len(bad) / max(len(inliers), 1)) if as_many_outliers else most_lines // 5
+    bad_count = min(len(bad), max(share, most_lines - len(good)))
     good_count = min(len(good), most_lines - bad_count)
     return np.concatenate([good[spread(first_xy[good], good_count)], bad[spread(first_xy[bad], bad_count)]])
 
