@@ -142,11 +142,15 @@ def draw_map_figure(output: Path, shared: Path) -> None:
         line = ["reconstruct", str(frames), "--model", "full", "--output", f"{folder}/map"]
         if run(cli, line) != 0:
             raise LeftOut("superpoint reconstruct failed; its message is above")
-        (picture,) = Path(folder, "map").rglob("*.png")
-        above = load_image(picture)
+        import pycolmap
+
+        from superpoint_trt.pipeline.colmap_map import map_points
+        from superpoint_trt.pipeline.map_picture import draw_map, map_caption
+
+        points = map_points(pycolmap.Reconstruction(f"{folder}/map/sparse/0"))
     names = sorted(frames.glob("*.png"))
-    frame = add_caption(load_image(names[8]), [f"one of {len(names)} frames"])
-    save_picture(output, side_by_side(frame, above, 640))
+    joined = side_by_side(load_image(names[8]), draw_map(points, 640, has_caption=False), 600)
+    save_picture(output, add_caption(joined, [f"one of {len(names)} frames, and their map: {map_caption(points)}"]))
 
 
 def side_by_side(left: Picture, right: Picture, height_px: int) -> Picture:

@@ -21,6 +21,9 @@ OURS, OTHERS, INK = "#0072B2", "#8A8A8A", "#202020"
 """Blue of Okabe and Ito against grey: told apart by color-blind people, and in black and white."""
 
 
+DPI = 150
+
+
 @dataclass(frozen=True)
 class NetworkRow:
     """One line of the file."""
@@ -56,10 +59,17 @@ def read_networks(path: Path) -> list[NetworkRow]:
 
 def draw_chart(rows: list[NetworkRow], output: Path) -> Path:
     """Draws the chart; it can be read at a width of 400 px."""
+    figure, _ = chart(rows)
+    figure.savefig(output, dpi=DPI)
+    return output
+
+
+def chart(rows: list[NetworkRow]) -> tuple[Any, list[Any]]:
+    """The chart as matplotlib's figure, and the boxes of its names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(7, 5), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots()
     axes.set_xscale("log")
@@ -82,8 +92,7 @@ def draw_chart(rows: list[NetworkRow], output: Path) -> Path:
     marks = [_around(axes, row.gflop, row.h3) for row in rows if row.gflop is not None]
     for row in sorted(rows, key=lambda row: not row.is_ours):
         placed.append(_label(figure, axes, row, marks, placed))
-    figure.savefig(output, dpi=150)
-    return output
+    return figure, placed
 
 
 def _around(axes: Any, gflop: float, h3: float) -> Any:
@@ -91,7 +100,7 @@ def _around(axes: Any, gflop: float, h3: float) -> Any:
     from matplotlib.transforms import Bbox
 
     x, y = axes.transData.transform((gflop, h3))
-    return Bbox.from_extents(x - 6, y - 6, x + 6, y + 6)
+    return Bbox.from_extents(x - 12, y - 12, x + 12, y + 12)
 
 
 _PLACES = (
@@ -99,6 +108,12 @@ _PLACES = (
     (0, 12, "center", "bottom"),
     (0, -12, "center", "top"),
     (-12, 0, "right", "center"),
+    (8, 8, "left", "bottom"),
+    (8, -8, "left", "top"),
+    (-8, 8, "right", "bottom"),
+    (-8, -8, "right", "top"),
+    (0, 30, "center", "bottom"),
+    (0, -30, "center", "top"),
 )
 """Where a label may stand beside its mark: offset in points, and how it is aligned."""
 

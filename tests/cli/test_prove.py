@@ -8,6 +8,7 @@ import sys
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 from conftest import photograph
 from helpers import SAME, write_sequence
@@ -177,6 +178,56 @@ def test_evaluate_prints_all_and_writes_json(desk, capsys, tmp_path):
     assert err.splitlines() == [f"left out: {folder}: image 3 is missing; the pair is left out."]
     for word in ("v_a", "viewpoint", "total", "sift", "orb"):
         assert word in out
+
+
+def test_evaluate_compares_several_models(desk, capsys, tmp_path):
+    """One table of all, a figure in bold in each column, and pictures of each model in a folder of its own."""
+    write_sequence(tmp_path / "data" / "v_a")
+    models = ("--model", desk / "m.onnx", "--model", "orb", "--model", "orb")
+    files = ("--table", tmp_path / "t.md", "--json", tmp_path / "e.json", "--pictures", tmp_path / "p", "--worst", 1)
+    out, _ = text(desk, capsys, "evaluate", *models, "--dataset", tmp_path / "data", "--no-baselines", *files)
+    header, _, first, second = (tmp_path / "t.md").read_text().splitlines()
+    assert header.startswith("| model | pairs | rep. | loc. px | MMA@1 ")
+    assert first.startswith(f"| {desk / 'm.onnx'} | 2 | ") and second.startswith("| orb | 2 | ")
+    assert "**" in first + second
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["model"] == str(desk / "m.onnx") and list(report["baselines"]) == ["orb"]
+    pictures = sorted(path.relative_to(tmp_path / "p") for path in (tmp_path / "p").rglob("*.jpg"))
+    assert len(pictures) == 2 and pictures[0].parts[0] == "orb" and pictures[1].parts[0].endswith("m.onnx")
+    assert out.count("pictures      1 in ") == 2
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--table", "t.xls"), "ends in .md"),
+        (("--worst", "0"), "0 is not in the range"),
+    ],
+)
+def test_evaluate_checks_before_the_work(desk, capsys, tmp_path, words, said):
+    write_sequence(tmp_path / "data" / "v_a")
+    _, err = text(desk, capsys, "evaluate", "--model", "orb", "--dataset", tmp_path / "data", *words, code=2)
+    assert said in err
+
+
+def test_verify_compares_several_models(desk, capsys, tmp_path):
+    """The model passes; a copy with one damaged weight fails, and so does the command."""
+    pytest.importorskip("jinja2")
+    damaged = onnx.load(desk / "m.onnx")
+    weight = next(one for one in damaged.graph.initializer if len(one.dims) == 4)
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight)[::-1].copy(), weight.name))
+    onnx.save(damaged, tmp_path / "other.onnx")
+    both = ("--model", tmp_path / "other.onnx", "--table", tmp_path / "t.csv", "--json", tmp_path / "v.json")
+    out, _ = text(desk, capsys, *verifying(desk), *both, "--report", tmp_path / "v.html", code=1)
+    assert "PASSED" in out and "FAILED: " in out
+    rows = [line.split(",") for line in (tmp_path / "t.csv").read_text().splitlines()]
+    assert rows[0][:4] == ["model", "precision", "verdict", "score_error_max"]
+    assert [row[2] for row in rows[1:]] == ["passed", "FAILED"]
+    report = json.loads((tmp_path / "v.json").read_text())
+    assert report["passed"] is False and [one["passed"] for one in report["models"]] == [True, False]
+    page = (tmp_path / "v.html").read_text()
+    assert "<h1>2 models</h1>" in page and page.count("<h2>Gates") == 2
+    assert 'href="#model2"' in page and 'id="model2"' in page
 
 
 def test_evaluate_calls_the_packaged_weights_by_their_name(desk, capsys, tmp_path):

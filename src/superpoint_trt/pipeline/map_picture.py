@@ -34,7 +34,7 @@ class MapPoints:
     """(C, 3, 3): world to camera; a camera looks along its third axis, its second points down."""
 
 
-def draw_map(points: MapPoints, side_px: int = SIDE_PX) -> Picture:
+def draw_map(points: MapPoints, side_px: int = SIDE_PX, has_caption: bool = True) -> Picture:
     """Draws a map from above: points in their colors, cameras as vermilion triangles that open where they look.
 
     Above is where the tops of the pictures point, on average. A thin line joins the cameras by name.
@@ -42,9 +42,10 @@ def draw_map(points: MapPoints, side_px: int = SIDE_PX) -> Picture:
     Args:
         points: at least one camera.
         side_px: longest side of the picture.
+        has_caption: whether the numbers of cameras and points are written below it.
 
     Returns:
-        (H, W, 3) uint8 RGB, with a caption below.
+        (H, W, 3) uint8 RGB.
     """
     import cv2
 
@@ -71,7 +72,12 @@ def draw_map(points: MapPoints, side_px: int = SIDE_PX) -> Picture:
     cv2.polylines(picture, [path], False, _PATH, line, cv2.LINE_AA, _SUBPIXEL_BITS)
     for triangle in place(_triangles(points.rotations, axes, flat_cameras, side_px / 50 / scale)).astype(np.int32):
         cv2.polylines(picture, [triangle], True, _CAMERA, line, cv2.LINE_AA, _SUBPIXEL_BITS)
-    return add_caption(picture, [f"{len(points.centers)} cameras, {len(points.xyz)} points, from above"])
+    return add_caption(picture, [map_caption(points)]) if has_caption else picture
+
+
+def map_caption(points: MapPoints) -> str:
+    """One line: how many cameras and points."""
+    return f"{len(points.centers)} cameras, {len(points.xyz)} points, from above"
 
 
 def seen_from_above(rotations: Float64) -> Float64:

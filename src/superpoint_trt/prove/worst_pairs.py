@@ -17,6 +17,9 @@ from superpoint_trt.prove.metrics import shared, warp
 from superpoint_trt.prove.protocol import resize_to_protocol
 from superpoint_trt.run.draw import WRONG, MatchDrawing, draw_matches, save_picture
 
+MOST_LINES = 100
+"""Wrong lines cross each other, so fewer are drawn than of a good pair."""
+
 if TYPE_CHECKING:
     from superpoint_trt.prove.evaluate import Evaluation, PairResult
     from superpoint_trt.run.captions import Picture
@@ -93,7 +96,12 @@ def draw_pair(evaluation: Evaluation, pair: JudgedPair) -> Picture:
     size, rule = protocol.descriptor_size_hw, protocol.resize
     views = [resize_to_protocol(to_picture(load_image(path)), size, rule)[0] for path in (of.first, of.second)]
     options = MatchDrawing(
-        far_px=protocol.matching_px, outlier_rgb=WRONG, inlier_name="right", outlier_name="wrong", as_many_outliers=True
+        most_lines=MOST_LINES,
+        far_px=protocol.matching_px,
+        outlier_rgb=WRONG,
+        inlier_name="right",
+        outlier_name="wrong",
+        as_many_outliers=True,
     )
     caption = pair_caption(evaluation.model, pair, int(right.sum()), len(right))
     return draw_matches(views[0], views[1], first_xy, second_xy, right, away, caption, options)

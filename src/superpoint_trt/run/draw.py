@@ -107,7 +107,7 @@ class MatchDrawing:
     inlier_name: str = "inlier"
     outlier_name: str = "outlier"
     as_many_outliers: bool = False
-    """Outliers have their share of the lines, above a fifth too; and their lines are as thick."""
+    """Outliers have their share of the lines, above a fifth too."""
 
     def __post_init__(self) -> None:
         if self.most_lines < 0:
@@ -154,9 +154,8 @@ def draw_matches(
     outliers, kept = rows[~inliers[rows]], rows[inliers[rows]]
     kept = kept[np.argsort(-away[kept], kind="stable")]  # those that agree best lie on top
     width = max(1, round(max(picture.shape[:2]) / 640))
-    bold = options.as_many_outliers
     pale = [options.outlier_rgb] * len(outliers)
-    _lines(picture, starts[outliers], ends[outliers], pale, width if bold else max(1, width // 2), rim=bold)
+    _lines(picture, starts[outliers], ends[outliers], pale, max(1, width // 2), rim=False)
     levels = np.clip(away[kept] / options.far_px, 0, 1)
     _lines(picture, starts[kept], ends[kept], ramp(_LEVELS)[np.round(levels * (_LEVELS - 1)).astype(int)], width, True)
     if not caption:
