@@ -48,5 +48,5 @@ def test_one_row_has_no_best():
 def test_the_ending_decides(tmp_path):
     for suffix, start in ((".md", "| model"), (".csv", "model,"), (".TEX", "% needs")):
         assert write_table(tmp_path / f"t{suffix}", TABLE).read_text().startswith(start)
-    with pytest.raises(SuperPointError, match="ends in .md"):
+    with pytest.raises(SuperPointError, match=r"ends in \.md"):
         write_table(tmp_path / "t.xlsx", TABLE)
