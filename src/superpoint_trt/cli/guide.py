@@ -290,7 +290,7 @@ def tensorrt_inference(
         keypoints = superpoint.extract(pixels)
         elapsed_ms = (time.perf_counter() - started) * 1e3
     print_found(keypoints, elapsed_ms)
-    save_drawing(pixels, keypoints, engine, output)
+    save_drawing(pixels, keypoints, output)
     if timed:
         with progress_bar("timing") as progress:
             report = bench([engine], timed, pixels, progress=progress)

@@ -105,12 +105,16 @@ def print_found(keypoints: Keypoints, elapsed_ms: float) -> None:
     print_row("descriptors", f"{keypoints.descriptors.shape}, {keypoints.descriptors.dtype}")
 
 
-def save_drawing(pixels: NDArray[Any], keypoints: Keypoints, model: str, output: str) -> None:
-    """Writes the image, an array as `load_image` returns it, with its keypoints, and prints where."""
+def save_drawing(pixels: NDArray[Any], keypoints: Keypoints, output: str, model: str = "") -> None:
+    """Writes the image, an array as `load_image` returns it, with its keypoints, and prints where.
+
+    With a model's name there is a caption below the image.
+    """
     from superpoint_trt.core.image import to_picture
     from superpoint_trt.run.draw import draw_keypoints, keypoints_caption, save_picture
 
-    picture = draw_keypoints(to_picture(pixels), keypoints, keypoints_caption(keypoints, model))
+    caption = keypoints_caption(keypoints, model) if model else ""
+    picture = draw_keypoints(to_picture(pixels), keypoints, caption)
     print_row("picture", save_picture(output, picture))
 
 

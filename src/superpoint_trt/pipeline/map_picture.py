@@ -12,7 +12,7 @@ from superpoint_trt.run.captions import Picture, add_caption
 Float64 = NDArray[np.float64]
 
 SIDE_PX = 1200
-"""Longest side of the picture."""
+"""Longest side of the picture without its caption."""
 MARGIN_PX = 60
 OUTLIERS_PERCENT = 6
 """Share of the points on either side, along each axis, that may lie outside the picture."""
@@ -41,7 +41,7 @@ def draw_map(points: MapPoints, side_px: int = SIDE_PX, has_caption: bool = True
 
     Args:
         points: at least one camera.
-        side_px: longest side of the picture.
+        side_px: longest side of the picture without its caption.
         has_caption: whether the numbers of cameras and points are written below it.
 
     Returns:
