@@ -74,7 +74,7 @@ demo:
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) '$(TORCH)'
-	$(VENV)/bin/python $(PIP) -e '.[dev,docs,torch,report,bulk,colmap]'
+	$(VENV)/bin/python $(PIP) -e '.[dev,docs,torch,report,bulk,colmap,openvino]'
 	@touch $@
 
 $(DEMO_VENV)/.ready: pyproject.toml

@@ -1,10 +1,12 @@
 """What files cost: `superpoint extract` on photographs against `extract_many` from arrays, with the same model.
 
     python benchmarks/bulk_extract.py PHOTOS [--limit 100] [--repeats 3] [--model M] [--batch-size B] [--size 640x480]
+    python benchmarks/bulk_extract.py PHOTOS --limit 625 --copies 8 --size 640x480 --model heads.engine --batch-size 8
 
 Both ways alternate. Times are wall seconds from the first image to the last (reading, decoding, extraction, writing;
 the rest is told apart), and CPU seconds of the process, which say more on a machine that others use, too. Opening the
-model and merging are among the CPU seconds.
+model and merging are among the CPU seconds. In the end each step runs alone in one thread: its CPU ms for an image
+tell which one is the limit.
 """
 
 from __future__ import annotations
@@ -15,13 +17,18 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, Callable
 
 import cv2
+import numpy as np
 
-from superpoint_trt import SuperPoint
+from superpoint_trt import Keypoints, SuperPoint
+from superpoint_trt.core.files import file_sha256
 from superpoint_trt.core.image import find_images, load_image
+from superpoint_trt.core.image_file import read_image_file
 from superpoint_trt.pipeline.extract import ExtractOptions, extract
-from superpoint_trt.pipeline.workers import usable_cpus
+from superpoint_trt.pipeline.feature_files import FeatureWriter
+from superpoint_trt.pipeline.workers import as_stored, usable_cpus
 
 
 def main() -> None:
@@ -47,6 +54,7 @@ def main() -> None:
         print(f"{len(paths)} images, {usable_cpus()} CPUs, {superpoint.runtime}", flush=True)
         for image in arrays[:5]:
             superpoint.extract(image)
+        print_steps(superpoint, paths[:64], work)
         for _ in range(args.repeats):
             started, cpu = time.perf_counter(), time.process_time()
             found = sum(len(one) for one in superpoint.extract_many(arrays, args.batch_size))
@@ -69,6 +77,37 @@ def main() -> None:
     print(f"arrays {per_s['arrays']:.2f} images/s, files {per_s['files']:.2f} images/s")
     print(f"files against arrays: {ratios[0]:.1f} % (wall), {ratios[1]:.1f} % (CPU)")
     print(f"open, list and merge: {wall['merge']:.2f} s")
+
+
+def print_steps(superpoint: SuperPoint, paths: list[Path], work: Path) -> None:
+    """Run each step of the pipeline alone, and print its CPU ms for an image."""
+    spent: dict[str, float] = {}
+
+    def timed(name: str, step: Callable[[], Any]) -> Any:
+        started = time.process_time()
+        result = step()
+        spent[name] = 1e3 * (time.process_time() - started) / len(paths)
+        return result
+
+    def write(path: Path, entries: list[Keypoints]) -> None:
+        with FeatureWriter(path) as writer:
+            for index, entry in enumerate(entries):
+                writer.write(f"images/{index}.jpg", entry, entry.image_size)
+
+    def merge(path: Path, source: Path) -> None:
+        with FeatureWriter(path) as writer:
+            writer.copy_entries(source)
+
+    images = timed("read and decode", lambda: [read_image_file(path) for path in paths])
+    timed("prepare", lambda: [superpoint.load(image) for image in images])
+    found = timed("decode again, prepare, run", lambda: list(superpoint.extract_many(paths)))
+    stored = timed("transpose", lambda: [as_stored(one, 1, np.dtype(np.float16)) for one in found])
+    timed("write .h5", lambda: write(work / "steps.h5", stored))
+    timed("hash", lambda: file_sha256(work / "steps.h5"))
+    timed("merge", lambda: merge(work / "merged.h5", work / "steps.h5"))
+    for name in ("steps.h5", "merged.h5"):
+        (work / name).unlink()
+    print("CPU ms an image:", ", ".join(f"{name} {value:.2f}" for name, value in spent.items()), flush=True)
 
 
 def prepared(paths: list[Path], args: argparse.Namespace, folder: Path) -> list[Path]:

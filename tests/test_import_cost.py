@@ -44,6 +44,7 @@ HEAVY = (
     "tensorrt",
     "tensorrt_rtx",
     "cuda",
+    "openvino",
     "skimage",
     "h5py",
     "av",

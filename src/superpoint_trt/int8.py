@@ -43,6 +43,7 @@ from superpoint_trt.convert.quantize.options import (
     CalibrationOptions,
     FirstConvolution,
     Method,
+    Placement,
     QuantizeOptions,
     Rounding,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "LowPrecisionOptions",
     "LowPrecisionResult",
     "Method",
+    "Placement",
     "Precision",
     "QuantizeOptions",
     "Rounding",
@@ -307,6 +309,12 @@ def _doubts(source: OnnxFile, options: LowPrecisionOptions) -> Iterator[str]:
     norms, description = normalizations_after_relu(source.model), source.description
     if not norms:
         return
+    if options.start.placement is Placement.CPU:
+        yield (
+            f"{len(norms)} BatchNorms follow a ReLU ({norms[0]}, ...): the convolutions before them stay in fp32; "
+            "superpoint export --fold-batchnorm folds them, as an approximation near the border"
+        )
+        return
     # Another tool's graph cannot be exported again, and a folded one is folded as far as it goes.
     foldable = description.family is not None and not description.approximation
     remedy = "; superpoint export --fold-batchnorm folds them, as an approximation near the border" if foldable else ""
@@ -400,5 +408,6 @@ def _verified(
             model = Path(folder) / f"{Path(str(result.engine)).stem}.onnx"
             quantize_file(source, model, result.ranges, result.quantize)
         stage = stages.progress("verifying")
-        found = verify(model, reference, images.proof, dict(options.gates), progress=stage)
+        # An engine was built here just now, so the code that it may carry can be trusted.
+        found = verify(model, reference, images.proof, dict(options.gates), progress=stage, allow_host_code=True)
     return replace(found, reference=f"{source.path}, fp32")

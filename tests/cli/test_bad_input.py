@@ -454,6 +454,7 @@ ENGINE_COMMANDS = [
 @pytest.fixture
 def no_tensorrt(monkeypatch):
     monkeypatch.setattr(tensorrt_api, "MODULES", {flavor: f"no_such_{flavor.value}" for flavor in tensorrt_api.Flavor})
+    monkeypatch.setattr(tensorrt_api, "RUNTIME_MODULES", {})
 
 
 @pytest.mark.parametrize("line", ENGINE_COMMANDS)

@@ -39,7 +39,28 @@ def test_doctor_names_versions(capfd):
         assert words in out
     assert sys.version.split()[0] in out
     assert "CPUExecutionProvider" in out
-    assert err == ""
+    assert "timing .onnx" in err or not err, "on a slow machine it says how far it is"
+
+
+def test_doctor_times_what_is_installed_for_this_cpu(capfd):
+    pytest.importorskip("openvino", reason="openvino is not installed: pip install '.[openvino]'")
+    first, second = doctor.fastest_on_cpu()
+    assert {first.name, second.name} in (
+        {"--device openvino (take this)", "--device cpu"},
+        {"--device openvino", "--device cpu (take this)"},
+    )
+    assert first.name.endswith("(take this)")
+    times = [float(finding.detail.split()[0]) for finding in (first, second)]
+    assert times == sorted(times) and times[0] > 0
+    assert {"OpenVINO", "onnxruntime"} == {finding.detail.split()[2] for finding in (first, second)}
+
+
+def test_doctor_without_openvino_says_what_adds_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    first, missing = doctor.fastest_on_cpu()
+    assert (first.name, first.present) == ("--device cpu", True)
+    assert (missing.name, missing.present) == ("--device openvino", False)
+    assert "pip install '.[openvino]'" in missing.detail
 
 
 @pytest.fixture
@@ -91,7 +112,7 @@ def test_doctor_names_the_command_for_what_is_missing(without, monkeypatch, capf
 
 
 def test_doctor_says_it_short_and_where_the_package_is(without, capfd):
-    without("tensorrt", "tensorrt_rtx")
+    without("tensorrt", "tensorrt_rtx", "tensorrt_lean_bindings", "tensorrt_dispatch_bindings")
     assert run(cli, ["doctor"]) == 0
     out = capfd.readouterr().out
     assert "version, or how to add it" in out and "how, or what is missing" in out

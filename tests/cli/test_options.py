@@ -80,7 +80,7 @@ def test_help_shows_the_defaults(capsys):
 def test_a_device_that_is_none_is_refused(command, device, capsys):
     assert run(cli, [*command.split(), "--device", device]) == 2
     error = capsys.readouterr().err
-    assert "--device" in error and "auto, cpu, cuda or cuda:N" in error and repr(device) in error
+    assert "--device" in error and "auto, cpu, cuda, cuda:N" in error and repr(device) in error
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])

@@ -114,7 +114,9 @@ IMAGE = ("LINEAR", (1, 1, 480, 640))
 
 @pytest.fixture
 def tensorrt() -> tensorrt_api.TensorRT:
-    return tensorrt_api.TensorRT.__new__(tensorrt_api.TensorRT)  # of the library itself nothing is needed
+    made = tensorrt_api.TensorRT.__new__(tensorrt_api.TensorRT)  # of the library itself nothing is needed
+    made.part = tensorrt_api.Part.FULL
+    return made
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ pytest_plugins = ["gpu_host.gpu_fixtures"]
 
 @pytest.fixture()
 def backend(gpu, engine, monkeypatch):
-    monkeypatch.setattr(tensorrt, "Engine", lambda path, index: engine)
+    monkeypatch.setattr(tensorrt, "Engine", lambda path, index, allow_host_code: engine)
     tensorrt._can_convert.cache_clear()
     with TensorRTBackend("a.engine") as opened:
         yield opened
@@ -105,7 +105,7 @@ def test_what_is_refused(backend):
 
 def test_superpoint_decodes_on_the_gpu_and_says_so(gpu, engine, monkeypatch, tmp_path):
     """And without kernels it decodes on the host, and says why."""
-    monkeypatch.setattr(tensorrt, "Engine", lambda path, index: engine)
+    monkeypatch.setattr(tensorrt, "Engine", lambda path, index, allow_host_code: engine)
     picture = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
     with SuperPoint("model.engine", max_keypoints=3) as superpoint:
         gpu_name = f"cuda:{engine.gpu.index} (GPU {engine.gpu.index}, sm90)"

@@ -10,7 +10,7 @@ from conftest import write_checkpoint
 
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import OutputType, SuperPointError
-from superpoint_trt.gpu.tensorrt_api import FailureLog, Flavor, TensorRT, _logger, _ThreadLog, installed, load
+from superpoint_trt.gpu.tensorrt_api import FailureLog, Flavor, Part, TensorRT, _logger, _ThreadLog, installed, load
 
 needs_rtx = pytest.mark.skipif(Flavor.RTX not in installed(), reason="tensorrt-rtx is not installed")
 
@@ -25,7 +25,7 @@ class StandIn(TensorRT):
             Severity = SimpleNamespace(ERROR=ERROR, WARNING=WARNING)
 
         self.module = SimpleNamespace(ILogger=ILogger)
-        self.flavor, self.version = Flavor.RTX, "0"
+        self.flavor, self.version, self.part = Flavor.RTX, "0", Part.FULL
         self._log = _ThreadLog()
         self.logger = _logger(self.module, self._log)
 

@@ -56,3 +56,9 @@ def test_the_cpu_says_why_a_gpu_is_not_used(monkeypatch):
     assert open_matcher(device="cpu").runs_on == "numpy on the CPU"
     with pytest.raises(SuperPointError, match="device is 'tpu'"):
         open_matcher(device="tpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "openvino", "openvino:GPU"])
+def test_openvino_has_no_matcher_so_the_processor_matches(device):
+    with open_matcher(None, device) as matcher:
+        assert isinstance(matcher, HostMatcher)

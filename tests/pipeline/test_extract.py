@@ -17,6 +17,7 @@ from pipeline.videos import write_video
 from superpoint_trt import SuperPoint, SuperPointError
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.core.orientation import ORIENTATIONS
+from superpoint_trt.pipeline import workers
 from superpoint_trt.pipeline.extract import ExtractOptions, extract
 from superpoint_trt.pipeline.feature_files import FeatureFile, FeatureWriter
 from superpoint_trt.pipeline.inputs import InputOptions
@@ -111,6 +112,23 @@ def test_images_that_cannot_be_read_are_reported(photographs, options, tmp_path,
     (folder / "empty.png").unlink()
     assert run(cli, [*line, "--max-keypoints", "60"]) == 0
     assert f"skipped       {COUNT + 1} that were done before" in capsys.readouterr().out
+
+
+def test_a_decoder_may_raise_what_it_likes(photographs, options, tmp_path, monkeypatch):
+    real = workers.read_image_file
+
+    def read(path, *rest):
+        if path.endswith("003.png"):
+            raise ZeroDivisionError("in a codec")
+        if path.endswith("004.png"):
+            raise MemoryError
+        return real(path, *rest)
+
+    monkeypatch.setattr(workers, "read_image_file", read)
+    summary = extract([photographs[0]], tmp_path / "f.h5", options)
+    assert summary.done == COUNT - 2
+    reasons = dict(summary.failed)
+    assert "ZeroDivisionError: in a codec" in reasons["street/003.png"] and "memory ran out" in reasons["park/004.png"]
 
 
 def test_nothing_but_failures(options, tmp_path):

@@ -72,20 +72,20 @@ STEPS = ("entries", "fsync", "journal", "applied")
 @pytest.mark.parametrize("step", STEPS)
 def test_a_kill_at_each_step(tmp_path, step):
     """The process ends without any of Python's clean-up; entries appear together or not at all."""
-    path = write(tmp_path / "f.h5", [f"{index}.jpg" for index in range(300)])
+    path = write(tmp_path / "f.h5", [f"{index}.jpg" for index in range(60)])
     before = content(path)
     child = os.fork()
     if child == 0:
         try:
             die_at(step)
-            append(path, [f"many/{index}.jpg" for index in range(200)])
+            append(path, [f"many/{index}.jpg" for index in range(40)])
         finally:
             os._exit(7)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     after = content(path)
     assert {name: after[name] for name in before} == before
-    assert len(after) == len(before) + (200 if step in ("journal", "applied") else 0)
+    assert len(after) == len(before) + (40 if step in ("journal", "applied") else 0)
     append(path)
     assert set(content(path)) == {*after, *NEW}
 
@@ -99,7 +99,7 @@ def die_at(step):
 
         def write_some(self, data):
             calls.append(1)
-            return die() if len(calls) > 300 else real(self, data)
+            return die() if len(calls) > 60 else real(self, data)
 
         JournaledFile.write = write_some
     if step == "fsync":

@@ -119,14 +119,6 @@ def test_processes_side_by_side(command, uninterrupted, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["f.h5"]
 
 
-def test_a_killed_process_frees_its_part(command, tmp_path):
-    first = start([*command, "f.h5"], tmp_path)
-    wait_for(tmp_path / "f.h5.shards/00000.json")
-    first.kill()
-    first.communicate()
-    assert call([*command, "f.h5"], tmp_path).code == 0
-
-
 def test_a_full_disk_is_one_line_and_finished_shards_stay(command, uninterrupted, tmp_path):
     """Files may grow to 20 kB only, less than a shard: writing ends with EFBIG, as it does with ENOSPC."""
     assert call([*command, "f.h5", "--shard", "1/2"], tmp_path).code == 0
@@ -148,7 +140,7 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(command, uninterrupted
 
 
 @needs_root
-@pytest.mark.parametrize(("output", "size"), [("f.h5", "600k"), ("f.h5", "200k"), ("folder", "200k")])
+@pytest.mark.parametrize(("output", "size"), [("f.h5", "600k"), *rarely(("f.h5", "200k"), ("folder", "200k"))])
 def test_a_file_system_without_space(command, uninterrupted, tmp_path, output, size):
     """As above, on a real file system that is full, whatever HDF5 makes of it."""
     small = tmp_path / "small"

@@ -8,6 +8,7 @@ import time
 
 import cv2
 import numpy as np
+import onnxruntime
 import pytest
 
 from superpoint_trt.cli.main import cli, run
@@ -158,7 +159,7 @@ def test_the_picture_is_always_the_same_and_not_blank():
 
 def test_the_command(models, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    words = ["bench", "--model", str(models[0]), "--model", str(models[1]), "--iterations", "3"]
+    words = ["bench", "--model", str(models[0]), "--model", str(models[1]), "--iterations", "3", "--device", "cpu"]
     assert run(cli, [*words, "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]) == 0
     out = capsys.readouterr().out
     assert out.count("images/s") == 2
@@ -205,3 +206,52 @@ def test_plot_keeps_what_is_on_disk_when_it_fails(models, tmp_path):
     report = bench(models[:1], QUICK)
     with pytest.raises(SuperPointError, match="does not exist"):
         plot(report, tmp_path / "nowhere" / "b.png")
+
+
+def test_all_devices_and_the_table(models, tmp_path, capsys):
+    """One row for each model and device; what a device does not take is left out and named."""
+    from superpoint_trt.run.backends import devices_for
+
+    markdown = tmp_path / "table.md"
+    arguments = ["bench", "--model", str(models[0]), "--model", str(models[1]), "--device", "all", "--threads", "1"]
+    assert run(cli, [*arguments, "--iterations", "2", "--markdown", str(markdown)]) == 0
+    lines = markdown.read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    assert rows[0][:4] == ["model", "runs on", "computed in", "network, ms"]
+    assert len(rows) - 2 == len(models) * len(devices_for("model.onnx")) and all(len(row) == 7 for row in rows)
+    assert rows[2][:3] == [models[0].name, f"onnxruntime {onnxruntime.__version__}, cpu", "fp32"]
+    assert "120x160" not in lines[-1] and "160x120, batch 1; median (fastest) of 2 calls in turn" in lines[-1]
+    assert "ran on" in capsys.readouterr().out
+
+
+def test_a_device_that_refuses_a_model(models, tmp_path, monkeypatch):
+    def open_model(model, device, threads, allow_host_code):
+        if device == "odd":
+            raise SuperPointError("not this one")
+        return SuperPoint(model, device=device, threads=threads)
+
+    monkeypatch.setattr(benchmark, "_open", open_model)
+    monkeypatch.setattr(benchmark, "devices_for", lambda _: ["cpu", "odd"])
+    report = bench(models[:1], QUICK, device="all")
+    assert report.left_out == ["odd: not this one"] and len(report.models) == 1
+    with pytest.raises(SuperPointError, match="not this one"):
+        bench(models[:1], QUICK, device=["cpu", "odd"])
+    monkeypatch.setattr(benchmark, "devices_for", lambda _: ["odd"])
+    with pytest.raises(SuperPointError, match="not this one"):
+        bench(models[:1], QUICK, device="all")
+
+
+def test_a_model_that_no_device_takes_is_an_error(models, tmp_path):
+    """Also beside one that runs."""
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    for bad, told in (
+        (tmp_path / "missing.onnx", "does not exist"),
+        (tmp_path / "bad.onnx", "not a model onnxruntime"),
+    ):
+        with pytest.raises(SuperPointError, match=told):
+            bench([models[0], bad], QUICK, device="all")
+
+
+def test_bench_refuses_a_device_of_another_name(models, capsys):
+    assert run(cli, ["bench", "--model", str(models[0]), "--device", "cpu", "--device", "tpu"]) == 2
+    assert "device is 'tpu'; expected auto, cpu" in capsys.readouterr().err

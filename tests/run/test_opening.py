@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_what_it_says_of_itself():
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.engine", "model.safetensors"])
 def test_a_device_of_another_name_is_refused_before_the_file_is_read(name):
-    with pytest.raises(SuperPointError, match="device is 'gpu'; expected auto, cpu, cuda or cuda:N"):
+    with pytest.raises(SuperPointError, match="device is 'gpu'; expected auto, cpu, cuda, cuda:N"):
         open_backend(name, "gpu")
 
 
@@ -110,3 +111,12 @@ def test_the_gpu_of_a_number_and_the_callers_own(monkeypatch):
     with pytest.raises(KeyError), scope:
         raise KeyError("inside")
     assert runtime.current == 0
+
+
+def test_weights_in_another_file_are_refused(tmp_path, monkeypatch):
+    """Onnxruntime itself reads them, from the folder that the command is called in."""
+    monkeypatch.chdir(tmp_path)
+    model = onnx.load(default_model())
+    onnx.save(model, "elsewhere.onnx", save_as_external_data=True, location="w", size_threshold=0)
+    with pytest.raises(SuperPointError, match=r"elsewhere\.onnx keeps its weights \(.*\) in another file"):
+        open_backend("elsewhere.onnx", "cpu")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from superpoint_trt.cli.options import RuntimeArgs
 from superpoint_trt.cli.progress import phase_bar
 from superpoint_trt.cli.quantize import (
     CalibrationFlags,
@@ -41,6 +42,14 @@ if TYPE_CHECKING:
 @click.option("--runtime", type=click.Choice(["auto", *(f.value for f in Flavor)]), default="auto", show_default=True)
 @click.option("--target", help="GPUs to build for, sm86,sm89 say; rtx only, needs no GPU.  [default: the GPU here]")
 @click.option("--linear-heads", is_flag=True, help="Raw fp16 heads as NCHW; for programs other than this one.")
+@click.option(
+    "--version-compatible",
+    is_flag=True,
+    help="Runs in newer TensorRTs and the lean and dispatch runtimes, too. It carries host code: see docs/tensorrt.md.",
+)
+@click.option(
+    "--exclude-lean-runtime", is_flag=True, help="Version-compatible without host code; TensorRT 10 and newer."
+)
 @click.option("--test", is_flag=True, help="Run the engine once it is built.")
 @calibration_options
 def build(
@@ -58,6 +67,8 @@ def build(
     runtime: str,
     target: str | None,
     linear_heads: bool,
+    version_compatible: bool,
+    exclude_lean_runtime: bool,
     test: bool,
 ) -> None:
     """Build a TensorRT engine."""
@@ -76,6 +87,8 @@ def build(
         runtime=None if runtime == "auto" else Flavor(runtime),
         targets=parse_targets(target),
         linear_heads=linear_heads,
+        version_compatible=version_compatible,
+        exclude_lean_runtime=exclude_lean_runtime,
     )
     build_engine(onnx, engine, options, test, calibration)
 
@@ -143,7 +156,7 @@ def _try_engine(engine: str) -> None:
     """One picture through a fresh engine; the second call is timed."""
     from superpoint_trt.core.image import synthetic_photograph
 
-    with open_model(engine) as superpoint:
+    with open_model(engine, RuntimeArgs(allow_host_code=True)) as superpoint:  # built here just now
         model = superpoint.description
         picture = synthetic_photograph(model.height_px or 480, model.width_px or 640)
         superpoint.extract(picture)

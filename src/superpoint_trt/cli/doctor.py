@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module, metadata, util
 from pathlib import Path
 
@@ -15,16 +15,23 @@ import click
 from rich.table import Table
 
 import superpoint_trt
+from superpoint_trt import packaged
 from superpoint_trt._version import __version__
+from superpoint_trt.cli.progress import progress_bar
 from superpoint_trt.cli.terminal import console
 from superpoint_trt.core.files import one_line
 from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.onnx_runtime import import_onnxruntime
+from superpoint_trt.core.progress import Progress
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.gpu import cuda
-from superpoint_trt.gpu.tensorrt_api import MODULES, RTX_TARGETS, Flavor, installed
+from superpoint_trt.gpu.tensorrt_api import MODULES, RTX_TARGETS, RUNTIME_MODULES, Flavor, installed, installed_runtimes
+from superpoint_trt.prove.benchmark import BenchOptions, bench
+from superpoint_trt.run.backends import devices_for
+from superpoint_trt.run.backends.openvino import openvino_devices
 
 _ADD_CUDA = "pip uninstall onnxruntime, then pip install onnxruntime-gpu (NVIDIA GPU with CUDA)"
+_ADD_OPENVINO = f"{install_hint('openvino')}; twice as fast where the CPU computes in bf16"
 _ADD_TORCH = install_hint("torch")
 _ADD_TENSORRT = install_hint(*(flavor.value for flavor in Flavor))
 
@@ -34,6 +41,9 @@ def doctor() -> None:
     """Say what this machine can do, and the command that adds what it cannot."""
     print_findings("this machine", "version, or how to add it", examine())
     print_findings("what you can do", "how, or what is missing", abilities())
+    with progress_bar("timing .onnx on this CPU") as progress:
+        found = fastest_on_cpu(progress)
+    print_findings(f".onnx on this CPU, {_TIMED}", "ms of the network", found)
 
 
 def print_findings(title: str, detail: str, findings: Iterable[Finding]) -> None:
@@ -59,13 +69,45 @@ def examine() -> Iterator[Finding]:
     yield Finding("Python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("superpoint-trt", True, f"{__version__} ({Path(superpoint_trt.__file__).parent})")
     yield from _core()
+    yield _openvino()
     yield _torch()
     yield _gpu()
     yield _cuda_driver()
     yield _module("cuda-bindings", "cuda.bindings", install_hint("tensorrt"))
     for flavor, module in MODULES.items():
         yield _module(module.replace("_", "-"), module, f"{install_hint(flavor.value)}; docs/tensorrt.md")
+    here = installed_runtimes()
+    for part, modules in RUNTIME_MODULES.items():
+        yield _module(
+            modules[0].replace("_", "-"), here.get(part, modules[0]), f"{install_hint('lean')}; runs engines only"
+        )
     yield from _bulk()
+
+
+_TIMING = BenchOptions(size_hw=(240, 320), iterations=4, warm_up=1)
+_TIMED = "320x240, fastest of 4"
+
+
+def fastest_on_cpu(progress: Progress | None = None) -> list[Finding]:
+    """Times the packaged network in each runtime that is installed for this CPU; the fastest comes first.
+
+    Args:
+        progress: called with (calls done, all calls).
+    """
+    devices = [device for device in devices_for("model.onnx") if device in ("cpu", "openvino:CPU")]
+    try:
+        report = bench([packaged.DEFAULT], _TIMING, device=devices, progress=progress)
+    except SuperPointError as error:
+        return [Finding("timing failed", False, str(error))]
+    times = sorted(report.models, key=lambda model: min(model.times_ms["network"]))
+    found = [
+        Finding(f"--device {device}", True, f"{min(model.times_ms['network']):.1f} in {model.runtime}")
+        for model in times
+        for device in ["openvino" if model.runtime.backend.startswith("OpenVINO") else "cpu"]
+    ]
+    if "openvino:CPU" not in devices:
+        found.append(Finding("--device openvino", False, _ADD_OPENVINO))
+    return [replace(found[0], name=f"{found[0].name} (take this)" if len(times) > 1 else found[0].name), *found[1:]]
 
 
 def abilities() -> Iterator[Finding]:
@@ -101,11 +143,13 @@ def _engines() -> Iterator[Finding]:
         builds = "superpoint build --runtime rtx" + ("" if gpu in RTX_TARGETS else " --target sm89 (RTX GPUs)")
     else:
         builds = None
-    runs = gpu is not None and (Flavor.TENSORRT in flavors or gpu in RTX_TARGETS) and bool(flavors)
+    full = gpu is not None and (Flavor.TENSORRT in flavors or gpu in RTX_TARGETS) and bool(flavors)
+    runs = full or (gpu is not None and bool(installed_runtimes()))
+    how = "superpoint infer --model X.engine" + ("" if full else " (built with --version-compatible)")
     no_gpu = f"no usable NVIDIA GPU: {why}" if why else "no NVIDIA GPU that the installed TensorRT runs on"
     lacking = no_gpu if flavors else f"{_ADD_TENSORRT}; docs/tensorrt.md"
     yield Finding("build TensorRT engines", builds is not None, builds or lacking)
-    yield Finding("run TensorRT engines", runs, "superpoint infer --model X.engine" if runs else lacking)
+    yield Finding("run TensorRT engines", runs, how if runs else no_gpu if installed_runtimes() else lacking)
 
 
 def _core() -> Iterator[Finding]:
@@ -121,6 +165,11 @@ def _core() -> Iterator[Finding]:
 def _providers() -> list[str]:
     available: list[str] = import_onnxruntime().get_available_providers()
     return available
+
+
+def _openvino() -> Finding:
+    found = _module("openvino", "openvino", _ADD_OPENVINO)
+    return replace(found, detail=f"{found.detail} ({', '.join(openvino_devices())})") if found.present else found
 
 
 def _torch() -> Finding:

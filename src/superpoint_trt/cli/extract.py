@@ -71,7 +71,7 @@ class BulkArgs(OptionGroup):
 
         return ExtractOptions(
             model=model,
-            settings={**extract.settings(), "device": runtime.device, "threads": runtime.threads},
+            settings={**extract.settings(), **runtime.settings()},
             inputs=InputOptions(self.root, self.every, self.fps),
             dtype=self.dtype,
             batch_size=self.batch_size,

@@ -127,7 +127,7 @@ def _engine(path: Path) -> Iterator[tuple[str, str]]:
     yield "takes", str(metadata.profile)
     if metadata.build.get("channels_last"):
         yield "channels-last", ", ".join(metadata.build["channels_last"])
-    yield "runs on", f"{metadata.flavor.value} {metadata.tensorrt_version}, {', '.join(metadata.targets)}"
+    yield "runs on", f"{metadata.runs_with}, {', '.join(metadata.targets)}"
     yield "built on", metadata.gpu_name or "a machine without a GPU"
     yield "rebuild", metadata.rebuild
     yield "sha256", metadata.plan_sha256
@@ -145,7 +145,9 @@ def _model(model: ModelDescription, largest_batch: str) -> Iterator[tuple[str, s
         yield "approximation", model.approximation
     if model.calibration:
         yield "calibration", model.calibration
-        yield "kept in fp16", model.kept_layers or "nothing"
+        yield f"kept in {'fp32' if model.placement else 'fp16'}", model.kept_layers or "nothing"
+        if model.placement:
+            yield "quantized for", "CPUs: onnxruntime and OpenVINO; TensorRT does not take it"
         if model.fp16_with_int8_input:
             yield "reads int8", f"{model.fp16_with_int8_input} (fp16 layers whose input is int8)"
         if model.first_convolution == "parts":

@@ -13,7 +13,7 @@ import click
 
 from superpoint_trt import packaged
 from superpoint_trt.cli.streams import Notes
-from superpoint_trt.core.device import DeviceChoice
+from superpoint_trt.core.device import ALL_DEVICES, DeviceChoice
 from superpoint_trt.core.image_file import MOST_PIXELS, ReadOptions
 from superpoint_trt.core.types import DecodeOptions, OutputType, Sampling, SuperPointError
 
@@ -28,6 +28,8 @@ _Group = TypeVar("_Group", bound="OptionGroup")
 _DECODE = DecodeOptions()
 _SUBPIXEL = "--subpixel/--no-subpixel"
 _SUBPIXEL_HELP = "Keypoints between pixels, or on whole ones."
+DEVICES = "auto|cpu|cuda[:N]|openvino[:GPU|:NPU][:fp32]"
+_HOST_CODE_HELP = "Run the code that a version-compatible engine carries. Only if you trust who built it."
 _MAX_KEYPOINTS = ("--max-keypoints", "--top-k")
 """One option with two names: the second is the published guide's."""
 
@@ -149,10 +151,37 @@ class OptionGroup:
 class RuntimeArgs(OptionGroup):
     """What a model runs on."""
 
-    device: str = option("--device", default="auto", callback=_check_device, metavar="auto|cpu|cuda|cuda:N")
+    device: str = option("--device", default="auto", callback=_check_device, metavar=DEVICES)
     threads: int | None = option(
         "--threads", type=int, callback=_check_threads, help="CPU threads.  [default: the runtime's choice]"
     )
+    allow_host_code: bool = option("--allow-host-code", is_flag=True, help=_HOST_CODE_HELP)
+
+    def settings(self) -> dict[str, Any]:
+        """All fields, as keyword arguments of `SuperPoint`."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+
+def _check_devices(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name if name == ALL_DEVICES else _check_device(context, parameter, name) for name in names)
+
+
+@dataclass(frozen=True)
+class SeveralDevicesArgs(OptionGroup):
+    """What each of several models runs on, one device after the other."""
+
+    devices: tuple[str, ...] = option(
+        "--device",
+        multiple=True,
+        default=(ALL_DEVICES,),
+        callback=_check_devices,
+        metavar=f"{DEVICES}|{ALL_DEVICES}",
+        help="May be repeated: each model runs on each. all: every device here that takes it.",
+    )
+    threads: int | None = option(
+        "--threads", type=int, callback=_check_threads, help="CPU threads.  [default: the runtime's choice]"
+    )
+    allow_host_code: bool = option("--allow-host-code", is_flag=True, help=_HOST_CODE_HELP)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from superpoint_trt.cli.options import (
     ImageArgs,
     OptionGroup,
     RuntimeArgs,
+    SeveralDevicesArgs,
     given_flags,
     option,
 )
@@ -31,9 +32,10 @@ from superpoint_trt.cli.terminal import (
     print_table,
     write_json,
 )
+from superpoint_trt.core.files import write_atomically
 from superpoint_trt.core.image import find_images, load_image, parse_size
 from superpoint_trt.match.geometry import Estimator
-from superpoint_trt.prove.benchmark import METHOD, STAGES, BenchOptions, BenchReport
+from superpoint_trt.prove.benchmark import METHOD, STAGES, BenchOptions, BenchReport, to_markdown
 from superpoint_trt.prove.gates import parse_limits
 from superpoint_trt.prove.protocol import Protocol, Resize
 from superpoint_trt.prove.tables import Column, check_table_name, write_table
@@ -96,7 +98,7 @@ def verify(
     for model in dict.fromkeys(models):
         with progress_bar(f"verifying {model}") as progress:
             settings = (limits, runtime.device, progress, limit, runtime.threads, subpixel)
-            found.append(run_verify(model, weights, images, *settings))
+            found.append(run_verify(model, weights, images, *settings, runtime.allow_host_code))
         print_verification(found[-1])
     measured = verification_table(found)
     if len(found) > 1:
@@ -300,7 +302,8 @@ def evaluate(
     for name in dict.fromkeys((*models, *(BASELINES if baselines else ()))):
         worst = worst_arguments.keeper() if name in models else None
         with progress_bar(f"evaluating {name}") as progress:
-            found = run_evaluate(name, folder, protocol, runtime.device, runtime.threads, progress, worst)
+            settings = (protocol, runtime.device, runtime.threads, progress, runtime.allow_host_code)
+            found = run_evaluate(name, folder, *settings, worst)
         evaluations.append(found)
         if worst is not None:
             worst_arguments.draw(found, worst, is_alone=len(set(models)) == 1)
@@ -397,28 +400,34 @@ class BenchArgs(OptionGroup):
 @click.option("--image", help="A photograph to find keypoints in.  [default: a synthetic one]")
 @ImageArgs.declare("image_args")
 @click.option("--plot", "plot_path", help="Picture to draw the stages to: .png, .jpg, .svg or .pdf.")
+@click.option("--markdown", "markdown_path", help="File to write a table to, one row for each model and device.")
 @JSON
-@RuntimeArgs.declare("runtime")
+@SeveralDevicesArgs.declare("runtime")
 def bench(
     models: tuple[str, ...],
     arguments: BenchArgs,
     image: str | None,
     image_args: ImageArgs,
     plot_path: str | None,
+    markdown_path: str | None,
     json_path: str | None,
-    runtime: RuntimeArgs,
+    runtime: SeveralDevicesArgs,
 ) -> None:
     """Time models, stage by stage: median, p95 and p99."""
     from superpoint_trt.prove.benchmark import bench as run_bench
     from superpoint_trt.prove.benchmark import check_plot, plot
 
-    check_outputs((plot_path, json_path), (*models, image))
+    check_outputs((plot_path, markdown_path, json_path), (*models, image))
     if plot_path:
         check_plot(plot_path)
     options, picture = arguments.options(), load_image(image, image_args.reading()) if image else None
     with progress_bar("timing") as progress:
-        report = run_bench(models, options, picture, runtime.device, runtime.threads, progress)
+        report = run_bench(
+            models, options, picture, runtime.devices, runtime.threads, progress, runtime.allow_host_code
+        )
     print_bench(report)
+    if markdown_path:
+        print_row("table", write_atomically(markdown_path, to_markdown(report).encode()))
     if json_path:
         write_json(json_path, report.to_json())
     if plot_path:
@@ -430,6 +439,8 @@ def print_bench(report: BenchReport) -> None:
     machine = report.machine
     print_row("machine", f"{machine.cpu}, {machine.cores} cores, GPU {machine.gpu or 'none'}")
     print_row("method", METHOD)
+    for reason in report.left_out:
+        print_aside("left out", reason)
     for times in report.models:
         found = f"{times.keypoints} keypoints, {report.images_per_s(times):.1f} images/s"
         print_row("model", times.model)

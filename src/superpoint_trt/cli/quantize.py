@@ -18,6 +18,7 @@ from superpoint_trt.convert.quantize.options import (
     CalibrationOptions,
     FirstConvolution,
     Method,
+    Placement,
     QuantizeOptions,
     Rounding,
 )
@@ -64,16 +65,20 @@ class CalibrationFlags:
         first = FirstConvolution(self.first_convolution) if self.first_convolution else None
         return QuantizeOptions(precision, tuple(name for name in self.keep_fp16 if name != NO_LAYER), first)
 
-    def options(self, precision: Precision, rank_layers: bool = False) -> LowPrecisionOptions:
-        """What the workflow takes. Without --keep-fp16 the coarse layers stay in fp16; with --auto none to start from.
+    def options(
+        self, precision: Precision, rank_layers: bool = False, placement: Placement = Placement.TENSORRT
+    ) -> LowPrecisionOptions:
+        """What the workflow takes.
+
+        Without --keep-fp16 the coarse layers stay in fp16; with --auto, and for CPUs, none to start from.
 
         Raises:
             SuperPointError: a gate is not NAME=LIMIT, or unknown.
         """
         from superpoint_trt.int8 import LowPrecisionOptions
 
-        quantize = self.quantize_options(precision)
-        if not self.keep_fp16 and not self.auto:
+        quantize = replace(self.quantize_options(precision), placement=placement)
+        if not self.keep_fp16 and not self.auto and placement is Placement.TENSORRT:
             quantize = replace(quantize, keep_fp16=(COARSE,))
         return LowPrecisionOptions(
             images=self.images,
@@ -167,6 +172,15 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--onnx", required=True, help="An fp32 SuperPoint .onnx.")
 @click.option("--output", help="The quantized .onnx to write: Q/DQ pairs, float32 elsewhere.")
 @click.option("--precision", type=click.Choice(["int8", "fp8"]), default="int8", show_default=True)
+@click.option(
+    "--for",
+    "placement",
+    type=click.Choice([placement.value for placement in Placement]),
+    default=Placement.TENSORRT.value,
+    show_default=True,
+    help="What will run it. cpu: onnxruntime and OpenVINO compute it in 8-bit integers; the first convolution and the "
+    "last of each head stay in fp32.",
+)
 @click.option("--sensitivity", is_flag=True, help="Rank the layers by what quantizing each alone costs.")
 @JSON
 @calibration_options
@@ -174,6 +188,7 @@ def quantize(
     onnx: str,
     output: str | None,
     precision: str,
+    placement: str,
     sensitivity: bool,
     json_path: str | None,
     calibration: CalibrationFlags,
@@ -181,7 +196,7 @@ def quantize(
     """Write an .onnx with int8 or fp8 convolutions and verify it, or only rank its layers."""
     from superpoint_trt.int8 import quantize_and_verify
 
-    options = calibration.options(Precision(precision), sensitivity)
+    options = calibration.options(Precision(precision), sensitivity, Placement(placement))
     if json_path:
         _check_json(json_path, onnx, output, options)
     with phase_bar() as progress:

@@ -60,7 +60,7 @@ class ReconstructArgs(OptionGroup):
         from superpoint_trt.pipeline.match_pairs import PairMatchOptions
         from superpoint_trt.pipeline.reconstruct import ReconstructOptions
 
-        settings = {**extract.settings(), "device": runtime.device, "threads": runtime.threads}
+        settings = {**extract.settings(), **runtime.settings()}
         inputs = InputOptions(None, self.every, self.fps)
         return ReconstructOptions(
             ExtractOptions(model, settings, inputs, overwrite=self.overwrite),

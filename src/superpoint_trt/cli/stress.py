@@ -76,7 +76,15 @@ def run_stress(
     if arguments.plot:
         check_stress_plot(arguments.plot, len(judged))
     with progress_bar("stress: pictures") as progress:
-        report = stress(photos, judged, arguments.options(subpixel), runtime.device, runtime.threads, progress)
+        report = stress(
+            photos,
+            judged,
+            arguments.options(subpixel),
+            runtime.device,
+            runtime.threads,
+            progress,
+            runtime.allow_host_code,
+        )
     print_stress(report)
     if json_path:
         write_json(json_path, report.to_json())

@@ -63,7 +63,7 @@ def open_model(model: str, runtime: RuntimeArgs = _RUNTIME, extract: ExtractArgs
     """Opens a model file or a packaged network, and prints what it runs on."""
     from superpoint_trt.run.extractor import SuperPoint
 
-    superpoint = SuperPoint(model, device=runtime.device, threads=runtime.threads, **extract.settings())
+    superpoint = SuperPoint(model, **runtime.settings(), **extract.settings())
     print_row("model", f"{model} ({superpoint.description.type.value})")
     print_row("ran on", superpoint.runtime)
     print_row("keypoints at", keypoints_at(superpoint.options.subpixel))

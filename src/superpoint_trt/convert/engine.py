@@ -41,7 +41,7 @@ from superpoint_trt.core.types import (
     SuperPointError,
 )
 from superpoint_trt.gpu import cuda
-from superpoint_trt.gpu.engine_file import EngineMetadata, sidecar, with_profile
+from superpoint_trt.gpu.engine_file import EngineMetadata, VersionCompatible, sidecar, with_profile
 from superpoint_trt.gpu.tensorrt_api import RTX_TARGETS, Flavor, TensorRT, load
 
 MIN_SHAPE_HW, MAX_SHAPE_HW = (240, 320), (960, 1280)
@@ -78,6 +78,11 @@ class BuildOptions:
     linear_heads: bool = False
     """Writes raw fp16 heads as NCHW, for programs other than this package. False: channels-last, as convolutions make
     them."""
+    version_compatible: bool = False
+    """The engine also runs in newer versions of TensorRT, and in its lean and dispatch runtimes. Not for RTX."""
+    exclude_lean_runtime: bool = False
+    """Leaves the lean runtime out of a version-compatible plan; it then needs its own version's. TensorRT 10 and newer.
+    """
 
     def __post_init__(self) -> None:
         if self.workspace_gib is not None and not 0 < self.workspace_gib <= MOST_WORKSPACE_GIB:
@@ -86,9 +91,18 @@ class BuildOptions:
             raise SuperPointError(f"optimisation level is {self.optimization_level}; expected 0 to {HIGHEST_LEVEL}.")
         if self.max_batch_size is not None and self.max_batch_size < 1:
             raise SuperPointError(f"the largest batch is {self.max_batch_size} images; expected 1 or more.")
+        if self.exclude_lean_runtime and not self.version_compatible:
+            raise SuperPointError("--exclude-lean-runtime is for --version-compatible; give both.")
         unknown = [target for target in self.targets if target not in RTX_TARGETS]
         if unknown:
             raise SuperPointError(f"target {unknown[0]!r} is unknown; expected some of {','.join(RTX_TARGETS)}.")
+
+    @property
+    def version_compatibility(self) -> VersionCompatible | None:
+        """What the plan needs in other versions of TensorRT; None: it runs in none."""
+        if not self.version_compatible:
+            return None
+        return VersionCompatible.LEAN_APART if self.exclude_lean_runtime else VersionCompatible.LEAN_INSIDE
 
     @property
     def quantize_options(self) -> QuantizeOptions:
@@ -126,8 +140,9 @@ class BuildOptions:
         none = ["none"] if self.calibration is not None else []
         for pattern in self.keep_fp16 or none:
             words += ["--keep-fp16", pattern]
-        if self.linear_heads:
-            words.append("--linear-heads")
+        for flag in ("linear_heads", "version_compatible", "exclude_lean_runtime"):
+            if getattr(self, flag):
+                words.append(f"--{flag.replace('_', '-')}")
         return shlex.join(words)
 
 
@@ -177,6 +192,7 @@ def build(
             "channels_last": builder.channels_last,
             "bytes": len(plan),
         },
+        version_compatible=options.version_compatibility,
     )
     # A reader finds out by the hash if it sees one new file and one old one.
     write_atomically(engine, plan)
@@ -288,6 +304,8 @@ class _Builder:
         )
         if self._tensorrt.flavor is Flavor.RTX:
             self._tensorrt.set_targets(config, targets)
+        if options.version_compatible:
+            self._tensorrt.set_version_compatible(config, not options.exclude_lean_runtime)
         return config
 
     def _timing_cache(self, config: Any) -> Path | None:
@@ -427,6 +445,11 @@ def _check_fits(source: OnnxFile, options: BuildOptions, tensorrt: TensorRT) -> 
         SuperPointError: the model is no SuperPoint, or this TensorRT does not take it.
     """
     model, path, description = source.model, source.path, source.description
+    if description.placement:
+        raise SuperPointError(
+            f"{path} is quantized for CPUs (superpoint quantize --for cpu), which {tensorrt} does not take; build from "
+            "the fp32 .onnx, with --precision int8."
+        )
     newest = tensorrt.newest_opset
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     if newest and opset > newest:
@@ -442,6 +465,13 @@ def _check_fits(source: OnnxFile, options: BuildOptions, tensorrt: TensorRT) -> 
         raise SuperPointError(
             f"--target is TensorRT-RTX's: {tensorrt} builds for the GPU it runs on only. Use --runtime rtx, or leave "
             "out --target."
+        )
+    if options.version_compatible and tensorrt.flavor is Flavor.RTX:
+        raise SuperPointError(f"{tensorrt} builds no version-compatible engines; leave out --version-compatible.")
+    if options.exclude_lean_runtime and not tensorrt.excludes_lean_runtime:
+        raise SuperPointError(
+            f"--exclude-lean-runtime needs TensorRT 10 or newer; here is {tensorrt}, whose plans no other TensorRT "
+            "takes without the lean runtime inside."
         )
     if options.timing_cache is not None and not tensorrt.has_timing_cache:
         raise SuperPointError(f"{tensorrt} times nothing when it builds; leave out --timing-cache.")

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from superpoint_trt.core.contract import recognize
 from superpoint_trt.core.files import PathLike, one_line, read_bytes, sha256
+from superpoint_trt.core.onnx_weights import refuse_weights_elsewhere
 from superpoint_trt.core.types import OUTPUT_NAMES, Float32, ModelDescription, OutputType, Precision, SuperPointError
 
 LOW_TYPES = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
@@ -82,12 +83,7 @@ def check_graph(model: onnx.ModelProto, data: bytes, path: PathLike) -> None:
     if not _all_text(model):
         raise SuperPointError(f"{path} has names that are not UTF-8 text; export the model again.")
     tensors = [*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute if a.HasField("t"))]
-    outside = [tensor.name for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL]
-    if outside:
-        raise SuperPointError(
-            f"{path} keeps its weights ({outside[0]}, ...) in another file; make it one file: "
-            "onnx.save(onnx.load(path), path)."
-        )
+    refuse_weights_elsewhere(model, path)
     try:
         onnx.checker.check_model(data)
     except Exception as error:  # the checker's exceptions share no base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -59,7 +59,7 @@ class OutputType(str, enum.Enum):
 
 
 class Precision(str, enum.Enum):
-    """The number type in which the convolutions are computed, on any device."""
+    """The number type in which the convolutions are computed, on any device. The most exact comes first."""
 
     FP32 = "fp32"
     TF32 = "tf32"
@@ -67,6 +67,12 @@ class Precision(str, enum.Enum):
     BF16 = "bf16"
     INT8 = "int8"
     FP8 = "fp8"
+
+
+def least_exact(precisions: Iterable[Precision]) -> Precision | None:
+    """The least exact of some precisions; None if there is none."""
+    order = list(Precision)
+    return max(precisions, key=order.index, default=None)
 
 
 class Sampling(str, enum.Enum):
@@ -162,6 +168,8 @@ class ModelDescription:
     """Names of the `kept_layers` that read an int8 tensor (from the last max-pool), separated by spaces."""
     first_convolution: str | None = None
     """How a quantized model's first convolution, which reads the image, runs: "fp16" or "parts"."""
+    placement: str | None = None
+    """Which runtimes a quantized model is for: "cpu" (onnxruntime, OpenVINO). None: TensorRT."""
     approximation: str | None = None
     """Where the model was asked to differ from its checkpoint: "BatchNorm folded: ..."."""
     subpixel: bool = False
@@ -264,6 +272,7 @@ _READERS: Mapping[str, _Reader] = {
     "kept_layers": text,
     "fp16_with_int8_input": text,
     "first_convolution": text,
+    "placement": text,
     "approximation": text,
     "subpixel": _flag,
     "superpoint_trt_version": text,

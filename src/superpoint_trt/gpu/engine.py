@@ -33,8 +33,15 @@ from superpoint_trt.core.types import (
 from superpoint_trt.gpu import cuda
 from superpoint_trt.gpu.arrays import channels_last
 from superpoint_trt.gpu.cuda import DeviceMemory
-from superpoint_trt.gpu.engine_file import EngineMetadata, check_runs_here, read_plan, with_profile
-from superpoint_trt.gpu.tensorrt_api import FailureLog, TensorRT, flavor_of, load
+from superpoint_trt.gpu.engine_file import (
+    EngineMetadata,
+    VersionCompatible,
+    check_runs_here,
+    read_plan,
+    why_refused,
+    with_profile,
+)
+from superpoint_trt.gpu.tensorrt_api import FailureLog, Flavor, TensorRT, flavor_of, runtimes
 
 _LONGEST_NAME = 1 << 20
 """Characters of a plan's name that is read as a description."""
@@ -54,6 +61,8 @@ class Engine:
     Args:
         path: the plan. Its .json, if there is one, is compared with this machine first.
         device_index: number of the GPU; None: the thread's current one.
+        allow_host_code: whether code that the plan carries may run in this process. Version-compatible plans carry
+            TensorRT's lean runtime.
 
     Attributes:
         description: what the model is; size and batch are the first profile's.
@@ -64,22 +73,26 @@ class Engine:
         precision: for people: "fp16", or "precision unknown".
 
     Raises:
-        SuperPointError: no such GPU, no TensorRT, or the plan was made for another GPU, TensorRT or model.
+        SuperPointError: no such GPU, no TensorRT, the plan was made for another GPU, TensorRT or model, or it carries
+            host code that is not allowed.
     """
 
-    def __init__(self, path: PathLike, device_index: int | None = None) -> None:
+    def __init__(self, path: PathLike, device_index: int | None = None, allow_host_code: bool = False) -> None:
         path = Path(path)
         plan, metadata = read_plan(path)
-        self.tensorrt = load(metadata.flavor if metadata else flavor_of(plan))
+        self.tensorrt = _fitting_runtime(metadata.flavor if metadata else flavor_of(plan), metadata)
         self.gpu = cuda.current_device() if device_index is None else cuda.device(device_index)
         if metadata:
-            check_runs_here(metadata, path, self.tensorrt.flavor, self.tensorrt.version, self.gpu.capability)
+            runs = self.tensorrt
+            check_runs_here(metadata, path, runs.flavor, runs.version, self.gpu.capability, runs.part)
+            check_host_code(metadata, path, allow_host_code)
+        self._metadata = metadata
         self.on_gpu = cuda.DeviceScope(self.gpu.index)
         with self.on_gpu:
-            self._shared = _shared_plan(plan, path, self.tensorrt, self.gpu.index)
+            self._shared = _shared_plan(plan, path, self.tensorrt, self.gpu.index, allow_host_code)
             known = metadata.description if metadata else described_by_plan(self._shared.engine, path)
             self.profiles = profiles_of(self._shared.engine)
-            check_formats(self.tensorrt, self._shared.engine, path)
+            check_formats(self.tensorrt, self._shared.engine, path, metadata)
             if metadata:
                 check_same_model(metadata, self._shared.engine, self.profiles, path)
             self.description = _checked(
@@ -134,7 +147,7 @@ class Engine:
                 stream.synchronize()
             if not context.set_input_shape(INPUT_NAME, shape):
                 raise log.failed()
-            outputs = output_tensors(self.tensorrt, context, log)
+            outputs = output_tensors(self.tensorrt, context, log, self._metadata)
             check_output_shapes(self.description, shape, {tensor.name: tensor.shape for tensor in outputs})
             return Execution(self.tensorrt, context, stream, shape, outputs)
 
@@ -149,7 +162,8 @@ class Engine:
         """Name of each input and output -> TensorRT's name of its format ("LINEAR", "HWC8")."""
         engine = self._shared.engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        return {name: engine.get_tensor_format(name).name for name in names}
+        stated = self._metadata
+        return {n: self.tensorrt.tensor_format(engine, n, 0, stated.format_of(n) if stated else None) for n in names}
 
     def shares_weights_with(self, other: Engine) -> bool:
         """Whether both use one copy of the weights."""
@@ -250,8 +264,16 @@ class Execution:
         self._context = None
 
 
-def output_tensors(tensorrt: TensorRT, context: Any, log: FailureLog) -> list[OutputTensor]:
+def output_tensors(
+    tensorrt: TensorRT, context: Any, log: FailureLog, metadata: EngineMetadata | None = None
+) -> list[OutputTensor]:
     """The outputs of a context whose input shape is set, in the graph contract's order.
+
+    Args:
+        tensorrt: whose context it is.
+        context: the context.
+        log: for the exception.
+        metadata: the engine's .json, which states the outputs' formats; None: it has none.
 
     Raises:
         SuperPointError: the shape of an output is known only after the run.
@@ -267,7 +289,8 @@ def output_tensors(tensorrt: TensorRT, context: Any, log: FailureLog) -> list[Ou
         if any(size < 0 for size in shape):
             raise log.failed(f"the shape of {name} is not known before the run")
         dtype, is_bfloat16 = numpy_type(trt, engine.get_tensor_dtype(name))
-        pitch = tensorrt.pixel_pitch(engine, name, context.active_optimization_profile)
+        stated = metadata.format_of(name) if metadata else None
+        pitch = tensorrt.pixel_pitch(engine, name, context.active_optimization_profile, stated)
         tensors.append(OutputTensor(name, shape, dtype, offset, is_bfloat16, pitch))
         offset += cuda.aligned(tensors[-1].nbytes)
     return tensors
@@ -283,29 +306,52 @@ def numpy_type(trt: Any, dtype: Any) -> tuple[np.dtype[Any], bool]:
 # -------------------------------------------------------------------------------------------- the plan and its content
 
 
+def _fitting_runtime(flavor: Flavor | None, metadata: EngineMetadata | None) -> TensorRT:
+    """The TensorRT here that runs a plan: the full one, its dispatch or its lean runtime; else the first that is there.
+
+    Raises:
+        SuperPointError: none is installed.
+    """
+    here = runtimes(flavor)
+    first = next(here)
+    if metadata is None or not why_refused(metadata, first.flavor, first.version, first.part):
+        return first
+    return next((one for one in here if not why_refused(metadata, one.flavor, one.version, one.part)), first)
+
+
+def check_host_code(metadata: EngineMetadata, path: PathLike, allowed: bool) -> None:
+    """Refuses a plan with host code inside unless that is allowed.
+
+    Raises:
+        SuperPointError: saying what the code is, and how to allow it.
+    """
+    if metadata.version_compatible is VersionCompatible.LEAN_INSIDE and not allowed:
+        raise SuperPointError(
+            f"{path} carries host code (the lean runtime that makes it version-compatible), which runs in this process "
+            "unchecked: if you trust who built it, open it with --allow-host-code (Python: allow_host_code=True)."
+        )
+
+
 class _SharedPlan:
     """One deserialized plan, for all its users in this process."""
 
-    def __init__(self, plan: bytes, path: Path, tensorrt: TensorRT) -> None:
+    def __init__(self, plan: bytes, path: Path, tensorrt: TensorRT, allow_host_code: bool) -> None:
         with tensorrt.explaining(f"{path} is not an engine that can be loaded here") as log:
-            self._runtime = tensorrt.module.Runtime(tensorrt.logger)
-            self.engine = self._runtime.deserialize_cuda_engine(plan)
-            if self.engine is None:
-                raise log.failed()
+            self._runtime, self.engine = tensorrt.deserialize(plan, allow_host_code, log)
         self.lock = threading.Lock()
         """Held while an execution context is made."""
 
 
-_plans: WeakValueDictionary[tuple[str, int], _SharedPlan] = WeakValueDictionary()
+_plans: WeakValueDictionary[tuple[str, int, bool], _SharedPlan] = WeakValueDictionary()
 _plans_lock = threading.Lock()
 
 
-def _shared_plan(plan: bytes, path: Path, tensorrt: TensorRT, device_index: int) -> _SharedPlan:
-    key = (sha256(plan), device_index)
+def _shared_plan(plan: bytes, path: Path, tensorrt: TensorRT, device_index: int, allow_host_code: bool) -> _SharedPlan:
+    key = (sha256(plan), device_index, allow_host_code)
     with _plans_lock:
         shared = _plans.get(key)
         if shared is None:
-            shared = _plans[key] = _SharedPlan(plan, path, tensorrt)
+            shared = _plans[key] = _SharedPlan(plan, path, tensorrt, allow_host_code)
         return shared
 
 
@@ -319,7 +365,7 @@ def profiles_of(engine: Any) -> list[ShapeRange]:
     return found
 
 
-def check_formats(tensorrt: TensorRT, engine: Any, path: Path) -> None:
+def check_formats(tensorrt: TensorRT, engine: Any, path: Path, metadata: EngineMetadata | None = None) -> None:
     """Checks that every input and output has a memory layout that this package reads. Its own engines all have.
 
     Raises:
@@ -329,7 +375,8 @@ def check_formats(tensorrt: TensorRT, engine: Any, path: Path) -> None:
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             try:
-                pitch = tensorrt.pixel_pitch(engine, name, profile)
+                stated = metadata.format_of(name) if metadata else None
+                pitch = tensorrt.pixel_pitch(engine, name, profile, stated)
             except SuperPointError as error:
                 raise SuperPointError(f"{path}: {error}") from None
             if name == INPUT_NAME and pitch > 1:

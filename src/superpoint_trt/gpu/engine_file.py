@@ -5,6 +5,7 @@ The plan itself is plain TensorRT, which trtexec, Triton and C++ programs load.
 
 from __future__ import annotations
 
+import enum
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -31,13 +32,22 @@ from superpoint_trt.core.types import (
     ShapeRange,
     SuperPointError,
 )
-from superpoint_trt.gpu.tensorrt_api import Flavor
+from superpoint_trt.gpu.tensorrt_api import Flavor, Part
 
 FORMAT = 1
 """Version of the .json's layout. It rises when an older reader can no longer read the file."""
 
 _MOST_CHARS = 1 << 20
 """Length of the .json that is accepted; ordinary ones have 2,000 characters."""
+
+
+class VersionCompatible(str, enum.Enum):
+    """What a plan that runs in other versions of TensorRT needs there."""
+
+    LEAN_INSIDE = "lean runtime inside"
+    """Nothing: it carries the lean runtime of its version, which is host code."""
+    LEAN_APART = "lean runtime apart"
+    """The lean or the full TensorRT of its own version."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +69,31 @@ class EngineMetadata:
     """The command that builds it again."""
     build: dict[str, Any]
     """Workspace, optimization level and others: for people to read, not compared."""
+    version_compatible: VersionCompatible | None = None
+    """None: the plan runs in the TensorRT that built it only."""
+
+    @property
+    def runs_with(self) -> str:
+        """Which TensorRT runs the plan, in words."""
+        made = f"{self.flavor.value} {self.tensorrt_version}"
+        if self.version_compatible is None:
+            return made
+        if self.version_compatible is VersionCompatible.LEAN_APART:
+            return f"{made}, or its lean runtime"
+        newest = "" if _numbers(self.tensorrt_version)[0] >= 10 else ", before 11"
+        return f"{made} and newer{newest}, also its dispatch and lean runtimes (carries host code)"
+
+    def format_of(self, tensor: str) -> str:
+        """TensorRT's name of the format that an input or output was built with."""
+        return "HWC8" if tensor in self.build.get("channels_last", ()) else "LINEAR"
 
     def to_json(self) -> bytes:
         """The file's content."""
         named = {_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        if self.version_compatible is None:
+            del named["version_compatible"]
+        else:
+            named["runs_with"] = self.runs_with  # for people
         flat = {"format": FORMAT, **named, "description": self.description.to_metadata(), "flavour": self.flavor.value}
         return (json.dumps(flat, indent=1) + "\n").encode()
 
@@ -106,6 +137,9 @@ class EngineMetadata:
             onnx_sha256=text(member(flat, "onnx_sha256"), "onnx_sha256"),
             rebuild=text(member(flat, "rebuild"), "rebuild"),
             build=build,
+            version_compatible=choice(flat["version_compatible"], "version_compatible", VersionCompatible)
+            if "version_compatible" in flat
+            else None,
         )
 
 
@@ -153,7 +187,9 @@ def read_plan(engine: PathLike) -> tuple[bytes, EngineMetadata | None]:
     return data, metadata
 
 
-def check_runs_here(metadata: EngineMetadata, engine: PathLike, flavor: Flavor, version: str, target: str) -> None:
+def check_runs_here(
+    metadata: EngineMetadata, engine: PathLike, flavor: Flavor, version: str, target: str, part: Part = Part.FULL
+) -> None:
     """Compares the TensorRT and the GPU that an engine was built for with those of this machine.
 
     Args:
@@ -162,14 +198,15 @@ def check_runs_here(metadata: EngineMetadata, engine: PathLike, flavor: Flavor, 
         flavor: the TensorRT of this machine.
         version: that TensorRT's version.
         target: compute capability of this machine's GPU, "sm90".
+        part: whether that TensorRT is the full one, or its lean or dispatch runtime.
 
     Raises:
         SuperPointError: the engine cannot run here; the text names the difference and the command that rebuilds it.
     """
-    made, here = f"{metadata.flavor.value} {metadata.tensorrt_version}", f"{flavor.value} {version}"
     differences = []
-    if made != here:
-        differences.append(f"was built by {made}, here is {here}")
+    refused = why_refused(metadata, flavor, version, part)
+    if refused:
+        differences.append(refused)
     if target not in metadata.targets:
         built_on = f" ({metadata.gpu_name})" if metadata.gpu_name else ""
         differences.append(f"was built for {', '.join(metadata.targets)}{built_on}, this GPU is {target}")
@@ -177,6 +214,44 @@ def check_runs_here(metadata: EngineMetadata, engine: PathLike, flavor: Flavor, 
         raise SuperPointError(
             f"{engine} {' and '.join(differences)}: engines do not travel. Build it here: {metadata.rebuild}"
         )
+
+
+def why_refused(metadata: EngineMetadata, flavor: Flavor, version: str, part: Part = Part.FULL) -> str:
+    """Why a TensorRT does not run a plan; empty if it does.
+
+    Args:
+        metadata: the engine's.
+        flavor: the TensorRT.
+        version: its version.
+        part: whether it is the full one, or its lean or dispatch runtime.
+
+    Returns:
+        A verb and what follows, for a sentence about the engine: "was built by ...".
+    """
+    made = f"{metadata.flavor.value} {metadata.tensorrt_version}"
+    here = f"{flavor.value}{'' if part is Part.FULL else f' {part.value} runtime'} {version}"
+    differs = f"was built by {made}, here is {here}"
+    compatible, same = metadata.version_compatible, (metadata.flavor, metadata.tensorrt_version) == (flavor, version)
+    if compatible is None and part is not Part.FULL:
+        return f"{differs}, which runs plans built with --version-compatible only"
+    if compatible is None:
+        return "" if same else differs
+    if metadata.flavor is not flavor:
+        return differs
+    if compatible is VersionCompatible.LEAN_APART:
+        needs = f"{differs}: without a lean runtime inside it needs {made}, full or lean"
+        return "" if same and part is not Part.DISPATCH else needs
+    built, found = _numbers(metadata.tensorrt_version), _numbers(version)
+    if found[:2] < built[:2]:
+        return f"{differs}: a plan runs in its own version of TensorRT and newer ones"
+    if found[0] >= 11 and built[0] < 10:
+        return f"{differs}: TensorRT 11 runs plans of 10.0 and newer; use 10, or its dispatch runtime"
+    return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The parts of a version: 10.16.1.11 -> (10, 16, 1, 11)."""
+    return tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
 
 
 def with_profile(description: ModelDescription, profile: ShapeRange) -> ModelDescription:

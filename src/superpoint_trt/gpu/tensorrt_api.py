@@ -29,7 +29,26 @@ class Flavor(str, enum.Enum):
     """TensorRT-RTX: for RTX GPUs (Turing and newer); builds without one, in under a second."""
 
 
+class Part(str, enum.Enum):
+    """How much of TensorRT a library holds."""
+
+    FULL = "full"
+    """Builder and runtime."""
+    DISPATCH = "dispatch"
+    """1 MB: runs version-compatible plans that carry a lean runtime, by means of that runtime."""
+    LEAN = "lean"
+    """46 MB: runs version-compatible plans."""
+
+
 MODULES = {Flavor.TENSORRT: "tensorrt", Flavor.RTX: "tensorrt_rtx"}
+"""The full libraries' Python modules."""
+
+RUNTIME_MODULES = {
+    Part.DISPATCH: ("tensorrt_dispatch", "tensorrt_dispatch_bindings"),
+    Part.LEAN: ("tensorrt_lean", "tensorrt_lean_bindings"),
+}
+"""Modules of the libraries that run plans and build none. NVIDIA's wheels of the second name need none of the first."""
+
 _NAMES = {Flavor.TENSORRT: "TensorRT", Flavor.RTX: "TensorRT-RTX"}
 
 _MAGIC = {b"ftrt": Flavor.TENSORRT, b"vtrt": Flavor.RTX}
@@ -60,6 +79,8 @@ def _missing(flavor: Flavor | None) -> str:
     """What to do if a TensorRT is not installed; None: if neither is."""
     if flavor:
         what = f"{_NAMES[flavor]} is not installed here: {install_hint(flavor.value)}."
+        if flavor is Flavor.TENSORRT:
+            what += f" For engines built with --version-compatible 50 MB do: {install_hint('lean')}."
     else:
         what = (
             f"TensorRT is not installed here: {install_hint(*(known.value for known in Flavor))} on a machine with an "
@@ -69,8 +90,30 @@ def _missing(flavor: Flavor | None) -> str:
     return f"{what} Without it the .onnx runs everywhere: superpoint infer --model MODEL.onnx --image IMAGE."
 
 
+def installed_runtimes() -> dict[Part, str]:
+    """The lean and dispatch runtimes that can be imported here, and their modules."""
+    here = {part: [name for name in names if util.find_spec(name)] for part, names in RUNTIME_MODULES.items()}
+    return {part: names[0] for part, names in here.items() if names}
+
+
+def runtimes(flavor: Flavor | None = None) -> Iterator[TensorRT]:
+    """Loads what can run a plan here, one after the other: the full TensorRT, then its dispatch and lean runtimes.
+
+    Args:
+        flavor: whose plan; None: the first flavor that is installed.
+
+    Raises:
+        SuperPointError: nothing is installed, or a library does not load.
+    """
+    parts = installed_runtimes() if flavor is not Flavor.RTX else {}
+    if not parts or flavor in installed() or (flavor is None and installed()):
+        yield load(flavor)
+    for part, module in parts.items():
+        yield _load(Flavor.TENSORRT, part, module)
+
+
 def load(flavor: Flavor | None = None) -> TensorRT:
-    """Loads a TensorRT, once in a process.
+    """Loads a full TensorRT, once in a process.
 
     Args:
         flavor: the one to load; None: the first that is installed.
@@ -83,17 +126,22 @@ def load(flavor: Flavor | None = None) -> TensorRT:
         flavor = here[0]
     if flavor is None or flavor not in here:
         raise SuperPointError(_missing(flavor))
-    if flavor not in _loaded:
+    return _load(flavor, Part.FULL, MODULES[flavor])
+
+
+def _load(flavor: Flavor, part: Part, module: str) -> TensorRT:
+    if (flavor, part) not in _loaded:
         try:
-            _loaded[flavor] = TensorRT(flavor, import_module(MODULES[flavor]))
+            _loaded[flavor, part] = TensorRT(flavor, import_module(module), part)
         except (ImportError, OSError, AttributeError) as error:  # AttributeError: another library of that name
-            cause = _hidden_error(MODULES[flavor], error) or error
+            cause = _hidden_error(module, error) or error
             reason = " ".join(str(cause).split())
+            hint = install_hint(flavor.value if part is Part.FULL else "lean")
             raise SuperPointError(
-                f"{MODULES[flavor]} is installed but does not load: {reason}; reinstall it: "
-                f"{install_hint(flavor.value)}. On a Jetson use JetPack's own, see docs/tensorrt.md."
+                f"{module} is installed but does not load: {reason}; reinstall it: {hint}. On a Jetson use JetPack's "
+                "own, see docs/tensorrt.md."
             ) from cause
-    return _loaded[flavor]
+    return _loaded[flavor, part]
 
 
 def _hidden_error(module: str, error: Exception) -> OSError | None:
@@ -102,7 +150,7 @@ def _hidden_error(module: str, error: Exception) -> OSError | None:
     The package ignores it and then reports that there is no such library. None if that is so.
     """
     library = re.match(r"(\S+): cannot open shared object file", str(error))
-    package = util.find_spec(f"{module}_libs")
+    package = util.find_spec(f"{module[: -len('_bindings')] if module.endswith('_bindings') else module}_libs")
     if library and package:
         for folder in package.submodule_search_locations or ():
             path = Path(folder) / library[1]
@@ -114,7 +162,7 @@ def _hidden_error(module: str, error: Exception) -> OSError | None:
     return None
 
 
-_loaded: dict[Flavor, TensorRT] = {}
+_loaded: dict[tuple[Flavor, Part], TensorRT] = {}
 
 
 def flavor_of(plan: bytes) -> Flavor | None:
@@ -127,13 +175,15 @@ class TensorRT:
 
     Attributes:
         flavor: TensorRT or TensorRT-RTX.
+        part: the full library, or its lean or dispatch runtime.
         module: its Python module.
         logger: the one logger of this process: TensorRT ignores a second one.
         version: "8.6.0", "10.13.3.9", "1.7.1.116", ...
     """
 
-    def __init__(self, flavor: Flavor, module: Any) -> None:
+    def __init__(self, flavor: Flavor, module: Any, part: Part = Part.FULL) -> None:
         self.flavor = flavor
+        self.part = part
         self.module = module
         self.version: str = module.__version__
         self._major = int(self.version.split(".")[0])
@@ -142,7 +192,8 @@ class TensorRT:
         self.logger = _logger(module, self._log)
 
     def __str__(self) -> str:
-        return f"{_NAMES[self.flavor]} {self.version}"
+        part = "" if self.part is Part.FULL else f" {self.part.value} runtime"
+        return f"{_NAMES[self.flavor]}{part} {self.version}"
 
     # ---------------------------------------------------------------------------------------------------------- log
 
@@ -212,6 +263,18 @@ class TensorRT:
         if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):  # always on from 10
             config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
 
+    def set_version_compatible(self, config: Any, lean_runtime_inside: bool) -> None:
+        """Has a plan run in later versions of TensorRT, too; with a lean runtime inside that does so."""
+        flags = self.module.BuilderFlag
+        config.set_flag(flags.VERSION_COMPATIBLE)
+        if not lean_runtime_inside:
+            config.set_flag(flags.EXCLUDE_LEAN_RUNTIME)
+
+    @property
+    def excludes_lean_runtime(self) -> bool:
+        """Whether plans without a lean runtime inside can be built for use in the same version. 8.6's are refused."""
+        return self.flavor is Flavor.TENSORRT and self._major >= 10
+
     def set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
         """GPU architectures to build for; RTX only."""
         config.num_compute_capabilities = len(targets)
@@ -233,29 +296,82 @@ class TensorRT:
         """Has an engine write a 16-bit output channels-last, with the channels padded to a multiple of eight (HWC8)."""
         output.allowed_formats = 1 << int(self.module.TensorFormat.HWC8)
 
-    def pixel_pitch(self, engine: Any, name: str, profile: int = 0) -> int:
-        """How an engine's tensor lies in memory.
+    def tensor_format(self, engine: Any, name: str, profile: int = 0, stated: str | None = None) -> str:
+        """TensorRT's name of the format of an engine's tensor: "LINEAR", "HWC8".
+
+        Args:
+            engine: TensorRT's engine.
+            name: the tensor's.
+            profile: number of the optimization profile.
+            stated: the format that the engine's .json states. None: there is no .json.
+
+        Raises:
+            SuperPointError: neither TensorRT nor a .json tells, or they contradict each other.
+        """
+        arguments = (name, profile) if profile else (name,)  # not every 8.6 takes a profile
+        if self.part is Part.FULL:
+            return str(engine.get_tensor_format(*arguments).name)
+        # The lean and dispatch bindings lack the enumeration, so they can only tell in words: "... (kHWC8)".
+        told = re.search(r"\(k([A-Z0-9_]+)\)", str(engine.get_tensor_format_desc(*arguments)))
+        if told and stated not in (None, told[1]):
+            raise SuperPointError(f"{name} has TensorRT's format {told[1]}, but the engine's .json says {stated}.")
+        if told:
+            return told[1]
+        if stated is None:
+            raise SuperPointError(
+                f"{self} does not tell the format of {name}, and there is no .json that does: carry the engine's .json "
+                "with it, or run it in the full TensorRT."
+            )
+        return stated
+
+    def pixel_pitch(self, engine: Any, name: str, profile: int = 0, stated: str | None = None) -> int:
+        """How an engine's tensor lies in memory; arguments as `tensor_format`.
 
         Returns:
             Values from one pixel to the next if the channels of a pixel lie together (NHWC); 0 for NCHW.
 
         Raises:
-            SuperPointError: the tensor has any other of TensorRT's formats.
+            SuperPointError: the tensor has any other of TensorRT's formats, or nothing tells which.
         """
-        # The profile is passed only where it matters: not every 8.6 takes it.
-        found = engine.get_tensor_format(name, profile) if profile else engine.get_tensor_format(name)
+        found = self.tensor_format(engine, name, profile, stated)
         shape = tuple(engine.get_tensor_shape(name))
-        if found.name == "LINEAR":
+        if found == "LINEAR":
             return 0
-        if found.name not in _CHANNELS_LAST or len(shape) != 4:
+        if found not in _CHANNELS_LAST or len(shape) != 4:
             raise SuperPointError(
-                f"{name} {list(shape)} has TensorRT's format {found.name}; expected one of LINEAR, "
+                f"{name} {list(shape)} has TensorRT's format {found}; expected one of LINEAR, "
                 f"{', '.join(_CHANNELS_LAST)} (trtexec: leave --inputIOFormats and --outputIOFormats away)."
             )
-        multiple = _CHANNELS_LAST[found.name]
+        multiple = _CHANNELS_LAST[found]
         return -(-int(shape[1]) // multiple) * multiple
 
     # ------------------------------------------------------------------------------------------------------- runtime
+
+    def deserialize(self, plan: bytes, allow_host_code: bool, log: FailureLog) -> tuple[Any, Any]:
+        """Opens a plan.
+
+        Args:
+            plan: the plan.
+            allow_host_code: whether code in the plan may run in this process.
+            log: collects messages meanwhile.
+
+        Returns:
+            TensorRT's runtime, which must live as long as the engine, and the engine.
+
+        Raises:
+            SuperPointError: TensorRT refuses.
+        """
+        runtime = self.module.Runtime(self.logger)
+        if self.part is not Part.FULL and log.has_errors:
+            # These bindings return an empty object then, and end the process if it is used or freed.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(runtime))
+            raise log.failed()
+        if allow_host_code:
+            runtime.engine_host_code_allowed = True
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise log.failed()
+        return runtime, engine
 
     @property
     def captures(self) -> bool:
@@ -307,6 +423,11 @@ class FailureLog:
         """Messages that came on the thread that does the work."""
         self.shared: deque[LogMessage] = deque(maxlen=_MOST_MESSAGES)
         """Messages from TensorRT's own threads meanwhile; they may belong to another thread's work."""
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether the working thread got an error."""
+        return any(level <= int(self._severity.ERROR) for level, _ in tuple(self.own))
 
     def messages(self) -> list[str]:
         """The errors, else the warnings; each once, without TensorRT's prefixes.
@@ -373,6 +494,15 @@ _ADVICE = (
     (
         r"plan\.header\.size == blobSize|Plan is truncated|blob size",
         "The file is not whole: copy or build it again.",
+    ),
+    (
+        r"host code|engine_host_code_allowed|EngineHostCode|lean runtime.*not allowed",
+        "The plan carries host code: if you trust who built it, open it with --allow-host-code.",
+    ),
+    (
+        r"libnvinfer_lean",
+        "Version-compatible engines need TensorRT's lean runtime of its own version beside its libraries: "
+        "docs/tensorrt.md.",
     ),
     (
         r"magic ?tag|incompatible serialization|version tag|not compatible with this version|engine plan file",

@@ -163,14 +163,14 @@ def open_matcher(options: MatchOptions | None = None, device: str = "auto") -> M
 
     Args:
         options: which neighbors are matches.
-        device: "cpu"; "cuda" or "cuda:N"; "auto": a GPU if there is one that works, else the CPU. `runs_on` says
-            why a GPU that is there is not used.
+        device: "cpu", also by the name of any of OpenVINO's devices, which run networks only; "cuda" or "cuda:N";
+            "auto": a GPU if there is one that works, else the CPU. `runs_on` says why a GPU that is there is not used.
 
     Raises:
         SuperPointError: the GPU that was asked for cannot be used.
     """
     choice = DeviceChoice.parse(device)
-    if choice.kind == "cpu":
+    if choice.kind in ("cpu", "openvino"):
         return HostMatcher(options)
     try:
         return DeviceMatcher(options, choice.index)

@@ -357,9 +357,7 @@ class _Hdf5File:
 
     def copy_to(self, target: Any, names: Sequence[str]) -> None:
         """Copies entries to another open file, as they lie on disk."""
-        links = self._h5py.h5p.create(self._h5py.h5p.LINK_CREATE)
-        links.set_create_intermediate_group(True)
-        links.set_char_encoding(self._h5py.h5t.CSET_UTF8)
+        links = _new_links(self._h5py)
         for name in names:
             place = name.encode()
             self._h5py.h5o.copy(self._file.id, place, target.id, place, lcpl=links)
@@ -370,6 +368,14 @@ class _Hdf5File:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _new_links(h5py: ModuleType) -> Any:
+    """How entries are linked into a file: with the groups above them, and names in UTF-8."""
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    links.set_char_encoding(h5py.h5t.CSET_UTF8)
+    return links
 
 
 def open_hdf5(path: Path, what: str = "feature file") -> Any:
@@ -435,29 +441,51 @@ class Hdf5Target:
     """
 
     def __init__(self, path: Path, place: Path, kept: int) -> None:
-        h5py, self._path = import_h5py(), path
+        self._h5py, self._path, self._grows = import_h5py(), path, kept > 0
+        h5p, h5t = self._h5py.h5p, self._h5py.h5t
+        self._links = _new_links(self._h5py)
+        self._layout = h5p.create(h5p.DATASET_CREATE)
+        self._layout.set_obj_track_times(False)  # equal bytes for equal entries
+        self._types = {np.dtype(kind): h5t.py_create(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i8")}
         with Reported(path):
             self._disk = JournaledFile(place, kept)
-            self.file = h5py.File(self._disk, "r+" if kept else "w", libver=_HDF5_FORMATS)
+            self.file = self._h5py.File(self._disk, "r+" if kept else "w", libver=_HDF5_FORMATS)
 
     def write(self, name: str, arrays: dict[str, NDArray[Any]], uncertainty: float) -> None:
         """Writes one image's arrays."""
-        self._check_new(name)
         with self.reported():
-            group = self.file.create_group(name)
+            try:
+                # By h5py's lower layer, which takes half the time for small parts.
+                group = self._h5py.h5g.create(self.file.id, name.encode(), lcpl=self._links)
+            except ValueError:
+                self._check_new(name)
+                raise
             for key, array in arrays.items():
-                group.create_dataset(key, data=array.T if key == "descriptors" else array)
-            group["keypoints"].attrs[_UNCERTAINTY] = uncertainty
+                stored = np.ascontiguousarray(array.T if key == "descriptors" else array)
+                dataset = self._create(self._h5py.h5d, group, key, stored.dtype, stored.shape, dcpl=self._layout)
+                if stored.size:
+                    dataset.write(self._h5py.h5s.ALL, self._h5py.h5s.ALL, stored)
+                if key == "keypoints":
+                    noise = np.array(uncertainty, dtype=np.float64)
+                    self._create(self._h5py.h5a, dataset, _UNCERTAINTY, noise.dtype, ()).write(noise)
+
+    def _create(
+        self, module: Any, place: Any, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], **how: Any
+    ) -> Any:
+        """Creates a dataset (h5py's module h5d) or an attribute (h5a)."""
+        h5s = self._h5py.h5s
+        space = h5s.create_simple(shape) if shape else h5s.create(h5s.SCALAR)
+        return module.create(place, name.encode(), self._types[dtype], space, **how)
 
     def copy(self, features: FeatureFile, names: Sequence[str]) -> None:
         """Copies entries of another file."""
-        for name in names:
+        for name in names if self._grows else ():
             self._check_new(name)
         with self.reported():
             features.hdf5.copy_to(self.file, names)
 
     def _check_new(self, name: str) -> None:
-        if f"{name}/keypoints" in self.file:
+        if name in self.file:
             raise SuperPointError(f"{self._path} has an entry {name!r} already; two images have the same name.")
 
     def describe(self, text: str) -> None:

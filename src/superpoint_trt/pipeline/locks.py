@@ -27,21 +27,28 @@ class RangeLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.works = True
+        self.works, self._path = True, path
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise SuperPointError(f"{path} cannot be written: {error.strerror}.") from error
 
     def take(self, first: int, count: int) -> bool:
-        """Locks `count` numbers from `first` on, without waiting; whether no other process has one of them."""
+        """Locks `count` numbers from `first` on, without waiting.
+
+        Returns:
+            Whether they are this process's; False: another has one of them.
+
+        Raises:
+            SuperPointError: the file system fails.
+        """
         try:
             _lock(self._descriptor, first, count)
         except OSError as error:
             if error.errno in _TAKEN:
                 return False
             if error.errno not in _NO_LOCKS:
-                raise
+                raise SuperPointError(f"{self._path} cannot be locked: {error.strerror}.") from error
             self.works = False
         return True
 

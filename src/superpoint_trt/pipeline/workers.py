@@ -15,9 +15,10 @@ from typing import Any, Callable, NamedTuple, Protocol
 import numpy as np
 
 from superpoint_trt.convert.default_model import model_path
-from superpoint_trt.core.files import PathLike, file_sha256
+from superpoint_trt.core.files import PathLike, file_sha256, one_line
 from superpoint_trt.core.image import Placement, needed_side_px
 from superpoint_trt.core.image_file import MOST_PIXELS, ReadOptions, read_image_file
+from superpoint_trt.core.memory import ran_out_of_memory
 from superpoint_trt.core.orientation import UPRIGHT, stored_size, to_stored
 from superpoint_trt.core.types import Keypoints, SuperPointError
 from superpoint_trt.pipeline.feature_files import DETECTION_NOISE_PX, FeatureWriter, is_hdf5_name
@@ -266,17 +267,15 @@ class _Reader:
         try:
             image = read_image_file(item.path, self._reading, self._side_px)
             return _Loaded(item, self._superpoint.load(image), image.orientation)
-        except SuperPointError as error:
-            return _Loaded(item, error, UPRIGHT)
-        except MemoryError:
-            return _Loaded(item, SuperPointError("memory ran out while the image was read; see --max-side."), UPRIGHT)
+        except Exception as error:
+            return _Loaded(item, _as_reason(error), UPRIGHT)
 
     def _load_frame(self, item: Item) -> _Loaded:
         assert item.frame is not None
         try:
             return _Loaded(item, self._superpoint.load(self._read_frame(item.path, item.frame)), UPRIGHT)
-        except SuperPointError as error:
-            return _Loaded(item, error, UPRIGHT)
+        except Exception as error:
+            return _Loaded(item, _as_reason(error), UPRIGHT)
 
     def _read_frame(self, path: str, frame: Frame) -> Any:
         if self._video is None or str(self._video.path) != str(Path(path)):
@@ -298,6 +297,15 @@ class _Reader:
         for pool in (self._files, self._frames):
             pool.shutdown(wait=True, cancel_futures=True)
         self._close_video()
+
+
+def _as_reason(error: Exception) -> SuperPointError:
+    """Why an image could not be read. One image must not stop a run of days, whatever its decoder raises."""
+    if isinstance(error, SuperPointError):
+        return error
+    if ran_out_of_memory(error):
+        return SuperPointError("memory ran out while the image was read; see --max-side and --loaders.")
+    return SuperPointError(f"the image cannot be read: {type(error).__name__}: {one_line(error)}.")
 
 
 def usable_cpus() -> int:
@@ -336,7 +344,7 @@ class _Writer:
         """
         while len(self._writing) >= _MOST_WRITES_WAITING:
             self._writing.popleft().result()
-        prepared = self._helpers.submit(_as_stored, result, source.orientation, self._dtype)
+        prepared = self._helpers.submit(as_stored, result, source.orientation, self._dtype)
         self._writing.append(self._thread.submit(self._write, source, prepared))
 
     def wait(self) -> None:
@@ -376,7 +384,7 @@ class _Writer:
             self._open.abandon()
 
 
-def _as_stored(
+def as_stored(
     result: Keypoints | SuperPointError, orientation: int, dtype: np.dtype[Any]
 ) -> Keypoints | SuperPointError:
     """A result in the pixels of its file, and with descriptors in the order of bytes in which HDF5 has them, (D, N)."""

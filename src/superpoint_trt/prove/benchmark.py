@@ -20,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt._version import __version__
+from superpoint_trt.core.device import ALL_DEVICES
 from superpoint_trt.core.files import PathLike, write_atomically
 from superpoint_trt.core.image import synthetic_photograph
 from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.progress import Progress
 from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.run.backends import RuntimeInfo, devices_for
 from superpoint_trt.run.extractor import SuperPoint
 
 STAGES = ("preprocess", "host_to_device", "network", "decode", "device_to_host", "wall")
@@ -77,7 +79,7 @@ class ModelTimes:
     """One model's figures."""
 
     model: str
-    runtime: str
+    runtime: RuntimeInfo
     description: dict[str, str]
     """The model's metadata, as `ModelDescription.to_metadata` writes it."""
     size_hw: tuple[int, int]
@@ -121,6 +123,8 @@ class BenchReport:
     machine: Machine
     options: BenchOptions
     models: list[ModelTimes]
+    left_out: list[str] = field(default_factory=list)
+    """One line for each model and device of "all" that do not go together, with the reason."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -135,7 +139,7 @@ class BenchReport:
         summaries = {stage: times.summary(stage) for stage in STAGES}
         return {
             "model": times.model,
-            "runtime": times.runtime,
+            "runtime": str(times.runtime),
             "description": times.description,
             "size_hw": list(times.size_hw),
             "keypoints": times.keypoints,
@@ -152,9 +156,10 @@ def bench(
     models: Sequence[PathLike],
     options: BenchOptions | None = None,
     image: NDArray[Any] | None = None,
-    device: str = "auto",
+    device: str | Sequence[str] = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    allow_host_code: bool = False,
 ) -> BenchReport:
     """Times one or more models.
 
@@ -162,9 +167,11 @@ def bench(
         models: model files that `SuperPoint` opens.
         options: batch, size, iterations.
         image: (H, W) or (H, W, 3) uint8 to find keypoints in, scaled to the size; None: `synthetic_photograph`.
-        device: where the models run, as `SuperPoint` takes it.
+        device: where the models run, as `SuperPoint` takes it. Of several, each model runs on each. `ALL_DEVICES`: on
+            each device of this machine that takes it; what does not go together is left out and named.
         threads: CPU threads of each model; None: the runtime's own choice.
         progress: called with (calls done, all calls).
+        allow_host_code: run the code that version-compatible engines carry.
 
     Raises:
         SuperPointError: there is no model, or one cannot take the batch or size. Raised before anything is timed.
@@ -173,9 +180,10 @@ def bench(
     if not models:
         raise SuperPointError("there is no model to time; give at least one.")
     with ExitStack() as stack:
-        runs = [
-            _Run(stack.enter_context(_open(model, device, threads)), str(model), options, image) for model in models
-        ]
+        opened, left_out = _opened(models, [device] if isinstance(device, str) else device, threads, allow_host_code)
+        for _, superpoint in opened:
+            stack.enter_context(superpoint)
+        runs = [_Run(superpoint, name, options, image) for name, superpoint in opened]
         total = (options.warm_up + options.iterations) * len(runs)
         for start in range(0, options.warm_up + options.iterations, CALLS_PER_TURN):
             calls = range(start, min(start + CALLS_PER_TURN, options.warm_up + options.iterations))
@@ -185,7 +193,37 @@ def bench(
                     run.call(measured=call >= options.warm_up)
                 if progress:
                     progress(start * len(runs) + len(calls) * (turn + 1), total)
-        return BenchReport(_machine(threads), options, [run.times for run in runs])
+        return BenchReport(_machine(threads), options, [run.times for run in runs], left_out)
+
+
+def _opened(
+    models: Sequence[PathLike], devices: Sequence[str], threads: int | None, allow_host_code: bool
+) -> tuple[list[tuple[str, SuperPoint]], list[str]]:
+    """Opens each model on each of its devices.
+
+    Returns:
+        Names and models; and a line for each device of "all" that does not take a model that another device takes.
+    """
+    opened: list[tuple[str, SuperPoint]] = []
+    left_out: list[str] = []
+    for model in models:
+        refused: list[SuperPointError] = []
+        asked = [(there, device == ALL_DEVICES) for device in devices for there in _devices(model, device)]
+        for where, may_refuse in asked:
+            try:
+                opened.append((str(model), _open(model, where, threads, allow_host_code)))
+            except SuperPointError as error:
+                refused.append(error)
+                if not may_refuse or len(refused) == len(asked):
+                    for _, superpoint in opened:
+                        superpoint.close()
+                    raise refused[0] from error
+                left_out.append(f"{where}: {error}")
+    return opened, left_out
+
+
+def _devices(model: PathLike, device: str) -> list[str]:
+    return devices_for(model) if device == ALL_DEVICES else [device]
 
 
 class _Run:
@@ -211,7 +249,7 @@ class _Run:
         self._images = [np.ascontiguousarray(np.roll(picture, 8 * index, axis=1)) for index in range(options.batch)]
         self._superpoint = superpoint
         found = len(superpoint.extract(self._images[0]))
-        self.times = ModelTimes(name, str(superpoint.runtime), model.to_metadata(), size, found)
+        self.times = ModelTimes(name, superpoint.runtime, model.to_metadata(), size, found)
 
     def call(self, measured: bool) -> None:
         """Makes the call twice, as a whole and step by step; keeps the times if measured."""
@@ -224,11 +262,48 @@ class _Run:
                 self.times.times_ms[stage].append(seconds * 1e3)
 
 
-def _open(model: PathLike, device: str, threads: int | None) -> SuperPoint:
+def _open(model: PathLike, device: str, threads: int | None, allow_host_code: bool) -> SuperPoint:
     try:
-        return SuperPoint(model, device=device, threads=threads)
+        return SuperPoint(model, device=device, threads=threads, allow_host_code=allow_host_code)
     except SuperPointError as error:
         raise SuperPointError(f"{model}: {error}") from error
+
+
+def to_markdown(report: BenchReport) -> str:
+    """The report as a Markdown table, one row for each model and device, and a line that says how it was measured."""
+    columns = ["model", "runs on", "computed in", "network, ms", "image to keypoints, ms", "images/s", "keypoints"]
+    rows = [columns, ["---"] * len(columns)]
+    for times in report.models:
+        info = times.runtime
+        rows.append(
+            [
+                Path(times.model).name,
+                f"{info.backend}, {info.device.split(' (')[0]}",
+                info.precision,
+                *(f"{np.median(ms):.1f} ({min(ms):.1f})" for ms in map(times.times_ms.get, ("network", "wall")) if ms),
+                f"{report.images_per_s(times):.1f}",
+                str(times.keypoints),
+            ]
+        )
+    table = "\n".join(f"| {' | '.join(_cell(value) for value in row)} |" for row in rows)
+    return f"{table}\n\n{_conditions(report)}\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _conditions(report: BenchReport) -> str:
+    """In a sentence, what the figures were taken on."""
+    machine, options = report.machine, report.options
+    sizes = dict.fromkeys(f"{times.size_hw[1]}x{times.size_hw[0]}" for times in report.models)
+    threads = f"{machine.threads} threads" if machine.threads else "each runtime's own number of threads"
+    where = f"{machine.cpu} ({machine.cores} cores)" + (f", {machine.gpu}" if machine.gpu else "")
+    return (
+        f"{', '.join(sizes)}, batch {options.batch}; median (fastest) of {options.iterations} calls in turn; {where}, "
+        f"{threads}; "
+        f"superpoint-trt {machine.versions['superpoint-trt']}, {machine.time[:10]}."
+    )
 
 
 PLOT_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".pdf")
@@ -257,7 +332,10 @@ def plot(report: BenchReport, path: PathLike) -> Path:
 
     figure = Figure(figsize=(9, 1.6 + 0.6 * len(report.models)), layout="constrained")
     axes: Any = figure.subplots()
-    names = [f"{Path(times.model).name}\n{report.images_per_s(times):.1f} images/s" for times in report.models]
+    names = [
+        f"{Path(times.model).name}, {times.runtime.device.split(' (')[0]}\n{report.images_per_s(times):.1f} images/s"
+        for times in report.models
+    ]
     lines = np.arange(len(names))
     left = np.zeros(len(names))
     for stage in STAGES[:-1]:
@@ -279,7 +357,7 @@ def plot(report: BenchReport, path: PathLike) -> Path:
 
 def _machine(threads: int | None) -> Machine:
     versions = {"superpoint-trt": __version__}
-    for name in ("numpy", "opencv-python-headless", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt"):
+    for name in ("numpy", "opencv-python-headless", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "tensorrt"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

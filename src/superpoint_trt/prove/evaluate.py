@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
@@ -150,6 +151,7 @@ def evaluate(
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    allow_host_code: bool = False,
     worst: WorstPairs | None = None,
 ) -> Evaluation:
     """Runs a model, or OpenCV's SIFT, RootSIFT or ORB, over a dataset.
@@ -161,6 +163,7 @@ def evaluate(
         device: where a model file runs, as `SuperPoint` takes it.
         threads: CPU threads of a model file.
         progress: called with (images and pairs done, all of them).
+        allow_host_code: run the code that a version-compatible engine carries.
         worst: is told of each pair, and keeps those with the worst homography.
 
     Raises:
@@ -173,11 +176,12 @@ def evaluate(
     detector = _Stage(protocol.detector_size_hw, protocol.detector_nms_radius_px, keeps_descriptors=False)
     descriptor = _Stage(protocol.descriptor_size_hw, protocol.descriptor_nms_radius_px, keeps_descriptors=True)
     with ExitStack() as stack:
-        opened = _open(model, protocol, detector, device, threads, stack)
+        open_model = partial(SuperPoint, model, device=device, threads=threads, allow_host_code=allow_host_code)
+        opened = _open(model, open_model, protocol, detector, stack)
         evaluation = Evaluation(str(model), opened.runtime, protocol, [], found.problems)
         # The second model is opened after the first stage: the idle threads of two sessions would slow each other.
         detected = _extract(opened.extract, paths, detector, evaluation, steps)
-        opened = _open(model, protocol, descriptor, device, threads, stack)
+        opened = _open(model, open_model, protocol, descriptor, stack)
         described = _extract(opened.extract, paths, descriptor, evaluation, steps)
     for pair in found.pairs:
         if all(path in views for path in (pair.first, pair.second) for views in (detected, described)):
@@ -213,12 +217,12 @@ class _Opened:
 
 
 def _open(
-    model: PathLike, protocol: Protocol, stage: _Stage, device: str, threads: int | None, stack: ExitStack
+    model: PathLike, open_model: Callable[..., SuperPoint], protocol: Protocol, stage: _Stage, stack: ExitStack
 ) -> _Opened:
-    """Opens a model file, or OpenCV's detector of that name; the stack closes it."""
+    """Opens a model file by `open_model`, or OpenCV's detector of that name; the stack closes it."""
     if str(model) in DETECTORS:
         return _Opened(opencv_extractor(str(model), protocol.descriptor_keypoints), f"{opencv_version()}, cpu")
-    superpoint = SuperPoint(model, device=device, threads=threads, subpixel=protocol.subpixel)
+    superpoint = open_model(subpixel=protocol.subpixel)
     if superpoint.description.type is OutputType.KEYPOINTS:
         stack.enter_context(superpoint)
         options = superpoint.options
@@ -227,14 +231,7 @@ def _open(
             superpoint.extract, f"{superpoint.runtime}; decoded in its graph: {own} instead of the protocol's"
         )
     superpoint.close()  # its type is known only now, and a keypoints model does not take the options below
-    superpoint = SuperPoint(
-        model,
-        threshold=protocol.threshold,
-        nms_radius_px=stage.nms_radius_px,
-        subpixel=protocol.subpixel,
-        device=device,
-        threads=threads,
-    )
+    superpoint = open_model(threshold=protocol.threshold, nms_radius_px=stage.nms_radius_px, subpixel=protocol.subpixel)
     stack.enter_context(superpoint)
     places = "sub-pixel" if superpoint.options.subpixel else "whole pixels"
     return _Opened(superpoint.extract, f"{superpoint.runtime}; {places}")

@@ -185,6 +185,7 @@ def stress(
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    allow_host_code: bool = False,
 ) -> StressReport:
     """Changes photographs and judges how many keypoints each model still matches rightly.
 
@@ -195,6 +196,7 @@ def stress(
         device: where model files run, as `SuperPoint` takes it.
         threads: CPU threads of a model file.
         progress: called with (pictures done, all pictures).
+        allow_host_code: run the code that version-compatible engines carry.
 
     Raises:
         SuperPointError: no usable photograph, no model, or one that cannot be opened. Raised before the slow work. A
@@ -204,14 +206,14 @@ def stress(
     if not models:
         raise SuperPointError("there is no model to judge; give at least one.")
     for model in models:
-        with _opened(model, options, device, threads):
+        with _opened(model, options, device, threads, allow_host_code):
             pass
     photographs, problems = _read(_chosen(photos, options.photographs), options.max_side_px)
     steps = Steps(len(models) * len(photographs) * (1 + len(options.changes)), progress)
     stressed: list[ModelStress] = []
     notes: list[str] = []
     for model in models:
-        with _opened(model, options, device, threads) as opened:
+        with _opened(model, options, device, threads, allow_host_code) as opened:
             stressed.append(_judge(opened, photographs, options, steps))
             notes += opened.notes()
     names = names_below([photograph.path for photograph in photographs])
@@ -314,7 +316,9 @@ class _Opened:
 
 
 @contextmanager
-def _opened(model: PathLike, options: StressOptions, device: str, threads: int | None) -> Iterator[_Opened]:
+def _opened(
+    model: PathLike, options: StressOptions, device: str, threads: int | None, allow_host_code: bool
+) -> Iterator[_Opened]:
     """Opens a model file, a packaged network, or an OpenCV detector.
 
     Raises:
@@ -327,7 +331,12 @@ def _opened(model: PathLike, options: StressOptions, device: str, threads: int |
     name = str(model)
     try:
         superpoint = SuperPoint(
-            model, max_keypoints=options.max_keypoints, subpixel=options.subpixel, device=device, threads=threads
+            model,
+            max_keypoints=options.max_keypoints,
+            subpixel=options.subpixel,
+            device=device,
+            threads=threads,
+            allow_host_code=allow_host_code,
         )
     except SuperPointError as error:
         raise SuperPointError(named(error, name)) from error

@@ -13,7 +13,7 @@ import numpy as np
 from superpoint_trt.core.files import PathLike, named, names_below
 from superpoint_trt.core.image import find_images
 from superpoint_trt.core.progress import Progress
-from superpoint_trt.core.types import ModelDescription, Precision, SuperPointError
+from superpoint_trt.core.types import ModelDescription, Precision, SuperPointError, least_exact
 from superpoint_trt.prove.comparison import Comparison, Errors, ImageResult, errors_to_json, percentile
 from superpoint_trt.prove.gates import Gate, Measurements, check_limits, judge
 from superpoint_trt.prove.known_faults import FEWEST_POINTS, NOT_FINITE, Finding
@@ -31,6 +31,7 @@ class Verification:
     reference: str
     """The reference's file, and what it ran on."""
     precision: Precision
+    """Whose limits hold: the model's, or the less exact one that the runtime computes in."""
     gates: list[Gate]
     findings: list[Finding]
     """Known faults that most images show."""
@@ -97,6 +98,7 @@ def verify(
     most_images: int | None = None,
     threads: int | None = None,
     subpixel: bool | None = None,
+    allow_host_code: bool = False,
 ) -> Verification:
     """Runs a model and its reference on the same images and compares points, scores, descriptors and matches.
 
@@ -111,6 +113,7 @@ def verify(
         threads: CPU threads of the model.
         subpixel: compare keypoints between pixels, or on whole ones; None: as the model has them. It is the same for
             model and reference.
+        allow_host_code: run the code that a version-compatible engine carries.
 
     Raises:
         SuperPointError: unusable model or reference, unknown gate, no readable image, or too few keypoints to prove
@@ -120,7 +123,9 @@ def verify(
     check_limits(limits)
     named_images = _with_names(image_paths, most_images)
     results, problems = [], []
-    with SuperPoint(model, device=device, threads=threads, subpixel=subpixel) as superpoint:
+    with SuperPoint(
+        model, device=device, threads=threads, subpixel=subpixel, allow_host_code=allow_host_code
+    ) as superpoint:
         reference = open_reference(weights)
         comparison = Comparison(superpoint, reference)
         for done, (name, path) in enumerate(named_images, start=1):
@@ -130,7 +135,7 @@ def verify(
                 problems.append(named(error, path))
             if progress:
                 progress(done, len(named_images))
-        description, runtime = superpoint.description, str(superpoint.runtime)
+        description, runtime = superpoint.description, superpoint.runtime
         places = "sub-pixel" if superpoint.options.subpixel else "on whole pixels"
     if not results:
         raise SuperPointError(f"no image could be used: {problems[0] if problems else 'none was given'}")
@@ -138,12 +143,13 @@ def verify(
     voters = sum(1 for result in results if _can_show_faults(result))
     findings = _shown_by_most(results, voters)
     measured = _measure(results, comparison.score_error_max, len(findings) if voters else None)
+    precision = least_exact([description.precision, runtime.computed or description.precision]) or description.precision
     return Verification(
         model=str(model),
-        model_runtime=runtime,
+        model_runtime=str(runtime),
         reference=f"{weights} ({reference.runtime})",
-        precision=description.precision,
-        gates=judge(measured, description.precision, limits),
+        precision=precision,
+        gates=judge(measured, precision, limits),
         findings=findings,
         outputs=comparison.outputs(),
         images=results,
@@ -151,9 +157,14 @@ def verify(
         notes=[
             *_notes(description, reference.description, voters),
             f"keypoints of both are {places}",
+            *([_computed_note(description, precision)] if precision is not description.precision else []),
             *([reference.note] if reference.note else []),
         ],
     )
+
+
+def _computed_note(model: ModelDescription, precision: Precision) -> str:
+    return f"the {model.precision.value} model was computed in {precision.value}, whose limits hold here"
 
 
 def _check_proof(points: int) -> None:

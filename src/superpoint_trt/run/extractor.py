@@ -48,8 +48,11 @@ class SuperPoint:
         subpixel: whether keypoints lie between pixels (`run.decode.refine`); default the model's own choice, yes for
             this project's weights; fixed inside a `keypoints` model.
         max_side_px: shrink larger images first; default no.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "auto", "cpu", "cuda", "cuda:N"; or, for `.onnx`, "openvino", "openvino:GPU", "openvino:NPU", each with
+            ":fp32" behind it to compute in float32.
         threads: CPU threads; default the runtime's own choice.
+        allow_host_code: run the code that a version-compatible TensorRT engine carries. Only for engines from those you
+            trust.
         half_descriptors: descriptors as float16, which halves their memory and their copy from a GPU.
         max_pixels: image files with more pixels are refused before they are decoded; default 2^28.
         allow_damaged: read what a decoder can still read of damaged image files; default no, they are an error.
@@ -75,6 +78,7 @@ class SuperPoint:
         max_side_px: int | None = None,
         device: str = "auto",
         threads: int | None = None,
+        allow_host_code: bool = False,
         half_descriptors: bool = False,
         max_pixels: int = MOST_PIXELS,
         allow_damaged: bool = False,
@@ -89,7 +93,8 @@ class SuperPoint:
         model = packaged.DEFAULT if model is None else model
         self._name = str(Path(model))
         network = packaged_network(model)
-        self._backend = open_backend(_exported(network.name) if network else model, device, threads)
+        path = _exported(network.name) if network else model
+        self._backend = open_backend(path, device, threads, allow_host_code)
         self.description: ModelDescription = self._backend.description
         self.options = _decode_options(self.description, asked)
         lanes, where = self._open_lanes(half_descriptors)

@@ -26,7 +26,7 @@ from superpoint_trt.core.image import (
 )
 from superpoint_trt.core.image_file import ReadOptions
 from superpoint_trt.core.types import DecodeOptions, Float32, Keypoints, ModelDescription, OutputType, SuperPointError
-from superpoint_trt.run.backends import Backend, Outputs, RuntimeInfo
+from superpoint_trt.run.backends import AsyncBackend, Backend, Outputs, PendingRun, RuntimeInfo
 from superpoint_trt.run.decode import inside_border, normalize, sample_descriptors, scores_from_logits, select
 
 if TYPE_CHECKING:
@@ -178,20 +178,26 @@ class HostRunner(Runner):
 
     def run_now(self, batch: Sequence[PreparedImage]) -> list[Keypoints]:
         """Runs a batch and waits for it."""
-        outputs = self._backend.infer(np.stack([image.pixels for image in batch])[:, None])
+        return self.finish(self._backend.infer(_stacked(batch)), batch)
+
+    def finish(self, outputs: Outputs, batch: Sequence[PreparedImage]) -> list[Keypoints]:
+        """A batch's outputs -> the Keypoints of each image, in the type asked for."""
         check_finite(outputs)
         found = self.decode(outputs, [image.placement for image in batch])
         return [replace(one, descriptors=one.descriptors.astype(self._descriptor_type, copy=False)) for one in found]
 
     def slots(self, count: int) -> _HostSlots:
-        """Slots that keep their batch until it is collected, and run it then."""
-        return _HostSlots(self, count)
+        """Slots whose runs go on side by side if the backend has threads of its own; else they run when collected."""
+        backend = self._backend
+        if count > 1 and isinstance(backend, AsyncBackend):
+            return _HostSlots([_AsyncSlot(self, backend) for _ in range(count)])
+        return _HostSlots([_HostSlot(self) for _ in range(count)])
 
     def run_timed(self, images: Sequence[ImageLike]) -> dict[str, float]:
         """Seconds of preprocess, network, decode, and where there is a device, of the copies to and from it."""
         started = time.perf_counter()
         batch = [self.prepare(image) for image in images]
-        inputs = np.stack([image.pixels for image in batch])[:, None]
+        inputs = _stacked(batch)
         spans = {"preprocess": time.perf_counter() - started}
         outputs, steps = self._backend.infer_timed(inputs)
         started = time.perf_counter()
@@ -225,13 +231,40 @@ class _HostSlot:
         self._batch = ()
 
 
+class _AsyncSlot:
+    """Begins a batch's run in the runtime's own threads."""
+
+    def __init__(self, runner: HostRunner, backend: AsyncBackend) -> None:
+        self._runner, self._backend = runner, backend
+        self._run: PendingRun | None = None
+        self._batch: Sequence[PreparedImage] = ()
+
+    def submit(self, batch: Sequence[PreparedImage], batch_size: int) -> None:
+        self._run, self._batch = self._backend.begin(_stacked(batch)), batch
+
+    def collect(self) -> list[Keypoints]:
+        run, self._run = self._run, None
+        assert run is not None, "collect follows submit"
+        return self._runner.finish(run.result(), self._batch)
+
+    def abandon(self) -> None:
+        if self._run is not None:
+            self._run.abandon()
+            self._run = None
+
+
+def _stacked(batch: Sequence[PreparedImage]) -> Float32:
+    """The network's input (B, 1, H, W)."""
+    return np.stack([image.pixels for image in batch])[:, None]
+
+
 class _HostSlots:
     """As many slots as wanted: the host has no resources to share out."""
 
-    def __init__(self, runner: HostRunner, count: int) -> None:
-        self._slots = [_HostSlot(runner) for _ in range(count)]
+    def __init__(self, slots: Sequence[BatchSlot]) -> None:
+        self._slots = slots
 
-    def __enter__(self) -> list[_HostSlot]:
+    def __enter__(self) -> Sequence[BatchSlot]:
         return self._slots
 
     def __exit__(self, *_: object) -> None:

@@ -49,6 +49,15 @@ class FirstConvolution(str, enum.Enum):
     """Quantized as the others: an image's 255 steps in 127, or in fp8. For measurements only."""
 
 
+class Placement(str, enum.Enum):
+    """Which runtimes the Q/DQ pairs are placed for."""
+
+    TENSORRT = "tensorrt"
+    """Inputs and weights of convolutions, symmetric int8 (`qdq`)."""
+    CPU = "cpu"
+    """Outputs and biases, too, and uint8, which CPU kernels need and TensorRT does not take (`qdq_cpu`)."""
+
+
 @dataclass(frozen=True)
 class CalibrationOptions:
     """Which images to measure on, and how a range is read off."""
@@ -78,4 +87,6 @@ class QuantizeOptions:
     """Name patterns (`conv4*`) of convolutions that are not quantized; or `COARSE`."""
     first_convolution: FirstConvolution | None = None
     """How the convolution that reads the image runs, if `keep_fp16` does not name it. None: PARTS for int8 where the
-    graph allows it, else FP16."""
+    graph allows it, else FP16; for CPUs FP16, which is float32 there."""
+    placement: Placement = Placement.TENSORRT
+    """int8 only: the runtimes that will run the graph."""

@@ -1,5 +1,7 @@
 """Explicit quantization: writes Q/DQ pairs into an fp32 graph, for every runtime that reads them.
 
+This module places them for TensorRT; `qdq_cpu` places them for CPUs.
+
 Apart from the pairs the result is float32, so onnxruntime runs it as it is. The builder casts the other convolutions to
 fp16 (`cast.cast` does it for other builders). Where the pairs lie, and why:
 
@@ -46,7 +48,8 @@ from superpoint_trt.convert.onnx_file import (
     set_metadata,
 )
 from superpoint_trt.convert.quantize.equalize import equalize
-from superpoint_trt.convert.quantize.options import COARSE, FirstConvolution, QuantizeOptions
+from superpoint_trt.convert.quantize.options import COARSE, FirstConvolution, Placement, QuantizeOptions
+from superpoint_trt.convert.quantize.qdq_cpu import CpuPairWriter, integer_convolutions
 from superpoint_trt.convert.quantize.ranges_file import Calibration, check_same_network, load_calibration, weight_digest
 from superpoint_trt.core.files import PathLike, one_line, write_atomically
 from superpoint_trt.core.types import Precision, SuperPointError
@@ -122,12 +125,16 @@ def quantize(
     check_quantizable(model)
     if precision not in _TYPES:
         raise SuperPointError(f"precision {precision.value} is not quantized; expected int8 or fp8.")
+    if options.placement is Placement.CPU and precision is not Precision.INT8:
+        raise SuperPointError(f"{precision.value} is for TensorRT; for cpu there is --precision int8 only.")
     if precision is not Precision.INT8:
         calibration = replace(calibration, weights={})
     kept = kept_layers(model, options)
     chosen = [name for name in convolutions(model) if name not in kept]
     if not chosen:
         raise SuperPointError(f"nothing is left to quantise: all convolutions are kept ({', '.join(kept)}).")
+    if options.placement is Placement.CPU:
+        return _quantized_for_cpu(model, calibration, chosen, kept)
     quantized_first = [name for name in first_convolutions(model) if name not in kept]
     first = _first_convolution(model, options) if quantized_first else FirstConvolution.FP16
     if first is FirstConvolution.PARTS:
@@ -142,6 +149,30 @@ def quantize(
         kept_layers=" ".join(kept),
         handed_over=" ".join(int8_input_only),
         first_convolution=first.value,
+    )
+    return infer_shapes(quantized)
+
+
+def _quantized_for_cpu(
+    model: onnx.ModelProto, calibration: Calibration, chosen: Sequence[str], kept: Sequence[str]
+) -> onnx.ModelProto:
+    """`quantize`, with the pairs where CPU kernels use them (`qdq_cpu`)."""
+    quantized = with_opset(equalize(model, calibration.channels), _TYPES[Precision.INT8].opset)
+    known = constants(quantized.graph)
+    weights = {}
+    for name, node in convolutions(quantized).items():
+        if name in chosen:
+            _check_range(calibration.ranges, node)
+            weights[node.input[1]] = _int8_weights(
+                calibration, node.input[1], numpy_helper.to_array(known[node.input[1]])
+            )
+    CpuPairWriter(quantized, calibration.ranges, weights).run(chosen)
+    set_metadata(
+        quantized,
+        precision=Precision.INT8.value,
+        calibration=calibration.summary(),
+        kept_layers=" ".join(kept),
+        placement=Placement.CPU.value,
     )
     return infer_shapes(quantized)
 
@@ -225,6 +256,10 @@ def _first_convolution(model: onnx.ModelProto, options: QuantizeOptions) -> Firs
         SuperPointError: the options ask for parts, but the precision is not int8, or the image cannot be split.
     """
     precision, first = options.precision, options.first_convolution
+    if options.placement is Placement.CPU:
+        if first is FirstConvolution.PARTS:
+            raise SuperPointError("the image is split for TensorRT only; for cpu leave out --first-convolution parts.")
+        return first or FirstConvolution.FP16
     if first is None:
         splits = precision is Precision.INT8 and not _why_unsplittable(model)
         return FirstConvolution.PARTS if splits else FirstConvolution.FP16
@@ -255,6 +290,8 @@ def kept_layers(
 ) -> list[str]:
     """Names of the convolutions that are not quantized: those that `keep_fp16` names, and the first if it stays fp16.
 
+    For CPUs also those that cannot run in integers there (`qdq_cpu.integer_convolutions`).
+
     Args:
         model: fp32 graph.
         options: as `quantize` takes them.
@@ -274,6 +311,8 @@ def kept_layers(
         if not found:
             raise SuperPointError(f"no convolution is called {pattern!r}; there are: {', '.join(names)}.")
         kept.update(found)
+    if options.placement is Placement.CPU:
+        kept.update(set(names) - set(integer_convolutions(model)))
     return [name for name in names if name in kept]
 
 
@@ -371,13 +410,61 @@ def _rounded_at(weight: NDArray[np.float32], place: np.float32) -> NDArray[np.fl
     return clipped
 
 
+def _check_range(ranges: Mapping[str, float], node: onnx.NodeProto) -> None:
+    """Refuses a convolution whose input was not measured."""
+    if node.input[0] not in ranges:
+        raise SuperPointError(
+            f"the calibration has no range for {node.input[0]}, the input of {node_name(node)}; it knows "
+            f"{', '.join(ranges)}: calibrate this model with --calibration-images FOLDER."
+        )
+
+
+def _channel_ranges(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The largest magnitude of each output channel's weights (O,)."""
+    largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
+    ranges: NDArray[np.float32] = np.where(largest > 0, largest, 1).astype(np.float32)  # zeros take any scale
+    return ranges
+
+
+def _rounded_steps(calibration: Calibration, name: str, weight: NDArray[np.float32]) -> NDArray[np.int8] | None:
+    """The int8 weights that the calibration rounded; None if it did not round these.
+
+    Raises:
+        SuperPointError: it rounded other weights of that name.
+    """
+    steps = calibration.weights.get(name)
+    if steps is None:
+        return None
+    if calibration.rounded_from.get(name) != weight_digest(weight):
+        raise SuperPointError(
+            f"the calibration rounded other weights than this model's {name}: calibrate this model with "
+            "--calibration-images FOLDER."
+        )
+    if steps.shape != weight.shape:
+        raise SuperPointError(
+            f"the calibration's rounded weights of {name} are {steps.shape}, the model's {weight.shape}: "
+            "calibrate this model with --calibration-images FOLDER."
+        )
+    return steps
+
+
+def _int8_weights(
+    calibration: Calibration, name: str, weight: NDArray[np.float32]
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Weights as int8, and the size of one step in each output channel (O,)."""
+    size: NDArray[np.float32] = _channel_ranges(weight) / np.float32(INT8_LARGEST)
+    steps = _rounded_steps(calibration, name, weight)
+    if steps is None:
+        steps = np.rint(weight / size.reshape(-1, 1, 1, 1)).astype(np.int8)
+    return steps, size
+
+
 class _PairWriter:
     """Writes Q/DQ pairs into one graph, in place."""
 
     def __init__(self, model: onnx.ModelProto, calibration: Calibration, precision: Precision) -> None:
         self._graph = model.graph
-        self._ranges, self._weights = calibration.ranges, calibration.weights
-        self._rounded_from = calibration.rounded_from
+        self._calibration = calibration
         self._element = QUANTIZED_TYPES[precision]
         self._largest = np.float32(_TYPES[precision].largest)
         self._constants = constants(model.graph)
@@ -400,30 +487,15 @@ class _PairWriter:
 
     def _range(self, node: onnx.NodeProto) -> float:
         """The calibrated range of a convolution's input."""
-        if node.input[0] not in self._ranges:
-            raise SuperPointError(
-                f"the calibration has no range for {node.input[0]}, the input of {node_name(node)}; it knows "
-                f"{', '.join(self._ranges)}: calibrate this model with --calibration-images FOLDER."
-            )
-        return self._ranges[node.input[0]]
+        _check_range(self._calibration.ranges, node)
+        return self._calibration.ranges[node.input[0]]
 
     def _weight_range(self, name: str) -> NDArray[np.float32]:
         """The range of each output channel's weights (O,); replaces the weights if the calibration rounded them."""
         weight = numpy_helper.to_array(self._constants[name])
-        largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-        largest = np.where(largest > 0, largest, 1).astype(np.float32)  # a channel of zeros takes any scale
-        steps = self._weights.get(name)
+        largest = _channel_ranges(weight)
+        steps = _rounded_steps(self._calibration, name, weight)
         if steps is not None:
-            if self._rounded_from.get(name) != weight_digest(weight):
-                raise SuperPointError(
-                    f"the calibration rounded other weights than this model's {name}: calibrate this model with "
-                    "--calibration-images FOLDER."
-                )
-            if steps.shape != weight.shape:
-                raise SuperPointError(
-                    f"the calibration's rounded weights of {name} are {steps.shape}, the model's {weight.shape}: "
-                    "calibrate this model with --calibration-images FOLDER."
-                )
             values = steps * (largest / self._largest).reshape(-1, 1, 1, 1)
             set_initializers(self._graph, {name: values.astype(np.float32)})
         return largest

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt.core.contract import check_output_shapes
-from superpoint_trt.core.types import INPUT_NAME, DecodeOptions, Float32, ModelDescription, SuperPointError
+from superpoint_trt.core.types import INPUT_NAME, DecodeOptions, Float32, ModelDescription, Precision, SuperPointError
 
 if TYPE_CHECKING:
     from superpoint_trt.run.lanes import Lanes
@@ -40,6 +40,8 @@ class RuntimeInfo:
     device: str
     """"cpu (CPUExecutionProvider, 2 threads)", "cuda (...)"."""
     precision: str
+    computed: Precision | None = None
+    """The least exact type that convolutions are computed in, where the runtime tells. None: as the model says."""
     decode: str = ""
     """Where heads are decoded: "decode on the GPU (CUDA)", or on the CPU and why. Empty: in the model's graph."""
 
@@ -71,12 +73,18 @@ class Backend(abc.ABC):
             SuperPointError: the input does not fit the model, the runtime failed, or an output has another shape than
                 the model's description says.
         """
+        self._check_input(image)
+        outputs = self._infer(image)
+        self._check_outputs(image, outputs)
+        return outputs
+
+    def _check_input(self, image: Image) -> None:
         if image.dtype not in (np.float32, np.uint8):
             raise SuperPointError(f"{INPUT_NAME} is {image.dtype}; expected float32 in [0, 1], or uint8.")
         self.check(image.shape)
-        outputs = self._infer(image)
+
+    def _check_outputs(self, image: Image, outputs: Outputs) -> None:
         check_output_shapes(self.description, image.shape, {name: value.shape for name, value in outputs.items()})
-        return outputs
 
     def infer_timed(self, image: Image) -> tuple[Outputs, dict[str, float]]:
         """As `infer`, and seconds: network, and where they exist host_to_device and device_to_host."""
@@ -134,3 +142,53 @@ class Backend(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class PendingRun(abc.ABC):
+    """A run that was begun. Call `result` or `abandon`, once."""
+
+    @abc.abstractmethod
+    def result(self) -> Outputs:
+        """Waits for the run and returns its outputs by name.
+
+        Raises:
+            SuperPointError: the run failed.
+        """
+
+    @abc.abstractmethod
+    def abandon(self) -> None:
+        """Gives the run up; returns when it no longer uses the image."""
+
+
+class AsyncBackend(Backend):
+    """A backend whose runtime has threads of its own, so that several runs may be under way at once."""
+
+    def begin(self, image: Image) -> PendingRun:
+        """Begins a run, as `infer`, without waiting for it.
+
+        Raises:
+            SuperPointError: the input does not fit the model, or the run could not be started.
+        """
+        self._check_input(image)
+        return _CheckedRun(self, self._begin(image), image)
+
+    @abc.abstractmethod
+    def _begin(self, image: Image) -> PendingRun: ...
+
+    def _infer(self, image: Image) -> Outputs:
+        return self._begin(image).result()
+
+
+class _CheckedRun(PendingRun):
+    """A run whose outputs are checked against the model's description."""
+
+    def __init__(self, backend: AsyncBackend, run: PendingRun, image: Image) -> None:
+        self._backend, self._run, self._image = backend, run, image
+
+    def result(self) -> Outputs:
+        outputs = self._run.result()
+        self._backend._check_outputs(self._image, outputs)
+        return outputs
+
+    def abandon(self) -> None:
+        self._run.abandon()

@@ -12,6 +12,7 @@ from superpoint_trt.core.contract import REQUIRED_RANKS, recognize
 from superpoint_trt.core.device import DeviceChoice
 from superpoint_trt.core.files import PathLike, one_line, read_bytes
 from superpoint_trt.core.onnx_runtime import import_onnxruntime
+from superpoint_trt.core.onnx_weights import refuse_bytes_with_weights_elsewhere
 from superpoint_trt.core.types import INPUT_NAME, ModelDescription, Precision, SuperPointError
 from superpoint_trt.run.backends.base import Backend, Image, Outputs, RuntimeInfo, as_unit_range
 
@@ -41,6 +42,7 @@ class OnnxRuntimeBackend(Backend):
 
         choice = DeviceChoice.parse(device)
         data = read_bytes(path, "model")
+        refuse_bytes_with_weights_elsewhere(data, path)
         options = ort.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
         if threads is not None:
@@ -62,7 +64,7 @@ class OnnxRuntimeBackend(Backend):
         self.runtime = RuntimeInfo(
             backend=f"onnxruntime {ort.__version__}",
             device=_device(provider, choice, threads),
-            precision=_precision(self.description.precision, provider),
+            precision=_precision(self.description, provider),
         )
         self._outputs = list(REQUIRED_RANKS[self.description.type])
 
@@ -82,10 +84,19 @@ class OnnxRuntimeBackend(Backend):
         self._session = None
 
 
-def _precision(precision: Precision, provider: str) -> str:
-    """The precision really computed in. On x86, onnxruntime has no fp16 kernels and turns fp16 weights into fp32."""
-    if precision is Precision.FP16 and provider == PROVIDERS["cpu"] and platform.machine() in ("x86_64", "AMD64"):
+def _precision(model: ModelDescription, provider: str) -> str:
+    """The precision really computed in.
+
+    On x86, onnxruntime has no fp16 kernels and turns fp16 weights into fp32. It fuses no Q/DQ pairs that are placed
+    for TensorRT.
+    """
+    precision = model.precision
+    if provider != PROVIDERS["cpu"]:
+        return precision.value
+    if precision is Precision.FP16 and platform.machine() in ("x86_64", "AMD64"):
         return "fp16 weights, computed in fp32"
+    if precision is Precision.INT8 and not model.placement:
+        return "int8 steps computed in fp32 (slow: superpoint quantize --for cpu)"
     return precision.value
 
 

@@ -52,6 +52,7 @@ class TensorRTBackend(Backend):
     Args:
         path: the plan. Its .json, if there is one, is compared with this machine first.
         device: "auto" or "cuda": the current CUDA device; "cuda:N": that GPU.
+        allow_host_code: run the code that a version-compatible plan carries.
 
     Attributes:
         engine: the opened engine.
@@ -61,13 +62,13 @@ class TensorRTBackend(Backend):
         SuperPointError: no such GPU, no TensorRT, or the plan was made for another GPU, TensorRT or model.
     """
 
-    def __init__(self, path: PathLike, device: str = "auto") -> None:
+    def __init__(self, path: PathLike, device: str = "auto", allow_host_code: bool = False) -> None:
         choice = DeviceChoice.parse(device)
         if choice.kind == "cpu":
             raise SuperPointError(
                 f"device is {device!r}; a TensorRT engine runs on cuda: --device auto, cuda or cuda:N."
             )
-        self.engine = Engine(path, choice.index)
+        self.engine = Engine(path, choice.index, allow_host_code)
         self.description = self.engine.description
         self.runtime = RuntimeInfo(str(self.engine.tensorrt), self.engine.device, self.engine.precision)
         with self.engine.on_gpu:
