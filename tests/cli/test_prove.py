@@ -221,12 +221,15 @@ def test_verify_compares_several_models(desk, capsys, tmp_path):
     out, _ = text(desk, capsys, *verifying(desk), *both, "--report", tmp_path / "v.html", code=1)
     assert "PASSED" in out and "FAILED: " in out
     rows = [line.split(",") for line in (tmp_path / "t.csv").read_text().splitlines()]
-    assert rows[0][:4] == ["model", "precision", "verdict", "score_error_max"]
-    assert [row[2] for row in rows[1:]] == ["passed", "FAILED"]
+    assert rows[0] == ["gate", str(desk / "m.onnx"), str(tmp_path / "other.onnx")]
+    assert rows[1:3] == [["verdict", "passed", "FAILED"], ["precision", "fp32", "fp32"]]
+    (error,) = (row for row in rows if row[0] == "score_error_max")
+    assert float(error[1]) < 1e-3 < float(error[2])
     report = json.loads((tmp_path / "v.json").read_text())
     assert report["passed"] is False and [one["passed"] for one in report["models"]] == [True, False]
     page = (tmp_path / "v.html").read_text()
     assert "<h1>2 models</h1>" in page and page.count("<h2>Gates") == 2
+    assert '<td>verdict</td><td class="">passed</td><td class="bad">FAILED</td>' in page
     assert 'href="#model2"' in page and 'id="model2"' in page
 
 

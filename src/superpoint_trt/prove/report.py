@@ -107,6 +107,10 @@ def write_report(path: PathLike, *verifications: Verification) -> Path:
         title=_title(verifications),
         table=verification_table(verifications) if len(verifications) > 1 else None,
         text_of=text_of,
+        fails=lambda row, model: (
+            (row == "verdict" and not verifications[model].passed)
+            or row in {gate.name for gate in verifications[model].failed}
+        ),
         parts=[_Part(one, _plots(one), [_picture(image) for image in _most_different(one)]) for one in verifications],
         version=__version__,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

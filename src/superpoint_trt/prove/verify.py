@@ -78,14 +78,15 @@ def report_of(verifications: Sequence[Verification]) -> dict[str, Any]:
 
 
 def verification_table(verifications: Sequence[Verification]) -> Table:
-    """What the gates of several models measured, a row for each model."""
+    """What the gates of several models measured: a column for each model, a row for each gate."""
     names = list(dict.fromkeys(gate.name for one in verifications for gate in one.gates))
-    rows: list[list[Cell]] = []
-    for one in verifications:
-        measured = {gate.name: None if gate.value is None else f"{gate.value:.6g}" for gate in one.gates}
-        verdict = "passed" if one.passed else "FAILED"
-        rows.append([one.model, one.precision.value, verdict, *(measured.get(name) for name in names)])
-    return Table([Column(name) for name in ("model", "precision", "verdict", *names)], rows)
+    measured = [{gate.name: gate.value for gate in one.gates} for one in verifications]
+    rows: list[list[Cell]] = [["verdict", *("passed" if one.passed else "FAILED" for one in verifications)]]
+    rows.append(["precision", *(one.precision.value for one in verifications)])
+    for name in names:
+        values = [one.get(name) for one in measured]
+        rows.append([name, *(None if value is None else f"{value:.6g}" for value in values)])
+    return Table([Column("gate"), *(Column(one.model) for one in verifications)], rows)
 
 
 def verify(
