@@ -1,4 +1,4 @@
-# make demo | make test | make test-all | make check | make bench | make web: each sets up its own environment.
+# make demo | make test | make test-all | make check | make figures | make web | make bench: each sets up its own environment.
 PYTHON ?= python3
 # The tests compare with PyTorch, and .pth checkpoints need it. 2.13.0 has no build for Python 3.9.
 TORCH ?= $(shell $(PYTHON) -c "import sys; print('torch==2.13.0' if sys.version_info >= (3, 10) else 'torch>=2.6')")
@@ -45,6 +45,10 @@ check: $(VENV)/.ready docs
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
+# Every picture of the READMEs and of docs/. SHARED: a folder with the photographs that are not in this repository.
+.PHONY: figures
+figures: $(VENV)/.ready
+	$(VENV)/bin/python scripts/figures.py $(if $(SHARED),--shared $(SHARED))
 
 # The page of `superpoint web`, from web/ into web/dist and into the package; needs Node.js 20 or newer.
 PAGE := src/superpoint_trt/packaged/web

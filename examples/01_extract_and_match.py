@@ -27,7 +27,7 @@ def main(paths: list[str]) -> None:
         first = load_image(packaged.PHOTO)
         height, width = first.shape[:2]
         turn = cv2.getRotationMatrix2D((width / 2, height / 2), 20, 1.0)
-        second = cv2.warpAffine(first, turn, (width, height), borderMode=cv2.BORDER_REFLECT)
+        second = cv2.warpAffine(first, turn, (width, height), borderValue=(255, 255, 255))
 
     with SuperPoint(max_keypoints=1000) as superpoint:  # the packaged weights, with onnxruntime
         print(superpoint)
@@ -38,7 +38,7 @@ def main(paths: list[str]) -> None:
     matrix, inliers = found.geometry.matrix, found.geometry.inliers
     print(f"{len(found.matches)} matches, {inliers.sum()} of them agree with one homography:\n{np.round(matrix, 3)}")
 
-    picture = draw_matches(first, second, *found.places(), inliers)
+    picture = draw_matches(first, second, *found.places(), inliers, found.distances_px(), found.caption("packaged"))
     print(f"wrote {save_picture(OUTPUT, picture)}")
 
 

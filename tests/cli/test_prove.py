@@ -8,11 +8,13 @@ import sys
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 from conftest import photograph
 from helpers import SAME, write_sequence
 
 from superpoint_trt import packaged
+from superpoint_trt.cli.demo import WARP, warped_copy
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.export import ExportOptions, export
 
@@ -49,7 +51,29 @@ def test_match_finds_the_shift_and_draws_it(desk, capsys):
     assert saved["inliers"].sum() > 100
     assert saved["keypoints0"].shape[0] > saved["matches"][:, 0].max()
     picture = cv2.imread(str(desk / "m.jpg"))
-    assert picture.shape == (240, 320 + 8 + 320, 3)
+    assert picture.shape[1] == 320 + 8 + 320 and 240 < picture.shape[0] < 320, "both images and a caption"
+
+
+def test_match_draws_as_many_lines_as_it_is_told(desk, capsys):
+    """Without lines both photographs are as they were."""
+    a, b = desk / "images/a.png", desk / "images/b.png"
+    text(desk, capsys, "match", "--model", desk / "m.onnx", a, b, "--output", desk / "none.png", "--max-lines", 0)
+    picture = cv2.imread(str(desk / "none.png"))
+    np.testing.assert_array_equal(picture[:240, :320], cv2.imread(str(a)))
+    np.testing.assert_array_equal(picture[:240, 328:648], cv2.imread(str(b)))
+
+
+def test_the_demos_copy_has_no_mirrored_border():
+    """The warp puts the photograph's corners inside the copy; what lies outside of them is white."""
+    photo = np.full((512, 512, 3), 200, np.uint8)
+    copy = warped_copy(photo)
+    corners = np.array([[0, 0, 1], [511, 0, 1], [511, 511, 1], [0, 511, 1]]) @ WARP.T
+    corners = corners[:, :2] / corners[:, 2:]
+    assert (corners > 0).all() and (corners < 511).all(), "all of the photograph is seen"
+    inside = cv2.fillConvexPoly(np.zeros((512, 512), np.uint8), np.round(corners).astype(np.int32), 1)
+    well_inside, well_outside = cv2.erode(inside, np.ones((5, 5))) > 0, cv2.dilate(inside, np.ones((5, 5))) == 0
+    assert (copy[well_inside] == 110).all() and (copy[well_outside] == 255).all()
+    assert well_outside.mean() > 0.2
 
 
 def test_match_without_matches(desk, capsys, tmp_path):
@@ -154,6 +178,59 @@ def test_evaluate_prints_all_and_writes_json(desk, capsys, tmp_path):
     assert err.splitlines() == [f"left out: {folder}: image 3 is missing; the pair is left out."]
     for word in ("v_a", "viewpoint", "total", "sift", "orb"):
         assert word in out
+
+
+def test_evaluate_compares_several_models(desk, capsys, tmp_path):
+    """One table of all, a figure in bold in each column, and pictures of each model in a folder of its own."""
+    write_sequence(tmp_path / "data" / "v_a")
+    models = ("--model", desk / "m.onnx", "--model", "orb", "--model", "orb")
+    files = ("--table", tmp_path / "t.md", "--json", tmp_path / "e.json", "--pictures", tmp_path / "p", "--worst", 1)
+    out, _ = text(desk, capsys, "evaluate", *models, "--dataset", tmp_path / "data", "--no-baselines", *files)
+    header, _, first, second = (tmp_path / "t.md").read_text().splitlines()
+    assert header.startswith("| model | pairs | rep. | loc. px | MMA@1 ")
+    assert first.startswith(f"| {desk / 'm.onnx'} | 2 | ") and second.startswith("| orb | 2 | ")
+    assert "**" in first + second
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["model"] == str(desk / "m.onnx") and list(report["baselines"]) == ["orb"]
+    pictures = sorted(path.relative_to(tmp_path / "p") for path in (tmp_path / "p").rglob("*.jpg"))
+    assert len(pictures) == 2 and pictures[0].parts[0] == "orb" and pictures[1].parts[0].endswith("m.onnx")
+    assert out.count("pictures      1 in ") == 2
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--table", "t.xls"), "ends in .md"),
+        (("--worst", "0"), "0 is not in the range"),
+    ],
+)
+def test_evaluate_checks_before_the_work(desk, capsys, tmp_path, words, said):
+    write_sequence(tmp_path / "data" / "v_a")
+    _, err = text(desk, capsys, "evaluate", "--model", "orb", "--dataset", tmp_path / "data", *words, code=2)
+    assert said in err
+
+
+def test_verify_compares_several_models(desk, capsys, tmp_path):
+    """The model passes; a copy with one damaged weight fails, and so does the command."""
+    pytest.importorskip("jinja2")
+    damaged = onnx.load(desk / "m.onnx")
+    weight = next(one for one in damaged.graph.initializer if len(one.dims) == 4)
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight)[::-1].copy(), weight.name))
+    onnx.save(damaged, tmp_path / "other.onnx")
+    both = ("--model", tmp_path / "other.onnx", "--table", tmp_path / "t.csv", "--json", tmp_path / "v.json")
+    out, _ = text(desk, capsys, *verifying(desk), *both, "--report", tmp_path / "v.html", code=1)
+    assert "PASSED" in out and "FAILED: " in out
+    rows = [line.split(",") for line in (tmp_path / "t.csv").read_text().splitlines()]
+    assert rows[0] == ["gate", str(desk / "m.onnx"), str(tmp_path / "other.onnx")]
+    assert rows[1:3] == [["verdict", "passed", "FAILED"], ["precision", "fp32", "fp32"]]
+    (error,) = (row for row in rows if row[0] == "score_error_max")
+    assert float(error[1]) < 1e-3 < float(error[2])
+    report = json.loads((tmp_path / "v.json").read_text())
+    assert report["passed"] is False and [one["passed"] for one in report["models"]] == [True, False]
+    page = (tmp_path / "v.html").read_text()
+    assert "<h1>2 models</h1>" in page and page.count("<h2>Gates") == 2
+    assert '<td>verdict</td><td class="">passed</td><td class="bad">FAILED</td>' in page
+    assert 'href="#model2"' in page and 'id="model2"' in page
 
 
 def test_evaluate_calls_the_packaged_weights_by_their_name(desk, capsys, tmp_path):

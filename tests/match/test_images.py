@@ -46,3 +46,21 @@ def test_no_geometry_is_written_as_zeros(tmp_path):
         assert not arrays["geometry"].any() and not arrays["inliers"].any()
         assert str(arrays["geometry_type"]) == "fundamental"
         assert not arrays["geometry_supported"] and arrays["geometry_log10_nfa"] == np.inf
+
+
+def test_captions_say_what_was_found():
+    found = match_images(features(0), features(7), MatchOptions(max_distance=0.5))
+    assert found.caption("models/small.onnx") == "small.onnx: 40 matches, 40 inliers of one homography"
+    np.testing.assert_allclose(found.distances_px(), 0, atol=1e-3)
+    none = match_images(features(0, 3), features(7, 3), model=Model.FUNDAMENTAL)
+    assert none.caption("full") == "full: 3 matches, no fundamental matrix"
+    assert np.isinf(none.distances_px()).all()
+
+
+def test_a_caption_doubts_what_chance_gives():
+    rng = np.random.default_rng(1)
+    one, other = features(0), features(0)
+    other = Keypoints(rng.uniform(0, 200, (40, 2)).astype(np.float32), other.scores, other.descriptors, (300, 200))
+    found = match_images(one, other)
+    assert found.geometry.matrix is not None and not found.geometry.supported
+    assert found.caption("full").endswith("of one homography, no more than chance gives")

@@ -14,8 +14,8 @@ from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.prove import evaluate as evaluation_module
 from superpoint_trt.prove.datasets import ILLUMINATION, OTHER, VIEWPOINT, load_pairs
-from superpoint_trt.prove.evaluate import _resize, evaluate
-from superpoint_trt.prove.protocol import Protocol, Resize
+from superpoint_trt.prove.evaluate import evaluate
+from superpoint_trt.prove.protocol import Protocol, Resize, resize_to_protocol
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_resizing_keeps_points_on_what_they_mark(rule, size):
         image = np.zeros((height, width), np.float32)
         y, x = height // 2 + 31, width // 2 - 47
         image[y - 3 : y + 4, x - 3 : x + 4] = 1.0
-        resized, to_view = _resize(image, size, rule)
+        resized, to_view = resize_to_protocol(image, size, rule)
         if rule is Resize.CROP:
             assert resized.shape == size
         else:

@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 from superpoint_trt import packaged
-from superpoint_trt.cli.match import print_geometry
+from superpoint_trt.cli.match import MAX_LINES, picture_of, print_geometry
 from superpoint_trt.cli.options import MODEL, RuntimeArgs
 from superpoint_trt.cli.terminal import open_model, print_row
 from superpoint_trt.core.files import PathLike, make_folder
@@ -18,24 +18,28 @@ from superpoint_trt.core.types import Matrix
 from superpoint_trt.match.images import ImageMatches, match_images
 from superpoint_trt.prove import metrics
 from superpoint_trt.run import draw
+from superpoint_trt.run.captions import Picture
 from superpoint_trt.run.extractor import SuperPoint
 
 MAX_KEYPOINTS = 1000
 CORRECT_PX = 3.0
-WARP: Matrix = np.array([[0.84, -0.27, 92.0], [0.23, 0.80, 14.0], [2.2e-4, -1.5e-4, 1.0]])
+WARP: Matrix = np.array([[0.76, -0.245, 130.0], [0.21, 0.72, 30.0], [2.2e-4, -1.5e-4, 1.0]])
 """Pixels of the photograph to pixels of its copy: a turn, a zoom and a tilt."""
 EXPOSURE = 0.55
 """How bright the copy is."""
+PAPER = 255
+"""Level around the copy, which lies turned on white."""
 
 
 @click.command()
 @MODEL
 @click.option("--output", default="demo", show_default=True, help="Folder for the two pictures.")
+@MAX_LINES
 @RuntimeArgs.declare("runtime")
-def demo(model: str, output: str, runtime: RuntimeArgs) -> None:
+def demo(model: str, output: str, max_lines: int, runtime: RuntimeArgs) -> None:
     """Match a photograph with a warped copy of it; offline, nothing needed."""
     with open_model(model, runtime) as superpoint:
-        print_demo(match_with_warped_copy(superpoint, make_folder(output)))
+        print_demo(match_with_warped_copy(superpoint, make_folder(output), model, max_lines))
 
 
 def print_demo(demo: Demo) -> None:
@@ -62,26 +66,43 @@ class Demo:
     """The photograph with its keypoints; both images with their matches."""
 
 
-def match_with_warped_copy(superpoint: SuperPoint, folder: PathLike) -> Demo:
+def match_with_warped_copy(
+    superpoint: SuperPoint, folder: PathLike, name: str = packaged.DEFAULT, max_lines: int = 150
+) -> Demo:
     """Matches the packaged photograph with its copy, and writes `keypoints.jpg` and `matches.jpg` to a folder.
+
+    Args:
+        superpoint: finds the points.
+        folder: where the pictures go.
+        name: what the captions call the model.
+        max_lines: matches drawn.
 
     Raises:
         SuperPointError: the folder cannot be written.
     """
-    import cv2
-
     photo = load_image(packaged.PHOTO)
-    height, width = photo.shape[:2]
-    turned = cv2.warpPerspective(photo, WARP, (width, height), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT)
-    copy = np.round(turned * EXPOSURE).astype(np.uint8)
+    copy = warped_copy(photo)
     first, second = (superpoint.extract(image).top(MAX_KEYPOINTS) for image in (photo, copy))
     found = match_images(first, second)
     there, back = found.places()
     distance = np.linalg.norm(metrics.warp(there, WARP) - back, axis=1)
     folder = Path(folder)
+    circles = draw.draw_keypoints(photo, first, draw.keypoints_caption(first, name))
     pictures = (
-        draw.save_picture(folder / "keypoints.jpg", draw.draw_keypoints(photo, first)),
-        draw.save_picture(folder / "matches.jpg", draw.draw_matches(photo, copy, there, back, found.geometry.inliers)),
+        draw.save_picture(folder / "keypoints.jpg", circles),
+        draw.save_picture(folder / "matches.jpg", picture_of(found, photo, copy, name, max_lines)),
     )
     correct = float((distance <= CORRECT_PX).mean()) if len(distance) else 0.0
     return Demo(found, correct, metrics.homography_error_px(first, second, WARP, MAX_KEYPOINTS), pictures)
+
+
+def warped_copy(photo: Picture) -> Picture:
+    """The photograph turned, tilted and darker, on white."""
+    import cv2
+
+    height, width = photo.shape[:2]
+    dark = np.round(photo * EXPOSURE).astype(np.uint8)
+    white = (float(PAPER),) * 3
+    return np.asarray(
+        cv2.warpPerspective(dark, WARP, (width, height), flags=cv2.INTER_AREA, borderValue=white), dtype=np.uint8
+    )

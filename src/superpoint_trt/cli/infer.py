@@ -39,4 +39,4 @@ def infer(
     if save:
         print_row("features", save_features(save, keypoints))
     if output:
-        save_drawing(loaded.pixels, keypoints, output)
+        save_drawing(loaded.pixels, keypoints, output, model)

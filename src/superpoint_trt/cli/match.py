@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from superpoint_trt.core.image_file import ReadOptions
+    from superpoint_trt.run.captions import Picture
 
+MAX_LINES = click.option(
+    "--max-lines", type=click.IntRange(0), default=150, show_default=True, help="Matches drawn, spread over the image."
+)
 MAX_KEYPOINTS = 2048
 """Of each image, unless asked otherwise: matching all takes long and adds few inliers."""
 
@@ -61,7 +65,8 @@ class MatchArgs(NeighborArgs):
 @MODEL
 @click.argument("first")
 @click.argument("second")
-@click.option("--output", help="Picture to write: both images, inliers green, outliers red.")
+@click.option("--output", help="Picture to write: both images, inliers yellow to blue, outliers grey.")
+@MAX_LINES
 @click.option("--save", help="Matches to write: .npz with both feature sets, matches, distances, inliers, geometry.")
 @MatchArgs.declare("matching")
 @ExtractArgs.declare("extract", max_keypoints={"default": MAX_KEYPOINTS, "show_default": True})
@@ -71,6 +76,7 @@ def match(
     first: str,
     second: str,
     output: str | None,
+    max_lines: int,
     save: str | None,
     matching: MatchArgs,
     extract: ExtractArgs,
@@ -89,7 +95,7 @@ def match(
         found = matching.match(superpoint.extract(first), superpoint.extract(second))
     print_matches(found)
     if output:
-        print_row("picture", _draw(found, first, second, extract.reading(), output))
+        print_row("picture", _draw(found, (first, second), model, extract.reading(), max_lines, output))
     if save:
         print_row("saved", save_matches(save, found))
 
@@ -103,7 +109,7 @@ def print_matches(found: ImageMatches) -> None:
 def print_geometry(found: ImageMatches) -> None:
     """Prints how many matches agree with the geometry, and whether that is more than chance gives."""
     geometry = found.geometry
-    kind = "homography" if geometry.model is Model.HOMOGRAPHY else "fundamental matrix"
+    kind = geometry.model.words
     matches, inliers = len(found.matches), int(geometry.inliers.sum())
     print_row("matches", f"{matches}, {inliers} inliers of one {kind}")
     if geometry.matrix is None:
@@ -114,9 +120,20 @@ def print_geometry(found: ImageMatches) -> None:
     print_row("geometry", f"{said} (10^{geometry.log10_nfa:.1f} such models expected by chance)")
 
 
-def _draw(found: ImageMatches, first: str, second: str, reading: ReadOptions, output: str) -> Path:
+def _draw(
+    found: ImageMatches, images: tuple[str, str], model: str, reading: ReadOptions, max_lines: int, output: str
+) -> Path:
     from superpoint_trt.core.image import load_image, to_picture
-    from superpoint_trt.run.draw import draw_matches, save_picture
+    from superpoint_trt.run.draw import save_picture
 
-    pixels = (to_picture(load_image(first, reading)), to_picture(load_image(second, reading)))
-    return save_picture(output, draw_matches(*pixels, *found.places(), found.geometry.inliers))
+    first, second = (to_picture(load_image(image, reading)) for image in images)
+    return save_picture(output, picture_of(found, first, second, model, max_lines))
+
+
+def picture_of(found: ImageMatches, first_rgb: Picture, second_rgb: Picture, model: str, max_lines: int) -> Picture:
+    """Both images with the matches and a caption."""
+    from superpoint_trt.run.draw import MatchDrawing, draw_matches
+
+    first_xy, second_xy = found.places()
+    inliers, away, caption = found.geometry.inliers, found.distances_px(), found.caption(model)
+    return draw_matches(first_rgb, second_rgb, first_xy, second_xy, inliers, away, caption, MatchDrawing(max_lines))

@@ -29,6 +29,7 @@ from superpoint_trt.cli.terminal import (
     console,
     print_aside,
     print_row,
+    print_table,
     write_json,
 )
 from superpoint_trt.core.files import write_atomically
@@ -37,14 +38,18 @@ from superpoint_trt.match.geometry import Estimator
 from superpoint_trt.prove.benchmark import METHOD, STAGES, BenchOptions, BenchReport, to_markdown
 from superpoint_trt.prove.gates import parse_limits
 from superpoint_trt.prove.protocol import Protocol, Resize
+from superpoint_trt.prove.tables import Column, check_table_name, write_table
+from superpoint_trt.prove.tables import Table as FigureTable
 
 if TYPE_CHECKING:
     from superpoint_trt.prove.evaluate import Evaluation, Summary
     from superpoint_trt.prove.verify import Verification
+    from superpoint_trt.prove.worst_pairs import WorstPairs
 
 GATE_FAILED = 1
 """Exit code."""
 
+TABLE = click.option("--table", help="One table of all models to write: .md, .csv or .tex (LaTeX).")
 _PROTOCOL = Protocol()
 _BENCH = BenchOptions()
 
@@ -53,23 +58,25 @@ _BENCH = BenchOptions()
 
 
 @click.command()
-@click.option("--model", required=True, help="The model to prove.")
+@click.option("--model", "models", required=True, multiple=True, help="The model to prove. May be repeated.")
 @WEIGHTS
 @click.option("--images", required=True, help="Folder of real images.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first so many images.")
 @click.option("--gate", "gates", multiple=True, metavar="NAME=LIMIT", help="Another limit than the precision's own.")
 @click.option("--report", "report_path", help="HTML report to write.")
 @SUBPIXEL
+@TABLE
 @JSON
 @RuntimeArgs.declare("runtime")
 def verify(
-    model: str,
+    models: tuple[str, ...],
     weights: str,
     images: str,
     limit: int | None,
     gates: tuple[str, ...],
     report_path: str | None,
     subpixel: bool | None,
+    table: str | None,
     json_path: str | None,
     runtime: RuntimeArgs,
 ) -> None:
@@ -78,31 +85,31 @@ def verify(
     The reference is the checkpoint that --weights names, or an fp32 dense or heads .onnx.
     """
     from superpoint_trt.prove.report import check_report, write_report
+    from superpoint_trt.prove.verify import report_of, verification_table
     from superpoint_trt.prove.verify import verify as run_verify
 
     limits = parse_limits(gates)
-    check_outputs((report_path, json_path), (model, weights, *find_images(images)))
+    check_outputs((report_path, table, json_path), (*models, weights, *find_images(images)))
     if report_path:
         check_report()
-    with progress_bar("verifying") as progress:
-        found = run_verify(
-            model,
-            weights,
-            images,
-            limits,
-            runtime.device,
-            progress,
-            limit,
-            runtime.threads,
-            subpixel,
-            runtime.allow_host_code,
-        )
-    print_verification(found)
+    if table:
+        check_table_name(table)
+    found = []
+    for model in dict.fromkeys(models):
+        with progress_bar(f"verifying {model}") as progress:
+            settings = (limits, runtime.device, progress, limit, runtime.threads, subpixel)
+            found.append(run_verify(model, weights, images, *settings, runtime.allow_host_code))
+        print_verification(found[-1])
+    measured = verification_table(found)
+    if len(found) > 1:
+        print_table(measured)
+    if table:
+        print_row("table", write_table(table, measured))
     if json_path:
-        write_json(json_path, found.to_json())
+        write_json(json_path, report_of(found))
     if report_path:
-        print_row("report", write_report(report_path, found))
-    if not found.passed:
+        print_row("report", write_report(report_path, *found))
+    if not all(one.passed for one in found):
         raise click.exceptions.Exit(GATE_FAILED)
 
 
@@ -199,6 +206,40 @@ class ProtocolArgs(OptionGroup):
         )
 
 
+@dataclass(frozen=True)
+class WorstArgs(OptionGroup):
+    """Which failures are drawn."""
+
+    pictures: str | None = option(
+        "--pictures", metavar="FOLDER", help="Draw the pairs with the worst homographies to this folder."
+    )
+    worst: int = option("--worst", type=click.IntRange(1), default=10, help="--pictures: so many of a model.")
+
+    def check(self) -> None:
+        """Makes the folder before the work.
+
+        Raises:
+            SuperPointError: it cannot be written.
+        """
+        from superpoint_trt.core.files import make_folder
+
+        if self.pictures is not None:
+            make_folder(self.pictures)
+
+    def keeper(self) -> WorstPairs | None:
+        """What keeps the worst pairs of one model; None: nothing is drawn."""
+        from superpoint_trt.prove.worst_pairs import WorstPairs
+
+        return None if self.pictures is None else WorstPairs(self.worst)
+
+    def draw(self, evaluation: Evaluation, worst: WorstPairs, is_alone: bool) -> None:
+        """Draws them; of several models each into a folder of its own."""
+        from superpoint_trt.prove.worst_pairs import draw_worst_pairs, folder_of
+
+        folder = str(self.pictures) if is_alone else folder_of(str(self.pictures), evaluation.model)
+        print_row("pictures", f"{len(draw_worst_pairs(evaluation, worst, folder))} in {folder}")
+
+
 @click.command()
 @click.option(
     "--model",
@@ -206,7 +247,7 @@ class ProtocolArgs(OptionGroup):
     multiple=True,
     default=(packaged.DEFAULT,),
     show_default=True,
-    help=f"A model file; a packaged network: {NETWORKS}; or sift, rootsift or orb. --stress takes several.",
+    help=f"A model file; a packaged network: {NETWORKS}; or sift, rootsift or orb. May be repeated.",
 )
 @click.option("--dataset", help="Folder of HPatches or Oxford sequences.")
 @click.option(
@@ -224,6 +265,8 @@ class ProtocolArgs(OptionGroup):
 )
 @ProtocolArgs.declare("arguments")
 @StressArgs.declare("stress_arguments")
+@WorstArgs.declare("worst_arguments")
+@TABLE
 @JSON
 @RuntimeArgs.declare("runtime")
 def evaluate(
@@ -233,6 +276,8 @@ def evaluate(
     baselines: bool,
     arguments: ProtocolArgs,
     stress_arguments: StressArgs,
+    worst_arguments: WorstArgs,
+    table: str | None,
     json_path: str | None,
     runtime: RuntimeArgs,
 ) -> None:
@@ -240,7 +285,7 @@ def evaluate(
 
     With --stress: right matches over rotation, zoom and blur of photographs.
     """
-    _check_evaluate(models, dataset, photos)
+    _check_evaluate(dataset, photos)
     if photos:
         run_stress(photos, models, stress_arguments, arguments.subpixel, baselines, json_path, runtime)
         return
@@ -248,21 +293,28 @@ def evaluate(
     from superpoint_trt.prove.evaluate import BASELINES, report_with_baselines
     from superpoint_trt.prove.evaluate import evaluate as run_evaluate
 
-    (model,), protocol = models, arguments.protocol()
-    check_outputs((json_path,), (model, *input_files(str(dataset))))
+    protocol, folder = arguments.protocol(), str(dataset)
+    check_outputs((table, json_path), (*models, *input_files(folder)))
+    if table:
+        check_table_name(table)
+    worst_arguments.check()
     evaluations = []
-    for name in (model, *(name for name in BASELINES if baselines and name != model)):
+    for name in dict.fromkeys((*models, *(BASELINES if baselines else ()))):
+        worst = worst_arguments.keeper() if name in models else None
         with progress_bar(f"evaluating {name}") as progress:
-            found = run_evaluate(
-                name, str(dataset), protocol, runtime.device, runtime.threads, progress, runtime.allow_host_code
-            )
-            evaluations.append(found)
+            settings = (protocol, runtime.device, runtime.threads, progress, runtime.allow_host_code)
+            found = run_evaluate(name, folder, *settings, worst)
+        evaluations.append(found)
+        if worst is not None:
+            worst_arguments.draw(found, worst, is_alone=len(set(models)) == 1)
     print_evaluations(evaluations)
+    if table:
+        print_row("table", write_table(table, comparison(evaluations)))
     if json_path:
         write_json(json_path, report_with_baselines(*evaluations))
 
 
-def _check_evaluate(models: Sequence[str], dataset: str | None, photos: Sequence[str]) -> None:
+def _check_evaluate(dataset: str | None, photos: Sequence[str]) -> None:
     """Checks that the options of `evaluate` go together.
 
     Raises:
@@ -270,19 +322,18 @@ def _check_evaluate(models: Sequence[str], dataset: str | None, photos: Sequence
     """
     if bool(dataset) == bool(photos):
         raise click.UsageError("evaluate takes either --dataset FOLDER or --stress PHOTOS.")
-    if dataset and len(models) > 1:
-        raise click.UsageError(f"{len(models)} models were given; with --dataset evaluate takes one at a time.")
-    other = StressArgs if dataset else ProtocolArgs
-    lost = given_flags(tuple(entry.name for entry in fields(other) if entry.name != "subpixel"))
+    others = (StressArgs,) if dataset else (ProtocolArgs, WorstArgs)
+    names = [entry.name for other in others for entry in fields(other) if entry.name != "subpixel"]
+    lost = given_flags((*names, *(() if dataset else ("table",))))
     if lost:
         raise click.UsageError(f"{', '.join(lost)} has no effect with {'--dataset' if dataset else '--stress'}.")
 
 
 def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
-    """Prints one table per model: its sequences, kinds of sequences, and the total."""
+    """Prints one table per model (its sequences, kinds of sequences, and the total), and one of all models' totals."""
     for problem in dict.fromkeys(problem for evaluation in evaluations for problem in evaluation.problems):
         print_aside("left out", problem)
-    columns = ("rep.", "loc. px", "MMA@1", "MMA@3", "MMA@10", "H@1", "H@3", "H@5", "M.score", "NN mAP")
+    columns = [column.name for column in _COLUMNS]
     for evaluation in evaluations:
         table = Table(evaluation.model, "pairs", *columns, caption=evaluation.runtime, caption_justify="left")
         # In sections of their own, because a sequence may have the name of a kind.
@@ -291,6 +342,21 @@ def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
                 table.add_row(name, str(row.pairs), *("-" if f is None else f"{f:.3f}" for f in _figures(row)))
             table.add_section()
         console().print(table)
+    if len(evaluations) > 1:
+        print_table(comparison(evaluations))
+
+
+_COLUMNS = (
+    Column("rep.", "high"),
+    Column("loc. px", "low"),
+    *(Column(name, "high") for name in ("MMA@1", "MMA@3", "MMA@10", "H@1", "H@3", "H@5", "M.score", "NN mAP")),
+)
+
+
+def comparison(evaluations: Sequence[Evaluation]) -> FigureTable:
+    """The totals of several models, a row for each."""
+    rows = [(one.model, one.total.pairs, *_figures(one.total)) for one in evaluations]
+    return FigureTable((Column("model"), Column("pairs"), *_COLUMNS), rows)
 
 
 def _figures(row: Summary) -> list[float | None]:

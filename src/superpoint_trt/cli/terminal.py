@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from superpoint_trt.core.files import PathLike
     from superpoint_trt.core.types import Keypoints
+    from superpoint_trt.prove.tables import Table as FigureTable
     from superpoint_trt.run.extractor import SuperPoint
 
 BAD_INPUT = 2
@@ -104,12 +105,29 @@ def print_found(keypoints: Keypoints, elapsed_ms: float) -> None:
     print_row("descriptors", f"{keypoints.descriptors.shape}, {keypoints.descriptors.dtype}")
 
 
-def save_drawing(pixels: NDArray[Any], keypoints: Keypoints, output: str) -> None:
-    """Writes the image, an array as `load_image` returns it, with its keypoints, and prints where."""
-    from superpoint_trt.core.image import to_picture
-    from superpoint_trt.run.draw import draw_keypoints, save_picture
+def save_drawing(pixels: NDArray[Any], keypoints: Keypoints, output: str, model: str = "") -> None:
+    """Writes the image, an array as `load_image` returns it, with its keypoints, and prints where.
 
-    print_row("picture", save_picture(output, draw_keypoints(to_picture(pixels), keypoints)))
+    With a model's name there is a caption below the image.
+    """
+    from superpoint_trt.core.image import to_picture
+    from superpoint_trt.run.draw import draw_keypoints, keypoints_caption, save_picture
+
+    caption = keypoints_caption(keypoints, model) if model else ""
+    picture = draw_keypoints(to_picture(pixels), keypoints, caption)
+    print_row("picture", save_picture(output, picture))
+
+
+def print_table(table: FigureTable) -> None:
+    """Prints a table of several models."""
+    from rich.table import Table
+
+    from superpoint_trt.prove.tables import text_of
+
+    printed = Table(*(column.name for column in table.columns))
+    for row in table.rows:
+        printed.add_row(*map(text_of, row))
+    console().print(printed)
 
 
 def write_json(path: str, report: Mapping[str, Any]) -> None:

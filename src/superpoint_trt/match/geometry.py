@@ -27,6 +27,11 @@ class Model(str, enum.Enum):
     FUNDAMENTAL = "fundamental"
     """Any rigid scene; 3x3 with x2' F x1 = 0."""
 
+    @property
+    def words(self) -> str:
+        """Its name in a sentence."""
+        return "homography" if self is Model.HOMOGRAPHY else "fundamental matrix"
+
 
 class Estimator(str, enum.Enum):
     """OpenCV's robust estimators."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from superpoint_trt.core.files import PathLike, write_npz
 from superpoint_trt.core.types import Float32, Keypoints
-from superpoint_trt.match.geometry import Estimator, Geometry, Model, estimate
+from superpoint_trt.match.geometry import Estimator, Geometry, Model, distances, estimate
 from superpoint_trt.match.nearest import Matches, MatchOptions, match
 
 
@@ -29,6 +30,25 @@ class ImageMatches:
     def places(self) -> tuple[Float32, Float32]:
         """The matched points in both images, each (M, 2) in their own pixels."""
         return self.first.xy[self.matches.rows[:, 0]], self.second.xy[self.matches.rows[:, 1]]
+
+    def distances_px(self) -> NDArray[np.float64]:
+        """How far each match is from the geometry (M,), in px of the second image; infinite if there is none."""
+        if self.geometry.matrix is None:
+            return np.full(len(self.matches), np.inf)
+        return distances(self.geometry.model, self.geometry.matrix, *self.places())
+
+    def caption(self, model: str) -> str:
+        """One line for a picture: what found the points, and how many matches agree.
+
+        Args:
+            model: name or file of the model.
+        """
+        kind = self.geometry.model.words
+        found = f"{Path(model).name}: {len(self.matches)} matches"
+        if self.geometry.matrix is None:
+            return f"{found}, no {kind}"
+        doubt = "" if self.geometry.supported else ", no more than chance gives"
+        return f"{found}, {int(self.geometry.inliers.sum())} inliers of one {kind}{doubt}"
 
 
 def match_images(

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.run.draw import Picture
+from superpoint_trt.run.captions import Picture, add_caption
 
 Float64 = NDArray[np.float64]
 
 SIDE_PX = 1200
-"""Longest side of the picture."""
+"""Longest side of the picture without its caption."""
 MARGIN_PX = 60
-OUTLIERS_PERCENT = 4
+OUTLIERS_PERCENT = 6
 """Share of the points on either side, along each axis, that may lie outside the picture."""
-_CAMERA, _PATH, _INK = (214, 39, 40), (240, 170, 170), (40, 40, 40)
+_CAMERA, _PATH = (213, 94, 0), (240, 190, 150)
 _SUBPIXEL_BITS = 4
 
 
@@ -34,14 +34,15 @@ class MapPoints:
     """(C, 3, 3): world to camera; a camera looks along its third axis, its second points down."""
 
 
-def draw_map(points: MapPoints, side_px: int = SIDE_PX) -> Picture:
-    """Draws a map from above: points in their colors, cameras as red triangles that open where they look.
+def draw_map(points: MapPoints, side_px: int = SIDE_PX, has_caption: bool = True) -> Picture:
+    """Draws a map from above: points in their colors, cameras as vermilion triangles that open where they look.
 
     Above is where the tops of the pictures point, on average. A thin line joins the cameras by name.
 
     Args:
         points: at least one camera.
-        side_px: longest side of the picture.
+        side_px: longest side of the picture without its caption.
+        has_caption: whether the numbers of cameras and points are written below it.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -63,15 +64,20 @@ def draw_map(points: MapPoints, side_px: int = SIDE_PX) -> Picture:
         fixed: NDArray[np.int64] = np.round(pixels.clip(-4 * side_px, 4 * side_px) * (1 << _SUBPIXEL_BITS)).astype(int)
         return fixed
 
+    dot = round(max(1.0, side_px / 480) * (1 << _SUBPIXEL_BITS))
     for center, color in zip(place(flat_points).tolist(), _darkened(points.colors_rgb).tolist()):
-        cv2.circle(picture, center, 1 << _SUBPIXEL_BITS, color, -1, cv2.LINE_AA, _SUBPIXEL_BITS)
+        cv2.circle(picture, center, dot, color, -1, cv2.LINE_AA, _SUBPIXEL_BITS)
+    line = max(1, round(side_px / 400))
     path = place(flat_cameras).astype(np.int32)
-    cv2.polylines(picture, [path], False, _PATH, 1, cv2.LINE_AA, _SUBPIXEL_BITS)
-    for triangle in place(_triangles(points.rotations, axes, flat_cameras, 14 / scale)).astype(np.int32):
-        cv2.polylines(picture, [triangle], True, _CAMERA, 2, cv2.LINE_AA, _SUBPIXEL_BITS)
-    text = f"{len(points.centers)} cameras, {len(points.xyz)} points, from above"
-    cv2.putText(picture, text, (12, 28), cv2.FONT_HERSHEY_SIMPLEX, 0.6, _INK, 1, cv2.LINE_AA)
-    return picture
+    cv2.polylines(picture, [path], False, _PATH, line, cv2.LINE_AA, _SUBPIXEL_BITS)
+    for triangle in place(_triangles(points.rotations, axes, flat_cameras, side_px / 50 / scale)).astype(np.int32):
+        cv2.polylines(picture, [triangle], True, _CAMERA, line, cv2.LINE_AA, _SUBPIXEL_BITS)
+    return add_caption(picture, [map_caption(points)]) if has_caption else picture
+
+
+def map_caption(points: MapPoints) -> str:
+    """One line: how many cameras and points."""
+    return f"{len(points.centers)} cameras, {len(points.xyz)} points, from above"
 
 
 def seen_from_above(rotations: Float64) -> Float64:

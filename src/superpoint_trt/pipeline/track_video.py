@@ -24,7 +24,8 @@ from superpoint_trt.pipeline.pairs import in_sequence
 from superpoint_trt.pipeline.tracks import PointTracker, TrackOptions, TrackRecord, Tracks, draw_tracks, save_tracks
 from superpoint_trt.pipeline.video import VideoReader
 from superpoint_trt.pipeline.video_writer import VideoWriter
-from superpoint_trt.run.draw import Picture, save_picture
+from superpoint_trt.run.captions import Picture
+from superpoint_trt.run.draw import save_picture
 from superpoint_trt.run.extractor import SuperPoint
 from superpoint_trt.run.store import check_npz
 

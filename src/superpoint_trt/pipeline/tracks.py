@@ -7,7 +7,6 @@ that comes back later is a new one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from numpy.typing import NDArray
 from superpoint_trt.core.files import PathLike, write_npz
 from superpoint_trt.core.types import Float32, Keypoints, SuperPointError
 from superpoint_trt.match.nearest import MatchOptions, match
-from superpoint_trt.run.draw import Picture, ramp
+from superpoint_trt.run.captions import RIM, SUBPIXEL_BITS, Picture, ints
+from superpoint_trt.run.draw import ramp
 
 
 @dataclass(frozen=True)
@@ -170,17 +170,21 @@ def draw_tracks(image_rgb: Picture, now: TracksNow, options: TrackOptions) -> Pi
     picture = np.array(image_rgb, dtype=np.uint8, order="C")
     width = max(1, round(max(picture.shape[:2]) / 640))
     colors = ramp(options.max_length)[::-1]  # dark to bright
-    bits = 4
-    for row in np.argsort(now.lengths, kind="stable"):  # long ones lie on top
-        if now.lengths[row] < options.min_length:
-            continue
-        path = now.paths[row][-int(now.lengths[row]) :] * (1 << bits)
-        color = _ints(colors[min(int(now.lengths[row]), options.max_length) - 1])
-        points = np.round(path).astype(np.int32)
-        cv2.polylines(picture, [points], False, color, width, cv2.LINE_AA, bits)
-        cv2.circle(picture, points[-1].tolist(), (width + 1) << bits, color, -1, cv2.LINE_AA, bits)
+    one = 1 << SUBPIXEL_BITS
+    rows = [row for row in np.argsort(now.lengths, kind="stable") if now.lengths[row] >= options.min_length]
+    drawn = [
+        (
+            np.round(now.paths[row][-int(now.lengths[row]) :] * one).astype(np.int32),
+            ints(colors[min(int(now.lengths[row]), options.max_length) - 1]),
+        )
+        for row in rows  # long ones lie on top
+    ]
+    lines = picture.copy()  # blended in, so that paths do not hide the image
+    for path, color in drawn:
+        cv2.polylines(lines, [path], False, color, width, cv2.LINE_AA, SUBPIXEL_BITS)
+    picture = np.asarray(cv2.addWeighted(lines, 0.7, picture, 0.3, 0), dtype=np.uint8)
+    for path, color in drawn:
+        for tone, radius in ((RIM, width + 2.2), (color, width + 1.2)):
+            center = path[-1].tolist()
+            cv2.circle(picture, center, round(radius * one), tone, -1, cv2.LINE_AA, SUBPIXEL_BITS)
     return picture
-
-
-def _ints(color: Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(value) for value in color)

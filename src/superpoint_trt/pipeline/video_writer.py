@@ -14,7 +14,7 @@ import numpy as np
 from superpoint_trt.core.files import PathLike, check_writable, one_line
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.video import import_av
-from superpoint_trt.run.draw import Picture
+from superpoint_trt.run.captions import Picture
 
 WRITTEN_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")
 CODECS = ("libx264", "mpeg4")

@@ -11,18 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from superpoint_trt.core.files import PathLike, named
-from superpoint_trt.core.image import SMALLEST_SIDE_PX, load_image, to_gray
+from superpoint_trt.core.image import load_image, to_gray
 from superpoint_trt.core.progress import Progress, Steps
-from superpoint_trt.core.types import Float32, Keypoints, Matrix, OutputType, SuperPointError
+from superpoint_trt.core.types import Keypoints, Matrix, OutputType, SuperPointError
 from superpoint_trt.prove import metrics
 from superpoint_trt.prove.datasets import Pair, load_pairs
 from superpoint_trt.prove.opencv_features import DETECTORS, Extractor, opencv_extractor, opencv_version
-from superpoint_trt.prove.protocol import Protocol, Resize
+from superpoint_trt.prove.protocol import Protocol, resize_to_protocol
+from superpoint_trt.prove.worst_pairs import JudgedPair, WorstPairs
 from superpoint_trt.run.extractor import SuperPoint
 
 BASELINES = ("sift", "orb")
@@ -138,7 +137,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def report_with_baselines(evaluation: Evaluation, *baselines: Evaluation) -> dict[str, Any]:
-    """The report of one model as plain data; those of other models, if any, under "baselines" by name."""
+    """The report of one model as plain data; those of the other models, if any, under "baselines" by name."""
     report = evaluation.to_json()
     if baselines:
         report["baselines"] = {baseline.model: baseline.to_json() for baseline in baselines}
@@ -153,6 +152,7 @@ def evaluate(
     threads: int | None = None,
     progress: Progress | None = None,
     allow_host_code: bool = False,
+    worst: WorstPairs | None = None,
 ) -> Evaluation:
     """Runs a model, or OpenCV's SIFT, RootSIFT or ORB, over a dataset.
 
@@ -164,6 +164,7 @@ def evaluate(
         threads: CPU threads of a model file.
         progress: called with (images and pairs done, all of them).
         allow_host_code: run the code that a version-compatible engine carries.
+        worst: is told of each pair, and keeps those with the worst homography.
 
     Raises:
         SuperPointError: no usable model or pair. A single bad image, file or homography is listed in `problems`.
@@ -188,6 +189,9 @@ def evaluate(
             result = _score(pair, _views(pair, detected), _views(pair, described), protocol)
             evaluation.seconds["match"] += time.perf_counter() - started
             evaluation.pairs.append(result)
+            if worst is not None:
+                views = _views(pair, described)
+                worst.add(JudgedPair(result, views.first, views.second, views.homography))
         steps.advance()
     if not evaluation.pairs:
         raise SuperPointError(f"{dataset} holds no readable pair: {evaluation.problems[0]}")
@@ -250,7 +254,7 @@ def _extract(
     for path in paths:
         started = time.perf_counter()
         try:
-            gray, to_view = _resize(to_gray(load_image(path)), stage.size_hw, evaluation.protocol.resize)
+            gray, to_view = resize_to_protocol(to_gray(load_image(path)), stage.size_hw, evaluation.protocol.resize)
             read = time.perf_counter()
             found = extract(gray)
             views[path] = _View(found if stage.keeps_descriptors else _without_descriptors(found), to_view)
@@ -267,41 +271,6 @@ def _extract(
 def _without_descriptors(keypoints: Keypoints) -> Keypoints:
     """Saves the memory of a dataset's descriptors, which the detector's figures do not need."""
     return replace(keypoints, descriptors=np.zeros((len(keypoints), 0), np.float32))
-
-
-def _resize(gray: Float32, size_hw: tuple[int, int], rule: Resize) -> tuple[Float32, Matrix]:
-    """Brings an image to the protocol's size.
-
-    Args:
-        gray: (H, W) float32 in [0, 1].
-        size_hw: (height, width) in px.
-        rule: how.
-
-    Returns:
-        The resized image (H', W') float32, and the (3, 3) map from pixels of the image to pixels of the resized one,
-        pixel centers at integers.
-
-    Raises:
-        SuperPointError: the image is so thin that nothing would be left of it.
-    """
-    height, width = gray.shape
-    if rule is Resize.NONE:
-        return gray, np.eye(3)
-    ratios = size_hw[0] / height, size_hw[1] / width
-    scale = max(ratios) if rule is Resize.CROP else min(1.0, *ratios)
-    new_h, new_w = round(height * scale), round(width * scale)
-    if min(new_h, new_w) < SMALLEST_SIDE_PX:
-        least = f"{SMALLEST_SIDE_PX}x{SMALLEST_SIDE_PX}"
-        raise SuperPointError(f"{width}x{height} px shrink to {new_w}x{new_h}; the smallest usable is {least}.")
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    resized: NDArray[Any] = cv2.resize(gray, (new_w, new_h), interpolation=method)
-    sx, sy = new_w / width, new_h / height
-    to_view = np.array([[sx, 0, 0.5 * sx - 0.5], [0, sy, 0.5 * sy - 0.5], [0, 0, 1]])
-    if rule is Resize.CROP:
-        top, left = (new_h - size_hw[0]) // 2, (new_w - size_hw[1]) // 2
-        resized = resized[top : top + size_hw[0], left : left + size_hw[1]]
-        to_view = np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1]]) @ to_view
-    return np.ascontiguousarray(resized), to_view
 
 
 @dataclass(frozen=True)

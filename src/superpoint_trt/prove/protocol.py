@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from superpoint_trt.core.image import SMALLEST_SIDE_PX
-from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.core.types import Matrix, SuperPointError
 from superpoint_trt.match.geometry import Estimator
 
 LARGEST_SIDE_PX = 8192
@@ -75,3 +76,40 @@ class Protocol:
     def to_json(self) -> dict[str, Any]:
         """The protocol as plain data."""
         return asdict(self)
+
+
+def resize_to_protocol(image: NDArray[Any], size_hw: tuple[int, int], rule: Resize) -> tuple[NDArray[Any], Matrix]:
+    """Brings an image to the protocol's size.
+
+    Args:
+        image: (H, W) or (H, W, 3), of any type that OpenCV resizes.
+        size_hw: (height, width) in px.
+        rule: how.
+
+    Returns:
+        The resized image (H', W', ...) of the same type, and the (3, 3) map from pixels of the image to pixels of the
+        resized one, pixel centers at integers.
+
+    Raises:
+        SuperPointError: the image is so thin that nothing would be left of it.
+    """
+    import cv2
+
+    height, width = image.shape[:2]
+    if rule is Resize.NONE:
+        return image, np.eye(3)
+    ratios = size_hw[0] / height, size_hw[1] / width
+    scale = max(ratios) if rule is Resize.CROP else min(1.0, *ratios)
+    new_h, new_w = round(height * scale), round(width * scale)
+    if min(new_h, new_w) < SMALLEST_SIDE_PX:
+        least = f"{SMALLEST_SIDE_PX}x{SMALLEST_SIDE_PX}"
+        raise SuperPointError(f"{width}x{height} px shrink to {new_w}x{new_h}; the smallest usable is {least}.")
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    resized: NDArray[Any] = cv2.resize(image, (new_w, new_h), interpolation=method)
+    sx, sy = new_w / width, new_h / height
+    to_view = np.array([[sx, 0, 0.5 * sx - 0.5], [0, sy, 0.5 * sy - 0.5], [0, 0, 1]])
+    if rule is Resize.CROP:
+        top, left = (new_h - size_hw[0]) // 2, (new_w - size_hw[1]) // 2
+        resized = resized[top : top + size_hw[0], left : left + size_hw[1]]
+        to_view = np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1]]) @ to_view
+    return np.ascontiguousarray(resized), to_view

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import util
@@ -22,7 +23,8 @@ from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.prove.agreement import within
 from superpoint_trt.prove.comparison import ImageResult
 from superpoint_trt.prove.gates import MEANINGS
-from superpoint_trt.prove.verify import Verification
+from superpoint_trt.prove.tables import text_of
+from superpoint_trt.prove.verify import Verification, verification_table
 from superpoint_trt.run.draw import draw_points, encode_picture
 
 if TYPE_CHECKING:
@@ -43,8 +45,8 @@ IMAGE_LABELS = (
 )
 """The columns of the table of images, after the name."""
 
-KEPT, LOST, NEW = (46, 204, 64), (255, 65, 54), (51, 161, 255)
-"""RGB colors of the points; the page's template names the same colors."""
+KEPT, LOST, NEW = (0, 158, 115), (213, 94, 0), (86, 180, 233)
+"""RGB colors of the points, told apart by color-blind people (Okabe and Ito); the page's template names the same."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,20 @@ class _Plot:
     """A data URL."""
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What the page says of one model."""
+
+    v: Verification
+    plots: list[_Plot]
+    pictures: list[_Picture]
+
+
+def _title(verifications: Sequence[Verification]) -> str:
+    verdict = "passed" if all(one.passed for one in verifications) else "FAILED"
+    return f"{verdict}: {', '.join(one.model for one in verifications)}"
+
+
 def check_report() -> None:
     """Checks before the verification that the report can be written after it.
 
@@ -77,8 +93,8 @@ def check_report() -> None:
             raise SuperPointError(f"the report needs {package}: {install_hint('report')}.")
 
 
-def write_report(path: PathLike, verification: Verification) -> Path:
-    """Writes the report. A reader sees the old file or the whole new one.
+def write_report(path: PathLike, *verifications: Verification) -> Path:
+    """Writes the report of one or several models. A reader sees the old file or the whole new one.
 
     Raises:
         SuperPointError: jinja2 or matplotlib is not installed, or the file cannot be written.
@@ -88,7 +104,14 @@ def write_report(path: PathLike, verification: Verification) -> Path:
 
     environment = Environment(loader=PackageLoader("superpoint_trt.prove"), autoescape=True)
     page = environment.get_template("verification.html").render(
-        v=verification,
+        title=_title(verifications),
+        table=verification_table(verifications) if len(verifications) > 1 else None,
+        text_of=text_of,
+        fails=lambda row, model: (
+            (row == "verdict" and not verifications[model].passed)
+            or row in {gate.name for gate in verifications[model].failed}
+        ),
+        parts=[_Part(one, _plots(one), [_picture(image) for image in _most_different(one)]) for one in verifications],
         version=__version__,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         meaning=MEANINGS,
@@ -96,8 +119,6 @@ def write_report(path: PathLike, verification: Verification) -> Path:
         breakable=_breakable,
         image_labels=IMAGE_LABELS,
         image_figures=_image_figures,
-        plots=_plots(verification),
-        pictures=[_picture(image) for image in _most_different(verification)],
     )
     return write_atomically(path, page.encode(errors="backslashreplace"))
 

@@ -18,6 +18,7 @@ from superpoint_trt.prove.comparison import Comparison, Errors, ImageResult, err
 from superpoint_trt.prove.gates import Gate, Measurements, check_limits, judge
 from superpoint_trt.prove.known_faults import FEWEST_POINTS, NOT_FINITE, Finding
 from superpoint_trt.prove.references import open_reference
+from superpoint_trt.prove.tables import Cell, Column, Table
 from superpoint_trt.run.extractor import SuperPoint
 
 
@@ -67,6 +68,25 @@ class Verification:
             "problems": self.problems,
             "notes": self.notes,
         }
+
+
+def report_of(verifications: Sequence[Verification]) -> dict[str, Any]:
+    """The report of one model; of several: whether all passed, and the reports under "models"."""
+    if len(verifications) == 1:
+        return verifications[0].to_json()
+    return {"passed": all(one.passed for one in verifications), "models": [one.to_json() for one in verifications]}
+
+
+def verification_table(verifications: Sequence[Verification]) -> Table:
+    """What the gates of several models measured: a column for each model, a row for each gate."""
+    names = list(dict.fromkeys(gate.name for one in verifications for gate in one.gates))
+    measured = [{gate.name: gate.value for gate in one.gates} for one in verifications]
+    rows: list[list[Cell]] = [["verdict", *("passed" if one.passed else "FAILED" for one in verifications)]]
+    rows.append(["precision", *(one.precision.value for one in verifications)])
+    for name in names:
+        values = [one.get(name) for one in measured]
+        rows.append([name, *(None if value is None else f"{value:.6g}" for value in values)])
+    return Table([Column("gate"), *(Column(one.model) for one in verifications)], rows)
 
 
 def verify(

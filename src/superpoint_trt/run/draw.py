@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +13,66 @@ from numpy.typing import NDArray
 from superpoint_trt.core.files import PathLike, write_atomically
 from superpoint_trt.core.image_file import opencv_quiet
 from superpoint_trt.core.types import Float32, Keypoints, SuperPointError
-
-Picture = NDArray[np.uint8]
-"""(H, W, 3) RGB."""
-Color = Sequence[int]
+from superpoint_trt.run.captions import (
+    PAPER,
+    RIM,
+    SUBPIXEL_BITS,
+    Color,
+    Picture,
+    Sign,
+    add_caption,
+    draw_circle,
+    ints,
+)
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
-_RIM = (0, 0, 0)
-_SUBPIXEL_BITS = 4
-"""Fraction bits of the coordinates given to OpenCV: keypoints of shrunk images lie between pixels."""
+
+Points = NDArray[np.floating]
+"""(N, 2) x, y in px."""
+
+BEST, MIDDLE, WORST = (240, 228, 66), (86, 180, 233), (0, 114, 178)
+"""The ramp, light to dark: yellow, sky blue and blue, told apart by color-blind people (Okabe and Ito, "Color Universal
+Design", 2008)."""
+OUTLIER, WRONG = (170, 170, 170), (213, 94, 0)
+"""Lines that do not agree: grey where nobody knows the truth, vermilion (Okabe and Ito) where they are wrong."""
 
 
-def draw_keypoints(image_rgb: NDArray[Any], keypoints: Keypoints) -> Picture:
-    """Draws dark-rimmed circles on a copy of the image, from the weakest score (blue) to the strongest (yellow).
+def draw_keypoints(image_rgb: NDArray[Any], keypoints: Keypoints, caption: str = "") -> Picture:
+    """Draws dark-rimmed circles on a copy of the image, from the weakest score (small, blue) to the strongest one.
 
     Args:
         image_rgb: (H, W, 3) uint8.
-        keypoints: in the image's pixels; the color shows the rank of the score.
+        keypoints: in the image's pixels, by falling score; color and size show the rank of the score.
+        caption: written below the picture, with a legend of the scores; empty: neither.
 
     Returns:
-        (H, W, 3) uint8 RGB.
+        (H, W, 3) uint8 RGB; with a caption it is higher.
     """
-    colors = ramp(len(keypoints))
+    picture = _scaled(image_rgb, 1.0)
+    colors, radii = ramp(len(keypoints)), circle_radii_px(len(keypoints), picture.shape[1])
     # From weak to strong, so that strong ones lie on top.
-    return draw_points(image_rgb, [(keypoints.xy[i : i + 1], colors[i]) for i in reversed(range(len(keypoints)))])
+    for row in reversed(range(len(keypoints))):
+        draw_circle(picture, keypoints.xy[row], radii[row], colors[row])
+    if not caption:
+        return picture
+    shown = sorted({0, len(keypoints) // 2, len(keypoints) - 1}) if len(keypoints) else []
+    signs = [Sign(f"score {keypoints.scores[row]:.2g}", [colors[row]], float(radii[row])) for row in shown]
+    return add_caption(picture, [caption], signs)
+
+
+def keypoints_caption(keypoints: Keypoints, model: PathLike) -> str:
+    """One line for a picture: what found how many points."""
+    return f"{Path(model).name}: {len(keypoints)} keypoints"
+
+
+def circle_radii_px(count: int, width_px: int) -> Float32:
+    """Radii (count,) of the circles of keypoints by falling score, in a picture of that width.
+
+    The weakest is a third of the strongest. Most are small, because pictures have many weak points.
+    """
+    rank = np.linspace(1, 0, max(count, 1), dtype=np.float32)[:count]
+    radii: Float32 = np.float32(max(3.0, width_px / 260)) * (0.8 + 1.6 * rank**2)
+    return radii
 
 
 def draw_points(image_rgb: NDArray[Any], layers: Iterable[tuple[Float32, Color]], scale: float = 1.0) -> Picture:
@@ -49,22 +86,37 @@ def draw_points(image_rgb: NDArray[Any], layers: Iterable[tuple[Float32, Color]]
     Returns:
         (H * scale, W * scale, 3) uint8 RGB.
     """
-    import cv2
-
     picture = _scaled(image_rgb, scale)
-    one = 1 << _SUBPIXEL_BITS
     radius = max(3.0, max(picture.shape[:2]) / 240)
-    line = max(1, round(radius / 3))
     for points, color in layers:
-        for x, y in (points + 0.5) * scale - 0.5:
-            center = (round(float(x) * one), round(float(y) * one))
-            for tone, thickness in ((_RIM, line + 2), (_ints(color), line)):
-                cv2.circle(picture, center, round(radius * one), tone, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
+        for xy in (points + 0.5) * scale - 0.5:
+            draw_circle(picture, xy, radius, color)
     return picture
 
 
-INLIER, OUTLIER = (46, 204, 64), (255, 65, 54)
+@dataclass(frozen=True)
+class MatchDrawing:
+    """How matches are drawn."""
+
+    most_lines: int = 150
+    """Lines drawn at most, spread over the first picture. A fifth of them may be outliers; more, where inliers are
+    few."""
+    far_px: float = 3.0
+    """Distance from the geometry at which an inlier's line has the ramp's last color."""
+    outlier_rgb: Color = OUTLIER
+    inlier_name: str = "inlier"
+    outlier_name: str = "outlier"
+    as_many_outliers: bool = False
+    """Outliers have their share of the lines, above a fifth too."""
+
+    def __post_init__(self) -> None:
+        if self.most_lines < 0:
+            raise SuperPointError(f"{self.most_lines} lines were asked for; expected 0 or more.")
+
+
 _GAP_PX = 8
+_WIDEST = 3.0
+"""Width over height above which two pictures are not side by side but one above the other."""
 
 
 def draw_matches(
@@ -73,36 +125,119 @@ def draw_matches(
     first_xy: Float32,
     second_xy: Float32,
     inliers: NDArray[np.bool_],
+    distances_px: NDArray[np.floating] | None = None,
+    caption: str = "",
+    options: MatchDrawing | None = None,
 ) -> Picture:
-    """Draws both images side by side and a line for each match: green inliers over fainter red outliers.
+    """Draws both images and lines between matches: yellow to blue for inliers, thin and grey for outliers.
+
+    The images are side by side; one above the other if that would be wider than 3 to 1.
 
     Args:
         first_rgb: (H, W, 3) uint8.
-        second_rgb: (H', W', 3) uint8, scaled to the first image's height.
+        second_rgb: (H', W', 3) uint8, scaled to the first image's height, or to its width if it lies below.
         first_xy: (M, 2) matched points in the first image's pixels.
         second_xy: (M, 2) matched points in the second image's pixels.
         inliers: (M,) bool, which matches the geometry keeps.
+        distances_px: (M,) how far the matches are from the geometry; None: all inliers are yellow.
+        caption: written below the picture, with a legend; empty: neither.
+        options: how many lines, and in which colors.
 
     Returns:
-        (H, W + gap + W' scaled, 3) uint8 RGB.
+        (H + H' scaled, ...) or (..., W + W' scaled, 3) uint8 RGB, with a gap of 8 px; with a caption it is higher.
     """
+    options = options or MatchDrawing()
+    picture, scale, offset = _joined(first_rgb, second_rgb)
+    starts, ends = first_xy, (second_xy + 0.5) * scale - 0.5 + offset
+    rows = chosen_lines(first_xy, inliers, options.most_lines, options.as_many_outliers)
+    away = np.zeros(len(first_xy)) if distances_px is None else np.nan_to_num(distances_px, nan=np.inf)
+    outliers, kept = rows[~inliers[rows]], rows[inliers[rows]]
+    kept = kept[np.argsort(-away[kept], kind="stable")]  # those that agree best lie on top
+    width = max(1, round(max(picture.shape[:2]) / 640))
+    pale = [options.outlier_rgb] * len(outliers)
+    _lines(picture, starts[outliers], ends[outliers], pale, max(1, width // 2), rim=False)
+    levels = np.clip(away[kept] / options.far_px, 0, 1)
+    _lines(picture, starts[kept], ends[kept], ramp(_LEVELS)[np.round(levels * (_LEVELS - 1)).astype(int)], width, True)
+    if not caption:
+        return picture
+    drawn = "" if len(rows) == len(inliers) else f"{len(rows)} of {len(inliers)} lines drawn"
+    return add_caption(picture, [caption], _signs(options, distances_px is not None, drawn))
+
+
+_LEVELS = 64
+
+
+def chosen_lines(
+    first_xy: Float32, inliers: NDArray[np.bool_], most_lines: int, as_many_outliers: bool = False
+) -> NDArray[np.int64]:
+    """Rows of the matches that are drawn: at most so many, spread over the first picture.
+
+    Args:
+        first_xy: (M, 2) points in the first image.
+        inliers: (M,) bool.
+        most_lines: a fifth of them may be outliers, more where inliers are few.
+        as_many_outliers: outliers have their share of the lines instead.
+    """
+    good, bad = np.flatnonzero(inliers), np.flatnonzero(~inliers)
+    share = round(most_lines * len(bad) / max(len(inliers), 1)) if as_many_outliers else most_lines // 5
+    bad_count = min(len(bad), max(share, most_lines - len(good)))
+    good_count = min(len(good), most_lines - bad_count)
+    return np.concatenate([good[spread(first_xy[good], good_count)], bad[spread(first_xy[bad], bad_count)]])
+
+
+def spread(xy: Float32, count: int) -> NDArray[np.int64]:
+    """Rows of `count` points that lie far apart: each next one is the farthest from all before, from row 0 on."""
+    if len(xy) <= count:
+        return np.arange(len(xy))
+    rows = np.zeros(count, np.int64)
+    nearest = np.full(len(xy), np.inf)
+    for index in range(1, count):
+        nearest = np.minimum(nearest, ((xy - xy[rows[index - 1]]) ** 2).sum(axis=1))
+        rows[index] = nearest.argmax()
+    return rows
+
+
+def _joined(first_rgb: NDArray[Any], second_rgb: NDArray[Any]) -> tuple[Picture, float, NDArray[np.float64]]:
+    """Both images in one picture; the second one's scale and its place (x, y)."""
+    (height, width), (second_height, second_width) = first_rgb.shape[:2], second_rgb.shape[:2]
+    stacked = width / height + second_width / second_height > _WIDEST
+    scale = width / second_width if stacked else height / second_height
+    other = _scaled(second_rgb, scale)
+    place = np.array([0, height + _GAP_PX] if stacked else [width + _GAP_PX, 0])
+    right, bottom = place + np.array(other.shape[1::-1])
+    picture: Picture = np.full((max(height, bottom), max(width, right), 3), PAPER, np.uint8)
+    picture[:height, :width] = first_rgb
+    picture[place[1] : bottom, place[0] : right] = other
+    return picture, scale, place
+
+
+def _lines(picture: Picture, starts: Points, ends: Points, colors: Iterable[Color], width: int, rim: bool) -> None:
+    """Draws lines with a dot at either end into a picture; with a rim they are seen on any ground."""
     import cv2
 
-    scale = first_rgb.shape[0] / second_rgb.shape[0]
-    right = _scaled(second_rgb, scale)
-    left_width = first_rgb.shape[1] + _GAP_PX
-    picture: Picture = np.full((first_rgb.shape[0], left_width + right.shape[1], 3), 255, np.uint8)
-    picture[:, : first_rgb.shape[1]] = first_rgb
-    picture[:, left_width:] = right[: picture.shape[0]]
-    places = (second_xy + 0.5) * scale - 0.5 + np.array([left_width, 0])
-    for wanted, color, weight in ((~inliers, OUTLIER, 0.3), (inliers, INLIER, 0.5)):
-        lines = picture.copy()  # blended in, so that lines do not hide the image
-        for start, end in zip(_fixed(first_xy[wanted]), _fixed(places[wanted])):
-            cv2.line(lines, start, end, color, 1, cv2.LINE_AA, _SUBPIXEL_BITS)
-        picture = np.asarray(cv2.addWeighted(lines, weight, picture, 1 - weight, 0), dtype=np.uint8)
-        for center in _fixed(first_xy[wanted]) + _fixed(places[wanted]):
-            cv2.circle(picture, center, 2 << _SUBPIXEL_BITS, color, -1, cv2.LINE_AA, _SUBPIXEL_BITS)
-    return picture
+    ends_fixed = list(zip(_fixed(starts), _fixed(ends)))
+    # Blended in, so that lines do not hide the image; the rim is fainter than the line.
+    for thickness, tone, opacity in ((width + 2, RIM, 0.35), (width, None, 0.9))[0 if rim else 1 :]:
+        drawn = picture.copy()
+        for (start, end), color in zip(ends_fixed, colors):
+            cv2.line(drawn, start, end, ints(tone or color), thickness, cv2.LINE_AA, SUBPIXEL_BITS)
+        picture[:] = cv2.addWeighted(drawn, opacity, picture, 1 - opacity, 0)
+    one = 1 << SUBPIXEL_BITS
+    for (start, end), color in zip(ends_fixed, colors):
+        for center in (start, end):
+            if rim:
+                cv2.circle(picture, center, round((width + 1.6) * one), RIM, -1, cv2.LINE_AA, SUBPIXEL_BITS)
+            cv2.circle(picture, center, round((width + 0.8) * one), ints(color), -1, cv2.LINE_AA, SUBPIXEL_BITS)
+
+
+def _signs(options: MatchDrawing, by_distance: bool, drawn: str) -> list[Sign]:
+    """The legend of a picture of matches."""
+    if by_distance:
+        good = Sign(f"{options.inlier_name}, 0 to {options.far_px:g} px off", ramp(_LEVELS).tolist())
+    else:
+        good = Sign(options.inlier_name, [BEST])
+    signs = [good, Sign(options.outlier_name, [options.outlier_rgb])]
+    return [*signs, Sign(drawn, [])] if drawn else signs
 
 
 def check_picture_name(path: PathLike) -> None:
@@ -163,18 +298,13 @@ def _scaled(image_rgb: NDArray[Any], scale: float) -> Picture:
 
 
 def ramp(count: int) -> NDArray[np.uint8]:
-    """Colors (count, 3) RGB from bright to dark."""
-    import cv2
-
-    ranks = np.linspace(255, 0, max(count, 1)).astype(np.uint8)
-    ramp: NDArray[np.uint8] = np.asarray(cv2.applyColorMap(ranks[:, None], cv2.COLORMAP_PARULA)[:, 0, ::-1])
-    return ramp
-
-
-def _ints(color: Color) -> tuple[int, ...]:
-    return tuple(int(value) for value in color)
+    """Colors (count, 3) RGB from bright to dark: yellow, sky blue, blue."""
+    stops = np.array([BEST, MIDDLE, WORST], np.float64)
+    at = np.linspace(0, len(stops) - 1, max(count, 1))
+    colors = np.stack([np.interp(at, np.arange(len(stops)), channel) for channel in stops.T], axis=1)
+    return np.round(colors).astype(np.uint8)
 
 
 def _fixed(xy: NDArray[Any]) -> list[list[int]]:
-    rounded: list[list[int]] = np.round(xy * (1 << _SUBPIXEL_BITS)).astype(int).tolist()
+    rounded: list[list[int]] = np.round(xy * (1 << SUBPIXEL_BITS)).astype(int).tolist()
     return rounded

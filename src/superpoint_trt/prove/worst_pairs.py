@@ -1,0 +1,124 @@
+"""Pictures of the pairs that an evaluation got wrong: which matches are right, and which are not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from superpoint_trt.core.files import PathLike, make_folder
+from superpoint_trt.core.image import load_image, to_picture
+from superpoint_trt.core.types import Keypoints, Matrix
+from superpoint_trt.match.nearest import match
+from superpoint_trt.prove.metrics import shared, warp
+from superpoint_trt.prove.protocol import resize_to_protocol
+from superpoint_trt.run.draw import WRONG, MatchDrawing, draw_matches, save_picture
+
+MOST_LINES = 100
+"""Wrong lines cross each other, so fewer are drawn than of a good pair."""
+
+if TYPE_CHECKING:
+    from superpoint_trt.prove.evaluate import Evaluation, PairResult
+    from superpoint_trt.run.captions import Picture
+
+
+@dataclass(frozen=True)
+class JudgedPair:
+    """A pair as the evaluation matched it."""
+
+    result: PairResult
+    first: Keypoints
+    """In pixels of the resized image, like `second`."""
+    second: Keypoints
+    homography: Matrix
+    """(3, 3): pixels of the first resized image to pixels of the second."""
+
+    @property
+    def error_px(self) -> float:
+        """Mean error of the estimated homography's corners; of several orders of the matches the median."""
+        return float(np.median(self.result.homography_errors_px))
+
+
+class WorstPairs:
+    """Keeps the pairs with the largest error of the homography.
+
+    worst = WorstPairs(5)
+    evaluation = evaluate(model, folder, worst=worst)
+    draw_worst_pairs(evaluation, worst, "pictures")
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.pairs: list[JudgedPair] = []
+        """The largest error first; of equal ones the earlier pair."""
+
+    def add(self, pair: JudgedPair) -> None:
+        """Looks at one more pair."""
+        self.pairs = sorted([*self.pairs, pair], key=lambda one: -one.error_px)[: self.count]
+
+
+def draw_worst_pairs(evaluation: Evaluation, worst: WorstPairs, folder: PathLike) -> list[Path]:
+    """Draws each kept pair to a folder: `01_NAME_OF_SEQUENCE_FIRST_SECOND.jpg` is the worst.
+
+    Args:
+        evaluation: what the pairs were judged in.
+        worst: filled by `evaluate`.
+        folder: made if it is not there.
+
+    Raises:
+        SuperPointError: the folder cannot be written, or an image is gone.
+    """
+    target = make_folder(folder)
+    paths = []
+    for number, pair in enumerate(worst.pairs, 1):
+        of = pair.result.pair
+        name = re.sub(r"[^\w.-]", "_", f"{number:02}_{of.sequence}_{of.first.stem}_{of.second.stem}")
+        paths.append(save_picture(target / f"{name}.jpg", draw_pair(evaluation, pair)))
+    return paths
+
+
+def folder_of(folder: PathLike, model: str) -> str:
+    """A model's own folder of pictures: its path without what file names cannot have."""
+    return str(Path(folder) / (re.sub(r"[^\w.-]+", "_", str(model)).strip("_.") or "model"))
+
+
+def draw_pair(evaluation: Evaluation, pair: JudgedPair) -> Picture:
+    """Draws the matches of the best shared points: right ones from yellow to blue, wrong ones in vermilion."""
+    protocol, of = evaluation.protocol, pair.result.pair
+    a, b = best_shared_points(pair, protocol.descriptor_keypoints)
+    rows = match(a.descriptors, b.descriptors).rows
+    first_xy, second_xy = a.xy[rows[:, 0]], b.xy[rows[:, 1]]
+    away = np.linalg.norm(warp(first_xy, pair.homography) - second_xy, axis=1)
+    right = away <= protocol.matching_px
+    size, rule = protocol.descriptor_size_hw, protocol.resize
+    views = [resize_to_protocol(to_picture(load_image(path)), size, rule)[0] for path in (of.first, of.second)]
+    options = MatchDrawing(
+        most_lines=MOST_LINES,
+        far_px=protocol.matching_px,
+        outlier_rgb=WRONG,
+        inlier_name="right",
+        outlier_name="wrong",
+        as_many_outliers=True,
+    )
+    caption = pair_caption(evaluation.model, pair, int(right.sum()), len(right))
+    return draw_matches(views[0], views[1], first_xy, second_xy, right, away, caption, options)
+
+
+def best_shared_points(pair: JudgedPair, count: int) -> tuple[Keypoints, Keypoints]:
+    """The points of both images that the homography is estimated from."""
+    back = np.linalg.inv(pair.homography)
+    return (
+        shared(pair.first, pair.homography, pair.second.image_size, count),
+        shared(pair.second, back, pair.first.image_size, count),
+    )
+
+
+def pair_caption(model: str, pair: JudgedPair, right: int, matches: int) -> str:
+    """One line: the pair, the model, how many matches are right, and how far the homography is off."""
+    of = pair.result.pair
+    off = "no homography found" if np.isinf(pair.error_px) else f"homography off by {pair.error_px:.1f} px"
+    names = f"{of.sequence} {of.first.stem} and {of.second.stem}"
+    return f"{names}, {Path(model).name}: {right} of {matches} matches right, {off}"

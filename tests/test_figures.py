@@ -1,0 +1,70 @@
+"""`make figures`: every picture of the pages has a script, and the scripts draw what their figures say."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from superpoint_trt import SuperPointError, packaged
+from superpoint_trt.core.image import load_image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "scripts")]
+
+import figures  # noqa: E402
+import network_chart  # noqa: E402
+
+IMAGES = ROOT / "docs" / "images"
+
+
+def test_every_picture_of_the_pages_has_a_script():
+    pages = [ROOT / "README.md", ROOT / "README.zh-CN.md", *(ROOT / "docs").rglob("*.md")]
+    shown = {name for page in pages for name in re.findall(r"!\[[^\]]*\]\([^)]*?images/([^)]+)\)", page.read_text())}
+    assert shown and shown <= set(figures.FIGURES)
+    assert set(figures.FIGURES) == {path.name for path in IMAGES.iterdir()} - {"stress.json", "networks.csv"}
+
+
+def test_a_picture_without_its_photographs_is_left_out(tmp_path):
+    ran = CliRunner().invoke(figures.main, ["maps.jpg", "--output", str(tmp_path), "--shared", str(tmp_path / "none")])
+    assert ran.exit_code == 0 and "maps.jpg: left out, needs the frames of TUM RGB-D" in ran.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_camera_moves_on_a_closed_path():
+    """The step from the last view to the first is like the others; every view differs from the one before it."""
+    views = list(figures.camera_views(load_image(packaged.PHOTO)))
+    assert len(views) == figures.VIEWS and views[0].shape == (figures.VIEW_WH[1], figures.VIEW_WH[0], 3)
+    steps = [np.abs(a.astype(int) - b).mean() for a, b in zip(views, [*views[1:], views[0]])]
+    assert min(steps) > 1 and steps[-1] < 1.5 * max(steps[:-1])
+
+
+def test_networks_are_read(tmp_path):
+    rows = {row.name: row for row in network_chart.read_networks(IMAGES / "networks.csv")}
+    assert rows["full"].is_ours and rows["full"].gflop == 52.1 and rows["RootSIFT"].gflop is None
+    assert all(0 < row.h3 < 1 and row.source for row in rows.values())
+    for line, words in (("a,no,1,1,0.5,,MIT,x", "expected name"), ("a,no,1,1,0.5,0.5,MIT,", "has no source")):
+        file = tmp_path / "bad.csv"
+        file.write_text(f"name,ours,gflop,parameters_m,mma3,h3,licence,source\n{line}\n")
+        with pytest.raises(SuperPointError, match=f"line 2: .*{words}"):
+            network_chart.read_networks(file)
+
+
+def test_names_of_networks_do_not_cover_each_other():
+    """Also when this project's next two come: their places are those of first trials."""
+    pytest.importorskip("matplotlib")
+    rows = network_chart.read_networks(IMAGES / "networks.csv")
+    rows += [network_chart.NetworkRow(*one, "x") for one in (("small", True, 4.0, 0.77), ("tiny", True, 1.5, 0.75))]
+    boxes = network_chart.chart(rows)[1]
+    assert len(boxes) == len(rows)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_the_chart_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = network_chart.draw_chart(network_chart.read_networks(IMAGES / "networks.csv"), tmp_path / "n.png")
+    assert load_image(path).shape == (750, 1050, 3)
