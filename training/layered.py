@@ -18,8 +18,8 @@ from torch import Tensor
 from training.geometry import inverse, pixel_grid, rotation, scaling, translation, uniform
 from training.views import SUPERSAMPLE, _mix
 
-FAR = 1e6
-"""Depth of what a camera does not see."""
+LEAST_NEARNESS = 1e-4
+"""One over the largest depth that a camera sees."""
 SILHOUETTE_PX = 2.0
 """Nearer to a silhouette than this, what a point of interest belongs to is not known."""
 
@@ -212,22 +212,15 @@ class _Seen(NamedTuple):
 
 def look_at(scene: Scene, camera: int, xy: Tensor) -> _Seen:
     """What a camera (0 or 1) sees at places (B, N, 2) of its picture."""
-    nearest = torch.full_like(xy[..., 0], FAR)
-    plane, canvas = torch.zeros_like(nearest), torch.zeros_like(xy)
-    for index in range(scene.to_canvas.shape[1]):
-        matrix = scene.to_canvas[:, index]
-        if camera:
-            matrix = matrix @ _unit_scale(inverse(_unit_scale(scene.to_second[:, index])))
-        on_plane = _project(xy, matrix)
-        normal = scene.normal[:, camera, index, :, None]
-        inverse_depth = xy[..., 0] * normal[:, 0] + xy[..., 1] * normal[:, 1] + normal[:, 2]
-        depth = torch.where(inverse_depth > 1e-4, 1 / inverse_depth.clamp(min=1e-4), FAR)
-        solid = _solid(on_plane, scene.shape[:, index], scene.sizes[:, index])
-        front = solid & (depth < nearest)
-        nearest = torch.where(front, depth, nearest)
-        plane = torch.where(front, float(index), plane)
-        canvas = torch.where(front[..., None], on_plane, canvas)
-    return _Seen(plane.long(), nearest < FAR, canvas)
+    batch, planes = scene.to_canvas.shape[:2]
+    matrix = scene.to_canvas @ inverse_each(scene.to_second) if camera else scene.to_canvas
+    canvas = _project(xy.repeat_interleave(planes, dim=0), matrix.flatten(0, 1))
+    solid = _solid(canvas, scene.shape.flatten(0, 1), scene.sizes.flatten(0, 1)).unflatten(0, (batch, planes))
+    normal = scene.normal[:, camera]
+    nearness = xy[:, None, :, 0] * normal[..., :1] + xy[:, None, :, 1] * normal[..., 1:2] + normal[..., 2:]
+    nearest, plane = torch.where(solid, nearness, 0.0).max(dim=1)
+    rows = plane[:, None, :, None].expand(-1, 1, -1, 2)
+    return _Seen(plane, nearest > LEAST_NEARNESS, canvas.unflatten(0, (batch, planes)).gather(1, rows)[:, 0])
 
 
 def _unit_scale(matrix: Tensor) -> Tensor:
@@ -290,7 +283,7 @@ def follow(scene: Scene, camera: int, xy: Tensor, view_hw: tuple[int, int]) -> P
     there = _project_each(xy, matrix[rows, here.plane])
     other = 1 - camera
     normal = scene.normal[rows, other, here.plane]
-    in_front = there[..., 0] * normal[..., 0] + there[..., 1] * normal[..., 1] + normal[..., 2] > 1e-4
+    in_front = there[..., 0] * normal[..., 0] + there[..., 1] * normal[..., 1] + normal[..., 2] > LEAST_NEARNESS
     limit = xy.new_tensor([view_hw[1], view_hw[0]]) - 0.5
     inside = ((there >= -0.5) & (there < limit)).all(dim=-1)
     there = torch.where((in_front & here.shown)[..., None], there, -1e4).clamp(-1e4, 1e4)
@@ -301,11 +294,11 @@ def follow(scene: Scene, camera: int, xy: Tensor, view_hw: tuple[int, int]) -> P
 
 
 def _near_silhouette(scene: Scene, camera: int, xy: Tensor, seen: _Seen) -> Tensor:
-    near = torch.zeros_like(seen.shown)
-    for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
-        moved = look_at(scene, camera, xy + xy.new_tensor([dx, dy]) * SILHOUETTE_PX)
-        near = near | (moved.plane != seen.plane) | (moved.shown != seen.shown)
-    return near
+    """(B, N) bool: whether another plane, or none, is seen a little to any side."""
+    steps = xy.new_tensor([[1, 0], [-1, 0], [0, 1], [0, -1]]) * SILHOUETTE_PX
+    around = look_at(scene, camera, (xy[:, None] + steps[:, None]).flatten(1, 2))
+    plane, shown = (part.unflatten(1, (len(steps), -1)) for part in (around.plane, around.shown))
+    return ((plane != seen.plane[:, None]) | (shown != seen.shown[:, None])).any(dim=1)
 
 
 def inverse_each(matrix: Tensor) -> Tensor:

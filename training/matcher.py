@@ -277,7 +277,7 @@ def objective(plan: Plan, net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]
     weight = plan.unmatched_weight
     losses = torch.stack([(1 - weight) * matched + weight * alone for matched, alone in parts])
     with torch.no_grad():
-        found, _ = matches(said[-1], batch.first.count, plan.min_score)
+        found, _ = matches(said[-1], plan.min_score)
         true = batch.partner >= 0
         hit = ((found == batch.partner) & true).sum()
         known = ((found >= 0) & (true | batch.alone0)).sum()
@@ -446,7 +446,6 @@ class Run:
         made: Batch = self._find(plan, self.extractors[number % len(self.extractors)], drawn)
         return made
 
-    @torch.no_grad()
     def judge(self) -> dict[str, dict[str, float]]:
         """Precision, recall and area on held-out photographs, of the matcher and of mutual nearest neighbors.
 
@@ -464,10 +463,11 @@ class Run:
                 start += count
         return rows
 
+    @torch.no_grad()
     def _matches(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             said = self.net(batch.first, batch.second)
-        return matches(said[-1], batch.first.count, self.plan.min_score)
+        return matches(said[-1], self.plan.min_score)
 
     def _restore(self) -> tuple[int, float]:
         """Steps and seconds trained so far; 0 if this run has not begun."""

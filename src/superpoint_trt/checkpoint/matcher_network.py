@@ -89,7 +89,8 @@ class Head(nn.Module):
         both = real0[..., None] & real1[:, None]
         with torch.autocast(state.device.type, enabled=False):  # bfloat16 has too few digits for similarities of 100
             similarity = (first @ second.transpose(1, 2)).masked_fill(~both, HIDDEN)
-        return Assignment(similarity, *self.matchable(state)[..., 0].float().chunk(2))
+        matchable = self.matchable(state)[..., 0].float().masked_fill(~real, HIDDEN)
+        return Assignment(similarity, *matchable.chunk(2))
 
 
 class Layer(nn.Module):
@@ -194,12 +195,11 @@ class MatcherNet(nn.Module):
             return angle.cos(), angle.sin()
 
 
-def matches(said: Assignment, count0: Tensor, min_score: float) -> tuple[Tensor, Tensor]:
+def matches(said: Assignment, min_score: float) -> tuple[Tensor, Tensor]:
     """Mutual best partners whose probability is high enough (section 3.2).
 
     Args:
         said: of a layer.
-        count0: (B,) real rows of the first image.
         min_score: least probability of a match.
 
     Returns:
@@ -212,5 +212,5 @@ def matches(said: Assignment, count0: Tensor, min_score: float) -> tuple[Tensor,
     best, there = probability.max(dim=2)
     back = probability.argmax(dim=1)
     row = torch.arange(best.shape[1], device=best.device)
-    good = (back.gather(1, there) == row) & (best > min_score) & (row < count0[:, None])
+    good = (back.gather(1, there) == row) & (best > min_score)
     return torch.where(good, there, -1).int(), torch.where(good, best, 0)
