@@ -480,7 +480,11 @@ def _targets(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...]
 def _plan_name(model: onnx.ModelProto) -> str:
     """The network's name in the plan: the description as JSON, so that it survives the loss of the .json."""
     own = own_description(model)
-    return json.dumps(own.to_metadata()) if own else "superpoint"
+    if own:
+        return json.dumps(own.to_metadata())
+    # A matcher's metadata are its description.
+    found = {entry.key: entry.value for entry in model.metadata_props if entry.key.startswith("superpoint_trt.matcher")}
+    return json.dumps(found) if found else "superpoint"
 
 
 def _leave_channels_last(tensorrt: TensorRT, network: Any) -> list[str]:

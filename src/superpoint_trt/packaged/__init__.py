@@ -17,3 +17,6 @@ TRAINING_LOG = _FOLDER / "training_log.jsonl"
 
 PHOTO = _FOLDER / "astronaut.jpg"
 """Eileen Collins, NASA, public domain; not among the training images. 512 x 512 px, RGB."""
+
+MATCHER = _FOLDER / "superpoint_trt_matcher.safetensors"
+"""Weights of the learned matcher (`checkpoint.matcher`); not part of every version."""
