@@ -130,9 +130,7 @@ def _normals(batch: int, planes: int, worlds: Worlds, device: torch.device) -> T
     return torch.stack([tilt.sin() * way.cos(), tilt.sin() * way.sin(), tilt.cos()], dim=-1)
 
 
-def _second_camera(
-    batch: int, focal: Tensor, view: Tensor, far: Tensor, worlds: Worlds
-) -> tuple[Tensor, Tensor]:
+def _second_camera(batch: int, focal: Tensor, view: Tensor, far: Tensor, worlds: Worlds) -> tuple[Tensor, Tensor]:
     """Walks round a point on the first camera's axis: rotation (B, 3, 3) and translation (B, 3)."""
     device = focal.device
     most = math.radians(worlds.most_turn_deg)
@@ -149,9 +147,7 @@ def _second_camera(
     return camera, target - camera[:, :, 2] * pivot[:, None]
 
 
-def _outlines(
-    sizes: Tensor, view: Tensor, centre: Tensor, in_front: Tensor, worlds: Worlds
-) -> tuple[Tensor, Tensor]:
+def _outlines(sizes: Tensor, view: Tensor, centre: Tensor, in_front: Tensor, worlds: Worlds) -> tuple[Tensor, Tensor]:
     """Which part of its photograph each plane shows where, and its outline."""
     batch, planes, device = len(sizes), sizes.shape[1], sizes.device
     flat = batch * planes

@@ -203,7 +203,9 @@ def find(plan: Plan, net: nn.Module, drawn: Pictures) -> Batch:
     descriptors = sample(coarse, points.xy)
     count = real.sum(dim=1).int()
     size = points.xy.new_tensor([plan.width, plan.height]).expand(len(image), 2)
-    sets = [PointSets(*parts) for parts in zip(*(t.chunk(2) for t in (points.xy, points.score, descriptors, count, size)))]
+    sets = [
+        PointSets(*parts) for parts in zip(*(t.chunk(2) for t in (points.xy, points.score, descriptors, count, size)))
+    ]
     there = truths(plan, drawn, sets[0].xy, sets[1].xy)
     return Batch(sets[0], sets[1], *label(sets[0].xy, sets[1].xy, real.chunk(2), there))
 
@@ -486,7 +488,9 @@ class Run:
 
     def _save_state(self, step: int, trained_s: float) -> None:
         state = {"step": step, "trained_s": trained_s, "random": _random_state(self.device)}
-        _save(self.folder / "state.pt", {**state, "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()})
+        _save(
+            self.folder / "state.pt", {**state, "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+        )
 
     def _log(self, **entry: Any) -> None:
         line = json.dumps({"s": round(time.perf_counter() - self.started, 1), **entry})

@@ -12,6 +12,7 @@ from superpoint_trt.cli.export import export
 from superpoint_trt.cli.infer import infer
 from superpoint_trt.cli.info import info
 from superpoint_trt.cli.match import match
+from superpoint_trt.cli.matcher import matcher
 from superpoint_trt.cli.prove import bench, evaluate, verify
 from superpoint_trt.cli.quantize import quantize
 from superpoint_trt.cli.terminal import run, script
@@ -31,7 +32,22 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (bench, build, cast, demo, doctor, evaluate, export, infer, info, match, quantize, verify, weights):
+for command in (
+    bench,
+    build,
+    cast,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    infer,
+    info,
+    match,
+    matcher,
+    quantize,
+    verify,
+    weights,
+):
     cli.add_command(command)
 
 main = script(cli)

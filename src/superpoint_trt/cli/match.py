@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from superpoint_trt.cli.options import MODEL, ExtractArgs, OptionGroup, RuntimeArgs, option
+from superpoint_trt.cli.matcher import MatcherArgs
+from superpoint_trt.cli.options import MODEL, ExtractArgs, OptionGroup, RuntimeArgs, given_flags, option
 from superpoint_trt.cli.terminal import check_outputs, open_model, print_row
 from superpoint_trt.core.types import Keypoints
 from superpoint_trt.match.geometry import Estimator, Model
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from superpoint_trt.core.image_file import ReadOptions
+    from superpoint_trt.match.learned import LearnedMatcher
 
 MAX_KEYPOINTS = 2048
 """Of each image, unless asked otherwise: matching all takes long and adds few inliers."""
@@ -41,10 +43,11 @@ class MatchArgs(OptionGroup):
         "--max-distance", type=float, help="Descriptor distance must not be greater.  [default: no limit]"
     )
 
-    def match(self, first: Keypoints, second: Keypoints) -> ImageMatches:
-        """Matches the keypoints of two images."""
+    def match(self, first: Keypoints, second: Keypoints, matcher: LearnedMatcher | None = None) -> ImageMatches:
+        """Matches the keypoints of two images, by their nearest neighbors or by a trained matcher."""
         options = MatchOptions(max_ratio=self.ratio, max_distance=self.max_distance)
-        return match_images(first, second, options, Model(self.geometry), Estimator(self.estimator), self.inlier_px)
+        geometry = Model(self.geometry), Estimator(self.estimator), self.inlier_px
+        return match_images(first, second, options, *geometry, matcher=matcher)
 
 
 @click.command()
@@ -54,6 +57,7 @@ class MatchArgs(OptionGroup):
 @click.option("--output", help="Picture to write: both images, inliers green, outliers red.")
 @click.option("--save", help="Matches to write: .npz with both feature sets, matches, distances, inliers, geometry.")
 @MatchArgs.declare("matching")
+@MatcherArgs.declare("matcher_args")
 @ExtractArgs.declare("extract", max_keypoints={"default": MAX_KEYPOINTS, "show_default": True})
 @RuntimeArgs.declare("runtime")
 def match(
@@ -63,6 +67,7 @@ def match(
     output: str | None,
     save: str | None,
     matching: MatchArgs,
+    matcher_args: MatcherArgs,
     extract: ExtractArgs,
     runtime: RuntimeArgs,
 ) -> None:
@@ -75,8 +80,10 @@ def match(
         check_picture_name(output)
     if save:
         check_npz(save)
-    with open_model(model, runtime, extract) as superpoint:
-        found = matching.match(superpoint.extract(first), superpoint.extract(second))
+    with open_model(model, runtime, extract) as superpoint, matcher_args.opened(runtime) as matcher:
+        if matcher and given_flags(("ratio", "max_distance")):
+            raise click.UsageError("--ratio and --max-distance are for --matcher nearest; use --min-score.")
+        found = matching.match(superpoint.extract(first), superpoint.extract(second), matcher)
     print_matches(found)
     if output:
         print_row("picture", _draw(found, first, second, extract.reading(), output))
