@@ -189,7 +189,7 @@ def _spoil(plan: Plan, image: Tensor) -> Tensor:
     return image
 
 
-# ----------------------------------------------------------------------------------------------------- points and labels
+# ---------------------------------------------------------------------------------------------------- points and labels
 
 
 @torch.no_grad()
@@ -221,7 +221,7 @@ def _fewer(plan: Plan, points: Found) -> Tensor:
 
 def truths(plan: Plan, drawn: Pictures, xy0: Tensor, xy1: Tensor) -> tuple[Truth, Truth]:
     """Where each point of either picture (B, N, 2) lies in the other, of all kinds of pairs."""
-    same, layers, strangers = plan.kinds
+    same, layers, _ = plan.kinds
     both = []
     for camera, xy in enumerate((xy0, xy1)):
         matrix = drawn.homography if camera == 0 else inverse(drawn.homography)
@@ -301,14 +301,14 @@ def loss_of(said: Assignment, batch: Batch) -> tuple[Tensor, Tensor]:
     return matched.sum() / any_match.sum().clamp(min=1), (alone[0] + alone[1]).mean() / 2
 
 
-# ------------------------------------------------------------------------------------------------------------- judgement
+# ------------------------------------------------------------------------------------------------------------ judgement
 
 
 def nearest(batch: Batch) -> tuple[Tensor, Tensor]:
     """Mutual nearest neighbors of the same points, as `matcher_network.matches` gives matches."""
     first, second = batch.first, batch.second
     row = torch.arange(first.xy.shape[1], device=first.xy.device)
-    both = (row < first.count[:, None])[..., None] & (row < second.count[:, None])[:, None]
+    both = (row < first.rows[:, None])[..., None] & (row < second.rows[:, None])[:, None]
     alike = (first.descriptors @ second.descriptors.transpose(1, 2)).masked_fill(~both, -2)
     best, there = alike.max(dim=2)
     good = (alike.argmax(dim=1).gather(1, there) == row) & (best > -2)

@@ -32,7 +32,7 @@ class PointSets(NamedTuple):
     """(B, N) float32, detection scores in [0, 1]."""
     descriptors: Tensor
     """(B, N, D) float32, of unit length."""
-    count: Tensor
+    rows: Tensor
     """(B,) int32: real rows; they come first."""
     size: Tensor
     """(B, 2) float32: width and height of the image in px."""
@@ -68,6 +68,7 @@ class Update(nn.Module):
         nn.init.zeros_(self.write.bias)
 
     def forward(self, state: Tensor, message: Tensor) -> Tensor:
+        """(B, N, W) both -> (B, N, W)."""
         hidden = self.hidden(torch.cat([state, message], dim=-1))
         change: Tensor = self.write(F.relu(self.norm(hidden)))
         return state + change
@@ -104,6 +105,7 @@ class Layer(nn.Module):
         self.head = Head(shape.width)
 
     def forward(self, state: Tensor, angle: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """State (2 B, N, W), angles, and mask (2 B, 1, 1, N) to add to similarities -> the new state."""
         own = self.get_submodule("self")
         assert isinstance(own, Update)
         asked, offered, value = self._split(own.read(state), 3)
@@ -115,7 +117,7 @@ class Layer(nn.Module):
 
     def _split(self, read: Tensor, parts: int) -> list[Tensor]:
         """(B, N, parts * W) -> parts of (B, heads, N, W / heads)."""
-        shaped = read.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        shaped = read.view(*read.shape[:2], parts, self.heads, -1).permute(2, 0, 3, 1, 4)
         return list(shaped.unbind(0))
 
 
@@ -172,8 +174,8 @@ class MatcherNet(nn.Module):
             first: of the first images.
             second: of the second images, with as many rows.
         """
-        xy, scores, descriptors, count, size = (torch.cat(pair) for pair in zip(first, second))
-        real = torch.arange(xy.shape[1], device=xy.device) < count[:, None]
+        xy, scores, descriptors, rows, size = (torch.cat(pair) for pair in zip(first, second))
+        real = torch.arange(xy.shape[1], device=xy.device) < rows[:, None]
         mask = torch.zeros_like(scores).masked_fill(~real, HIDDEN)[:, None, None]
         angle = self._angles(xy, size)
         project = self.project[str(descriptors.shape[-1])]

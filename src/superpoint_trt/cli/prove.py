@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
+from superpoint_trt.cli.matcher import NEAREST, MatcherArgs
 from superpoint_trt.cli.options import JSON, SUBPIXEL, WEIGHTS, ImageArgs, OptionGroup, RuntimeArgs, given_flags, option
+from superpoint_trt.cli.poses import PoseArgs, run_poses
 from superpoint_trt.cli.progress import progress_bar
 from superpoint_trt.cli.stress import StressArgs, run_stress
 from superpoint_trt.cli.terminal import (
@@ -192,6 +194,9 @@ class ProtocolArgs(OptionGroup):
     help="Instead of a dataset: folders of photographs, or single ones, to turn, shrink and blur.",
 )
 @click.option(
+    "--poses", "scene", help="Instead of a dataset: a folder of posed images (cameras.json), or a list of posed pairs."
+)
+@click.option(
     "--baselines/--no-baselines",
     default=True,
     show_default=True,
@@ -199,23 +204,32 @@ class ProtocolArgs(OptionGroup):
 )
 @ProtocolArgs.declare("arguments")
 @StressArgs.declare("stress_arguments")
+@PoseArgs.declare("pose_arguments")
+@MatcherArgs.declare("matcher_arguments")
 @JSON
 @RuntimeArgs.declare("runtime")
 def evaluate(
     models: tuple[str, ...],
     dataset: str | None,
     photos: tuple[str, ...],
+    scene: str | None,
     baselines: bool,
     arguments: ProtocolArgs,
     stress_arguments: StressArgs,
+    pose_arguments: PoseArgs,
+    matcher_arguments: MatcherArgs,
     json_path: str | None,
     runtime: RuntimeArgs,
 ) -> None:
     """Repeatability, homographies and matching on pairs with known homographies, as the literature defines them.
 
-    With --stress: right matches over rotation, zoom and blur of photographs.
+    With --stress: right matches over rotation, zoom and blur of photographs. With --poses: relative poses.
     """
-    _check_evaluate(models, dataset, photos)
+    _check_evaluate(models, dataset, photos, scene)
+    if scene:
+        first = models[0] if models else None
+        run_poses(scene, first, pose_arguments, matcher_arguments, arguments.subpixel, json_path, runtime)
+        return
     if photos:
         run_stress(photos, models, stress_arguments, arguments.subpixel, baselines, json_path, runtime)
         return
@@ -227,6 +241,11 @@ def evaluate(
     model, protocol = model_or_packaged(models[0] if models else None), arguments.protocol()
     check_outputs((json_path,), (model, *input_files(str(dataset))))
     evaluations = []
+    with matcher_arguments.opened(runtime) as matcher:
+        if matcher:
+            with progress_bar(f"evaluating {title} with {matcher_arguments.matcher}") as progress:
+                settings = (protocol, runtime.device, runtime.threads, progress)
+                evaluations.append(run_evaluate(model, str(dataset), *settings, matcher))
     for name in (model, *(name for name in BASELINES if baselines and name != model)):
         with progress_bar(f"evaluating {title if name == model else name}") as progress:
             evaluations.append(run_evaluate(name, str(dataset), protocol, runtime.device, runtime.threads, progress))
@@ -235,37 +254,47 @@ def evaluate(
         write_json(json_path, report_with_baselines(*evaluations))
 
 
-def _check_evaluate(models: Sequence[str], dataset: str | None, photos: Sequence[str]) -> None:
+def _check_evaluate(models: Sequence[str], dataset: str | None, photos: Sequence[str], scene: str | None) -> None:
     """Checks that the options of `evaluate` go together.
 
     Raises:
         click.UsageError: saying which do not.
     """
-    if bool(dataset) == bool(photos):
-        raise click.UsageError("evaluate takes either --dataset FOLDER or --stress PHOTOS.")
-    if dataset and len(models) > 1:
-        raise click.UsageError(f"{len(models)} models were given; with --dataset evaluate takes one at a time.")
-    other = StressArgs if dataset else ProtocolArgs
-    lost = given_flags(tuple(entry.name for entry in fields(other) if entry.name != "subpixel"))
+    ways = {"--dataset": bool(dataset), "--stress": bool(photos), "--poses": bool(scene)}
+    if sum(ways.values()) != 1:
+        raise click.UsageError("evaluate takes one of --dataset FOLDER, --stress PHOTOS or --poses SCENE.")
+    way = next(name for name, given in ways.items() if given)
+    if way != "--stress" and len(models) > 1:
+        raise click.UsageError(f"{len(models)} models were given; with {way} evaluate takes one at a time.")
+    groups = {"--dataset": (ProtocolArgs, MatcherArgs), "--stress": (StressArgs,), "--poses": (PoseArgs, MatcherArgs)}
+    every = {ProtocolArgs, StressArgs, PoseArgs, MatcherArgs}
+    others = [entry.name for group in every - set(groups[way]) for entry in fields(group)]
+    lost = given_flags(tuple(sorted(name for name in others if name != "subpixel")))
     if lost:
-        raise click.UsageError(f"{', '.join(lost)} has no effect with {'--dataset' if dataset else '--stress'}.")
+        raise click.UsageError(f"{', '.join(lost)} has no effect with {way}.")
 
 
 def print_evaluations(evaluations: Sequence[Evaluation], title: str) -> None:
     """Prints one table per model: its sequences, kinds of sequences, and the total. The first has the title given."""
     for problem in dict.fromkeys(problem for evaluation in evaluations for problem in evaluation.problems):
         print_aside("left out", problem)
-    columns = ("rep.", "loc. px", "MMA@1", "MMA@3", "MMA@10", "H@1", "H@3", "H@5", "M.score", "NN mAP")
-    for index, evaluation in enumerate(evaluations):
-        table = Table(
-            evaluation.model if index else title, "pairs", *columns, caption=evaluation.runtime, caption_justify="left"
-        )
+    columns = ("rep.", "loc. px", "MMA@1", "MMA@3", "MMA@10", "H@1", "H@3", "H@5", "M.score", "NN mAP", "right")
+    for evaluation in evaluations:
+        name = title if evaluation.model == evaluations[0].model else evaluation.model
+        if evaluation.matcher != NEAREST:
+            name += f", {evaluation.matcher} matcher"
+        table = Table(name, "pairs", *columns, caption=evaluation.runtime, caption_justify="left")
         # In sections of their own, because a sequence may have the name of a kind.
         for section in (evaluation.sequences, evaluation.kinds, {"total": evaluation.total}):
             for name, row in section.items():
-                table.add_row(name, str(row.pairs), *("-" if f is None else f"{f:.3f}" for f in _figures(row)))
+                table.add_row(name, str(row.pairs), *map(_text, _figures(row)))
             table.add_section()
         console().print(table)
+
+
+def _text(figure: float | None) -> str:
+    """A share with three digits after the point, a number of matches with none."""
+    return "-" if figure is None else f"{figure:.0f}" if figure > 20 else f"{figure:.3f}"
 
 
 def _figures(row: Summary) -> list[float | None]:
@@ -277,6 +306,7 @@ def _figures(row: Summary) -> list[float | None]:
         *(row.homography.get(px) for px in (1, 3, 5)),
         row.matching_score,
         row.nn_map,
+        row.right_matches,
     ]
 
 

@@ -152,7 +152,7 @@ class _Writer(GraphWriter):
         return self.constant(name, value.astype(np.float16 if self._half else np.float32))
 
     def _linear(self, x: str, name: str, scale: NDArray[np.float64] | float = 1.0) -> str:
-        """x W^T + b; `scale` multiplies each output."""
+        """Writes x W^T + b; `scale` multiplies each output."""
         weight = self._arrays[f"{name}.weight"].astype(np.float64) * np.reshape(scale, (-1, 1))
         bias = self._arrays[f"{name}.bias"].astype(np.float64) * scale
         product = self.node("MatMul", [x, self._weight(f"{name}.weight", weight.T)])

@@ -11,8 +11,8 @@ from superpoint_trt.core.typed_json import JsonError, choice, integer, mapping, 
 from superpoint_trt.core.types import LARGEST_BATCH, LARGEST_DESCRIPTOR_DIM, Precision, SuperPointError
 
 INPUTS = ("keypoints", "keypoint_scores", "descriptors", "count", "image_size")
-"""Names of the inputs of each image, followed by 0 or 1: [B, N, 2], [B, N], [B, N, D], [B] int32, [B, 2] (width, height);
-float32 but for `count`, the number of real rows, which come first."""
+"""Names of the inputs of each image, followed by 0 or 1: [B, N, 2], [B, N], [B, N, D], [B] int32, [B, 2] (width and
+height); float32 but for `count`, the number of real rows, which come first."""
 
 OUTPUTS = ("matches0", "scores0")
 """[B, N] int32 rows of the second image, -1 for none; [B, N] float32 probabilities, 0 for none."""

@@ -161,7 +161,7 @@ def _padded(points: PointsLike, count: int, rows: int) -> tuple[NDArray[Any], ..
     return *filled, np.array(count, np.int32), np.array(points.image_size, np.float32)
 
 
-# -------------------------------------------------------------------------------------------------------------- runtimes
+# ------------------------------------------------------------------------------------------------------------- runtimes
 
 
 class _Runner(abc.ABC):
