@@ -539,7 +539,7 @@ def change(plan: Plan, text: str) -> Plan:
 @click.option("--output", required=True, help="Folder of the run. One that holds a state goes on from it.")
 @click.option("--minutes", default=math.inf, help="Of training, over all calls.")
 @click.option("--pause", "pause_minutes", default=math.inf, help="This call ends after so many minutes.")
-@click.option("--steps", default=10**9, help="It ends after so many.")
+@click.option("--steps", type=int, help="It ends after so many.")
 @click.option("--go-on", help="Folder of another run, to begin with its weights.")
 @click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="Another value of one of Plan's.")
 @click.option("--device", default="cuda", show_default=True)
@@ -551,7 +551,7 @@ def main(
     output: str,
     minutes: float,
     pause_minutes: float,
-    steps: int,
+    steps: int | None,
     go_on: str | None,
     changes: tuple[str, ...],
     device: str,
@@ -562,7 +562,9 @@ def main(
     where, plan = torch.device(device), SMOKE if smoke else Plan()
     for text in changes:
         plan = change(plan, text)
-    if math.isinf(minutes) and steps == 10**9 and not smoke:
+    if smoke and steps is None:
+        steps = 2
+    if math.isinf(minutes) and steps is None:
         raise click.UsageError("--minutes or --steps says when the training is over.")
     try:
         extractors = [extractor(path, where) for path in features]
@@ -579,7 +581,7 @@ def main(
         where,
         minutes * 60,
         pause_minutes * 60,
-        2 if smoke else steps,
+        steps or 10**9,
         compiled and where.type == "cuda",
     )
     if go_on:
