@@ -163,7 +163,8 @@ def draw(plan: Plan, colour: Tensor, sizes: Tensor, layers: Tensor, layer_sizes:
     first, second, homography = pair(colour, sizes, plan.view_hw, plan.far_share, plan.tilted_share)
     image0, image1, inside0, inside1 = first.image, second.image, first.inside, second.inside
     if strangers:  # the second picture of the next pair
-        order = torch.cat([torch.arange(same), same + torch.arange(strangers).roll(1)]).to(colour.device)
+        row = torch.arange(same + strangers, device=colour.device)
+        order = torch.cat([row[:same], row[same:].roll(1)])
         image1, inside1 = image1[order], inside1[order]
     scene = layered.scene(layer_sizes, plan.view_hw, Worlds(planes=layers.shape[1]))
     image, inside = layered.pictures(layers, scene, plan.view_hw)

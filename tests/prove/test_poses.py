@@ -173,4 +173,4 @@ def test_the_surveyed_scenes_are_read():
     pairs = load_posed_pairs(scene, 3)
     assert len(pairs) == 15
     angles = [rotation_error_deg(pair.rotation, np.eye(3)) for pair in pairs]
-    assert 10 < min(angles) and max(angles) < 70
+    assert min(angles) > 10 and max(angles) < 70
