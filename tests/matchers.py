@@ -11,6 +11,9 @@ from superpoint_trt.core.types import Keypoints
 
 SMALL = MatcherShape((32,), 32, 2, 2)
 
+SHARPNESS = 20.0
+"""Of `plain_matcher`: similarity of two equal descriptors."""
+
 
 def plain_matcher(shape: MatcherShape = SMALL) -> MatcherWeights:
     """Layers change nothing and every point is matchable: it gives the descriptors' mutual best, in a dual softmax.
@@ -21,7 +24,7 @@ def plain_matcher(shape: MatcherShape = SMALL) -> MatcherWeights:
     for dim in shape.descriptor_dims:
         arrays[f"project.{dim}.weight"][:dim, :dim] = np.eye(dim)
     for layer in range(shape.layers):
-        arrays[f"layers.{layer}.head.project.weight"] = np.eye(shape.width, dtype=np.float32) * 9
+        arrays[f"layers.{layer}.head.project.weight"][:] = np.eye(shape.width) * (SHARPNESS**0.5 * shape.width**0.25)
         arrays[f"layers.{layer}.head.matchable.bias"][:] = 8
     return MatcherWeights(shape, arrays, {})
 
