@@ -23,6 +23,10 @@ HIDDEN = -1e4
 """Added to the similarity with a row that only fills up: its share of a softmax is 0."""
 
 
+SHARPNESS = 14.0
+"""To begin with, the similarity of two points whose descriptors are equal."""
+
+
 class PointSets(NamedTuple):
     """Points of B images, filled up to N rows."""
 
@@ -152,8 +156,23 @@ class MatcherNet(nn.Module):
         self.shape = shape
         self.project = nn.ModuleDict({str(dim): nn.Linear(dim + 1, shape.width) for dim in shape.descriptor_dims})
         self.positions = nn.Linear(2, shape.head_width // 2, bias=False)
-        nn.init.normal_(self.positions.weight)
         self.layers = nn.ModuleList([Layer(shape) for _ in range(shape.layers)])
+        self._begin_as_nearest()
+
+    @torch.no_grad()
+    def _begin_as_nearest(self) -> None:
+        """Weights that give nearly the dual softmax of the descriptors themselves: training begins from there."""
+        width = self.shape.width
+        nn.init.normal_(self.positions.weight)
+        for dim, project in zip(self.shape.descriptor_dims, self.project.values()):
+            assert isinstance(project, nn.Linear)
+            turned = nn.init.orthogonal_(torch.empty(width, dim)) * math.sqrt(max(dim, width))
+            project.weight.copy_(torch.cat([turned, torch.zeros(width, 1)], dim=1))
+            nn.init.zeros_(project.bias)
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.head.project.weight.copy_(torch.eye(width) * math.sqrt(SHARPNESS / math.sqrt(width)))
+            nn.init.zeros_(layer.head.project.bias)
 
     @classmethod
     def from_weights(cls, weights: MatcherWeights) -> MatcherNet:
