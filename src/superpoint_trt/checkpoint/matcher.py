@@ -6,6 +6,7 @@ Names: `project.D.weight` for descriptors of D numbers, `positions.weight`, then
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +28,14 @@ NORM_EPS = 1e-5
 """Epsilon of the layer norms, torch's default."""
 
 
+class Activation(str, enum.Enum):
+    """The nonlinearity of the updates."""
+
+    RELU = "relu"
+    GELU = "gelu"
+    """By the error function, not its approximation."""
+
+
 @dataclass(frozen=True)
 class MatcherShape:
     """Sizes of a matcher."""
@@ -39,6 +48,7 @@ class MatcherShape:
     """Attention heads; each has width / heads numbers, an even number."""
     layers: int = 6
     """Layers, each of one self- and one cross-attention, and a head of its own."""
+    activation: Activation = Activation.RELU
 
     def __post_init__(self) -> None:
         dims = self.descriptor_dims
@@ -148,9 +158,10 @@ def matcher_from_arrays(
     try:
         dims = tuple(int(dim) for dim in metadata["descriptor_dims"].split())
         sizes = {key: int(metadata[key]) for key in ("width", "heads", "layers")}
+        activation = Activation(metadata.get("activation", Activation.RELU.value))
     except (KeyError, ValueError) as error:
         raise SuperPointError(f"{source} is damaged: its metadata lack a size ({one_line(error)}).") from error
-    shape = MatcherShape(dims, **sizes)
+    shape = MatcherShape(dims, **sizes, activation=activation)
     expected = shape.arrays()
     for name in sorted(expected.keys() ^ arrays.keys()):
         what = "lacks" if name in expected else "has a strange array"
@@ -171,6 +182,7 @@ def save_matcher(weights: MatcherWeights, path: PathLike, half: bool = True) -> 
     kind = np.float16 if half else np.float32
     sizes = asdict(weights.shape)
     dims = " ".join(map(str, sizes.pop("descriptor_dims")))
+    sizes["activation"] = weights.shape.activation.value
     metadata = {"format": FORMAT, "descriptor_dims": dims, **{key: str(value) for key, value in sizes.items()}}
     metadata.update({f"features_{dim}": digest for dim, digest in weights.features.items()})
     return write_atomically(path, to_bytes({k: a.astype(kind) for k, a in weights.arrays.items()}, metadata=metadata))

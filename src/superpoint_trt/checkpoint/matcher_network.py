@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from superpoint_trt.checkpoint.matcher import NORM_EPS, MatcherShape, MatcherWeights
+from superpoint_trt.checkpoint.matcher import NORM_EPS, Activation, MatcherShape, MatcherWeights
 from superpoint_trt.core.types import Float32
 
 HIDDEN = -1e4
@@ -61,8 +61,9 @@ class Assignment(NamedTuple):
 class Update(nn.Module):
     """A point's state and what it read become its new state (section 3.1, equation 1)."""
 
-    def __init__(self, width: int, read: int) -> None:
+    def __init__(self, width: int, read: int, activation: Activation) -> None:
         super().__init__()
+        self.activation = F.gelu if activation is Activation.GELU else F.relu
         self.read = nn.Linear(width, read)
         self.hidden = nn.Linear(2 * width, 2 * width)
         self.norm = nn.LayerNorm(2 * width, eps=NORM_EPS)
@@ -74,7 +75,7 @@ class Update(nn.Module):
     def forward(self, state: Tensor, message: Tensor) -> Tensor:
         """(B, N, W) both -> (B, N, W)."""
         hidden = self.hidden(torch.cat([state, message], dim=-1))
-        change: Tensor = self.write(F.relu(self.norm(hidden)))
+        change: Tensor = self.write(self.activation(self.norm(hidden)))
         return state + change
 
 
@@ -104,8 +105,8 @@ class Layer(nn.Module):
     def __init__(self, shape: MatcherShape) -> None:
         super().__init__()
         self.heads = shape.heads
-        self.add_module("self", Update(shape.width, 3 * shape.width))
-        self.cross = Update(shape.width, 2 * shape.width)
+        self.add_module("self", Update(shape.width, 3 * shape.width, shape.activation))
+        self.cross = Update(shape.width, 2 * shape.width, shape.activation)
         self.head = Head(shape.width)
 
     def forward(self, state: Tensor, angle: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:

@@ -68,11 +68,13 @@ def matcher_file(name: str) -> str:
 
 @click.group()
 def matcher() -> None:
-    """Export, build and verify a learned matcher."""
+    """Export, build, verify and convert a learned matcher."""
 
 
 @matcher.command()
-@click.option("--weights", required=True, help=".safetensors of python -m training.matcher.")
+@click.option(
+    "--weights", required=True, help=".safetensors of python -m training.matcher, or of superpoint matcher convert."
+)
 @click.option("--output", required=True, help="The .onnx to write.")
 @click.option("--keypoints", type=int, default=0, show_default="any number", help="N, fixed; engines need it.")
 @click.option("--layers", type=int, help="Only the first so many: faster.  [default: all]")
@@ -99,6 +101,17 @@ def export(
         keypoints, layers, descriptor_dim, batch, min_score, Precision(precision), half_softmax
     )
     print_row("written", export_matcher(weights, output, options))
+
+
+@matcher.command()
+@click.option("--lightglue", required=True, help="A checkpoint of LightGlue: .pth (needs torch) or .safetensors.")
+@click.option("--output", required=True, help="The .safetensors to write.")
+@click.option("--half", is_flag=True, help="Store float16, half the size.")
+def convert(lightglue: str, output: str, half: bool) -> None:
+    """Convert a published LightGlue checkpoint to weights that export, build and match take."""
+    from superpoint_trt.checkpoint.lightglue import convert_lightglue
+
+    print_row("written", convert_lightglue(lightglue, output, half))
 
 
 @matcher.command()

@@ -6,6 +6,7 @@ layer norms, and the assignment with its similarities stay float32.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from superpoint_trt._version import __version__
-from superpoint_trt.checkpoint.matcher import NORM_EPS, MatcherWeights, load_matcher
+from superpoint_trt.checkpoint.matcher import NORM_EPS, Activation, MatcherWeights, load_matcher
 from superpoint_trt.convert.graph_writer import GraphWriter
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, write_atomically
 from superpoint_trt.core.matcher import INPUTS, MIN_SCORE, MOST_ROWS, OUTPUTS, MatcherDescription
@@ -222,8 +223,18 @@ class _Writer(GraphWriter):
         hidden = self._linear(self.node("Concat", [state, message], axis=2), f"{name}.hidden")
         scale, shift = (self.constant(f"{name}.norm.{key}", self._arrays[f"{name}.norm.{key}"]) for key in _NORM)
         normed = self.node("LayerNormalization", [self._full(hidden), scale, shift], axis=-1, epsilon=NORM_EPS)
-        written = self._linear(self.node("Relu", [self._low(normed)]), f"{name}.write")
+        if self._shape.activation is Activation.GELU:
+            active = self._low(self._gelu(normed))
+        else:
+            active = self.node("Relu", [self._low(normed)])
+        written = self._linear(active, f"{name}.write")
         return self.node("Add", [state, written], f"{name}.state")
+
+    def _gelu(self, x: str) -> str:
+        """Adds x (1 + erf(x / sqrt 2)) / 2, which runtimes fuse."""
+        erf = self.node("Erf", [self.node("Div", [x, self._float(math.sqrt(2))])])
+        product = self.node("Mul", [x, self.node("Add", [erf, self._float(1.0)])])
+        return self.node("Mul", [product, self._float(0.5)])
 
     def _assign(self, state: str, name: str, real: str, rows: str) -> None:
         """`matcher_network.matches` of the last layer."""
