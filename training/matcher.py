@@ -398,12 +398,13 @@ class Run:
         step, before = self._restore()
         sums = torch.zeros(len(FIGURES), device=self.device)
         entered = begun = saved = judged = since = time.perf_counter()
-        spent, window, first = 0.0, 0, step
+        spent, window, first, trained = 0.0, 0, step, before
         while True:
             now = time.perf_counter()
             if step == first + WARM_STEPS:
                 begun = now  # compiled by now
-            trained = before + now - begun
+            if step >= first + WARM_STEPS:
+                trained = before + now - begun
             spent = max(step / self.steps, trained / self.limit_s)
             if spent >= 1 or now - entered > self.pause_s:
                 break
@@ -423,8 +424,7 @@ class Run:
             if time.perf_counter() - judged > self.plan.judge_every_s:
                 self._log(step=step, **self.judge()["learned"])
                 judged = since = time.perf_counter()
-        self._save_state(step, before + time.perf_counter() - begun)
-        save_matcher(self.net.weights(self.features), self.folder / "matcher.safetensors")
+        self._save_state(step, trained)
         return spent >= 1
 
     def _step(self, number: int) -> Tensor:
@@ -488,6 +488,7 @@ class Run:
         return state
 
     def _save_state(self, step: int, trained_s: float) -> None:
+        save_matcher(self.net.weights(self.features), self.folder / "matcher.safetensors")
         state = {"step": step, "trained_s": trained_s, "random": _random_state(self.device)}
         _save(
             self.folder / "state.pt", {**state, "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -128,6 +128,7 @@ class Layer(nn.Module):
 
 def _attend(asked: Tensor, offered: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """(B, heads, N, d) each, mask (B, 1, 1, N) -> (B, N, heads * d)."""
+    mask = mask.to(value.dtype)
     return F.scaled_dot_product_attention(asked, offered, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
@@ -199,8 +200,8 @@ class MatcherNet(nn.Module):
         mask = torch.zeros_like(scores).masked_fill(~real, HIDDEN)[:, None, None]
         angle = self._angles(xy, size)
         project = self.project[str(descriptors.shape[-1])]
-        state = project(torch.cat([descriptors, scores.clamp(min=0).sqrt()[..., None]], dim=-1))
-        mask = mask.to(state.dtype)
+        # The state stays float32 under autocast: what the layers add to it is small.
+        state = project(torch.cat([descriptors, scores.clamp(min=0).sqrt()[..., None]], dim=-1)).float()
         said = []
         for layer in self.layers:
             assert isinstance(layer, Layer)
