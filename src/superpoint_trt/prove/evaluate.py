@@ -161,11 +161,13 @@ def report_with_baselines(evaluation: Evaluation, *baselines: Evaluation) -> dic
     """
     report = evaluation.to_json()
     if baselines:
-        report["baselines"] = {
-            baseline.matcher if baseline.model == evaluation.model else baseline.model: baseline.to_json()
-            for baseline in baselines
-        }
+        report["baselines"] = {_name_beside(evaluation, baseline): baseline.to_json() for baseline in baselines}
     return report
+
+
+def _name_beside(evaluation: Evaluation, baseline: Evaluation) -> str:
+    same = baseline.model == evaluation.model and baseline.matcher != evaluation.matcher
+    return baseline.matcher if same else baseline.model
 
 
 def evaluate(
