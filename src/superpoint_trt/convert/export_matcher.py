@@ -240,7 +240,8 @@ class _Writer(GraphWriter):
         """`matcher_network.matches` of the last layer."""
         scaled = self._full(self._linear(state, f"{name}.project", self._shape.width**-0.25))
         first, second = self._halves(scaled)
-        real0, real1 = self._halves(real)
+        # TensorRT 8.6 does not split booleans.
+        real0, real1 = (self.node("Less", [rows, self.unsqueeze(f"count{image}", 1)]) for image in (0, 1))
         both = self.node("And", [self.unsqueeze(real0, 2), self.unsqueeze(real1, 1)])
         alike = self.node("MatMul", [first, self.node("Transpose", [second], perm=[0, 2, 1])])
         alike = self.node("Where", [both, alike, self._float(HIDDEN)], "similarity")
@@ -276,8 +277,6 @@ class _Writer(GraphWriter):
 
     def _halves(self, x: str) -> list[str]:
         """The first images' rows, and the second ones'."""
-        if x == "real":  # TensorRT splits no booleans
-            return [self.slice(x, 0, start, start + self._options.batch) for start in (0, self._options.batch)]
         return self._divide(x, [self._options.batch] * 2, axis=0)
 
     def _swap(self, x: str) -> str:
