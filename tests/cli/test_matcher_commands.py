@@ -28,6 +28,12 @@ def matcher_file(tmp_path_factory):
     return folder / "m.onnx"
 
 
+def test_info_says_what_it_is(matcher_file):
+    done = run("info", matcher_file)
+    assert done.exit_code == 0 and "learned matcher, 1 layers, fp32" in done.output
+    assert "any number of keypoints of each image, descriptors of 256 numbers" in done.output
+
+
 def run(*words):
     return CliRunner().invoke(cli, [str(word) for word in words])
 

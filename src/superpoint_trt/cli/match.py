@@ -80,7 +80,7 @@ def match(
         check_picture_name(output)
     if save:
         check_npz(save)
-    with open_model(model, runtime, extract) as superpoint, matcher_args.opened(runtime) as matcher:
+    with matcher_args.opened(runtime) as matcher, open_model(model, runtime, extract) as superpoint:
         if matcher and given_flags(("ratio", "max_distance")):
             raise click.UsageError("--ratio and --max-distance are for --matcher nearest; use --min-score.")
         found = matching.match(superpoint.extract(first), superpoint.extract(second), matcher)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from superpoint_trt.cli.options import OptionGroup, RuntimeArgs, option
-from superpoint_trt.cli.terminal import check_outputs, print_row, write_json
+from superpoint_trt.cli.terminal import check_outputs, print_info, print_row, write_json
 from superpoint_trt.core.matcher import MIN_SCORE
 from superpoint_trt.core.types import Precision
 from superpoint_trt.gpu.tensorrt_api import Flavor
@@ -100,7 +100,7 @@ def export(
     options = MatcherExportOptions(
         keypoints, layers, descriptor_dim, batch, min_score, Precision(precision), half_softmax
     )
-    print_row("written", export_matcher(weights, output, options))
+    print_info(export_matcher(weights, output, options))
 
 
 @matcher.command()

@@ -28,6 +28,7 @@ from superpoint_trt.convert.quantize.qdq import quantize
 from superpoint_trt.convert.quantize.ranges_file import check_same_network, load_calibration
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, read_bytes, sha256, write_atomically
 from superpoint_trt.core.install import install_hint
+from superpoint_trt.core.matcher import METADATA_KEY
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import (
     CELL_PX,
@@ -483,7 +484,7 @@ def _plan_name(model: onnx.ModelProto) -> str:
     if own:
         return json.dumps(own.to_metadata())
     # A matcher's metadata are its description.
-    found = {entry.key: entry.value for entry in model.metadata_props if entry.key.startswith("superpoint_trt.matcher")}
+    found = {entry.key: entry.value for entry in model.metadata_props if entry.key == METADATA_KEY}
     return json.dumps(found) if found else "superpoint"
 
 

@@ -23,7 +23,9 @@ MOST_ROWS = 8192
 MIN_SCORE = 0.1
 """Least probability of a match, unless asked otherwise."""
 
-_KEY = "superpoint_trt.matcher"
+METADATA_KEY = "superpoint_trt.matcher"
+"""Metadata key of a description; other models do not have it."""
+
 _MOST_CHARS = 1 << 16
 
 
@@ -49,7 +51,7 @@ class MatcherDescription:
         """The description as one JSON text, with the key `superpoint_trt.matcher`."""
         import json
 
-        return {_KEY: json.dumps({**asdict(self), "precision": self.precision.value})}
+        return {METADATA_KEY: json.dumps({**asdict(self), "precision": self.precision.value})}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], source: object) -> MatcherDescription:
@@ -58,13 +60,13 @@ class MatcherDescription:
         Raises:
             SuperPointError: the metadata are of no matcher, or damaged.
         """
-        if _KEY not in metadata:
+        if METADATA_KEY not in metadata:
             raise SuperPointError(
-                f"{source} is not a matcher of this package: it has no metadata {_KEY}. Make one with: superpoint "
+                f"{source} is not a matcher of this package: it has no metadata {METADATA_KEY}. Make one with: superpoint "
                 "matcher export."
             )
         try:
-            found = mapping(parse(metadata[_KEY], _MOST_CHARS), _KEY)
+            found = mapping(parse(metadata[METADATA_KEY], _MOST_CHARS), METADATA_KEY)
 
             def optional(key: str, read: Any) -> Any:
                 return None if found.get(key) is None else read(found[key])
