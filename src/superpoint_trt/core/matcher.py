@@ -62,8 +62,8 @@ class MatcherDescription:
         """
         if METADATA_KEY not in metadata:
             raise SuperPointError(
-                f"{source} is not a matcher of this package: it has no metadata {METADATA_KEY}. Make one with: superpoint "
-                "matcher export."
+                f"{source} is not a matcher of this package: it has no metadata {METADATA_KEY}. Make one with: "
+                "superpoint matcher export."
             )
         try:
             found = mapping(parse(metadata[METADATA_KEY], _MOST_CHARS), METADATA_KEY)
