@@ -70,7 +70,7 @@ demo:
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) '$(TORCH)'
-	$(VENV)/bin/python $(PIP) -e '.[dev,docs,torch,report]'
+	$(VENV)/bin/python $(PIP) -e '.[dev,docs,torch,report,bulk,colmap]'
 	@touch $@
 
 $(DEMO_VENV)/.ready: pyproject.toml

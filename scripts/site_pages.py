@@ -33,7 +33,7 @@ PAGES = {
 """Files of the repository -> pages of the site."""
 
 EXAMPLES_PAGE = "examples.md"
-FOLDERS = ("run", "match", "convert", "prove", "checkpoint", "core", "gpu")
+FOLDERS = ("run", "match", "pipeline", "convert", "prove", "checkpoint", "core", "gpu")
 """Folders of the package with a page of API reference each; `cli` has no API of its own."""
 
 _LINK = re.compile(r"(?<=\]\()([^()\s]+)(?=\))")

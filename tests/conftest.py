@@ -17,7 +17,8 @@ import torch
 
 from superpoint_trt import packaged
 from superpoint_trt.checkpoint import layouts
-from superpoint_trt.checkpoint.layouts import Checkpoint
+from superpoint_trt.checkpoint.layouts import Checkpoint, NormPlacement
+from superpoint_trt.checkpoint.topology import Convolution, to_json
 from superpoint_trt.convert.export import ExportOptions, export
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -28,6 +29,23 @@ REAL = {"v6": WEIGHTS / "superpoint_v6_int8deq.pth", "amd": WEIGHTS / "superpoin
 SMALL = (8, 8, 16, 16, 24)
 SMALL_DIM = 32
 LAYOUTS = ("v6", "magicleap", "huggingface", "own")
+
+COMPACT = (
+    # Layer, inputs, output channels, kernel, stride, ReLU, added to: every kind of layer that a topology has.
+    ("stem0", ["image"], 8, 4, 2, True, ""),
+    ("stem1", ["stem0"], 16, 2, 2, True, ""),
+    ("quarter0", ["stem1"], 16, 3, 1, True, ""),
+    ("eighth0", ["quarter0"], 24, 2, 2, True, ""),
+    ("eighth1", ["eighth0"], 24, 3, 1, True, ""),
+    ("wide0", ["eighth1"], 32, 3, 2, True, ""),
+    ("features", ["wide0"], 24, 1, 1, False, "eighth1"),
+    ("patches", ["image"], 12, 8, 8, True, ""),
+    ("detector_hidden", ["features", "patches"], 24, 3, 1, True, ""),
+    ("detector", ["detector_hidden"], 65, 1, 1, False, ""),
+    ("descriptor_hidden", ["features"], 24, 3, 1, True, ""),
+    ("descriptor", ["descriptor_hidden"], 64, 1, 1, False, ""),
+)
+"""A small network of the kind that has a topology; the packaged small ones have its form, and more channels."""
 
 
 def photograph(height: int = 240, width: int = 320, name: str = "astronaut") -> np.ndarray:
@@ -72,6 +90,35 @@ def random_state(layout: str, seed: int = 0, channels=SMALL, dim: int = SMALL_DI
     return state
 
 
+def compact_arrays(seed: int = 0, table=COMPACT) -> tuple[tuple[Convolution, ...], dict[str, np.ndarray]]:
+    """A topology and random arrays of it, BatchNorm in front of every ReLU."""
+    rng = np.random.default_rng(seed)
+    channels, topology, arrays = {"image": 1}, [], {}
+    for name, inputs, c_out, kernel, stride, relu, added_to in table:
+        topology.append(Convolution(name, tuple(inputs), stride, relu, added_to))
+        c_in = sum(channels[other] for other in inputs)
+        spread = np.sqrt(2.0 / (c_in * kernel * kernel))
+        drawn = {
+            "weight": rng.normal(0, spread, (c_out, c_in, kernel, kernel)),
+            "bias": rng.normal(0, 0.1, c_out),
+            "bn.weight": rng.uniform(0.6, 1.4, c_out),
+            "bn.bias": rng.normal(0, 0.2, c_out),
+            "bn.running_mean": rng.normal(0, 0.2, c_out),
+            "bn.running_var": rng.uniform(0.5, 2.0, c_out),
+        }
+        arrays.update({f"{name}.{key}": value.astype(np.float32) for key, value in drawn.items()})
+        channels[name] = c_out
+    return tuple(topology), arrays
+
+
+def random_compact(seed: int = 0, table=COMPACT, norm: NormPlacement = NormPlacement.NONE) -> Checkpoint:
+    """A random checkpoint with a topology, BatchNorm folded away unless it is asked for."""
+    topology, arrays = compact_arrays(seed, table)
+    metadata = {"format": "superpoint-trt", "norm": "before-relu", "sampling": "half-pixel"}
+    found = layouts.from_arrays(arrays, metadata={**metadata, "topology": to_json(topology)})
+    return found if norm is NormPlacement.BEFORE_RELU else layouts.without_batchnorm(found)
+
+
 class _Name:
     def __init__(self, conv: str, bn: str = "") -> None:
         self.conv, self.bn = conv, bn
@@ -98,6 +145,8 @@ def write_checkpoint(layout: str, folder: Path, seed: int = 0, **shape) -> Path:
     """A random checkpoint file of a layout."""
     from safetensors.torch import save_file
 
+    if layout == "compact":
+        return layouts.save(random_compact(seed, **shape), folder / f"compact{seed}.safetensors", half=True)
     if layout == "own":
         source = layouts.from_arrays({k: v.numpy() for k, v in random_state("v6", seed, **shape).items()})
         return layouts.save(source, folder / f"own{seed}.safetensors")
@@ -142,7 +191,7 @@ def photo() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def checkpoint_file(tmp_path_factory) -> Callable[[str], Path]:
-    """Layout name -> a random checkpoint of it, the "packaged" one, or one of shared/ ("real-v6", "real-amd")."""
+    """Layout name -> a random checkpoint of it; "compact"; "packaged"; or one of shared/ ("real-v6", "real-amd")."""
     folder = tmp_path_factory.mktemp("checkpoints")
     made: dict[str, Path] = {}
 

@@ -35,7 +35,21 @@ def test_public_names():
         _ = superpoint_trt.Superpoint
 
 
-HEAVY = ("torch", "onnx", "onnxruntime", "cv2", "safetensors", "tensorrt", "tensorrt_rtx", "cuda", "skimage")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "cv2",
+    "safetensors",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda",
+    "skimage",
+    "h5py",
+    "av",
+    "pycolmap",
+    "ray",
+)
 
 
 def test_help_needs_no_heavy_library():

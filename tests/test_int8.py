@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import onnx
 import pytest
-from conftest import photograph
+from conftest import COMPACT, photograph
 
 from superpoint_trt import int8, packaged
 from superpoint_trt.cli.main import cli, run
@@ -160,6 +160,20 @@ def test_the_result_holds_the_evidence(model, photos, tmp_path):
     assert any("too few to hold any out" in warning for warning in told)
     assert list(dict.fromkeys(label for label, _, _ in phases)) == ["calibrating", "verifying"]
     assert all(0 < done <= total for _, done, total in phases)
+
+
+def test_a_network_with_a_topology_goes_the_whole_way(checkpoint_file, photos, tmp_path):
+    """Of a size with an odd number of cells: measured, rounded, ranked, written, built for SM89, and verified."""
+    pytest.importorskip("tensorrt_rtx")
+    model = export(checkpoint_file("compact"), tmp_path / "c.onnx", ExportOptions(OutputType.HEADS, 104, 136))
+    options = LowPrecisionOptions(photos, rank_layers=True, gates=LOOSE)
+    build = BuildOptions(runtime=Flavor.RTX, targets=("sm89",))
+    result = quantize_and_verify(model, options, tmp_path / "q.onnx", tmp_path / "q.engine", build)
+    assert result.kept_layers == ("detector_hidden", "detector", "descriptor_hidden", "descriptor")
+    assert result.first_convolutions == ("stem0", "patches")
+    assert {cost.layer for cost in result.layer_costs} == {row[0] for row in COMPACT}
+    assert result.passed and result.engine_metadata.description.descriptor_dim == 64
+    assert result.verification is not None and str(result.verification.model).endswith("q.onnx")
 
 
 def test_a_gate_that_fails_is_no_error(model, ranges, photos, tmp_path):

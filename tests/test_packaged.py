@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -25,21 +26,48 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_the_file_is_small_plain_and_half(tmp_path):
-    loaded = layouts.load(packaged.WEIGHTS)
+EVERY = pytest.mark.parametrize("network", packaged.NETWORKS, ids=lambda network: network.name)
+
+
+@EVERY
+def test_the_files_are_small_plain_and_half(network):
+    loaded = layouts.load(network.name)
     assert (loaded.family, loaded.norm, loaded.sampling) == (
         Family.SUPERPOINT_TRT,
         NormPlacement.NONE,
         Sampling.HALF_PIXEL,
     )
-    assert loaded.channels == (64, 64, 128, 128, 256) and loaded.descriptor_dim == 256
-    assert packaged.WEIGHTS.stat().st_size < 2.7e6
+    assert loaded.subpixel and loaded.stride_px == 8
+    most = 1.5e6 if loaded.topology else 2.7e6
+    assert network.weights.stat().st_size < most
     for layer in loaded.layers.values():
         np.testing.assert_array_equal(layer.weight, layer.weight.astype(np.float16))
 
 
-def test_card_and_log_belong_to_the_file():
-    assert sha256(packaged.WEIGHTS.read_bytes()) in packaged.MODEL_CARD.read_text()
+@EVERY
+def test_cards_belong_to_their_files(network):
+    assert sha256(network.weights.read_bytes()) in network.card.read_text()
+
+
+@EVERY
+def test_every_network_finds_and_matches_points(network, cache):
+    """By its name, through the exported .onnx: a photograph that was never trained on, and its copy moved by 24 px."""
+    image = photograph(240, 320)
+    with SuperPoint(network.name, device="cpu", max_keypoints=500) as superpoint:
+        found = match_images(superpoint.extract(image[:, :-24]), superpoint.extract(image[:, 24:]))
+        assert repr(superpoint).startswith(f"SuperPoint({network.name!r}, dense, ")
+    assert found.geometry.inliers.sum() > 50
+    assert [path.name.startswith(f"superpoint-{network.name}-") for path in cache.iterdir()] == [True]
+
+
+def test_names_are_names():
+    names = [network.name for network in packaged.NETWORKS]
+    assert len(set(names)) == len(names) and packaged.DEFAULT in names
+    assert all(re.fullmatch("[a-z][a-z0-9-]*", name) for name in names)
+    assert layouts.load("full").sha256 == sha256(packaged.WEIGHTS.read_bytes())
+
+
+def test_the_log_is_the_full_network_s():
     log = [json.loads(line) for line in packaged.TRAINING_LOG.read_text().splitlines()]
     stages = list(dict.fromkeys(entry["stage"] for entry in log if "stage" in entry and "resumed" not in entry))
     assert stages == ["shapes", "first", "second", "third", "fourth"]
@@ -87,7 +115,7 @@ def test_commands_take_them_by_default(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photo = str(packaged.PHOTO)
     assert run(cli, ["export", "--output", "m.onnx", "--height", "240", "--width", "320"]) == 0
-    assert sha256(packaged.WEIGHTS.read_bytes()) in capsys.readouterr().out
+    assert str(layouts.load(packaged.DEFAULT).sha256) in capsys.readouterr().out
     for arguments in (
         ["infer", "--image", photo, "--save", "f.npz"],
         ["match", photo, photo],
@@ -95,15 +123,19 @@ def test_commands_take_them_by_default(tmp_path, monkeypatch, capsys):
         ["demo", "--output", "pictures/of/it"],
     ):
         assert run(cli, arguments) == 0, arguments
-    assert "the packaged weights" in capsys.readouterr().out
+    assert f"model         {packaged.DEFAULT} (dense)" in capsys.readouterr().out
     assert (tmp_path / "pictures/of/it/matches.jpg").is_file()
 
 
 def test_the_list_shows_them_first(capsys):
     assert run(cli, ["weights", "list"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("packaged: ") and out.index("packaged: ") < out.index("v6: ")
-    assert str(packaged.WEIGHTS) in out and "MIT" in out
+    assert f"{packaged.DEFAULT} (packaged, the default of every command): " in out
+    for network in packaged.NETWORKS:
+        found = layouts.load(network.name)
+        assert out.index(f"{network.name} (packaged") < out.index("v6: ")
+        assert str(network.weights) in out and f"{found.parameters:,} parameters, {found.gflop():.1f} GFLOP" in out
+        assert f"{found.descriptor_dim} a descriptor" in out
 
 
 def test_a_demo_without_a_place_for_pictures_is_refused(tmp_path, monkeypatch, capsys):

@@ -34,6 +34,7 @@ PLAIN: Settings = {
     "spread_weight": 0,
     "choice_weight": 0,
     "match_weight": 0,
+    "stray_weight": 0,
 }
 """Every ingredient switched off."""
 
@@ -51,6 +52,8 @@ VARIANTS: dict[str, Settings] = {
     "places": _only("place_weight", "spread_weight"),
     "choice": _only("choice_weight"),
     "match": _only("match_weight"),
+    "stray": _only("stray_weight"),
+    "match-stray": _only("match_weight", "stray_weight"),
     "group": _only("group"),
     "close": {**PLAIN, "same_place_px": 4},
     "all": {},

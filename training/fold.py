@@ -9,19 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from superpoint_trt.checkpoint import layouts
+from superpoint_trt.checkpoint.compact import CompactNet, ConvBlock
 from superpoint_trt.checkpoint.layouts import Checkpoint, NormPlacement
-from superpoint_trt.checkpoint.reference import Block, SuperPointNet
+from superpoint_trt.checkpoint.reference import Block, Network, network
 from superpoint_trt.core.types import Family, Sampling
 
 _BLOCK = re.compile(r"(?:backbone\.(\d+)|(detector|descriptor))\.([01])\.(conv|bn)\.(.+)")
 
 
-def fold(net: SuperPointNet) -> Checkpoint:
+def fold(net: Network) -> Checkpoint:
     """The same network without BatchNorm.
 
     Args:
         net: with BatchNorm before ReLU, where it folds into the convolution in front of it exactly.
     """
+    if isinstance(net, CompactNet):
+        return layouts.without_batchnorm(net.checkpoint())
     arrays = {}
     for key, value in net.state_dict().items():
         match = _BLOCK.fullmatch(key)
@@ -41,7 +44,7 @@ def fold(net: SuperPointNet) -> Checkpoint:
 
 
 @torch.no_grad()
-def unfold(net: SuperPointNet, checkpoint: Checkpoint, images: Tensor) -> None:
+def unfold(net: Network, checkpoint: Checkpoint, images: Tensor) -> None:
     """Makes `net` compute what a shipped checkpoint does, with BatchNorm to train with.
 
     Each BatchNorm takes away the mean and the scale that its convolution has on `images`, and puts both back: in eval
@@ -52,15 +55,15 @@ def unfold(net: SuperPointNet, checkpoint: Checkpoint, images: Tensor) -> None:
         checkpoint: Conv + ReLU, as `fold` writes it.
         images: (B, 1, H, W) as the network will see them, on its device.
     """
-    plain = SuperPointNet.from_checkpoint(checkpoint).to(images.device)
-    blocks = [[block for block in each.modules() if isinstance(block, Block)] for each in (net, plain)]
+    plain = network(checkpoint).to(images.device)
+    blocks = [[block for block in each.modules() if isinstance(block, (Block, ConvBlock))] for each in (net, plain)]
     hooks = [old.conv.register_forward_hook(_measure(new)) for new, old in zip(*blocks)]
     plain(images)
     for hook in hooks:
         hook.remove()
 
 
-def _measure(block: Block) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+def _measure(block: Block | ConvBlock) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     """Gives `block` the convolution that has just run, by what came out of it."""
 
     def measured(conv: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:

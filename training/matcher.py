@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.matcher import MatcherShape, save_matcher
 from superpoint_trt.checkpoint.matcher_network import Assignment, MatcherNet, PointSets, matches
-from superpoint_trt.checkpoint.reference import SuperPointNet
+from superpoint_trt.checkpoint.reference import network
+from superpoint_trt.core.networks import weights_path
 from superpoint_trt.core.types import SuperPointError
 from training import layered, photos
 from training.bank import Bank
@@ -520,8 +521,8 @@ def _random(seed: int, device: torch.device) -> Iterator[None]:
 
 def extractor(path: str, device: torch.device) -> tuple[nn.Module, int, str]:
     """A frozen network that finds points, the length of its descriptors, and its checkpoint's SHA-256."""
-    loaded = layouts.load(path)
-    net = SuperPointNet.from_checkpoint(loaded).to(device, memory_format=torch.channels_last).eval()
+    loaded = layouts.load(weights_path(path))
+    net = network(loaded).to(device, memory_format=torch.channels_last).eval()
     return net.requires_grad_(False), loaded.descriptor_dim, loaded.sha256 or ""
 
 
@@ -537,7 +538,12 @@ def change(plan: Plan, text: str) -> Plan:
 
 @click.command()
 @click.option("--photos", "folders", multiple=True, required=True, help="Folder of photographs; may be given again.")
-@click.option("--features", multiple=True, required=True, help="Checkpoint that finds the points; may be given again.")
+@click.option(
+    "--features",
+    multiple=True,
+    required=True,
+    help="Checkpoint, or packaged network, that finds the points; may be given again.",
+)
 @click.option("--output", required=True, help="Folder of the run. One that holds a state goes on from it.")
 @click.option("--minutes", default=math.inf, help="Of training, over all calls.")
 @click.option("--pause", "pause_minutes", default=math.inf, help="This call ends after so many minutes.")

@@ -26,6 +26,9 @@ RIGHT_PX = 1.0
 """A place should be right to within this; of one that is far off, nothing is to be learnt."""
 NEAR_PX = 3.0
 """Two views found the same point if it is this near, in px of the view that sees less detail."""
+AROUND_PX = 32.0
+FADING_PX = 4.0
+"""What lies this much farther away counts 1/e of what is nearer."""
 
 
 class Found(NamedTuple):
@@ -50,6 +53,9 @@ class Partners(NamedTuple):
     """(B, N) bool: each other's nearest, and near."""
     shared: Tensor
     """(B, N) bool: the second view shows where this point should be."""
+    around: Tensor
+    """(B, N, M) which points of the second view lie around there: the nearer the more, rows sum to 1; or to 0, where
+    none is within `AROUND_PX` or the place is not shown."""
 
 
 def score_map(logits: Tensor) -> Tensor:
@@ -104,9 +110,12 @@ def partners(first: Found, second: Found, homography: Tensor, inside: tuple[Tens
     nearest = distance.argmin(dim=2)
     mutual = distance.argmin(dim=1).gather(1, nearest) == torch.arange(nearest.shape[1], device=nearest.device)
     # The distance in the view that sees less detail: in the other one, it is that much longer.
-    short = torch.minimum(distance, other).gather(2, nearest[..., None])[..., 0]
+    short = torch.minimum(distance, other)
     shared = first.real & (shown(there, inside[1]) > 0)
-    return Partners(nearest, mutual & (short < NEAR_PX) & shared, shared)
+    same = mutual & (short.gather(2, nearest[..., None])[..., 0] < NEAR_PX) & shared
+    around = (-distance / FADING_PX).masked_fill(distance > AROUND_PX, -1e4).softmax(dim=2)
+    some = shared & (distance.amin(dim=2) < AROUND_PX)
+    return Partners(nearest, same, shared, around * some[..., None])
 
 
 def _distance(a: Tensor, b: Tensor, a_real: Tensor, b_real: Tensor) -> Tensor:
@@ -141,7 +150,7 @@ def _length(vector: Tensor) -> Tensor:
 
 def choice_loss(
     first: Found, second: Found, coarse: tuple[Tensor, Tensor], there: Partners, back: Partners
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each view's points those should score higher whose match is right.
 
     A point's chance is the probability, by the descriptors as they are, that it and its partner choose each other among
@@ -156,15 +165,22 @@ def choice_loss(
         back: of the second view's.
 
     Returns:
-        the loss, by which scores learn and descriptors do not; the mean negative logarithm of the chance of points that
-        have a partner, by which descriptors learn; and the mean chance.
+        the loss, by which scores learn and descriptors do not; two by which descriptors learn: the mean negative
+        logarithm of the chance of points that have a partner, and how far points that have none are from choosing
+        those around the place where they should be (which have partners of their own, so no match comes of it: two
+        points without a partner that choose each other are the usual wrong match); and the mean chance.
     """
     a, b = (sample(part, points.xy.detach()) for part, points in zip(coarse, (first, second)))
     both = first.real[..., None] & second.real[:, None]
     similarity = (a @ b.transpose(1, 2) / TEMPERATURE).masked_fill(~both, -1e4)
-    logarithm = similarity.log_softmax(dim=2) + similarity.log_softmax(dim=1)
+    chosen = similarity.log_softmax(dim=2), similarity.log_softmax(dim=1)
+    logarithm = chosen[0] + chosen[1]
     right = logarithm.gather(2, there.nearest[..., None])[..., 0]
     missed = -torch.where(there.same, right, 0).sum() / there.same.sum().clamp(min=1)
+    strayed = [
+        _mean_of(-(pairs.around * table).sum(dim=2), (pairs.around.sum(dim=2) > 0) & ~pairs.same)
+        for pairs, table in ((there, chosen[0]), (back, chosen[1].transpose(1, 2)))
+    ]
     chance = logarithm.detach().exp()
     parts = []
     for points, pairs, table in ((first, there, chance), (second, back, chance.transpose(1, 2))):
@@ -172,4 +188,8 @@ def choice_loss(
         score = points.score * pairs.shared
         parts.append(((score * (1 - right)).sum(dim=1) / score.sum(dim=1).clamp(min=1e-3), right, pairs.shared))
     lost, right, shared = (torch.cat(part) for part in zip(*parts))
-    return lost.mean(), missed, (right * shared).sum() / shared.sum().clamp(min=1)
+    return lost.mean(), missed, (strayed[0] + strayed[1]) / 2, (right * shared).sum() / shared.sum().clamp(min=1)
+
+
+def _mean_of(values: Tensor, counted: Tensor) -> Tensor:
+    return torch.where(counted, values, 0).sum() / counted.sum().clamp(min=1)

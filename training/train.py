@@ -94,6 +94,8 @@ class Plan:
     """Of scores given to points that would not match (places.choice_loss)."""
     match_weight: float = 0.5
     """Of how unlikely right matches are among the points found (the second of places.choice_loss)."""
+    stray_weight: float = 0.5
+    """Of points without a partner that do not choose their neighbours (the third of places.choice_loss)."""
     seed: int = 1
     validation_pairs: int = 16
     canvas_px: int = photos.CANVAS_PX
@@ -103,7 +105,7 @@ class Plan:
     @property
     def looks_at_found(self) -> bool:
         """Whether any loss needs the detector's own points."""
-        return max(self.place_weight, self.spread_weight, self.choice_weight, self.match_weight) > 0
+        return max(self.place_weight, self.spread_weight, self.choice_weight, self.match_weight, self.stray_weight) > 0
 
 
 SMOKE = Plan(
@@ -160,7 +162,7 @@ class Batch(NamedTuple):
     """(2 B,) octaves of detail that `image` has lost to strong blur."""
 
 
-FIGURES = ("detector", "descriptor", "known", "apart_px", "spread_px", "choice", "missed", "chance")
+FIGURES = ("detector", "descriptor", "known", "apart_px", "spread_px", "choice", "missed", "strayed", "chance")
 """What each step reports: losses, and the shares of points whose partner is nearest and would be matched."""
 
 
@@ -351,12 +353,13 @@ def objective(plan: Plan, logits: Tensor, coarse: Tensor, batch: Batch, descript
     points = (batch.first_xy, batch.second_xy, batch.real)
     descriptor, known = losses.descriptor_loss(*coarse.chunk(2), points, plan.group, plan.same_place_px)
     loss = detector + plan.descriptor_weight * descriptor
-    apart = spread = choice = missed = chance = nothing
+    apart = spread = choice = missed = strayed = chance = nothing
     if plan.looks_at_found:
-        wrong, apart, spread, choice, missed, chance = _of_found(plan, logits, coarse, batch)
+        wrong, apart, spread, choice, missed, strayed, chance = _of_found(plan, logits, coarse, batch)
         loss = loss + plan.place_weight * wrong + plan.spread_weight * spread
         loss = loss + plan.choice_weight * choice + plan.match_weight * missed
-    return loss, torch.stack([detector, descriptor, known, apart, spread, choice, missed, chance])
+        loss = loss + plan.stray_weight * strayed
+    return loss, torch.stack([detector, descriptor, known, apart, spread, choice, missed, strayed, chance])
 
 
 def _of_found(plan: Plan, logits: Tensor, coarse: Tensor, batch: Batch) -> tuple[Tensor, ...]:

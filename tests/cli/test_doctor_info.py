@@ -63,6 +63,14 @@ def without(monkeypatch):
     return hide
 
 
+def test_what_maps_need(without):
+    without("pycolmap", "h5py")
+    found = findings()
+    assert not found["pycolmap"].present and "[colmap]" in found["pycolmap"].detail
+    mapping = found["map photographs and videos"]
+    assert not mapping.present and "[colmap]" in mapping.detail and "[bulk]" in mapping.detail
+
+
 def test_doctor_names_the_command_for_what_is_missing(without, monkeypatch, capfd):
     without("torch", "cuda", "tensorrt", "tensorrt_rtx")
     monkeypatch.setenv("PATH", "")

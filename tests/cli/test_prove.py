@@ -12,6 +12,7 @@ import pytest
 from conftest import photograph
 from helpers import SAME, write_sequence
 
+from superpoint_trt import packaged
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.export import ExportOptions, export
 
@@ -156,13 +157,12 @@ def test_evaluate_prints_all_and_writes_json(desk, capsys, tmp_path):
 
 
 def test_evaluate_calls_the_packaged_weights_by_their_name(desk, capsys, tmp_path):
-    """The table; the JSON's "model" stays the file that ran."""
+    """In the table and in the JSON."""
     write_sequence(tmp_path / "data" / "v_a")
     line = ("evaluate", "--dataset", tmp_path / "data", "--no-baselines", "--json", tmp_path / "e.json")
     out, _ = text(desk, capsys, *line)
     model = json.loads((tmp_path / "e.json").read_text())["model"]
-    assert "packaged weights" in out and model not in out
-    assert model.endswith(".onnx")
+    assert model == packaged.DEFAULT and f"{model} " in out
 
 
 def test_sequences_called_like_kinds_keep_their_rows(desk, capsys, tmp_path):

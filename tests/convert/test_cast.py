@@ -33,11 +33,13 @@ def types(model) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("layout", "kind", "dynamic", "opset"),
     cases(
-        ["v6", "magicleap"],
+        ["v6", "magicleap", "compact"],
         ["dense", "keypoints", "heads"],
         [False, True],
         [11, 13, 17, 23],
-        fast=lambda layout, kind, dynamic, opset: layout == "v6" and (opset == 17 or (kind == "keypoints" and dynamic)),
+        fast=lambda layout, kind, dynamic, opset: (
+            layout != "magicleap" and (opset == 17 or (kind == "keypoints" and dynamic))
+        ),
     ),
 )
 def test_only_the_convolutions_are_fp16(checkpoint, layout, kind, dynamic, opset):
@@ -47,6 +49,8 @@ def test_only_the_convolutions_are_fp16(checkpoint, layout, kind, dynamic, opset
     for node in model.graph.node:
         if node.op_type in ("Conv", "BatchNormalization"):
             assert {typed[name] for name in (*node.input, *node.output)} == {TensorProto.FLOAT16}, node.name
+        if node.op_type in ("Add", "Resize") and node.name.startswith("features"):
+            assert {typed[name] for name in (node.input[0], *node.output)} == {TensorProto.FLOAT16}, node.name
         if node.op_type in ("Softmax", "ReduceL2", "TopK", "GridSample", "Equal", "Div", "Floor", "Where"):
             assert TensorProto.FLOAT16 not in {typed[name] for name in (*node.input, *node.output)}, node.name
     casts = [n.name for n in model.graph.node if n.op_type == "Cast" and n.name.endswith((".fp16", ".fp32"))]
@@ -58,7 +62,7 @@ def test_only_the_convolutions_are_fp16(checkpoint, layout, kind, dynamic, opset
     assert typed["image"] == TensorProto.FLOAT
 
 
-@pytest.mark.parametrize("layout", ["v6", "magicleap"])
+@pytest.mark.parametrize("layout", ["v6", "magicleap", "compact"])
 def test_fp16_values_in_exact_arithmetic(checkpoint, layout):
     """ONNX's own reference computes fp16 as fp16; onnxruntime on the CPU would quietly use float32."""
     model = graph_of(checkpoint, layout=layout, height_px=32, width_px=48)

@@ -78,8 +78,35 @@ def test_everything_builds(model_file, tmp_path, kind, precision, dynamic, opset
 
 
 @pytest.mark.parametrize(
+    ("kind", "precision", "dynamic", "opset", "height"),
+    cases(
+        ["dense", "keypoints", "heads"],
+        ["fp32", "fp16", "bf16"],
+        [False, True],
+        [11, 13, 17, NEWEST_OPSET],
+        [480, 488],
+        fast=lambda kind, precision, dynamic, opset, height: (
+            (precision == "fp16" and dynamic is (height == 480) and opset == 17)
+            or (kind == "heads" and precision == "fp16" and height == 488)
+        ),
+    ),
+)
+def test_networks_with_a_topology_build(model_file, tmp_path, kind, precision, dynamic, opset, height):
+    """480 is 60 rows of cells, 488 is 61: an odd number, where the branch at 1/16 is cut."""
+    source = model_file(kind, "compact", opset, dynamic, height_px=height)
+    shapes = {"min_shape_hw": (64, 64), "max_shape_hw": (488, 648)} if dynamic else {}
+    metadata = build(source, tmp_path / "a.engine", BuildOptions(Precision(precision), **shapes, **RTX))
+    assert (metadata.description.descriptor_dim, metadata.description.stride_px) == (64, 8)
+    assert metadata.description.precision is Precision(precision)
+
+
+@pytest.mark.parametrize(
     ("layout", "kind"),
-    cases(["packaged", "real-v6"], ["dense", "keypoints", "heads"], fast=lambda layout, kind: layout == "packaged"),
+    cases(
+        ["packaged", "compact", "real-v6"],
+        ["dense", "keypoints", "heads"],
+        fast=lambda layout, kind: layout != "real-v6",
+    ),
 )
 def test_the_network_has_the_types_of_the_graph(model_file, layout, kind):
     """What TensorRT's own parser makes of the typed graph: fp16 convolutions, three casts, nothing else fp16."""

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import LAYOUTS, photograph
+from conftest import COMPACT, LAYOUTS, photograph, random_compact
 from helpers import KINDS, cases, score_map
 from onnx.utils import Extractor
 
@@ -44,7 +44,7 @@ def photographs(batch: int, height: int = 120, width: int = 160) -> np.ndarray:
 
 
 def reference(checkpoint, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    net = network.SuperPointNet.from_checkpoint(checkpoint)
+    net = network.network(checkpoint)
     with torch.no_grad():
         heads = net(torch.from_numpy(image))
         return (*heads, *network.dense(*heads))
@@ -71,8 +71,8 @@ def assert_same_points(outputs: dict[str, np.ndarray], index: int, expected: tup
 def every_layout_and_every_opset(layout, opset, dynamic):
     """Not their product: what an opset changes does not depend on the weights."""
     if opset == 17:
-        return layout in ("own", "packaged") or (layout != "real-amd" and not dynamic)
-    return layout == "own" and not dynamic and opset in (11, 13, NEWEST_OPSET)
+        return layout in ("own", "packaged", "compact") or (layout != "real-amd" and not dynamic)
+    return layout in ("own", "compact") and not dynamic and opset in (11, 13, NEWEST_OPSET)
 
 
 WHOLE_PIXELS = DecodeOptions(subpixel=False)
@@ -81,7 +81,7 @@ WHOLE_PIXELS = DecodeOptions(subpixel=False)
 
 @pytest.mark.parametrize(
     ("layout", "opset", "dynamic"),
-    cases([*LAYOUTS, *REAL], OPSETS, [False, True], fast=every_layout_and_every_opset),
+    cases([*LAYOUTS, "compact", *REAL], OPSETS, [False, True], fast=every_layout_and_every_opset),
 )
 def test_parity(layout, opset, dynamic, checkpoint):
     found = checkpoint(layout)
@@ -103,6 +103,45 @@ def test_parity(layout, opset, dynamic, checkpoint):
         else:
             np.testing.assert_allclose(outputs["logits"], logits.numpy(), atol=1e-3, rtol=1e-4)
             np.testing.assert_allclose(outputs["coarse_descriptors"], coarse.numpy(), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "dynamic", "opset"),
+    cases(
+        [(96, 160), (104, 88), (88, 160), (72, 200), (8, 8)],
+        [False, True],
+        [11, 13, 17, NEWEST_OPSET],
+        fast=lambda size, dynamic, opset: opset == 17 or size == (104, 88),
+    ),
+)
+def test_a_branch_at_a_sixteenth_fits_every_size(size, dynamic, opset, checkpoint):
+    """13, 11, 9, 25 and 1 rows or columns of cells are odd: what comes from 1/16 is cut where it is added."""
+    found, (height, width) = checkpoint("compact"), size
+    image = photographs(2, height, width)
+    asked = (480, 640) if dynamic else (height, width)
+    model = to_onnx(found, ExportOptions(OutputType.HEADS, *asked, dynamic, 2, opset=opset))
+    outputs = run(model, image)
+    for output, expected in zip(outputs.values(), reference(found, image)):
+        np.testing.assert_allclose(output, expected.numpy(), atol=1e-5)
+    kinds = [node.op_type for node in model.graph.node]
+    assert "Slice" not in kinds and kinds.count("Resize") == 1
+
+
+def test_the_cut_at_odd_sizes_is_felt(checkpoint):
+    """So that the test above can fail: without the branch the outputs are others, in the last row and column too."""
+    found, image = checkpoint("compact"), photographs(1, 104, 88)
+    layer = found.layers["features"]
+    silent = replace(layer, weight=np.zeros_like(layer.weight), bias=np.zeros_like(layer.bias))
+    without = replace(found, layers={**found.layers, "features": silent})
+    with_branch, alone = (reference(one, image)[1].numpy() for one in (found, without))
+    assert np.abs(with_branch - alone)[..., -1, -1].max() > 1e-3
+
+
+def test_a_layer_with_the_name_of_another_tensor_is_refused():
+    table = [tuple("scores" if part == "stem1" else part for part in row) for row in COMPACT]
+    table = [(row[0], [("scores" if name == "stem1" else name) for name in row[1]], *row[2:]) for row in table]
+    with pytest.raises(SuperPointError, match=r"two tensors would be called scores; rename the layer scores"):
+        to_onnx(random_compact(table=table), ExportOptions())
 
 
 @pytest.mark.parametrize("layout", cases(REAL, fast=lambda layout: layout == "packaged"))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from superpoint_trt import SuperPoint, packaged
+from superpoint_trt.checkpoint.layouts import load
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import OutputType
 
@@ -72,7 +73,7 @@ def test_lightglue_hand_over(tmp_path):
     for image, count in (("image0", n), ("image1", 1000)):
         assert shapes[image, "keypoints"] == (1, count, 2)
         assert shapes[image, "keypoint_scores"] == (1, count)
-        assert shapes[image, "descriptors"] == (1, count, 256)
+        assert shapes[image, "descriptors"] == (1, count, load(packaged.DEFAULT).descriptor_dim)
         assert shapes[image, "image_size"] == (1, 2)
 
 

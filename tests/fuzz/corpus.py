@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import onnx
 import torch
-from conftest import photograph, random_state
+from conftest import photograph, random_compact, random_state
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 
@@ -26,6 +26,16 @@ CHANNELS = (2, 2, 2, 4)
 DESCRIPTOR_DIM = 4
 """The smallest network that is a SuperPoint: three stages, cells of 4x4 px."""
 HEIGHT_PX, WIDTH_PX = 48, 64
+COMPACT = (
+    ("stem", ["image"], 2, 4, 2, True, ""),
+    ("eighth", ["stem"], 2, 4, 4, True, ""),
+    ("wide", ["eighth"], 2, 3, 2, True, ""),
+    ("features", ["wide"], 2, 1, 1, False, "eighth"),
+    ("patches", ["image"], 1, 8, 8, True, ""),
+    ("detector", ["features", "patches"], 65, 1, 1, False, ""),
+    ("descriptor", ["features"], DESCRIPTOR_DIM, 1, 1, False, ""),
+)
+"""A small network with a topology."""
 
 
 def state(layout: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -108,6 +118,7 @@ def checkpoints() -> dict[str, bytes]:
         "huggingface.safetensors": safetensors_bytes(state("huggingface")),
         "half.safetensors": safetensors_bytes({key: value.half() for key, value in state("magicleap").items()}),
         "own.safetensors": own_bytes(own),
+        "compact.safetensors": own_bytes(random_compact(table=COMPACT)),
     }
 
 

@@ -120,19 +120,32 @@ def _on(commands: Any, name: str) -> Callable[[bytes, Any], Case]:
     return make
 
 
+def _split(safetensors: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header of a .safetensors, and what follows it."""
+    length = int.from_bytes(safetensors[:8], "little")
+    return json.loads(safetensors[8 : 8 + length]), safetensors[8 + length :]
+
+
+def _joined(header: bytes, data: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def topology_cases() -> st.SearchStrategy[Case]:
+    header, data = _split(corpus.checkpoints()["compact.safetensors"])
+
+    def with_topology(topology: bytes) -> bytes:
+        said = {**header["__metadata__"], "topology": topology.decode("utf-8", "replace")}
+        return _joined(json.dumps({**header, "__metadata__": said}).encode(), data)
+
+    content = st.builds(with_topology, mutations.json_like([json.loads(header["__metadata__"]["topology"])]))
+    return st.builds(_on(CHECKPOINT_COMMANDS, "odd.safetensors"), content, st.sampled_from(CHECKPOINT_COMMANDS))
+
+
 def safetensors_cases() -> st.SearchStrategy[Case]:
     seeds = [data for name, data in corpus.checkpoints().items() if name.endswith(".safetensors")]
-
-    def split(data: bytes) -> tuple[dict[str, Any], bytes]:
-        length = int.from_bytes(data[:8], "little")
-        return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-    def joined(header: bytes, data: bytes) -> bytes:
-        return len(header).to_bytes(8, "little") + header + data
-
-    parts = [split(data) for data in seeds]
+    parts = [_split(data) for data in seeds]
     headers = st.builds(
-        joined, mutations.json_like([header for header, _ in parts]), st.sampled_from([d for _, d in parts])
+        _joined, mutations.json_like([header for header, _ in parts]), st.sampled_from([d for _, d in parts])
     )
     content = mutations.bytes_like(seeds) | headers | headers
     return st.builds(_on(CHECKPOINT_COMMANDS, "odd.safetensors"), content, st.sampled_from(CHECKPOINT_COMMANDS))
@@ -455,6 +468,7 @@ TARGETS = {
     for target in (
         Target("image", image_cases, sound_features),
         Target("safetensors", safetensors_cases, sound_output),
+        Target("topology", topology_cases, sound_output),
         Target("pth", pth_cases, sound_output),
         Target("npz", npz_cases, sound_output),
         Target("onnx_bytes", onnx_bytes_cases, sound_output),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from views import write_batchnorm_checkpoint, write_views
+from views import write_batchnorm_checkpoint, write_compact_checkpoint, write_views
 
 SIZE_HW = (480, 640)
 PHOTOS = 8
@@ -37,6 +37,12 @@ def weights() -> Path:
 def batchnorm_weights(tmp_path_factory) -> Path:
     """A small random network whose BatchNorm stays in the graph."""
     return write_batchnorm_checkpoint(tmp_path_factory.mktemp("checkpoint") / "batchnorm.safetensors")
+
+
+@pytest.fixture(scope="session")
+def compact_weights(tmp_path_factory) -> Path:
+    """A random network with a topology, descriptors of 64 numbers."""
+    return write_compact_checkpoint(tmp_path_factory.mktemp("checkpoint") / "compact.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,8 @@ def test_types_and_samplings(head, sampling, half):
 
 
 @pytest.mark.parametrize(
-    ("stride", "dim"), [(8, 32), (8, 100), (8, 1), (8, 512), (4, 64), (2, 16), (1, 8), (16, 128), (32, 8)]
+    ("stride", "dim"),
+    [(8, dim) for dim in (1, 32, 48, 64, 96, 100, 128, 512)] + [(4, 64), (2, 16), (1, 8), (16, 128), (32, 8)],
 )
 def test_strides_and_dims(stride, dim):
     for seed, kind in enumerate(KINDS):
@@ -109,9 +110,22 @@ def test_strides_and_dims(stride, dim):
 def test_channels_last(head, multiple, radius):
     """As convolutions of TensorRT (padded) and torch (not) write them."""
     for seed, kind in enumerate(KINDS):
-        for grid, dim in (((2, 13, 21), 256), ((3, 1, 1), 100), ((2, 1, 6), 512), ((2, 7, 1), 36)):
+        for grid, dim in (((2, 13, 21), 256), ((2, 9, 5), 64), ((3, 1, 1), 100), ((2, 1, 6), 512), ((2, 7, 1), 36)):
             checked(kind, seed, grid, DecodeOptions(radius, 2, 0.005, 500), head=head, dim=dim, multiple=multiple)
     checked("image-like", 0, (1, 60, 80), DecodeOptions(radius, 4, 0.005, 1024), head=head, multiple=multiple)
+
+
+@pytest.mark.parametrize("dim", [48, 64, 128])
+@pytest.mark.parametrize("head", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("multiple", [0, 1, 8])
+def test_short_descriptors(dim, head, half, multiple):
+    """Of networks with a topology: fewer channels than a warp reads at a time, in every layout and type."""
+    for seed, kind in enumerate(KINDS):
+        options = DecodeOptions(4, 4, 0.005, 500, subpixel=bool(seed % 2))
+        for grid in ((2, 13, 21), (1, 1, 6), (3, 1, 1)):
+            checked(kind, seed, grid, options, Sampling.HALF_PIXEL, head, half, dim=dim, multiple=multiple)
+    checked("image-like", 0, (1, 60, 80), DecodeOptions(4, 4, 0.005, 1024), Sampling.LEGACY, head, half, dim=dim)
 
 
 @pytest.mark.parametrize(("stride", "dim"), [(4, 64), (2, 16), (1, 8), (16, 128), (32, 8)])

@@ -70,6 +70,14 @@ class Runtime:
         ctypes.memmove(to, source, nbytes)
         return (0,)
 
+    def cudaMemcpy(self, to, source, nbytes, kind):
+        ctypes.memmove(to, source, nbytes)
+        return (0,)
+
+    def cudaMemsetAsync(self, to, value, nbytes, stream):
+        ctypes.memset(to, value, nbytes)
+        return (0,)
+
     def cudaStreamCreateWithFlags(self, flags):
         self.streams += 1
         return 0, 1000 + self.streams

@@ -36,7 +36,7 @@ def test_decode_compiles_everywhere(nvrtc, monkeypatch, tmp_path, capability):
     assert cubin((FOLDER / "decode.cu").read_bytes(), "decode.cu", capability, defines)[:4] == b"\x7fELF"
 
 
-SHAPES = [(8, 256, 0, 5, 0), (8, 256, 0, 4, 1), (8, 100, 2, 5, 1), (32, 1024, 1, 3, 0)]
+SHAPES = [(8, 64, 1, 4, 1), (8, 256, 0, 5, 0), (8, 256, 0, 4, 1), (8, 100, 2, 5, 1), (32, 1024, 1, 3, 0)]
 OTHER_SHAPES = [(8, 256, 0, radius, wide) for radius in range(4) for wide in (0, 1)]
 OTHER_SHAPES += [(1, 1, 0, 5, 0), (1, 1, 0, 5, 1), (4, 64, 1, 5, 0), (4, 64, 1, 5, 1), (16, 512, 1, 4, 0)]
 OTHER_SHAPES += [(8, 256, 0, 4, 0), (8, 256, 0, 5, 1), (8, 100, 2, 5, 0), (16, 512, 1, 4, 1), (32, 1024, 1, 3, 1)]
@@ -171,3 +171,10 @@ def test_without_a_place_to_write_it_still_compiles(fake, monkeypatch, tmp_path,
     with caplog.at_level(logging.INFO):
         assert cubin(b"a", "a.cu", "sm90") == cubin(b"a", "a.cu", "sm90")
     assert len(fake.compiled) == 2 and "not kept" in caplog.text
+
+
+@pytest.mark.parametrize("capability", ["sm75", "sm90", *rarely("sm80", "sm86", "sm87", "sm89", "sm100", "sm120")])
+@pytest.mark.parametrize("dim", [64, *rarely(32, 256, 1024)])
+def test_match_compiles_everywhere(nvrtc, monkeypatch, tmp_path, capability, dim):
+    monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path))
+    assert cubin((FOLDER / "match.cu").read_bytes(), "match.cu", capability, (f"DIM={dim}",))[:4] == b"\x7fELF"

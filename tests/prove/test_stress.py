@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from conftest import photograph
 from helpers import SAME
 
+from superpoint_trt import packaged
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.cli.stress import StressArgs
 from superpoint_trt.core.types import Keypoints, SuperPointError
@@ -110,16 +111,16 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(photos):
-    return stress([photos], [None, "rootsift"], FEW)
+    return stress([photos], [packaged.DEFAULT, "rootsift"], FEW)
 
 
 def test_the_report_on_real_photographs(report):
     assert report.photographs == ["astronaut.png", "camera.png", "coffee.png"]
     assert ["small.png" in report.problems[0], "torn.jpg" in report.problems[1]] == [True, True]
-    packaged, sift = report.models
-    assert (packaged.model, packaged.precision, packaged.subpixel) == ("packaged weights", "fp32", True)
-    assert packaged.backend.startswith("onnxruntime") and sift.backend.startswith("OpenCV")
-    for figures in (packaged.figures, sift.figures):
+    ours, sift = report.models
+    assert (ours.model, ours.precision, ours.subpixel) == (packaged.DEFAULT, "fp32", True)
+    assert ours.backend.startswith("onnxruntime") and sift.backend.startswith("OpenCV")
+    for figures in (ours.figures, sift.figures):
         assert figures[UNCHANGED].right > 0.5
         assert figures[UNCHANGED].mma3 > 0.9
         for worse in (Change(zoom=0.5), Change(defocus_px=4), TURNED_AND_SHRUNK):
@@ -200,9 +201,9 @@ def test_the_script_draws_models_of_several_files(report, tmp_path):
     one.write_text(json.dumps({**data, "models": data["models"][:1]}))
     two.write_text(json.dumps({**data, "models": data["models"][1:]}))
     other.write_text(json.dumps({**data, "photographs": ["another.png"]}))
-    assert list(stress_plot.models_of((one, two))) == ["packaged weights", "rootsift"]
+    assert list(stress_plot.models_of((one, two))) == [packaged.DEFAULT, "rootsift"]
     drawn = tmp_path / "s.svg"
-    words = [str(one), str(two), "--output", str(drawn), "--title", "packaged weights=version 1"]
+    words = [str(one), str(two), "--output", str(drawn), "--title", f"{packaged.DEFAULT}=version 1"]
     done = CliRunner().invoke(stress_plot.main, words)
     assert not done.exit_code, done.output
     assert drawn.exists()

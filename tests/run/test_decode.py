@@ -20,7 +20,7 @@ def in_torch(scores: np.ndarray, options: DecodeOptions) -> tuple[np.ndarray, np
     return xy.numpy(), found.numpy()
 
 
-COMBINATIONS = [(4, 4, None), (0, 0, 17), (1, 11, None), (2, 4, 17), (7, 0, None)]
+COMBINATIONS = [(4, 4, None), (0, 0, 17), (1, 11, None), (2, 4, 17), (7, 0, None), (18, 4, None)]
 OTHER_COMBINATIONS = [
     combination
     for combination in itertools.product((0, 1, 2, 4, 7), (0, 4, 11), (None, 17))
@@ -39,6 +39,21 @@ def test_select_equals_the_reference(kind, radius, border, number):
         np.testing.assert_array_equal(xy, reference_xy)
         np.testing.assert_array_equal(found, reference_found)
         assert (len(found) == 0) == (kind == "below threshold")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("radius", [0, 1, 4, 16, 17, 90])
+def test_both_ways_to_the_maximum_of_a_window_agree(monkeypatch, kind, radius):
+    """OpenCV's, and the one for large windows; of an image smaller than the window too."""
+    for shape in ((64, 96), (8, 40), (8, 8)):
+        scores = (
+            score_map(kind, radius, *shape) if shape == (64, 96) else score_map(kind, radius)[: shape[0], : shape[1]]
+        )
+        found = []
+        for most in (-1, 1000):
+            monkeypatch.setattr(decode, "_DILATED_UP_TO_PX", most)
+            found.append(decode.suppress(scores, radius))
+        np.testing.assert_array_equal(*found)
 
 
 def test_the_threshold_is_strict():

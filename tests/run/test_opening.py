@@ -28,7 +28,7 @@ def test_without_a_model_the_packaged_weights_are_opened():
     image = load_image(packaged.PHOTO)
     with SuperPoint(max_keypoints=200) as superpoint, SuperPoint(default_model(), max_keypoints=200) as named:
         found, expected = superpoint.extract(image), named.extract(image)
-        assert repr(superpoint) == f"SuperPoint('packaged weights', dense, {superpoint.runtime})"
+        assert repr(superpoint) == f"SuperPoint({packaged.DEFAULT!r}, dense, {superpoint.runtime})"
         assert repr(named) == f"SuperPoint({str(default_model())!r}, dense, {named.runtime})"
     assert len(found) == 200
     np.testing.assert_array_equal(found.xy, expected.xy)
@@ -37,7 +37,7 @@ def test_without_a_model_the_packaged_weights_are_opened():
 def test_what_it_says_of_itself():
     with SuperPoint(device="cpu", threads=1) as superpoint:
         runtime = f"onnxruntime {onnxruntime.__version__}, cpu (CPUExecutionProvider, 1 threads), fp32"
-        assert repr(superpoint) == f"SuperPoint('packaged weights', dense, {runtime})"
+        assert repr(superpoint) == f"SuperPoint({packaged.DEFAULT!r}, dense, {runtime})"
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.engine", "model.safetensors"])

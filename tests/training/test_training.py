@@ -20,12 +20,13 @@ from training.adapt import adapt, grade
 from training.bank import Bank, join
 from training.fold import fold, unfold
 from training.geometry import inverse, warp
+from training.networks import SHAPES
 from training.rounding import _through, forward
 from training.train import SMOKE, Run
 
 from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.layouts import NormPlacement
-from superpoint_trt.checkpoint.reference import Block, SuperPointNet, sample_descriptors
+from superpoint_trt.checkpoint.reference import Block, SuperPointNet, network, sample_descriptors
 from superpoint_trt.convert.export import ExportOptions, to_onnx
 from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.options import CalibrationOptions, Method
@@ -166,9 +167,32 @@ def test_a_distance_counts_in_the_view_that_sees_less():
     first, second, _ = two_views((0.5, 0.0))
     homography = torch.diag(torch.tensor([4.0, 4.0, 1.0]))[None]
     found = [places.detect(scores, torch.ones_like(scores), 2) for scores in (first, second)]
-    same = places.Partners(torch.tensor([[0, 1]]), torch.tensor([[True, False]]), torch.tensor([[True, True]]))
+    nearest, is_same, shared = torch.tensor([[0, 1]]), torch.tensor([[True, False]]), torch.tensor([[True, True]])
+    same = places.Partners(nearest, is_same, shared, torch.zeros(1, 2, 2))
     found[1] = found[1]._replace(xy=found[0].xy * 4 + torch.tensor([2.0, 0.0]))
     assert places.place_losses(*found, same, homography)[1].item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_point_without_a_partner_learns_to_choose_what_lies_around_it():
+    def found(xy):
+        points = torch.tensor([xy])
+        return places.Found(points, torch.ones(1, len(xy)), torch.ones(1, len(xy)), torch.ones(1, len(xy)) > 0)
+
+    inside = torch.ones(1, 1, 48, 64)
+    first, second = found([[20.0, 20.0], [28.0, 20.0], [50.0, 40.0]]), found([[20.0, 20.0], [36.0, 20.0], [8.0, 8.0]])
+    there = places.partners(first, second, torch.eye(3)[None], (inside, inside))
+    assert there.same.tolist() == [[True, False, False]]
+    assert there.around[0, 1].tolist() == pytest.approx([0.5, 0.5, 0], abs=0.02)  # 8 px from two, 23 px from the third
+    assert there.around[0, 2, 1] > 0.99 and there.around[0, 2, 2] == 0
+    coarse = torch.randn(1, 8, 6, 8, requires_grad=True)
+    other = torch.randn(1, 8, 6, 8)
+    back = places.partners(second, first, torch.eye(3)[None], (inside, inside))
+    for _ in range(40):
+        strayed = places.choice_loss(first, second, (coarse, other), there, back)[2]
+        (gradient,) = torch.autograd.grad(strayed, coarse)
+        coarse = (coarse - 20 * gradient).detach().requires_grad_()
+    a, b = losses.sample(coarse, first.xy)[0], losses.sample(other, second.xy)[0]
+    assert (a @ b.T)[2].argmax() == 1  # the last point chooses the only one around it
 
 
 def test_points_outside_their_image_are_not_found():
@@ -188,7 +212,7 @@ def test_scores_rise_where_matches_are_right():
     found = [places.detect(scores, inside, 2) for scores in (first, second)]
     there = places.partners(*found, homography, (inside, inside))
     back = places.partners(*found[::-1], homography, (inside, inside))
-    loss, _, chance = places.choice_loss(*found, (coarse, other), there, back)
+    loss, _, _, chance = places.choice_loss(*found, (coarse, other), there, back)
     assert 0 < loss < 1 and 0.2 < chance < 0.95
     loss.backward()
     assert first.grad[0, 0, 20, 20] < 0 < first.grad[0, 0, 30, 44]
@@ -395,6 +419,26 @@ def test_folding_changes_nothing():
     with torch.no_grad():
         for expected, got in zip(net(image), plain(image)):
             torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_small_networks_fold_and_unfold_too(tmp_path):
+    """Every shape that is trained makes a checkpoint that can be read again."""
+    for name, shape in SHAPES.items():
+        torch.manual_seed(0)
+        net = shape.network().eval()
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.uniform_(-0.2, 0.2)
+                module.running_var.uniform_(0.5, 2.0)
+        found = layouts.load(layouts.save(fold(net), tmp_path / f"{name}.safetensors"))
+        assert found.topology == net.topology and found.subpixel and found.descriptor_dim == shape.descriptor_dim
+        images = torch.rand(2, 1, 40, 56)
+        again = shape.network().eval()
+        with torch.no_grad():
+            unfold(again, found, images)
+            for one, *others in zip(net(images), network(found)(images), again(images)):
+                for other in others:
+                    torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
 
 
 def test_unfolding_goes_on_from_what_was_shipped():

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from superpoint_trt.checkpoint.layouts import BATCHNORM_EPS, NormPlacement
-from superpoint_trt.checkpoint.topology import DESCRIPTORS, IMAGE, LOGITS, Convolution
+from superpoint_trt.checkpoint.layouts import BATCHNORM_EPS, Checkpoint, NormPlacement, from_arrays
+from superpoint_trt.checkpoint.topology import DESCRIPTORS, IMAGE, LOGITS, Convolution, to_json
+from superpoint_trt.core.types import Family, Sampling, SuperPointError
 
 
 class ConvBlock(nn.Sequential):
@@ -51,8 +52,47 @@ class CompactNet(nn.Module):
         for layer in self.topology:
             c_out, kernel = sizes[layer.name]
             block = ConvBlock(sum(channels[name] for name in layer.inputs), c_out, kernel, layer, norm)
-            self.add_module(layer.name, block)
+            try:
+                self.add_module(layer.name, block)
+            except KeyError:
+                raise SuperPointError(f"a layer cannot be called {layer.name}, which PyTorch has for itself.") from None
             channels[layer.name] = c_out
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> CompactNet:
+        """The network of a checkpoint that has a topology, with its weights, in eval mode."""
+        sizes = {name: (layer.weight.shape[0], layer.weight.shape[2]) for name, layer in checkpoint.layers.items()}
+        net = cls(checkpoint.topology, sizes, checkpoint.norm)
+        state: dict[str, Tensor] = {}
+        for name, layer in checkpoint.layers.items():
+            state[f"{name}.conv.weight"] = torch.from_numpy(layer.weight)
+            state[f"{name}.conv.bias"] = torch.from_numpy(layer.bias)
+            if layer.norm:
+                state.update({f"{name}.bn.{key}": torch.from_numpy(value) for key, value in vars(layer.norm).items()})
+                state[f"{name}.bn.num_batches_tracked"] = torch.tensor(0)
+        net.load_state_dict(state)
+        return net.eval()
+
+    def checkpoint(self) -> Checkpoint:
+        """The network's weights as they are, verified: descriptors sampled half-pixel, keypoints sub-pixel.
+
+        Raises:
+            SuperPointError: the topology is none that a checkpoint may have, or a value is not finite.
+        """
+        arrays = {
+            key.replace(".conv.", "."): value.detach().float().cpu().numpy()
+            for key, value in self.state_dict().items()
+            if not key.endswith("num_batches_tracked")
+        }
+        has_norm = any(".bn." in key for key in arrays)
+        metadata = {
+            "format": Family.SUPERPOINT_TRT.value,
+            "norm": (NormPlacement.BEFORE_RELU if has_norm else NormPlacement.NONE).value,
+            "sampling": Sampling.HALF_PIXEL.value,
+            "subpixel": "yes",
+            "topology": to_json(self.topology),
+        }
+        return from_arrays(arrays, metadata=metadata, source="the network")
 
     def forward(self, image: Tensor, run: Callable[[ConvBlock, Tensor], Tensor] = _plainly) -> tuple[Tensor, Tensor]:
         """Raw heads.

@@ -2,7 +2,8 @@
 
 Layers get the names of the paper's own code, whatever the file calls them: `conv1a`, `conv1b`, ..., `conv4b`
 (backbone, a 2x2 max-pool after every stage but the last), `convPa`, `convPb` (detector), `convDa`, `convDb`
-(descriptor). No code in a file is ever executed: `.pth` goes through `torch.load(weights_only=True)`.
+(descriptor). A network that is no VGG has the names of its topology (`topology.py`). No code in a file is ever
+executed: `.pth` goes through `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,19 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from superpoint_trt.checkpoint.topology import (
+    DESCRIPTORS,
+    LOGITS,
+    Topology,
+    check_weights,
+    from_json,
+    multiplications,
+    to_json,
+)
 from superpoint_trt.core.files import PathLike, one_line, read_bytes, sha256, write_atomically
 from superpoint_trt.core.install import install_hint
-from superpoint_trt.core.types import Family, Float32, Sampling, SuperPointError
+from superpoint_trt.core.networks import weights_path
+from superpoint_trt.core.types import CELL_PX, Family, Float32, Sampling, SuperPointError
 
 FEWEST_STAGES, MOST_STAGES = 3, 6
 """3 to 6 stages make cells of 4 to 32 px. The published networks have 4 stages, so cells of 8 px."""
@@ -84,45 +95,69 @@ class Checkpoint:
     subpixel: bool = False
     """Whether its keypoints are sub-pixel by default: yes for this project's own weights; no for others, whose users
     expect their reference's whole pixels."""
+    topology: Topology = ()
+    """The network's convolutions, in the order of `layers`; empty: the VGG of the paper."""
 
     @property
     def stages(self) -> int:
-        """Number of backbone stages. Each has two convolutions."""
-        return sum(1 for name in self.layers if re.fullmatch(r"conv\d+a", name))
+        """Number of the VGG's backbone stages. Each has two convolutions. Of a network with a topology: 0."""
+        return 0 if self.topology else sum(1 for name in self.layers if re.fullmatch(r"conv\d+a", name))
 
     @property
     def stride_px(self) -> int:
         """Pixels along one side of a detector cell."""
-        return int(2 ** (self.stages - 1))
+        return CELL_PX if self.topology else int(2 ** (self.stages - 1))
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Output channels of each stage, then of the heads' hidden layers; published: 64, 64, 128, 128, 256."""
+        """Output channels: of each stage, then of the heads' hidden layers (published: 64, 64, 128, 128, 256).
+
+        Of a network with a topology: of every layer but the heads.
+        """
+        if self.topology:
+            return tuple(
+                len(self.layers[layer.name].weight)
+                for layer in self.topology
+                if layer.name not in (LOGITS, DESCRIPTORS)
+            )
         stages = [self.layers[f"conv{stage}b"].weight.shape[0] for stage in range(1, self.stages + 1)]
         return (*stages, self.layers["convPa"].weight.shape[0])
 
     @property
     def descriptor_dim(self) -> int:
         """D: length of a descriptor, 256 in the published networks."""
-        return int(self.layers["convDb"].weight.shape[0])
+        return int(self.layers[DESCRIPTORS if self.topology else "convDb"].weight.shape[0])
 
     @property
     def parameters(self) -> int:
         """Number of weights and biases of all convolutions."""
         return sum(layer.weight.size + layer.bias.size for layer in self.layers.values())
 
+    def gflop(self, height_px: int = 480, width_px: int = 640) -> float:
+        """Billions of additions and multiplications in the convolutions, for one image of that size."""
+        weights = {name: layer.weight for name, layer in self.layers.items()}
+        if self.topology:
+            return 2e-9 * multiplications(self.topology, weights, height_px, width_px)
+        products = 0
+        for name, weight in weights.items():
+            stage = re.fullmatch(r"conv(\d+)[ab]", name)
+            halvings = int(stage[1]) - 1 if stage else self.stages - 1
+            products += weight.size * (height_px >> halvings) * (width_px >> halvings)
+        return 2e-9 * products
+
 
 def load(path: PathLike, sampling: Sampling | None = None) -> Checkpoint:
     """Reads a checkpoint file of any known layout, recognised by its keys.
 
     Args:
-        path: `.pth` (needs torch) or `.safetensors` (does not); told apart by content, not by name.
+        path: `.pth` (needs torch) or `.safetensors` (does not); told apart by content, not by name. Or the name of a
+            packaged network.
         sampling: overrides the descriptor sampling that the family implies.
 
     Raises:
         SuperPointError: the file is missing, damaged, no checkpoint or no SuperPoint, or asks to execute code.
     """
-    path = Path(path)
+    path = Path(weights_path(path))
     data = read_bytes(path, "checkpoint")
     if _is_safetensors(data):
         arrays, metadata = _read_safetensors(data, path)
@@ -150,12 +185,20 @@ def from_arrays(
         SuperPointError: a key is unknown, a layer is missing, a shape is wrong, or a value is not finite.
     """
     metadata = metadata or {}
-    family, named = _recognize(arrays, metadata, source)
-    _check_shapes({name: _shapes(name, parameters, source) for name, parameters in named.items()}, source)
+    topology = from_json(metadata["topology"], source) if "topology" in metadata else ()
+    if topology:
+        family, named = Family.SUPERPOINT_TRT, _sort_by_layer(arrays, topology, metadata, source)
+    else:
+        family, named = _recognize(arrays, metadata, source)
+    shapes = {name: _shapes(name, parameters, source) for name, parameters in named.items()}
+    if topology:
+        _check_compact_shapes(topology, shapes, source)
+    else:
+        _check_shapes(shapes, source)
     layers = {name: _layer(name, parameters, source) for name, parameters in named.items()}
     norm = _norm_placement(family, layers, metadata, source)
     sampling = sampling or _sampling(family, layers, metadata, source)
-    return Checkpoint(layers, family, norm, sampling, subpixel=_subpixel(metadata, source))
+    return Checkpoint(layers, family, norm, sampling, subpixel=_subpixel(metadata, source), topology=topology)
 
 
 def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
@@ -185,6 +228,8 @@ def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
         "source_sha256": checkpoint.sha256 or "",
         "subpixel": "yes" if checkpoint.subpixel else "no",
     }
+    if checkpoint.topology:
+        metadata["topology"] = to_json(checkpoint.topology)
     return write_atomically(path, to_bytes(arrays, metadata=metadata))
 
 
@@ -262,6 +307,34 @@ def _recognize(
     if metadata.get("format") == Family.SUPERPOINT_TRT.value:
         family = Family.SUPERPOINT_TRT
     return family, {name: layers[name] for name in sorted(layers, key=_network_order)}
+
+
+def _sort_by_layer(
+    arrays: Mapping[str, NDArray[Any]], topology: Topology, metadata: Mapping[str, str], source: str
+) -> dict[str, dict[str, NDArray[Any]]]:
+    """The arrays of a network with a topology: layer -> parameter -> array, in the topology's order.
+
+    Raises:
+        SuperPointError: the metadata's format is another, a layer has no arrays, or an array belongs to no layer.
+    """
+    if metadata.get("format") != Family.SUPERPOINT_TRT.value:
+        raise SuperPointError(
+            f"{source} has a topology, but its metadata's format is {metadata.get('format')!r}; expected "
+            f"{Family.SUPERPOINT_TRT.value!r}."
+        )
+    layers: dict[str, dict[str, NDArray[Any]]] = {layer.name: {} for layer in topology}
+    for key, array in arrays.items():
+        match = re.fullmatch(rf"(\w+)\.({_PARAMETER}|{_BN_PARAMETER})", key)
+        if not match or match[1] not in layers:
+            raise SuperPointError(
+                f"{source} does not fit its topology: found {_key_text(key)}; expected the weight, bias and bn.* of "
+                f"{', '.join(layers)}."
+            )
+        layers[match[1]][match[2]] = np.asarray(array)
+    missing = [name for name, parameters in layers.items() if not parameters]
+    if missing:
+        raise SuperPointError(f"{source} is incomplete: no layer {', '.join(missing)}.")
+    return layers
 
 
 def _rename(family: Family, keys: list[str]) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -365,6 +438,16 @@ def _check_shapes(layers: Mapping[str, Mapping[str, tuple[int, ...]]], source: s
         )
 
 
+def _check_compact_shapes(topology: Topology, layers: Mapping[str, Mapping[str, tuple[int, ...]]], source: str) -> None:
+    """Checks the shapes of a network with a topology; arguments and errors as `_check_shapes`."""
+    check_weights(topology, {name: shapes["weight"] for name, shapes in layers.items()}, source)
+    for name, shapes in layers.items():
+        outputs = shapes["weight"][0]
+        for parameter, shape in shapes.items():
+            if parameter != "weight":
+                _expect(source, f"{name}.{parameter}", shape, (outputs,))
+
+
 def _expect(source: str, what: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if shape != expected:
         raise SuperPointError(f"{source} does not fit a SuperPoint: {what} is {shape}, expected {expected}.")
@@ -380,7 +463,10 @@ def _norm_placement(
         without = ", ".join(name for name in layers if name not in with_norm)
         raise SuperPointError(f"{source} is incomplete: BatchNorm is missing for {without}.")
     if family is Family.SUPERPOINT_TRT:
-        return _choice(NormPlacement, metadata.get("norm", ""), source)
+        norm = _choice(NormPlacement, metadata.get("norm", ""), source)
+        if norm is NormPlacement.AFTER_RELU and "topology" in metadata:
+            raise SuperPointError(f"{source} has a topology and BatchNorm after the ReLU; expected it before the ReLU.")
+        return norm
     if family is Family.V6:
         return NormPlacement.AFTER_RELU
     raise SuperPointError(
@@ -404,7 +490,7 @@ def _sampling(family: Family, layers: Mapping[str, Layer], metadata: Mapping[str
 
 def _subpixel(metadata: Mapping[str, str], source: str) -> bool:
     # Files written before there was this key: the ones trained here name no other family as their source.
-    trained_here = metadata.get("source_family") == Family.SUPERPOINT_TRT.value
+    trained_here = metadata.get("source_family") == Family.SUPERPOINT_TRT.value or "topology" in metadata
     found = metadata.get("subpixel", "yes" if trained_here else "no")
     if found not in ("yes", "no"):
         raise SuperPointError(f"{source} has metadata subpixel {found!r}; expected yes or no.")

@@ -1,6 +1,7 @@
 """The PyTorch reference that every other backend is measured against.
 
-`SuperPointNet` is the pure network: image -> raw heads. `dense` and `decode` are written with torch's own operators and
+`network` makes the pure network of a checkpoint, image -> raw heads: `SuperPointNet`, the VGG of the paper, or
+`compact.CompactNet`, which a topology describes. `dense` and `decode` are written with torch's own operators and
 share no code with the numpy decode, so that each checks the other. `SuperPoint` joins them behind the interface of the
 MIT reference (rpautrat/SuperPoint): a dictionary in, lists of tensors out.
 """
@@ -11,13 +12,14 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from superpoint_trt.checkpoint import layouts
+from superpoint_trt.checkpoint.compact import CompactNet
 from superpoint_trt.checkpoint.layouts import BATCHNORM_EPS, Checkpoint, NormPlacement
 from superpoint_trt.core.files import PathLike
 from superpoint_trt.core.types import DecodeOptions, Sampling, SuperPointError
@@ -86,6 +88,17 @@ class SuperPointNet(nn.Module):
         """
         features = self.backbone(image)
         return self.detector(features), self.descriptor(features)
+
+
+Network = Union[SuperPointNet, CompactNet]
+"""Image (B, 1, H, W) -> logits (B, 65, H/8, W/8) and coarse descriptors (B, D, H/8, W/8)."""
+
+
+def network(checkpoint: Checkpoint) -> Network:
+    """The network of any checkpoint, with its weights, in eval mode."""
+    if checkpoint.topology:
+        return CompactNet.from_checkpoint(checkpoint)
+    return SuperPointNet.from_checkpoint(checkpoint)
 
 
 def dense(logits: Tensor, coarse_descriptors: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,7 +216,7 @@ class SuperPoint(SuperPointNet):
         out = model.eval()({"image": image})
 
     Its own `state_dict` has the v6 layout. `load_state_dict` takes every layout that `layouts.py` knows, and rebuilds
-    the network if its widths differ.
+    the network if it differs.
 
     Args:
         conf: nms_radius, max_num_keypoints, detection_threshold, remove_borders, descriptor_dim, channels, subpixel
@@ -259,11 +272,16 @@ class SuperPoint(SuperPointNet):
         return nn.modules.module._IncompatibleKeys([], [])
 
     def _adopt(self, checkpoint: Checkpoint) -> None:
-        """Takes over a checkpoint's network, whatever its widths and BatchNorm; device and dtype stay."""
+        """Takes over a checkpoint's network, whatever its shape and BatchNorm; device and dtype stay."""
         like = next(self.parameters())
-        net = SuperPointNet.from_checkpoint(checkpoint).to(like).train(self.training)
-        self.backbone, self.detector, self.descriptor = net.backbone, net.detector, net.descriptor
-        self.stride, self.sampling, self.subpixel = net.stride, checkpoint.sampling, checkpoint.subpixel
+        net = network(checkpoint).to(like).train(self.training)
+        for part in list(self._modules):
+            delattr(self, part)
+        if isinstance(net, CompactNet):
+            self.compact = net
+        else:
+            self.backbone, self.detector, self.descriptor = net.backbone, net.detector, net.descriptor
+        self.stride, self.sampling, self.subpixel = checkpoint.stride_px, checkpoint.sampling, checkpoint.subpixel
 
     def forward(self, data: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:  # type: ignore[override]
         """Keypoints of a batch of images.
@@ -277,7 +295,8 @@ class SuperPoint(SuperPointNet):
         image = data["image"]
         if image.shape[1] == 3:
             image = (image * image.new_tensor(RGB_TO_GRAY)[:, None, None]).sum(1, keepdim=True)
-        found = decode(*dense(*super().forward(image)), self.options, self.sampling)
+        heads = self.compact(image) if "compact" in self._modules else super().forward(image)
+        found = decode(*dense(*heads), self.options, self.sampling)
         keypoints, scores, descriptors = ([part[index] for part in found] for index in range(3))
         return {"keypoints": keypoints, "keypoint_scores": scores, "descriptors": descriptors}
 

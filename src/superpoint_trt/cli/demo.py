@@ -32,7 +32,7 @@ EXPOSURE = 0.55
 @MODEL
 @click.option("--output", default="demo", show_default=True, help="Folder for the two pictures.")
 @RuntimeArgs.declare("runtime")
-def demo(model: str | None, output: str, runtime: RuntimeArgs) -> None:
+def demo(model: str, output: str, runtime: RuntimeArgs) -> None:
     """Match a photograph with a warped copy of it; offline, nothing needed."""
     with open_model(model, runtime) as superpoint:
         print_demo(match_with_warped_copy(superpoint, make_folder(output)))

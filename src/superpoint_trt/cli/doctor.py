@@ -65,6 +65,7 @@ def examine() -> Iterator[Finding]:
     yield _module("cuda-bindings", "cuda.bindings", install_hint("tensorrt"))
     for flavor, module in MODULES.items():
         yield _module(module.replace("_", "-"), module, f"{install_hint(flavor.value)}; docs/tensorrt.md")
+    yield from _bulk()
 
 
 def abilities() -> Iterator[Finding]:
@@ -76,6 +77,14 @@ def abilities() -> Iterator[Finding]:
     on_cuda = "CUDAExecutionProvider" in _providers()
     yield Finding("the same on an NVIDIA GPU", on_cuda, "superpoint infer --device cuda" if on_cuda else _ADD_CUDA)
     yield from _engines()
+    lacking = [finding for finding in _bulk() if not finding.present]
+    how = "superpoint reconstruct" if not lacking else "; ".join(finding.detail for finding in lacking)
+    yield Finding("map photographs and videos", not lacking, how)
+
+
+def _bulk() -> Iterator[Finding]:
+    for module, name, extra in (("h5py", "h5py", "bulk"), ("av", "PyAV", "bulk"), ("pycolmap", "pycolmap", "colmap")):
+        yield _module(name, module, install_hint(extra))
 
 
 def _engines() -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from superpoint_trt.cli.terminal import check_outputs, open_model, print_found, 
 @ExtractArgs.declare("extract")
 @RuntimeArgs.declare("runtime")
 def infer(
-    model: str | None, image: str, output: str | None, save: str | None, extract: ExtractArgs, runtime: RuntimeArgs
+    model: str, image: str, output: str | None, save: str | None, extract: ExtractArgs, runtime: RuntimeArgs
 ) -> None:
     """Find the keypoints of an image; draw and save them."""
     from superpoint_trt.core.image_file import read_image_file

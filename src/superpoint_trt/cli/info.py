@@ -11,6 +11,7 @@ import click
 from superpoint_trt.cli.terminal import keypoints_at, print_info
 from superpoint_trt.core.files import PathLike, git_blob_id, one_line, read_bytes, sha256
 from superpoint_trt.core.matcher import METADATA_KEY, MatcherDescription
+from superpoint_trt.core.networks import weights_path
 from superpoint_trt.core.types import ModelDescription, OutputType, SuperPointError
 from superpoint_trt.gpu.engine_file import read_plan
 from superpoint_trt.gpu.tensorrt_api import flavor_of
@@ -29,17 +30,20 @@ IMAGE_IN_PARTS = "split into 4 int8 channels; 8-bit images: exact except for the
 @click.command()
 @click.argument("file")
 def info(file: str) -> None:
-    """Say what a checkpoint, an .onnx, an engine, a feature file or a file of matches is."""
+    """Say what a checkpoint, an .onnx, an engine, a feature file, a file of matches or a packaged network is."""
     print_info(file)
 
 
 def facts(path: PathLike) -> Facts:
     """Tells what a checkpoint, an .onnx, an engine, a feature file or a file of matches is.
 
+    Args:
+        path: of the file; or the name of a packaged network.
+
     Raises:
         SuperPointError: not a file of this project, or damaged.
     """
-    path = Path(path)
+    path = Path(weights_path(path))
     suffix = path.suffix.lower()
     if suffix == ".onnx":
         return _onnx_model(path)
@@ -71,7 +75,13 @@ def _checkpoint(path: Path) -> Iterator[tuple[str, str]]:
     yield "sampling", checkpoint.sampling.value
     yield "channels", " ".join(str(count) for count in checkpoint.channels)
     yield "descriptors", f"{checkpoint.descriptor_dim}, one per {checkpoint.stride_px}x{checkpoint.stride_px} px"
+    if checkpoint.topology:
+        yield (
+            "topology",
+            f"{len(checkpoint.topology)} convolutions: {', '.join(one.name for one in checkpoint.topology)}",
+        )
     yield "parameters", f"{checkpoint.parameters:,}"
+    yield "work", f"{checkpoint.gflop():.1f} GFLOP for an image of 640x480 px"
     yield "sha256", str(checkpoint.sha256)
     yield "git blob", blob
 

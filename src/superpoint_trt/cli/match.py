@@ -26,7 +26,23 @@ MAX_KEYPOINTS = 2048
 
 
 @dataclass(frozen=True)
-class MatchArgs(OptionGroup):
+class NeighborArgs(OptionGroup):
+    """Which mutual nearest neighbors are matches."""
+
+    ratio: float | None = option(
+        "--ratio", type=float, help="Nearest over second nearest distance must be smaller.  [default: no test]"
+    )
+    max_distance: float | None = option(
+        "--max-distance", type=float, help="Descriptor distance must not be greater.  [default: no limit]"
+    )
+
+    def neighbors(self) -> MatchOptions:
+        """The options of `match.nearest`."""
+        return MatchOptions(max_ratio=self.ratio, max_distance=self.max_distance)
+
+
+@dataclass(frozen=True)
+class MatchArgs(NeighborArgs):
     """Which matches count, and what geometry they must agree with."""
 
     geometry: str = option(
@@ -36,18 +52,11 @@ class MatchArgs(OptionGroup):
         "--estimator", type=click.Choice([name.value for name in Estimator]), default=Estimator.MAGSAC.value
     )
     inlier_px: float = option("--inlier-px", type=float, default=3.0, help="How far an inlier may lie.")
-    ratio: float | None = option(
-        "--ratio", type=float, help="Nearest over second nearest distance must be smaller.  [default: no test]"
-    )
-    max_distance: float | None = option(
-        "--max-distance", type=float, help="Descriptor distance must not be greater.  [default: no limit]"
-    )
 
     def match(self, first: Keypoints, second: Keypoints, matcher: LearnedMatcher | None = None) -> ImageMatches:
         """Matches the keypoints of two images, by their nearest neighbors or by a trained matcher."""
-        options = MatchOptions(max_ratio=self.ratio, max_distance=self.max_distance)
         geometry = Model(self.geometry), Estimator(self.estimator), self.inlier_px
-        return match_images(first, second, options, *geometry, matcher=matcher)
+        return match_images(first, second, self.neighbors(), *geometry, matcher=matcher)
 
 
 @click.command()
@@ -61,7 +70,7 @@ class MatchArgs(OptionGroup):
 @ExtractArgs.declare("extract", max_keypoints={"default": MAX_KEYPOINTS, "show_default": True})
 @RuntimeArgs.declare("runtime")
 def match(
-    model: str | None,
+    model: str,
     first: str,
     second: str,
     output: str | None,

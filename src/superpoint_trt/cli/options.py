@@ -68,11 +68,14 @@ def _check_threads(context: click.Context, parameter: click.Parameter, threads: 
     return most
 
 
+NETWORKS = ", ".join(network.name for network in packaged.NETWORKS)
+"""Names of the packaged networks, for the help."""
 WEIGHTS = click.option(
     "--weights",
-    default=str(packaged.WEIGHTS),
-    show_default="the packaged ones",
-    help="Checkpoint: .pth (needs torch) or .safetensors.",
+    default=packaged.DEFAULT,
+    show_default=True,
+    help=f"Checkpoint: .pth (needs torch) or .safetensors; or a packaged network: {NETWORKS}. A name wins over a file "
+    "called so; ./NAME is the file.",
 )
 SAMPLING = click.option(
     "--sampling",
@@ -81,7 +84,13 @@ SAMPLING = click.option(
 )
 SUBPIXEL = click.option(_SUBPIXEL, default=None, help=f"{_SUBPIXEL_HELP}  [default: the model's own]")
 MODEL = click.option(
-    "--model", help=".onnx, engine, or a checkpoint (runs in PyTorch).  [default: the packaged weights]"
+    "--model",
+    default=packaged.DEFAULT,
+    show_default=True,
+    help=f".onnx, engine, or a checkpoint (runs in PyTorch); or a packaged network: {NETWORKS}.",
+)
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, callback=_check_device, metavar="auto|cpu|cuda|cuda:N"
 )
 JSON = click.option("--json", "json_path", help="File to write the figures to.")
 
@@ -115,7 +124,8 @@ class OptionGroup:
 
         Args:
             argument: the command's argument that takes the object.
-            changes: field name -> arguments of `click.option` that this command changes ("default", "help", ...).
+            changes: field name -> arguments of `click.option` that this command changes ("default", "help", ...), and
+                "aliases", further names of the option.
         """
         declared = fields(cls)
 
@@ -128,7 +138,8 @@ class OptionGroup:
             decorated: Command = with_group
             for entry in reversed(declared):
                 attributes = {"show_default": True, **entry.metadata["attributes"], **changes.get(entry.name, {})}
-                decorated = click.option(*entry.metadata["names"], entry.name, cls=_Option, **attributes)(decorated)
+                names = (*entry.metadata["names"], *attributes.pop("aliases", ()))
+                decorated = click.option(*names, entry.name, cls=_Option, **attributes)(decorated)
             return decorated
 
         return decorate

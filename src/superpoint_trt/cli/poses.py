@@ -12,7 +12,6 @@ from superpoint_trt.cli.progress import progress_bar
 from superpoint_trt.cli.terminal import (
     check_outputs,
     console,
-    model_or_packaged,
     print_aside,
     print_row,
     write_json,
@@ -44,7 +43,7 @@ class PoseArgs(OptionGroup):
 
 def run_poses(
     scene: str,
-    model: str | None,
+    model: str,
     arguments: PoseArgs,
     matcher: MatcherArgs,
     subpixel: bool | None,
@@ -53,22 +52,22 @@ def run_poses(
 ) -> None:
     """Evaluates the poses of a scene and prints one line for each matcher."""
     check_outputs((json_path,), (model, scene))
-    options, opened = arguments.options(subpixel), model_or_packaged(model)
+    options = arguments.options(subpixel)
     learned = None if matcher.matcher == NEAREST else matcher_file(matcher.matcher)
     with progress_bar("evaluating poses") as progress:
         found = evaluate_poses(
-            opened, scene, options, learned, matcher.min_score, runtime.device, runtime.threads, progress
+            model, scene, options, learned, matcher.min_score, runtime.device, runtime.threads, progress
         )
-    print_poses(found, model or "packaged weights")
+    print_poses(found)
     if json_path:
         write_json(json_path, found.to_json())
 
 
-def print_poses(found: PoseEvaluation, title: str) -> None:
+def print_poses(found: PoseEvaluation) -> None:
     """Prints the areas under the pose errors, by matcher."""
     for problem in found.problems:
         print_aside("left out", problem)
-    print_row("model", title)
+    print_row("model", found.model)
     print_row("ran on", found.runtime)
     table = Table("matcher", "pairs", *(f"AUC@{limit}" for limit in LIMITS_DEG), "matches", "inliers")
     for one in found.matchers:

@@ -9,15 +9,25 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
+from superpoint_trt import packaged
 from superpoint_trt.cli.matcher import NEAREST, MatcherArgs
-from superpoint_trt.cli.options import JSON, SUBPIXEL, WEIGHTS, ImageArgs, OptionGroup, RuntimeArgs, given_flags, option
+from superpoint_trt.cli.options import (
+    JSON,
+    NETWORKS,
+    SUBPIXEL,
+    WEIGHTS,
+    ImageArgs,
+    OptionGroup,
+    RuntimeArgs,
+    given_flags,
+    option,
+)
 from superpoint_trt.cli.poses import PoseArgs, run_poses
 from superpoint_trt.cli.progress import progress_bar
 from superpoint_trt.cli.stress import StressArgs, run_stress
 from superpoint_trt.cli.terminal import (
     check_outputs,
     console,
-    model_or_packaged,
     print_aside,
     print_row,
     write_json,
@@ -183,7 +193,9 @@ class ProtocolArgs(OptionGroup):
     "--model",
     "models",
     multiple=True,
-    help="A model file, or sift, rootsift or orb; --stress takes several.  [default: the packaged weights]",
+    default=(packaged.DEFAULT,),
+    show_default=True,
+    help=f"A model file; a packaged network: {NETWORKS}; or sift, rootsift or orb. --stress takes several.",
 )
 @click.option("--dataset", help="Folder of HPatches or Oxford sequences.")
 @click.option(
@@ -227,8 +239,7 @@ def evaluate(
     """
     _check_evaluate(models, dataset, photos, scene)
     if scene:
-        first = models[0] if models else None
-        run_poses(scene, first, pose_arguments, matcher_arguments, arguments.subpixel, json_path, runtime)
+        run_poses(scene, models[0], pose_arguments, matcher_arguments, arguments.subpixel, json_path, runtime)
         return
     if photos:
         run_stress(photos, models, stress_arguments, arguments.subpixel, baselines, json_path, runtime)
@@ -237,19 +248,18 @@ def evaluate(
     from superpoint_trt.prove.evaluate import BASELINES, report_with_baselines
     from superpoint_trt.prove.evaluate import evaluate as run_evaluate
 
-    title = models[0] if models else "packaged weights"
-    model, protocol = model_or_packaged(models[0] if models else None), arguments.protocol()
+    (model,), protocol = models, arguments.protocol()
     check_outputs((json_path,), (model, *input_files(str(dataset))))
     evaluations = []
     with matcher_arguments.opened(runtime) as matcher:
         if matcher:
-            with progress_bar(f"evaluating {title} with {matcher_arguments.matcher}") as progress:
+            with progress_bar(f"evaluating {model} with {matcher_arguments.matcher}") as progress:
                 settings = (protocol, runtime.device, runtime.threads, progress)
                 evaluations.append(run_evaluate(model, str(dataset), *settings, matcher))
     for name in (model, *(name for name in BASELINES if baselines and name != model)):
-        with progress_bar(f"evaluating {title if name == model else name}") as progress:
+        with progress_bar(f"evaluating {name}") as progress:
             evaluations.append(run_evaluate(name, str(dataset), protocol, runtime.device, runtime.threads, progress))
-    print_evaluations(evaluations, title)
+    print_evaluations(evaluations)
     if json_path:
         write_json(json_path, report_with_baselines(*evaluations))
 
@@ -274,13 +284,13 @@ def _check_evaluate(models: Sequence[str], dataset: str | None, photos: Sequence
         raise click.UsageError(f"{', '.join(lost)} has no effect with {way}.")
 
 
-def print_evaluations(evaluations: Sequence[Evaluation], title: str) -> None:
-    """Prints one table per model: its sequences, kinds of sequences, and the total. The first has the title given."""
+def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
+    """Prints one table per model: its sequences, kinds of sequences, and the total."""
     for problem in dict.fromkeys(problem for evaluation in evaluations for problem in evaluation.problems):
         print_aside("left out", problem)
     columns = ("rep.", "loc. px", "MMA@1", "MMA@3", "MMA@10", "H@1", "H@3", "H@5", "M.score", "NN mAP", "right")
     for evaluation in evaluations:
-        name = title if evaluation.model == evaluations[0].model else evaluation.model
+        name = evaluation.model
         if evaluation.matcher != NEAREST:
             name += f", {evaluation.matcher} matcher"
         table = Table(name, "pairs", *columns, caption=evaluation.runtime, caption_justify="left")
@@ -331,7 +341,9 @@ class BenchArgs(OptionGroup):
     "--model",
     "models",
     multiple=True,
-    help="May be repeated: models take turns.  [default: the packaged weights]",
+    default=(packaged.DEFAULT,),
+    show_default=True,
+    help=f"A model file, or a packaged network: {NETWORKS}. May be repeated: models take turns.",
 )
 @BenchArgs.declare("arguments")
 @click.option("--image", help="A photograph to find keypoints in.  [default: a synthetic one]")
@@ -352,7 +364,6 @@ def bench(
     from superpoint_trt.prove.benchmark import bench as run_bench
     from superpoint_trt.prove.benchmark import check_plot, plot
 
-    models = models or (model_or_packaged(None),)
     check_outputs((plot_path, json_path), (*models, image))
     if plot_path:
         check_plot(plot_path)

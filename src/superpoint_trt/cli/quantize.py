@@ -144,7 +144,8 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             multiple=True,
             metavar="PATTERN",
             show_default=f"{COARSE}; --auto: {NO_LAYER}",
-            help=f"Convolutions to keep in fp16: a pattern (conv4*), {COARSE} (all at 1/8 of the size) or {NO_LAYER}.",
+            help=f"Convolutions to keep in fp16: a pattern (conv4*), {COARSE} (behind the last change of scale; in the "
+            f"full network all at 1/8 of the size) or {NO_LAYER}.",
         ),
         click.option(
             "--first-convolution",

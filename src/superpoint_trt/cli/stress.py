@@ -69,8 +69,8 @@ def run_stress(
     json_path: str | None,
     runtime: RuntimeArgs,
 ) -> None:
-    """Judges models (none: the packaged weights) on changed photographs; prints, draws and writes the figures."""
-    judged: list[str | None] = [*models] or [None]
+    """Judges models on changed photographs; prints, draws and writes the figures."""
+    judged = [*models]
     judged += [BASELINE] if baselines and BASELINE not in judged else []
     check_outputs((json_path, arguments.plot), (*models, *(path for one in photos for path in find_images(one))))
     if arguments.plot:

@@ -58,24 +58,12 @@ def check_outputs(outputs: Iterable[str | None], inputs: Iterable[PathLike | Non
         check_distinct(check_writable(output), *inputs, *wanted[index + 1 :])
 
 
-def model_or_packaged(model: str | None) -> str:
-    """The model that the user named; otherwise an .onnx of the packaged weights."""
-    if model is not None:
-        return model
-    from superpoint_trt.convert.default_model import default_model
-
-    return str(default_model())
-
-
-def open_model(model: str | None, runtime: RuntimeArgs = _RUNTIME, extract: ExtractArgs = _EXTRACT) -> SuperPoint:
-    """Opens a model, or the packaged weights, and prints what it runs on."""
+def open_model(model: str, runtime: RuntimeArgs = _RUNTIME, extract: ExtractArgs = _EXTRACT) -> SuperPoint:
+    """Opens a model file or a packaged network, and prints what it runs on."""
     from superpoint_trt.run.extractor import SuperPoint
 
-    superpoint = SuperPoint(
-        model_or_packaged(model), device=runtime.device, threads=runtime.threads, **extract.settings()
-    )
-    named = "the packaged weights" if model is None else model
-    print_row("model", f"{named} ({superpoint.description.type.value})")
+    superpoint = SuperPoint(model, device=runtime.device, threads=runtime.threads, **extract.settings())
+    print_row("model", f"{model} ({superpoint.description.type.value})")
     print_row("ran on", superpoint.runtime)
     print_row("keypoints at", keypoints_at(superpoint.options.subpixel))
     return superpoint

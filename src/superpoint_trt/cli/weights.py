@@ -22,21 +22,28 @@ def weights() -> None:
 
 @weights.command("list")
 def list_weights() -> None:
-    """The packaged and the public checkpoints, their licenses, and where they are."""
+    """The packaged networks and the public checkpoints: what they are, their licenses, and where they are."""
     from superpoint_trt import packaged
+    from superpoint_trt.checkpoint.layouts import load
     from superpoint_trt.checkpoint.public import PUBLIC
     from superpoint_trt.core.files import git_blob_id, read_bytes
 
-    click.echo("packaged: this project's own, trained from nothing; the default of every command")
-    _print_rows(
-        {
-            "licence": "MIT",
-            "layout": "superpoint-trt (Conv + ReLU, half-pixel sampling, float16)",
-            "git blob": git_blob_id(read_bytes(packaged.WEIGHTS, "packaged checkpoint")),
-            "file": packaged.WEIGHTS,
-            "card": packaged.MODEL_CARD,
-        }
-    )
+    for network in packaged.NETWORKS:
+        default = ", the default of every command" if network.name == packaged.DEFAULT else ""
+        click.echo(f"{network.name} (packaged{default}): {network.about}")
+        found = load(network.weights)
+        data = read_bytes(network.weights, "packaged checkpoint")
+        _print_rows(
+            {
+                "licence": "MIT",
+                "network": f"{found.parameters:,} parameters, {found.gflop():.1f} GFLOP for 640x480 px",
+                "numbers": f"{found.descriptor_dim} a descriptor",
+                "layout": f"{found.family.value} ({found.sampling.value} sampling)",
+                "git blob": git_blob_id(data),
+                "file": f"{network.weights} ({len(data) / 1e6:.2f} MB)",
+                "card": network.card,
+            }
+        )
     for entry in PUBLIC:
         click.echo(f"{entry.name}: {entry.about}")
         _print_rows(

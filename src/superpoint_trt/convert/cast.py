@@ -33,7 +33,7 @@ from superpoint_trt.core.files import PathLike, check_distinct, check_writable, 
 from superpoint_trt.core.types import Precision, SuperPointError
 
 _BETWEEN_CONVOLUTIONS = {"Conv", "Relu", "LeakyRelu", "PRelu", "Clip", "MaxPool", "AveragePool", "BatchNormalization"}
-_BETWEEN_CONVOLUTIONS |= {"Add", "Sub", "Mul", "Div", "Concat", "Identity", "Dropout", "Pad"}
+_BETWEEN_CONVOLUTIONS |= {"Add", "Sub", "Mul", "Div", "Concat", "Identity", "Dropout", "Pad", "Resize"}
 """Operators that get the low type where they lie between two convolutions: there it is safe and saves time."""
 
 _AFTER_CONVOLUTION = {"BatchNormalization", "Relu", "Transpose", "Reshape", "Gather", "Squeeze", "Unsqueeze"}
@@ -146,7 +146,8 @@ class _Retyped:
 
     def _add_low(self, node: onnx.NodeProto) -> None:
         node = copy.deepcopy(node)
-        node.input[:] = [self._low_name(name) for name in node.input]
+        data = 1 if node.op_type == "Resize" else len(node.input)  # its scales are float32 at any type of its data
+        node.input[:] = [*map(self._low_name, node.input[:data]), *node.input[data:]]
         self._low_tensors.update(node.output)
         self._nodes.append(node)
 
@@ -209,7 +210,8 @@ def _low_nodes(graph: onnx.GraphProto) -> set[int]:
     """Indices of the nodes that get the low type: convolutions, nodes between two of them, and tails (`_tails`).
 
     Nodes before the first convolution (an image's scaling) and after the last (softmax, norms, decode) are left out.
-    So are quantized convolutions: their Q/DQ pairs set their type.
+    So are quantized convolutions: their Q/DQ pairs set their type. What lies between them and another convolution, and
+    belongs to none's kernel (the sum of two branches), gets the low type.
     """
     quantized = quantized_chain(graph)
     after: set[str] = set()  # tensors that only castable nodes lie between and a convolution above
@@ -217,17 +219,20 @@ def _low_nodes(graph: onnx.GraphProto) -> set[int]:
     for index, node in enumerate(graph.node):
         reached = any(name in after for name in node.input)
         if node.output[0] in quantized:
+            after.update(node.output)
             continue
         if node.op_type == "Conv" or (reached and node.op_type in _BETWEEN_CONVOLUTIONS):
             forward.add(index)
             after.update(node.output)
     before: set[str] = set()  # tensors that only castable nodes lie between and a convolution below
     low: set[int] = set()
-    for index in reversed(sorted(forward)):
-        node = graph.node[index]
+    for index, node in reversed(list(enumerate(graph.node))):
         if node.op_type == "Conv" or any(name in before for name in node.output):
-            low.add(index)
-            before.update(node.input)
+            if index in forward:
+                low.add(index)
+                before.update(node.input)
+            elif node.output[0] in quantized or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                before.update(node.input[:1])
     return low | set(_tails(graph, low))
 
 

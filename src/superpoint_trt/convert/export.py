@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 
 from superpoint_trt._version import __version__
 from superpoint_trt.checkpoint.layouts import Checkpoint, load
+from superpoint_trt.checkpoint.topology import DESCRIPTORS, IMAGE, LOGITS, Convolution
 from superpoint_trt.convert.export_options import ExportOptions
 from superpoint_trt.convert.fold import (
     FoldedLayer,
@@ -77,7 +78,7 @@ def to_onnx(checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
     if options.decode.subpixel is None:
         options = replace(options, decode=replace(options.decode, subpixel=checkpoint.subpixel))
     graph = GraphWriter(options.opset)
-    logits, coarse = _network(graph, checkpoint, options)
+    logits, coarse = (_compact if checkpoint.topology else _vgg)(graph, checkpoint, options)
     if options.type is OutputType.HEADS:
         graph.rename(logits, "logits")
         graph.rename(coarse, "coarse_descriptors")
@@ -95,7 +96,7 @@ def to_onnx(checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
 # ------------------------------------------------------------------------------------------------------- the network
 
 
-def _network(graph: GraphWriter, checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, str]:
+def _vgg(graph: GraphWriter, checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, str]:
     """Writes backbone and both heads (DeTone et al. 2018, section 3); returns the names of the two raw heads."""
     layers = folded_layers(checkpoint, options)
     x = INPUT_NAME
@@ -108,6 +109,22 @@ def _network(graph: GraphWriter, checkpoint: Checkpoint, options: ExportOptions)
         hidden = _block(graph, x, f"{head}a", layers)
         heads.append(_convolution(graph, hidden, f"{head}b", layers[f"{head}b"]))
     return heads[0], heads[1]
+
+
+def _compact(graph: GraphWriter, checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, str]:
+    """Writes the convolutions of a topology; returns the names of the two raw heads."""
+    layers = folded_layers(checkpoint, options)
+    made = {IMAGE: INPUT_NAME}
+    for layer in checkpoint.topology:
+        x = graph.concat([made[name] for name in layer.inputs], f"{layer.name}.inputs")
+        x = _convolution(graph, x, layer.name, layers[layer.name], layer.stride)
+        if layer.relu:
+            x = graph.node("Relu", [x], output=f"{layer.name}.relu")
+        if layer.added_to:
+            x = graph.repeat_2x2(x, made[layer.added_to], f"{layer.name}.repeated")
+            x = graph.node("Add", [made[layer.added_to], x], output=f"{layer.name}.sum")
+        made[layer.name] = x
+    return made[LOGITS], made[DESCRIPTORS]
 
 
 def _block(graph: GraphWriter, x: str, name: str, layers: dict[str, FoldedLayer], pool: bool = False) -> str:
@@ -123,13 +140,16 @@ def _block(graph: GraphWriter, x: str, name: str, layers: dict[str, FoldedLayer]
     return _max_pool(graph, x, name) if pool and not pool_first else x
 
 
-def _convolution(graph: GraphWriter, x: str, name: str, layer: FoldedLayer) -> str:
+def _convolution(graph: GraphWriter, x: str, name: str, layer: FoldedLayer, stride: int = 1) -> str:
     kernel = layer.weight.shape[2]
+    where: dict[str, Any] = {"kernel_shape": [kernel] * 2, "pads": [Convolution.padding(kernel, stride)] * 4}
+    if stride > 1:
+        where["strides"] = [stride] * 2
     weights = [
         graph.constant(f"{name}.weight", layer.weight.astype(np.float32)),
         graph.constant(f"{name}.bias", layer.bias.astype(np.float32)),
     ]
-    return graph.node("Conv", [x, *weights], output=name, kernel_shape=[kernel, kernel], pads=[kernel // 2] * 4)
+    return graph.node("Conv", [x, *weights], output=name, **where)
 
 
 def _affine(graph: GraphWriter, x: str, name: str, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> str:

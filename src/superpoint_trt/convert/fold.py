@@ -34,6 +34,8 @@ def folded_layers(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, F
     """
     layers, backbone = _fold_exactly(checkpoint), _backbone_layers(checkpoint)
     for name in options.shift_channels:
+        if checkpoint.topology:
+            raise SuperPointError(f"shift_channels names {name!r}, but this network has no BatchNorm after a ReLU.")
         if name not in backbone:
             raise SuperPointError(f"shift_channels names {name!r}; expected some of {', '.join(backbone)}.")
     if options.fold_batchnorm and checkpoint.norm is not NormPlacement.AFTER_RELU:
@@ -59,6 +61,8 @@ def _fold_exactly(checkpoint: Checkpoint) -> dict[str, FoldedLayer]:
     for name, layer in checkpoint.layers.items():
         after_relu = checkpoint.norm is NormPlacement.AFTER_RELU and name not in ("convPb", "convDb")
         folded[name] = _fold_into_own(layer, keep=after_relu)
+    if checkpoint.norm is not NormPlacement.AFTER_RELU:
+        return folded
     for head in ("convP", "convD"):
         hidden, out = folded[f"{head}a"], folded[f"{head}b"]
         if hidden.scale is not None and hidden.shift is not None:
@@ -69,7 +73,7 @@ def _fold_exactly(checkpoint: Checkpoint) -> dict[str, FoldedLayer]:
 
 
 def _backbone_layers(checkpoint: Checkpoint) -> list[str]:
-    """conv1a, conv1b, conv2a, ..., in order."""
+    """conv1a, conv1b, conv2a, ..., in order; none of a network with a topology."""
     return [f"conv{stage}{half}" for stage in range(1, checkpoint.stages + 1) for half in "ab"]
 
 

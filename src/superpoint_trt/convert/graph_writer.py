@@ -11,6 +11,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from superpoint_trt.core.types import SuperPointError
+
 
 class GraphWriter:
     """Nodes and constants of a graph being written. Only this class knows where the opsets differ.
@@ -33,14 +35,25 @@ class GraphWriter:
         if op == "Squeeze" and self.opset >= 13:
             inputs = [*inputs, self._axes(attributes.pop("axes"))]
         output = output or f"{op.lower()}_{len(self.nodes)}"
+        self._check_new(output)
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
         return output
 
     def rename(self, old: str, new: str) -> None:
         """Gives a tensor another name, wherever it appears."""
+        self._check_new(new)
         for node in self.nodes:
             for names in (node.input, node.output):
                 names[:] = [new if name == old else name for name in names]
+
+    def _check_new(self, name: str) -> None:
+        """Refuses a second tensor of one name: a checkpoint may call its layers what other tensors are called.
+
+        Raises:
+            SuperPointError: there is such a tensor.
+        """
+        if name in self.constants or any(name in node.output for node in self.nodes):
+            raise SuperPointError(f"two tensors would be called {name}; rename the layer {name} of the checkpoint.")
 
     def unsqueeze(self, x: str, axis: int) -> str:
         """Inserts an axis of size 1."""
@@ -59,6 +72,21 @@ class GraphWriter:
         """Cuts start to stop, stop excluded, out of one axis, or every step-th of them."""
         bounds = [self._axes([value]) for value in ((start, stop, axis) if step == 1 else (start, stop, axis, step))]
         return self.node("Slice", [x, *bounds])
+
+    def concat(self, parts: Sequence[str], output: str) -> str:
+        """Joins tensors along their channels; one alone stays as it is."""
+        return self.node("Concat", parts, output=output, axis=1) if len(parts) > 1 else parts[0]
+
+    def repeat_2x2(self, x: str, base: str, output: str) -> str:
+        """Repeats every value of (B, C, h, w) 2x2, and cuts the result to the size of `base` (B, C, H, W).
+
+        Nearest neighbors at places rounded down give just that, for a size of 2 h as for 2 h - 1. So the node takes the
+        size of `base`, and nothing is left to cut. It does so in a graph of fixed size as well, because calibration
+        runs that on images of any size; runtimes compute the size before the first run.
+        """
+        nothing = self.constant("no_floats", np.array([], np.float32)) if self.opset < 13 else ""
+        how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        return self.node("Resize", [x, nothing, nothing, self.node("Shape", [base])], output=output, **how)
 
     def reshape(self, x: str, shape: Sequence[int], output: str | None = None) -> str:
         """Reshapes as ONNX does: 0 keeps a size, -1 takes what is left."""

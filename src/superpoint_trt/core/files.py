@@ -249,6 +249,25 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_sha256(path: PathLike) -> str:
+    """SHA-256 of a file of any size, read piece by piece.
+
+    Raises:
+        SuperPointError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+    except OSError as error:
+        raise SuperPointError(f"{path} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()
+
+
+_PIECE_BYTES = 1 << 20
+
+
 def git_blob_id(data: bytes) -> str:
     """The id git gives a file with this content: SHA-1 over 'blob SIZE NUL' and the bytes (git-hash-object)."""
     header = f"blob {len(data)}\0".encode()

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt.core.files import PathLike, read_bytes
-from superpoint_trt.core.image_header import JPEG, ImageHeader, read_header
+from superpoint_trt.core.image_header import JPEG, TIFF, ImageHeader, read_header
 from superpoint_trt.core.native_stderr import collect_stderr
+from superpoint_trt.core.orientation import UPRIGHT, turn_upright
 from superpoint_trt.core.types import SuperPointError
 
 MOST_PIXELS = 1 << 28
@@ -64,6 +65,8 @@ class LoadedImage:
     """Height and width of the image in px, at full scale."""
     reduction: int = 1
     """Each pixel stands for reduction x reduction pixels of the image, from its top left corner on."""
+    orientation: int = UPRIGHT
+    """EXIF's, 1 to 8: how the file's own pixels were turned to make `pixels` (`core.orientation`)."""
 
 
 def read_image_file(path: PathLike, options: ReadOptions | None = None, side_px: int | None = None) -> LoadedImage:
@@ -90,12 +93,15 @@ def read_image_file(path: PathLike, options: ReadOptions | None = None, side_px:
     if header:
         _check_pixels(path, header.width_px, header.height_px, options)
     reduction = _reduction(header, side_px)
+    orientation = header.orientation if header else UPRIGHT
     image = _decode(path, data, reduction, options)
+    if header and header.kind != TIFF:  # OpenCV turns a TIFF whatever it is told
+        image = turn_upright(image, orientation)
     height, width = image.shape[:2]
     if header is None:
         _check_pixels(path, width, height, options)
     full_hw = (header.height_px, header.width_px) if header and reduction > 1 else (height, width)
-    return LoadedImage(image if image.ndim == 2 else image[..., ::-1], full_hw, reduction)
+    return LoadedImage(image if image.ndim == 2 else image[..., ::-1], full_hw, reduction, orientation)
 
 
 def _check_pixels(path: PathLike, width: int, height: int, options: ReadOptions) -> None:
@@ -117,14 +123,15 @@ def _reduction(header: ImageHeader | None, side_px: int | None) -> int:
 
 
 def _decode(path: PathLike, data: bytes, reduction: int, options: ReadOptions) -> NDArray[Any]:
-    """The pixels, (H, W) or (H, W, 3) with blue first.
+    """The pixels, (H, W) or (H, W, 3) with blue first; as stored, but for TIFF.
 
     Raises:
         SuperPointError: not an image, or damaged.
     """
     import cv2
 
-    flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
+    # Which files OpenCV turns depends on its version. The turn is made here, so that its way back is known.
+    flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     if reduction > 1:
         flags |= {2: 16, 4: 32, 8: 64}[reduction]  # IMREAD_REDUCED_GRAYSCALE_n without GRAYSCALE: color is kept
     encoded = np.frombuffer(data, dtype=np.uint8)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Callable
 
+from superpoint_trt.core.orientation import ORIENTATIONS, UPRIGHT
 from superpoint_trt.core.types import SuperPointError
 
-JPEG, PNG = "JPEG", "PNG"
+JPEG, PNG, TIFF, WEBP = "JPEG", "PNG", "TIFF", "WebP"
 _EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """SOF0 to SOF15 of ITU-T T.81, without tables (DHT, JPG, DAC) that lie between them."""
@@ -21,7 +23,6 @@ _MOST_PARTS = 1 << 20
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ORIENTATION = 256, 257, 274
 _TIFF_VALUES = {1: "B", 3: "H", 4: "I", 16: "Q"}
 """Types of integers in a TIFF (BYTE, SHORT, LONG, LONG8), as struct names them."""
-_UPRIGHT = 1
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,13 @@ class ImageHeader:
     width_px: int
     """As stored: before an EXIF orientation is applied."""
     height_px: int
-    is_turned: bool = False
-    """Whether an EXIF orientation is to be applied (JPEG only)."""
+    orientation: int = UPRIGHT
+    """EXIF's, 1 to 8: how the stored pixels are to be turned (JPEG, PNG, TIFF, WebP)."""
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the picture is stored otherwise than upright."""
+        return self.orientation != UPRIGHT
 
 
 def read_header(data: bytes) -> ImageHeader | None:
@@ -52,7 +58,7 @@ def read_header(data: bytes) -> ImageHeader | None:
     _, kind, read_size = found
     try:
         size = read_size(data)
-        return ImageHeader(kind, *size, is_turned=kind == JPEG and _jpeg_is_turned(data))
+        return ImageHeader(kind, *size, orientation=_orientation(kind, data))
     except (struct.error, IndexError, ValueError, StopIteration):
         if kind in (JPEG, PNG):
             raise SuperPointError(f"its {kind} header cannot be read") from None
@@ -105,15 +111,45 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-def _jpeg_is_turned(data: bytes) -> bool:
-    """Whether an EXIF orientation other than upright is given, or cannot be read."""
+def _orientation(kind: str, data: bytes) -> int:
+    """The EXIF orientation; upright if none is given, or none that can be read."""
+    find_exif = _EXIF_OF.get(kind)
+    try:
+        exif = find_exif(data) if find_exif else None
+        found = _tiff_tags(exif).get(_TIFF_ORIENTATION, UPRIGHT) if exif else UPRIGHT
+    except (struct.error, ValueError):
+        return UPRIGHT
+    return found if found in ORIENTATIONS else UPRIGHT
+
+
+def _jpeg_exif(data: bytes) -> bytes | None:
     for marker, start, end in _jpeg_segments(data):
         if marker == _APP1 and data[start : start + 6] == b"Exif\0\0":
-            try:
-                return _tiff_tags(data[start + 6 : end]).get(_TIFF_ORIENTATION, _UPRIGHT) != _UPRIGHT
-            except (struct.error, ValueError):
-                return True
-    return False
+            return data[start + 6 : end]
+    return None
+
+
+def _png_exif(data: bytes) -> bytes | None:
+    """The eXIf chunk; `_check_png_chunks` has walked through the file before."""
+    at = 8
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind in (b"eXIf", b"IEND"):
+            return data[at + 8 : at + 8 + length] if kind == b"eXIf" else None
+        at += 12 + length
+    return None
+
+
+def _webp_exif(data: bytes) -> bytes | None:
+    """The EXIF chunk of a RIFF file; chunks have even lengths."""
+    at = 12
+    while at + 8 <= len(data):
+        kind, length = struct.unpack_from("<4sI", data, at)
+        if kind == b"EXIF":
+            exif = data[at + 8 : at + 8 + length]
+            return exif[6:] if exif[:6] == b"Exif\0\0" else exif  # some writers repeat the JPEG marker
+        at += 8 + length + length % 2
+    return None
 
 
 def _tiff_tags(data: bytes) -> dict[int, int]:
@@ -229,9 +265,9 @@ def _avif_size(data: bytes) -> tuple[int, int]:
 _FORMATS = (
     (rb"\x89PNG\r\n\x1a\n", PNG, _png_size),
     (rb"\xff\xd8\xff", JPEG, _jpeg_size),
-    (rb"II[*+]\0|MM\0[*+]", "TIFF", _tiff_size),
+    (rb"II[*+]\0|MM\0[*+]", TIFF, _tiff_size),
     (rb"BM", "BMP", _bmp_size),
-    (rb"RIFF....WEBP", "WebP", _webp_size),
+    (rb"RIFF....WEBP", WEBP, _webp_size),
     (rb"P[1-6Ff]\s", "PNM", _pnm_size),
     (rb"P7\s", "PAM", _pam_size),
     (rb"GIF8", "GIF", _gif_size),
@@ -242,3 +278,11 @@ _FORMATS = (
     (rb"....ftyp", "AVIF", _avif_size),
 )
 """How a file begins, the format's name, and who reads width and height in px."""
+
+_EXIF_OF: Mapping[str, Callable[[bytes], bytes | None]] = {
+    JPEG: _jpeg_exif,
+    PNG: _png_exif,
+    WEBP: _webp_exif,
+    TIFF: lambda data: data,
+}
+"""Format -> finds the part of a file that is laid out as TIFF tags."""

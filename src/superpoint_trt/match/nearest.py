@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,9 @@ class Matches:
         return len(self.rows)
 
 
+NO_MATCHES = Matches(np.zeros((0, 2), np.int64), np.zeros(0, np.float32))
+
+
 def match(first: Float32, second: Float32, options: MatchOptions | None = None) -> Matches:
     """Matches each descriptor of the first set with its nearest of the second, by L2 distance.
 
@@ -62,10 +66,28 @@ def match(first: Float32, second: Float32, options: MatchOptions | None = None) 
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
         raise SuperPointError(f"descriptors are {first.shape} and {second.shape}; expected (N, D) and (M, D), equal D.")
     if not len(first) or not len(second):
-        return Matches(np.zeros((0, 2), np.int64), np.zeros(0, np.float32))
-    found = _neighbors(first.astype(np.float32, copy=False), second.astype(np.float32, copy=False))
-    rows = np.arange(len(first))
-    keep = np.ones(len(first), dtype=bool)
+        return NO_MATCHES
+    return select(_neighbors(first.astype(np.float32, copy=False), second.astype(np.float32, copy=False)), options)
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The nearest neighbors of two sets of descriptors, in both directions; neither set is empty."""
+
+    nearest: NDArray[np.integer[Any]]
+    """(N,) row of the second set that is nearest to each row of the first."""
+    distance: Float32
+    """(N,) distance to it."""
+    second_distance: Float32
+    """(N,) distance to the second nearest; infinite if the second set has one row."""
+    back: NDArray[np.integer[Any]]
+    """(M,) row of the first set that is nearest to each row of the second."""
+
+
+def select(found: Neighbors, options: MatchOptions) -> Matches:
+    """The neighbors that are matches."""
+    rows = np.arange(len(found.nearest))
+    keep = np.ones(len(rows), dtype=bool)
     if options.mutual:
         keep &= found.back[found.nearest] == rows
     if options.max_ratio is not None:
@@ -75,19 +97,7 @@ def match(first: Float32, second: Float32, options: MatchOptions | None = None) 
     return Matches(np.stack([rows, found.nearest], axis=1)[keep], found.distance[keep])
 
 
-@dataclass(frozen=True)
-class _Neighbors:
-    nearest: NDArray[np.int64]
-    """(N,) row of the second set that is nearest to each row of the first."""
-    distance: Float32
-    """(N,) distance to it."""
-    second_distance: Float32
-    """(N,) distance to the second nearest; infinite if the second set has one row."""
-    back: NDArray[np.int64]
-    """(M,) row of the first set that is nearest to each row of the second."""
-
-
-def _neighbors(first: Float32, second: Float32) -> _Neighbors:
+def _neighbors(first: Float32, second: Float32) -> Neighbors:
     """Finds nearest neighbors in both directions, in one pass over blocks of the first set's rows.
 
     |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, in float32.
@@ -117,7 +127,7 @@ def _neighbors(first: Float32, second: Float32) -> _Neighbors:
         if m > 1:
             distance[rows, columns] = np.inf
             runner_up[start : start + len(block)] = distance.min(axis=1)
-    return _Neighbors(nearest, _root(best), _root(runner_up), back)
+    return Neighbors(nearest, _root(best), _root(runner_up), back)
 
 
 def _root(squared: Float32) -> Float32:

@@ -1,19 +1,44 @@
-"""What ships inside the package, so that everything works offline: this project's own weights, and a photograph."""
+"""What ships inside the package, so that everything works offline: this project's own networks, and a photograph."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 
-WEIGHTS = _FOLDER / "superpoint_trt_v1.safetensors"
-"""Trained from nothing by this repository's `training/`; Conv + ReLU, half-pixel sampling, stored in float16. MIT."""
 
-MODEL_CARD = _FOLDER / "MODEL_CARD.md"
-"""Data, protocol, figures, limits and licence of `WEIGHTS`."""
+@dataclass(frozen=True)
+class Network:
+    """One packaged checkpoint: this project's own, float16, half-pixel sampling, sub-pixel keypoints. MIT."""
+
+    name: str
+    """What `--weights`, `--model` and `SuperPoint(...)` take in place of a path: a-z, 0-9 and -."""
+    weights: Path
+    """.safetensors."""
+    card: Path
+    """Data, protocol, figures, limits and licence."""
+    about: str
+    """In a few words, for `superpoint weights list`."""
+
+
+def _network(name: str, weights: str, card: str, about: str) -> Network:
+    return Network(name, _FOLDER / weights, _FOLDER / card, about)
+
+
+NETWORKS = (
+    _network("full", "superpoint_trt_v1.safetensors", "MODEL_CARD.md", "the paper's network, trained from nothing"),
+)
+"""A further one is a line here and its two files."""
+
+DEFAULT = "full"
+"""Name of the network that every command takes if it is told of none."""
+
+WEIGHTS, MODEL_CARD = next((network.weights, network.card) for network in NETWORKS if network.name == "full")
+"""Files of the full network, whatever the default is."""
 
 TRAINING_LOG = _FOLDER / "training_log.jsonl"
-"""One JSON object a line, as `python -m training` wrote them."""
+"""The full network's: one JSON object a line, as `python -m training` wrote them."""
 
 PHOTO = _FOLDER / "astronaut.jpg"
 """Eileen Collins, NASA, public domain; not among the training images. 512 x 512 px, RGB."""

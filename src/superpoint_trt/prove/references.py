@@ -9,6 +9,7 @@ from typing import Protocol
 
 from superpoint_trt.core.files import PathLike
 from superpoint_trt.core.install import install_hint
+from superpoint_trt.core.networks import weights_path
 from superpoint_trt.core.types import Float32, ModelDescription, OutputType, Precision, SuperPointError
 from superpoint_trt.run import decode
 from superpoint_trt.run.backends import CHECKPOINT_SUFFIXES, Outputs, open_backend
@@ -40,13 +41,14 @@ class Reference(Protocol):
 
 
 def open_reference(weights: PathLike) -> Reference:
-    """Opens a checkpoint, or an fp32 `dense` or `heads` .onnx, as the reference.
+    """Opens a checkpoint, a packaged network by its name, or an fp32 `dense` or `heads` .onnx, as the reference.
 
     A checkpoint runs in PyTorch. Without PyTorch it is exported to a temporary .onnx, which onnxruntime runs.
 
     Raises:
         SuperPointError: the file cannot be used, or is not an fp32 `dense` or `heads` model.
     """
+    weights = weights_path(weights)
     if Path(weights).suffix.lower() not in CHECKPOINT_SUFFIXES:
         return _OnnxReference(weights)
     if util.find_spec("torch"):
@@ -94,10 +96,10 @@ class _TorchReference:
         import torch
 
         from superpoint_trt.checkpoint.layouts import load
-        from superpoint_trt.checkpoint.reference import SuperPointNet
+        from superpoint_trt.checkpoint.reference import network
 
         loaded = load(path)
-        self._net = SuperPointNet.from_checkpoint(loaded)
+        self._net = network(loaded)
         self.runtime = f"torch {torch.__version__} eager, cpu, fp32"
         self.description = ModelDescription(
             OutputType.HEADS,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from superpoint_trt import packaged
 from superpoint_trt.core.files import PathLike, named, names_below, read_bytes
 from superpoint_trt.core.image import find_images, load_image, place, to_gray
 from superpoint_trt.core.progress import Progress, Steps
@@ -18,7 +19,7 @@ from superpoint_trt.core.types import Float32, Keypoints, Matrix, ModelDescripti
 from superpoint_trt.prove import metrics
 from superpoint_trt.prove.changes import Change, changed, rounded
 from superpoint_trt.prove.opencv_features import DETECTORS, Extractor, opencv_extractor, opencv_version
-from superpoint_trt.run.extractor import PACKAGED, SuperPoint
+from superpoint_trt.run.extractor import SuperPoint
 
 BASELINE = "rootsift"
 """The detector that the command sets beside the models."""
@@ -119,7 +120,7 @@ class ModelStress:
     """One model's figures."""
 
     model: str
-    """File, name of an OpenCV detector, or "packaged weights"."""
+    """File, or name of an OpenCV detector or of a packaged network."""
     backend: str
     device: str
     precision: str
@@ -179,7 +180,7 @@ class StressReport:
 
 def stress(
     photos: Sequence[PathLike],
-    models: Sequence[PathLike | None] = (None,),
+    models: Sequence[PathLike] = (packaged.DEFAULT,),
     options: StressOptions | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -189,7 +190,7 @@ def stress(
 
     Args:
         photos: folders of photographs, or single ones.
-        models: model files, names of `opencv_features.DETECTORS`, or None for the packaged weights.
+        models: model files, or names of `opencv_features.DETECTORS` and of packaged networks.
         options: which photographs, how many points, which changes.
         device: where model files run, as `SuperPoint` takes it.
         threads: CPU threads of a model file.
@@ -313,8 +314,8 @@ class _Opened:
 
 
 @contextmanager
-def _opened(model: PathLike | None, options: StressOptions, device: str, threads: int | None) -> Iterator[_Opened]:
-    """Opens a model file, the packaged weights (None), or an OpenCV detector.
+def _opened(model: PathLike, options: StressOptions, device: str, threads: int | None) -> Iterator[_Opened]:
+    """Opens a model file, a packaged network, or an OpenCV detector.
 
     Raises:
         SuperPointError: naming the model.
@@ -323,7 +324,7 @@ def _opened(model: PathLike | None, options: StressOptions, device: str, threads
         extract = opencv_extractor(str(model), options.max_keypoints)
         yield _Opened(str(model), extract, opencv_version(), "cpu", "fp32", subpixel=str(model) != "orb")
         return
-    name = PACKAGED if model is None else str(model)
+    name = str(model)
     try:
         superpoint = SuperPoint(
             model, max_keypoints=options.max_keypoints, subpixel=options.subpixel, device=device, threads=threads

@@ -173,11 +173,23 @@ def cell_position(xy: Float32, cells: Float32, stride_px: int, sampling: Samplin
     return position
 
 
+_DILATED_UP_TO_PX = 16
+"""The largest radius at which a dilation is faster than doubling windows."""
+
+
 def _window_max(values: NDArray[Any], radius_px: int) -> NDArray[Any]:
     """Maximum over the window of (2 r + 1)^2 pixels around each pixel, cut off at the edges; bool or float32.
 
-    Along each axis the window's length doubles, 1, 2, 4, ..., and the last two windows overlap: about log2 passes.
+    OpenCV's dilation is the fastest for small windows. For large ones the window's length doubles along each axis, 1,
+    2, 4, ..., and the last two windows overlap: about log2 passes.
     """
+    if radius_px <= _DILATED_UP_TO_PX:
+        import cv2  # here, because the package's own import costs numpy alone
+
+        window = np.ones((2 * radius_px + 1, 2 * radius_px + 1), np.uint8)
+        if values.dtype == np.bool_:
+            return np.asarray(cv2.dilate(values.view(np.uint8), window)).view(np.bool_)
+        return np.asarray(cv2.dilate(np.ascontiguousarray(values), window))
     for axis in (0, 1):
         width = 2 * radius_px + 1
         length = values.shape[axis]

@@ -33,7 +33,7 @@ def draw_keypoints(image_rgb: NDArray[Any], keypoints: Keypoints) -> Picture:
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    colors = _ramp(len(keypoints))
+    colors = ramp(len(keypoints))
     # From weak to strong, so that strong ones lie on top.
     return draw_points(image_rgb, [(keypoints.xy[i : i + 1], colors[i]) for i in reversed(range(len(keypoints)))])
 
@@ -162,7 +162,7 @@ def _scaled(image_rgb: NDArray[Any], scale: float) -> Picture:
     return np.asarray(cv2.resize(np.ascontiguousarray(image_rgb), size, interpolation=method), dtype=np.uint8)
 
 
-def _ramp(count: int) -> NDArray[np.uint8]:
+def ramp(count: int) -> NDArray[np.uint8]:
     """Colors (count, 3) RGB from bright to dark."""
     import cv2
 

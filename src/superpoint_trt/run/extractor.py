@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from superpoint_trt import packaged
 from superpoint_trt.core.files import PathLike
 from superpoint_trt.core.image import ImageLike, Placement, PreparedImage
 from superpoint_trt.core.image_file import MOST_PIXELS, ReadOptions
+from superpoint_trt.core.networks import packaged_network
 from superpoint_trt.core.types import DecodeOptions, Float32, Keypoints, ModelDescription, OutputType, SuperPointError
 from superpoint_trt.run.backends import Outputs, RuntimeInfo, open_backend
 from superpoint_trt.run.runner import DeviceRunner, HostRunner, Runner, run_key
-from superpoint_trt.run.stream import StreamOptions, stream_keypoints
+from superpoint_trt.run.stream import PreparedOrError, StreamOptions, run_groups, stream_keypoints
 
 if TYPE_CHECKING:
     from superpoint_trt.gpu.kernels.decode import DeviceKeypoints
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
 MOST_SIDE_PX = 1 << 20
 MOST_THREADS = 1024
-PACKAGED = "packaged weights"
-"""Name of the model that `SuperPoint()` opens."""
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +37,9 @@ class SuperPoint:
             keypoints = superpoint.extract("photo.jpg")
 
     Args:
-        model: `.onnx`; an engine (`.engine`, `.trt`, `.plan`); or a checkpoint (`.pth`, `.safetensors`), which runs
-            in the PyTorch reference. None: the packaged weights, exported to the user's cache at first use.
+        model: `.onnx`; an engine (`.engine`, `.trt`, `.plan`); a checkpoint (`.pth`, `.safetensors`), which runs in
+            the PyTorch reference; or the name of a packaged network ("full"), which is exported to the user's cache at
+            first use. None: the default one of these.
         threshold: scores must be strictly greater; default 0.005, or the threshold that a `keypoints` model was
             exported with (there it can be raised, not lowered).
         max_keypoints: keep at most this many, the best; default all (a `keypoints` model: its N).
@@ -85,8 +86,10 @@ class SuperPoint:
         reading.check()
         asked = _AskedDecode(nms_radius_px, remove_borders_px, threshold, max_keypoints, subpixel)
         asked.options()  # checks the ranges before the model is opened, which can take seconds
-        self._name = PACKAGED if model is None else str(Path(model))
-        self._backend = open_backend(_default_model() if model is None else model, device, threads)
+        model = packaged.DEFAULT if model is None else model
+        self._name = str(Path(model))
+        network = packaged_network(model)
+        self._backend = open_backend(_exported(network.name) if network else model, device, threads)
         self.description: ModelDescription = self._backend.description
         self.options = _decode_options(self.description, asked)
         lanes, where = self._open_lanes(half_descriptors)
@@ -180,6 +183,36 @@ class SuperPoint:
         options.check(most)
         return stream_keypoints(self._runner, images, options)
 
+    def load(self, image: ImageLike) -> PreparedImage:
+        """Reads an image and makes it ready for `extract_groups`. Several threads may do so at once.
+
+        Raises:
+            SuperPointError: not an image.
+        """
+        return self._runner.prepare(image)
+
+    def extract_groups(
+        self, groups: Iterable[Sequence[PreparedOrError]], batch_size: int | None = None, in_flight: int = 2
+    ) -> Generator[list[Keypoints | SuperPointError], None, None]:
+        """As `extract_many`, of images that the caller has loaded and sorted into runs.
+
+        Args:
+            groups: what `load` returned, at most `batch_size` images that may share a run (`run.runner.run_key`);
+                errors may stand between them.
+            batch_size: images in a run; default the model's largest batch.
+            in_flight: runs under way at once.
+
+        Yields:
+            For each group, for each entry, its Keypoints, or the SuperPointError that says why there are none.
+
+        Raises:
+            SuperPointError: at the call, batch_size or in_flight is out of range.
+        """
+        most = self.description.max_batch_size
+        options = StreamOptions(most if batch_size is None else batch_size, in_flight)
+        options.check(most)
+        return run_groups(self._runner, groups, options)
+
     def extract_device(self, image: ImageLike) -> DeviceKeypoints:
         """The keypoints of one image, left on the GPU for later steps there (a matcher). `heads` engines only.
 
@@ -241,11 +274,11 @@ class SuperPoint:
         self.close()
 
 
-def _default_model() -> Path:
-    # The only import of the conversion by the runtime: without a model, one is made of the packaged weights.
+def _exported(network: str) -> Path:
+    # The only import of the conversion by the runtime: a packaged network is exported when it is opened by its name.
     from superpoint_trt.convert.default_model import default_model
 
-    return default_model()
+    return default_model(network)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Union
 
@@ -65,20 +65,41 @@ def stream_keypoints(
     Yields:
         For each image its Keypoints, or the SuperPointError that says why there are none.
     """
-    under_way: deque[_BatchUnderWay] = deque()
     pool = ThreadPoolExecutor(options.loaders, thread_name_prefix="superpoint-loader")
+    try:
+        prepared = _prepared(runner, images, pool, options.batch_size)
+        with closing(run_groups(runner, grouped(prepared, options.batch_size), options)) as done:
+            for results in done:
+                yield from results
+    finally:  # also when the caller stops early
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_groups(
+    runner: Runner, groups: Iterable[Sequence[PreparedOrError]], options: StreamOptions
+) -> Generator[list[Keypoints | SuperPointError], None, None]:
+    """Runs groups of prepared images, several at once.
+
+    Args:
+        runner: where the images run. Nothing else may use it from another thread meanwhile.
+        groups: images that may share a run (`run_key`), at most `batch_size` in a group, and errors between them. The
+            next group is asked for while earlier ones run.
+        options: batch size, batches under way.
+
+    Yields:
+        For each group the Keypoints of each image, or the SuperPointError that says why there are none.
+    """
+    under_way: deque[_BatchUnderWay] = deque()
     with runner.slots(options.in_flight) as slots:
         try:
-            prepared = _prepared(runner, images, pool, options.batch_size)
-            for turn, group in enumerate(grouped(prepared, options.batch_size)):
+            for turn, group in enumerate(groups):
                 if len(under_way) == options.in_flight:
-                    yield from under_way.popleft().results()
+                    yield list(under_way.popleft().results())
                 slot = slots[turn % options.in_flight]
                 under_way.append(_BatchUnderWay(runner, slot, group, options.batch_size))
             while under_way:
-                yield from under_way.popleft().results()
+                yield list(under_way.popleft().results())
         finally:  # also when the caller stops early
-            pool.shutdown(wait=True, cancel_futures=True)
             for batch in under_way:
                 batch.abandon()
 
@@ -91,7 +112,7 @@ def _prepared(
     for image in images:
         # Only files gain from another thread; an array is in memory already.
         is_file = isinstance(image, (str, os.PathLike))
-        waiting.append(pool.submit(_prepare, runner, image) if is_file else image)
+        waiting.append(pool.submit(prepare, runner, image) if is_file else image)
         if len(waiting) > ahead:
             yield _ready(runner, waiting.popleft())
     while waiting:
@@ -99,10 +120,11 @@ def _prepared(
 
 
 def _ready(runner: Runner, item: Future[PreparedOrError] | ImageLike) -> PreparedOrError:
-    return item.result() if isinstance(item, Future) else _prepare(runner, item)
+    return item.result() if isinstance(item, Future) else prepare(runner, item)
 
 
-def _prepare(runner: Runner, image: ImageLike) -> PreparedOrError:
+def prepare(runner: Runner, image: ImageLike) -> PreparedOrError:
+    """An image ready for its run, or why it cannot be made so."""
     try:
         return runner.prepare(image)
     except SuperPointError as error:

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-from conftest import photograph
+import torch
+from conftest import COMPACT, photograph
 from helpers import cases, run_in_onnxruntime
 from onnx import helper, numpy_helper
 
@@ -17,7 +18,7 @@ from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.convert.onnx_file import load_onnx
 from superpoint_trt.convert.quantize.calibrate import calibrate
-from superpoint_trt.convert.quantize.gptq import _feed_back, _Layer, _patches, round_weights
+from superpoint_trt.convert.quantize.gptq import _feed_back, _Layer, _patches, _Window, round_weights
 from superpoint_trt.convert.quantize.options import CalibrationOptions, QuantizeOptions
 from superpoint_trt.convert.quantize.qdq import quantize, quantize_file
 from superpoint_trt.convert.quantize.ranges_file import load_calibration, save_calibration
@@ -29,7 +30,7 @@ NAMES = ("camera", "coffee", "brick", "grass")
 
 def layer(*weights: float) -> _Layer:
     """One output channel of a 1x1 convolution, a step of int8 worth 1."""
-    return _Layer("w", np.array(weights, np.float32).reshape(1, -1, 1, 1), np.ones(1, np.float32), "x")
+    return _Layer("w", np.array(weights, np.float32).reshape(1, -1, 1, 1), np.ones(1, np.float32), "x", _Window(1))
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +71,30 @@ def test_no_weight_leaves_the_range_of_int8():
     assert found.dtype == np.int8 and found.max() == 127
 
 
-def test_patches_are_what_a_convolution_reads():
-    values = np.random.default_rng(1).normal(size=(3, 5, 7)).astype(np.float32)
-    weight = np.random.default_rng(2).normal(size=(3, 3, 3)).astype(np.float32)
-    padded = np.pad(values, ((0, 0), (1, 1), (1, 1)))
-    all_sums = {round(float((padded[:, y : y + 3, x : x + 3] * weight).sum()), 3) for y in range(5) for x in range(7)}
-    sums = _patches(values, 3, np.random.default_rng(3)) @ weight.ravel()
-    assert {round(float(value), 3) for value in sums} == all_sums
+@pytest.mark.parametrize("window", [_Window(3, 1, 1), _Window(4, 2, 1), _Window(2, 2, 0), _Window(1)], ids=str)
+def test_patches_are_what_a_convolution_reads(window):
+    values = np.random.default_rng(1).normal(size=(3, 6, 8)).astype(np.float32)
+    side, step, edge = window.side, window.stride, window.padding
+    weight = np.random.default_rng(2).normal(size=(3, side, side)).astype(np.float32)
+    whole = torch.nn.functional.conv2d(*map(torch.from_numpy, (values[None], weight[None])), None, step, edge)
+    sums = _patches(values, window, np.random.default_rng(3)) @ weight.ravel()
+    assert {round(float(value), 3) for value in sums} == {round(value, 3) for value in whole.ravel().tolist()}
+
+
+def test_every_convolution_of_a_topology_is_rounded(checkpoint_file, given, tmp_path):
+    """Even kernels and strides too; the rounding helps."""
+    path = export(checkpoint_file("compact"), tmp_path / "net.onnx", ExportOptions(OutputType.HEADS, 96, 128))
+    ranges = calibrate(path, given)
+    rounded = round_weights(path, ranges, given)
+    parts = {f"{name}.weight.parts" for name in ("stem0", "patches")}
+    assert set(rounded.weights) == parts | {f"{row[0]}.weight" for row in COMPACT} - {"stem0.weight", "patches.weight"}
+    image = photograph(96, 128, "chelsea").astype(np.float32) / 255
+    exact = run_in_onnxruntime(load_onnx(path), image, tmp_path)
+    nearest, fed_back = (
+        run_in_onnxruntime(quantize(load_onnx(path), found), image, tmp_path) for found in (ranges, rounded)
+    )
+    for truth, one, other in zip(exact, nearest, fed_back):
+        assert np.abs(other - truth).mean() < np.abs(one - truth).mean()
 
 
 @pytest.mark.parametrize("weights", cases(["magicleap", "packaged"], fast=lambda weights: weights == "magicleap"))

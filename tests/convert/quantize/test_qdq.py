@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
-from conftest import photograph
+from conftest import COMPACT, photograph, random_compact
 from helpers import cases, graph_of, run_in_onnxruntime
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import numpy_helper
@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from superpoint_trt.convert.cast import to_precision
 from superpoint_trt.convert.engine import BuildOptions, build
 from superpoint_trt.convert.engine_trt86 import constrain_types
-from superpoint_trt.convert.export import ExportOptions, export
+from superpoint_trt.convert.export import ExportOptions, export, to_onnx
 from superpoint_trt.convert.onnx_file import convolutions, load_onnx
 from superpoint_trt.convert.quantize.calibrate import calibrate
 from superpoint_trt.convert.quantize.equalize import equalize
@@ -46,11 +46,12 @@ def ranges_of(model: onnx.ModelProto, value: float = 4.0) -> Calibration:
 # ------------------------------------------------------------------------------------ int8 and fp8, worked out in numpy
 
 
-def convolve(image: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """(C, H, W) -> (O, H, W), zero padding, in float64."""
-    side = weight.shape[2]
-    padded = np.pad(image, ((0, 0), (side // 2,) * 2, (side // 2,) * 2))
-    windows = sliding_window_view(padded, (side, side), axis=(1, 2))
+def convolve(image: np.ndarray, weight: np.ndarray, bias: np.ndarray, node: onnx.NodeProto) -> np.ndarray:
+    """(C, H, W) -> (O, h, w), zero padding, in float64."""
+    side, said = weight.shape[2], {attribute.name: attribute.ints for attribute in node.attribute}
+    step, edge = said.get("strides", [1])[0], said["pads"][0]
+    padded = np.pad(image, ((0, 0), (edge, edge), (edge, edge)))
+    windows = sliding_window_view(padded, (side, side), axis=(1, 2))[:, ::step, ::step]
     return np.einsum("chwyx,ocyx->ohw", windows, weight) + bias[:, None, None]
 
 
@@ -86,7 +87,7 @@ def simulate(
     values = {w.name: numpy_helper.to_array(w).astype(np.float64) for w in model.graph.initializer}
     values["image"] = image.astype(np.float64)
     for node in model.graph.node:
-        x, *constants = (values[name] for name in node.input)
+        x, *constants = (values.get(name) for name in node.input)
         if node.op_type == "Conv":
             weight, bias = constants
             if node.name not in kept and node.input[0] == "image":
@@ -98,13 +99,20 @@ def simulate(
             elif node.name not in kept:
                 x = rounded(x, ranges[node.input[0]])
                 weight = rounded(weight, np.abs(weight).max(axis=(1, 2, 3), keepdims=True))
-            y = convolve(x, weight, bias)
+            y = convolve(x, weight, bias, node)
         elif node.op_type == "BatchNormalization":
             scale, shift, mean, variance = (c[:, None, None] for c in constants)
             epsilon = next(a.f for a in node.attribute if a.name == "epsilon")
             y = (x - mean) / np.sqrt(variance + epsilon) * scale + shift
         elif node.op_type == "MaxPool":
             y = x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2).max(axis=(2, 4))
+        elif node.op_type == "Shape":
+            y = np.array([1, *x.shape])
+        elif node.op_type == "Resize":
+            height, width = constants[-1][2:]
+            y = np.repeat(np.repeat(x, 2, axis=1), 2, axis=2)[:, :height, :width]
+        elif node.op_type in ("Add", "Concat"):
+            y = x + constants[0] if node.op_type == "Add" else np.concatenate([x, *constants])
         else:
             assert node.op_type == "Relu", node.op_type
             y = np.maximum(x, 0)
@@ -130,6 +138,67 @@ def test_onnxruntime_computes_what_the_quantization_says(checkpoint, tmp_path, l
     for ours, truth, plain in zip(run_in_onnxruntime(quantized, image, tmp_path), expected, full):
         assert np.abs(truth - plain).mean() > 0.003 * truth.std(), "not so fine that nothing is tested"
         np.testing.assert_allclose(ours, truth, atol=1e-5)
+
+
+HEADS = ["detector_hidden", "detector", "descriptor_hidden", "descriptor"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "first", "keep", "kept"),
+    [
+        ("int8", "parts", (COARSE,), HEADS),
+        ("int8", "parts", (), []),
+        ("int8", "fp16", (COARSE,), ["stem0", "patches", *HEADS]),
+        ("int8", "parts", ("patches", COARSE), ["patches", *HEADS]),
+        ("int8", "parts", ("stem0", COARSE), ["stem0", *HEADS]),
+        ("fp8", "fp16", (COARSE,), ["stem0", "patches", *HEADS]),
+    ],
+)
+def test_networks_with_a_topology_are_quantized_as_they_say(tmp_path, precision, first, keep, kept):
+    """Strides, even kernels, a sum at 1/16 of an odd size, two convolutions that read the image, joined channels."""
+    # Weights in float32: among those of the file, in float16, some lie half-way between two steps of int8.
+    model = to_onnx(random_compact(), ExportOptions(OutputType.HEADS, 56, 72))
+    ranges, options = ranges_of(model), QuantizeOptions(Precision(precision), keep, FirstConvolution(first))
+    assert sorted(kept_layers(model, options)) == sorted(kept)
+    quantized = quantize(model, ranges, options)
+    image = photograph(56, 72).astype(np.float32) / 255
+    rounded = to_int8 if precision == "int8" else to_fp8
+    expected = simulate(model, image[None], ranges.ranges, kept, rounded)
+    full = run_in_onnxruntime(model, image, tmp_path)
+    for ours, truth, plain in zip(run_in_onnxruntime(quantized, image, tmp_path), expected, full):
+        assert np.abs(truth - plain).mean() > 0.003 * truth.std(), "not so fine that nothing is tested"
+        np.testing.assert_allclose(ours, truth, atol=1e-5)
+
+
+def test_both_convolutions_of_the_image_read_one_split_image(checkpoint):
+    model = quantize(*(lambda m: (m, ranges_of(m)))(graph_of(checkpoint, "heads", "compact")))
+    found = convolutions(model)
+    assert found["stem0"].input[0] == found["patches"].input[0] == f"{PARTS}.dq"
+    names = {constant.name for constant in model.graph.initializer}
+    assert {"stem0.weight.parts", "patches.weight.parts"} < names
+    assert not names & {"stem0.weight", "patches.weight"}
+    model = graph_of(checkpoint, "heads", "compact")
+    alone = quantize(model, ranges_of(model), QuantizeOptions(keep_fp16=("patches",)))
+    assert convolutions(alone)["patches"].input[:2] == ["image", "patches.weight"]
+    assert convolutions(alone)["stem0"].input[0] == f"{PARTS}.dq"
+
+
+def test_without_a_branch_the_coarse_layers_are_all_at_an_eighth():
+    table = [row for row in COMPACT if row[0] not in ("wide0", "features")]
+    table = [(row[0], ["eighth1" if name == "features" else name for name in row[1]], *row[2:]) for row in table]
+    model = to_onnx(random_compact(table=table), ExportOptions(OutputType.HEADS))
+    assert sorted(kept_layers(model, QuantizeOptions(keep_fp16=(COARSE,)))) == sorted(["eighth1", *HEADS])
+
+
+def test_between_quantized_branches_the_sum_is_fp16(checkpoint):
+    """The sum, the repeated branch and the joined channels belong to no convolution's kernel."""
+    model = graph_of(checkpoint, "heads", "compact")
+    for keep in ((COARSE,), ()):
+        typed = to_precision(quantize(model, ranges_of(model), QuantizeOptions(keep_fp16=keep)), Precision.FP16)
+        kinds = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
+        half = {name for name in ("features.sum", "features.repeated", "detector_hidden.inputs") if kinds[name] == 10}
+        assert half == {"features.sum", "features.repeated", "detector_hidden.inputs"}
+        assert kinds["features"] == kinds["eighth1.relu"] == kinds["patches.relu"] == 1, "as their pairs say"
 
 
 @pytest.mark.parametrize(("keep", "hand_over"), [((COARSE,), True), (("conv4*", "convP*", "convD*"), False)])
@@ -268,7 +337,7 @@ def test_an_image_that_something_else_reads_first_is_not_split(checkpoint):
     with pytest.raises(SuperPointError, match=r"conv1a reads scaled, not image; int8 .* --first-convolution fp16"):
         quantize(model, ranges_of(model), QuantizeOptions(first_convolution=FirstConvolution.PARTS))
     with pytest.raises(SuperPointError, match="conv1a reads scaled"):
-        split_image(model, ranges_of(model))
+        split_image(model, ranges_of(model), ["conv1a"])
 
 
 # ---------------------------------------------------------------------------------------------------- the coarse layers
@@ -346,6 +415,31 @@ def test_tensorrt_rtx_builds_every_type(checkpoint_file, tmp_path, keep, layout,
     kept = "convPb" if keep == "convPb" else "conv4a conv4b convPa convPb convDa convDb"
     assert built.description.kept_layers == (kept if first == "parts" else f"conv1a {kept}")
     assert built.description.first_convolution == first
+
+
+@pytest.mark.parametrize(
+    ("kind", "keep", "dynamic", "height"),
+    cases(
+        KINDS,
+        [COARSE, "patches"],
+        [False, True],
+        [96, 104],
+        fast=lambda kind, keep, dynamic, height: keep == COARSE and dynamic is (kind == "heads") is (height == 96),
+    ),
+)
+def test_tensorrt_rtx_builds_networks_with_a_topology(checkpoint_file, tmp_path, kind, keep, dynamic, height):
+    pytest.importorskip("tensorrt_rtx")
+    options = ExportOptions(OutputType(kind), dynamic=dynamic, height_px=height, width_px=128)
+    model = export(checkpoint_file("compact"), tmp_path / "a.onnx", options)
+    (tmp_path / "ranges.json").write_bytes(ranges_of(load_onnx(model)).to_json())
+    shapes = {"min_shape_hw": (64, 64), "max_shape_hw": (128, 128)} if dynamic else {}
+    how = BuildOptions(
+        Precision.INT8, runtime=Flavor.RTX, targets=("sm89",), calibration=tmp_path / "ranges.json", keep_fp16=(keep,),
+        **shapes,
+    )  # fmt: skip
+    built = build(model, tmp_path / "a.engine", how)
+    assert built.description.precision is Precision.INT8 and built.description.descriptor_dim == 64
+    assert built.description.kept_layers.split() == (HEADS if keep == COARSE else ["patches"])
 
 
 @pytest.mark.parametrize(("first", "behind_pairs"), [("parts", 12), ("fp16", 11)])
@@ -440,6 +534,17 @@ def test_tensorrt_8_computes_the_coarse_layers_in_fp16(checkpoint):
     assert in_fp16 == {"conv4a", "conv4b", "convPa", "logits", "convDa", "coarse_descriptors"}
     assert layers["conv3b.relu"].precision is None and layers["conv3b.pool"].precision is None
     assert outputs == {"logits": "float16", "coarse_descriptors": "float16"}
+
+
+def test_tensorrt_8_chooses_the_type_of_a_sum_between_quantized_convolutions(checkpoint):
+    """Fp32 it is told of none: the sum would be computed at half the speed, between two conversions."""
+    model = graph_of(checkpoint, "heads", "compact")
+    for keep in ((COARSE,), ()):
+        layers, _ = constrained(quantize(model, ranges_of(model), QuantizeOptions(keep_fp16=keep)))
+        free = {name for name, layer in layers.items() if layer.precision is None}
+        assert {"features.sum", "features.repeated", "detector_hidden.inputs", "features"} <= free
+        in_fp16 = {name for name, layer in layers.items() if layer.precision == "float16"}
+        assert in_fp16 == ({"detector_hidden", "logits", "descriptor_hidden", "coarse_descriptors"} if keep else set())
 
 
 def test_tensorrt_8_computes_a_kept_first_convolution_in_fp16(checkpoint):

@@ -77,8 +77,8 @@ def round_weights(
         except SuperPointError:  # `calibrate` has warned of it
             continue
         used += 1
-        for (tensor, kernel), sums in moments.items():
-            patches = _patches(values[tensor][0], kernel, np.random.default_rng(number))
+        for (tensor, window), sums in moments.items():
+            patches = _patches(values[tensor][0], window, np.random.default_rng(number))
             sums += patches.T @ patches
     if not used:
         raise SuperPointError(f"none of {len(few)} images can be used to round the weights on.")
@@ -88,6 +88,17 @@ def round_weights(
         steps.advance()
     made_from = {layer.name: weight_digest(layer.weight) for layer in layers}
     return replace(calibration, weights=rounded, rounded_from=made_from)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Which values a convolution reads for each value it gives."""
+
+    side: int
+    """Of the square kernel."""
+    stride: int = 1
+    padding: int = 0
+    """Zeros on each of the four sides."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,7 @@ class _Layer:
     """(O,): the size of one int8 step in each output channel."""
     tensor: str
     """Name of the tensor that the convolution reads."""
+    window: _Window
 
     @property
     def size(self) -> int:
@@ -109,13 +121,13 @@ class _Layer:
         return int(np.prod(self.weight.shape[1:]))
 
     @property
-    def reads(self) -> tuple[str, int]:
-        """The tensor and the kernel's side: convolutions that share both share their moments."""
-        return self.tensor, self.weight.shape[2]
+    def reads(self) -> tuple[str, _Window]:
+        """The tensor and the window: convolutions that share both share their moments."""
+        return self.tensor, self.window
 
 
 def _layers(graph: onnx.ModelProto) -> list[_Layer]:
-    """The quantized convolutions with square, odd kernels, which `_patches` can read; not the others."""
+    """The quantized convolutions with square windows, which `_patches` can read; not the others."""
     made_by = {node.output[0]: node for node in graph.graph.node}
     known = constants(graph.graph)
     found = []
@@ -125,9 +137,23 @@ def _layers(graph: onnx.ModelProto) -> list[_Layer]:
             continue
         name = made_by[dequantize.input[0]].input[0]
         weight, steps = (numpy_helper.to_array(known[key]) for key in (name, dequantize.input[1]))
-        if weight.ndim == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] % 2:
-            found.append(_Layer(name, weight, steps, node.input[0]))
+        window = _window(node, weight)
+        if window is not None:
+            found.append(_Layer(name, weight, steps, node.input[0], window))
     return found
+
+
+def _window(convolution: onnx.NodeProto, weight: Float32) -> _Window | None:
+    """What a convolution reads; None if kernel, stride or padding are not the same along both axes."""
+    said = {attribute.name: attribute for attribute in convolution.attribute}
+    strides = set(said["strides"].ints) if "strides" in said else {1}
+    pads = set(said["pads"].ints) if "pads" in said else {0}
+    side = weight.shape[2]
+    if "auto_pad" in said and said["auto_pad"].s.startswith(b"SAME"):
+        pads = {side // 2} if side % 2 and strides == {1} else set()
+    if weight.ndim != 4 or side != weight.shape[3] or len(strides) != 1 or len(pads) != 1:
+        return None
+    return _Window(side, strides.pop(), pads.pop())
 
 
 def _is_plain(convolution: onnx.NodeProto) -> bool:
@@ -139,12 +165,13 @@ def _is_plain(convolution: onnx.NodeProto) -> bool:
     )
 
 
-def _patches(values: Float32, kernel: int, rng: np.random.Generator) -> Float32:
-    """The inputs of a convolution at random places: (C, H, W) -> (POSITIONS, C * kernel^2), zeros past the edge."""
-    edge = kernel // 2
+def _patches(values: Float32, window: _Window, rng: np.random.Generator) -> Float32:
+    """The inputs of a convolution at random places: (C, H, W) -> (POSITIONS, C * side^2), zeros past the edge."""
+    edge, side, stride = window.padding, window.side, window.stride
     padded = np.pad(values, ((0, 0), (edge, edge), (edge, edge)))
-    y, x = (rng.integers(0, side, POSITIONS) for side in values.shape[1:])
-    shifted = [padded[:, y + dy, x + dx] for dy in range(kernel) for dx in range(kernel)]
+    counts = ((length - side) // stride + 1 for length in padded.shape[1:])
+    y, x = (rng.integers(0, count, POSITIONS) * stride for count in counts)
+    shifted = [padded[:, y + dy, x + dx] for dy in range(side) for dx in range(side)]
     patches: Float32 = np.stack(shifted, axis=1).reshape(-1, POSITIONS).T
     return patches
 

@@ -14,7 +14,7 @@ SYNTHETIC = "synthetic"
 ranges."""
 
 COARSE = "coarse"
-"""In place of a name pattern: the convolutions at the coarsest scale, behind the last pooling."""
+"""In place of a name pattern: the convolutions behind the last change of scale (pooling, stride or upsampling)."""
 
 
 class Method(str, enum.Enum):

@@ -9,11 +9,14 @@ fp16 (`cast.cast` does it for other builders). Where the pairs lie, and why:
 - It lies behind a BatchNorm that could not be folded: in front of it, two roundings would be needed.
 - Convolutions that read the same tensor (both heads) share one pair.
 - Scales are symmetric, with zero points 0: zero padding stays exact, and TensorRT takes nothing else.
-- `COARSE` keeps the convolutions behind the last pooling in fp16; the command line does so by default. At an eighth of
-  the size they take little time, their fp16 outputs need no conversion, and what they round would stay in the result.
-  If they read a max-pool, its output is still int8 (`fp16_with_int8_input`): else TensorRT 8.6 pools in float32.
+- `COARSE` keeps the convolutions behind the last change of scale in fp16 (the last pooling, stride, or upsampling); the
+  command line does so by default. They take little of the time, their fp16 outputs need no conversion, and what they
+  round would stay in the result. In the VGG they are all at an eighth of the size, in a network with a branch at a
+  sixteenth the heads. If they read a max-pool, its output is still int8 (`fp16_with_int8_input`): else TensorRT 8.6
+  pools in float32.
 - The first convolution reads the image, whose 255 steps are more than int8's 127: the image is split into several int8
-  channels (`split_image`), or the convolution stays in fp16.
+  channels (`split_image`), or the convolution stays in fp16. If several convolutions read the image, they share the
+  channels.
 """
 
 from __future__ import annotations
@@ -125,10 +128,10 @@ def quantize(
     chosen = [name for name in convolutions(model) if name not in kept]
     if not chosen:
         raise SuperPointError(f"nothing is left to quantise: all convolutions are kept ({', '.join(kept)}).")
-    first_is_quantized = bool(set(first_convolutions(model)) - set(kept))
-    first = _first_convolution(model, options) if first_is_quantized else FirstConvolution.FP16
+    quantized_first = [name for name in first_convolutions(model) if name not in kept]
+    first = _first_convolution(model, options) if quantized_first else FirstConvolution.FP16
     if first is FirstConvolution.PARTS:
-        model, calibration = split_image(model, calibration)
+        model, calibration = split_image(model, calibration, quantized_first)
     quantized = with_opset(equalize(model, calibration.channels), _TYPES[precision].opset)
     int8_input_only = fp16_with_int8_input(model, options, kept) if precision is Precision.INT8 else []
     _PairWriter(quantized, calibration, precision).run(chosen, int8_input_only)
@@ -197,23 +200,26 @@ def first_convolutions(model: onnx.ModelProto) -> list[str]:
 
 
 def coarse_convolutions(model: onnx.ModelProto) -> list[str]:
-    """Names of the convolutions behind the last pooling or stride; none if all have one scale."""
-    halvings: dict[str, int] = {}
+    """Names of the convolutions behind the last change of scale: a pooling, stride or upsampling.
+
+    None if all have one scale.
+    """
+    changes: dict[str, int] = {}
     before: dict[str, int] = {}
     for node in model.graph.node:
-        above = max((halvings.get(name, 0) for name in node.input), default=0)
+        above = max((changes.get(name, 0) for name in node.input), default=0)
         if node.op_type == "Conv":
             before[node_name(node)] = above
         strides = next((a.ints for a in node.attribute if a.name == "strides"), [1])
         for name in node.output:
-            halvings[name] = above + (max(strides) > 1)
-    coarsest = max(before.values(), default=0)
-    found = [name for name, above in before.items() if above == coarsest]
+            changes[name] = above + (max(strides) > 1 or node.op_type in ("Resize", "Upsample"))
+    most = max(before.values(), default=0)
+    found = [name for name, above in before.items() if above == most]
     return found if len(found) < len(before) else []
 
 
 def _first_convolution(model: onnx.ModelProto, options: QuantizeOptions) -> FirstConvolution:
-    """How the convolution that reads the image runs, as the options say or by default.
+    """How the convolutions that read the image run, as the options say or by default.
 
     Raises:
         SuperPointError: the options ask for parts, but the precision is not int8, or the image cannot be split.
@@ -231,16 +237,16 @@ def _first_convolution(model: onnx.ModelProto, options: QuantizeOptions) -> Firs
 
 def _why_unsplittable(model: onnx.ModelProto) -> str | None:
     """Why `split_image` cannot rewrite this graph; None if it can."""
+    image, known, named = model.graph.input[0].name, constants(model.graph), convolutions(model)
     first = first_convolutions(model)
-    node = convolutions(model)[first[0]] if first else None
-    image = model.graph.input[0].name
-    if node is None or len(first) != 1 or node.input[0] != image:
-        read = node.input[0] if node is not None else "nothing"
-        return f"the image cannot be split: {', '.join(first)} reads {read}, not {image}"
-    weight = constants(model.graph).get(node.input[1])
-    if weight is None or len(weight.dims) != 4 or weight.dims[1] != 1:
-        return f"the image cannot be split: {first[0]} does not read one channel"
-    return None
+    for name in first:
+        node = named[name]
+        if node.input[0] != image:
+            return f"the image cannot be split: {name} reads {node.input[0]}, not {image}"
+        weight = known.get(node.input[1])
+        if weight is None or len(weight.dims) != 4 or weight.dims[1] != 1:
+            return f"the image cannot be split: {name} does not read one channel"
+    return None if first else "the image cannot be split: no convolution reads it"
 
 
 def kept_layers(
@@ -301,54 +307,58 @@ IMAGE_PARTS = 4
 images exact."""
 
 
-def split_image(model: onnx.ModelProto, calibration: Calibration) -> tuple[onnx.ModelProto, Calibration]:
+def split_image(
+    model: onnx.ModelProto, calibration: Calibration, names: Sequence[str]
+) -> tuple[onnx.ModelProto, Calibration]:
     """Splits the image into P channels, each fit for int8, whose sum is the image.
 
     int8 has 127 steps from 0 to 1. An 8-bit image has 255, and an image that was colour or was shrunk has more. Each of
     the P channels is a P-th of the image in steps of 1 / (127.5 P). Each is rounded at another place, a P-th of a step
     apart, so the sum has steps that are P times finer. 8-bit images are exact, except that white (255) loses one step.
-    The first convolution gets its weights once for each channel, and they too are rounded at P places, so their mean
-    has steps P times finer than int8's.
+    The convolutions get their weights once for each channel, and they too are rounded at P places, so their mean has
+    steps P times finer than int8's.
 
     Args:
-        model: fp32 graph whose first convolution reads the image itself; not changed.
+        model: fp32 graph whose first convolutions read the image itself; not changed.
         calibration: the model's.
+        names: the convolutions that read the channels in place of the image.
 
     Returns:
         The rewritten graph, and the calibration with the range of the channels.
 
     Raises:
-        SuperPointError: a node lies between the image and the first convolution, or it reads more than one channel.
+        SuperPointError: a node lies between the image and a first convolution, or one reads more than one channel.
     """
     why = _why_unsplittable(model)
     if why:
         raise SuperPointError(f"{why}.")
     split = copy.deepcopy(model)
     graph = split.graph
-    first = next(node for node in graph.node if node.op_type == "Conv")
-    image, single = graph.input[0].name, first.input[1]
-    weight = numpy_helper.to_array(constants(graph)[single])
+    image, known, named = graph.input[0].name, constants(graph), convolutions(split)
     step = 1 / (127.5 * IMAGE_PARTS)
     places = (np.arange(IMAGE_PARTS, dtype=np.float32) - (IMAGE_PARTS - 1) / 2) / IMAGE_PARTS
     new = {
         f"{PARTS}.share": np.array(1 / IMAGE_PARTS, np.float32),
         f"{PARTS}.places": (places * step).astype(np.float32).reshape(1, IMAGE_PARTS, 1, 1),
-        f"{single}.parts": np.concatenate([_rounded_at(weight, place) for place in places], axis=1),
     }
+    for node in map(named.__getitem__, names):
+        weight = numpy_helper.to_array(known[node.input[1]])
+        parts = f"{node.input[1]}.parts"
+        new[parts] = np.concatenate([_rounded_at(weight, place) for place in places], axis=1)
+        node.input[0], node.input[1] = PARTS, parts
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in new.items())
     steps = [
         helper.make_node("Mul", [image, f"{PARTS}.share"], [f"{PARTS}.scaled"], name=f"{PARTS}.scaled"),
         helper.make_node("Add", [f"{PARTS}.scaled", f"{PARTS}.places"], [PARTS], name=PARTS),
     ]
-    first.input[0], first.input[1] = PARTS, f"{single}.parts"
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*steps, *graph.node)]
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]
-    for index, constant in enumerate(graph.initializer):
-        if constant.name == single and not any(single in node.input for node in graph.node):
+    read = {name for node in graph.node for name in node.input}
+    for index, constant in reversed(list(enumerate(graph.initializer))):
+        if f"{constant.name}.parts" in new and constant.name not in read:
             del graph.initializer[index]
-            break
     ranges = {PARTS: 127 * step, **calibration.ranges}
     return infer_shapes(split), replace(calibration, ranges=ranges)
 

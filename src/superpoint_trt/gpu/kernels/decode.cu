@@ -46,18 +46,38 @@ __device__ unsigned short narrow(float value)
 
 const unsigned ALL = 0xffffffffu;
 
-// Neighbouring values, 16 bytes at a time.
+template <int NBYTES>
+struct Vector;  // so many bytes that are moved at once
+template <>
+struct Vector<16> {
+    typedef uint4 Type;
+};
+template <>
+struct Vector<8> {
+    typedef uint2 Type;
+};
+template <>
+struct Vector<4> {
+    typedef unsigned Type;
+};
+template <>
+struct Vector<2> {
+    typedef unsigned short Type;
+};
+
+// Neighbouring values, 16 bytes at a time, or all of them if they are fewer.
 template <int COUNT>
 __device__ void load_wide(const Head* from, float* values)
 {
-    const int EACH = 16 / sizeof(Head);
+    const int EACH = COUNT * sizeof(Head) < 16 ? COUNT : 16 / sizeof(Head);
+    typedef typename Vector<EACH * sizeof(Head)>::Type Whole;
 #pragma unroll
     for (int first = 0; first < COUNT; first += EACH) {
         union {
-            uint4 whole;
+            Whole whole;
             Head parts[EACH];
         } loaded;
-        loaded.whole = *(const uint4*)(from + first);
+        loaded.whole = *(const Whole*)(from + first);
 #pragma unroll
         for (int i = 0; i < EACH; i++) values[first + i] = widen(loaded.parts[i]);
     }
@@ -302,7 +322,7 @@ collect(const float* scores, const float* kept, const int2* placed, Key* keys, u
 
 // ------------------------------------------------------------------------------------------------- rank and descriptor
 
-const int PER_LANE = 8;  // neighbouring channels
+const int PER_LANE = DIM <= 64 ? 2 : DIM <= 128 ? 4 : 8;  // neighbouring channels, so that short descriptors use all lanes
 const int CHUNKS = (DIM + 32 * PER_LANE - 1) / (32 * PER_LANE);
 const float NORM_EPS = 1e-12f;  // decode.NORM_EPS
 
@@ -381,7 +401,7 @@ __device__ float one_over_length(const float (&values)[2 * CHUNKS * PER_LANE])
     return 1.0f / fmaxf(sqrtf(squares), NORM_EPS);
 }
 
-// Writes the lane's channels, each times `scale`; 16 bytes at a time where rows allow it.
+// Writes the lane's channels, each times `scale`; up to 16 bytes at a time where rows allow it.
 __device__ void store_channels(void* row, const float (&values)[CHUNKS * PER_LANE], float scale, bool half)
 {
     int lane = threadIdx.x % 32;
@@ -392,15 +412,25 @@ __device__ void store_channels(void* row, const float (&values)[CHUNKS * PER_LAN
         if (DIM % PER_LANE == 0) {
             if (channel >= DIM) continue;
             if (half) {
-                unsigned packed[4];
+                union {
+                    Vector<2 * PER_LANE>::Type whole;
+                    unsigned short parts[PER_LANE];
+                } packed;
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    packed[i] = narrow(v[2 * i] * scale) | (unsigned)narrow(v[2 * i + 1] * scale) << 16;
-                ((uint4*)row)[channel / 8] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+                for (int i = 0; i < PER_LANE; i++) packed.parts[i] = narrow(v[i] * scale);
+                ((Vector<2 * PER_LANE>::Type*)row)[channel / PER_LANE] = packed.whole;
             } else {
-                float4* out = (float4*)row + channel / 4;
-                out[0] = make_float4(v[0] * scale, v[1] * scale, v[2] * scale, v[3] * scale);
-                out[1] = make_float4(v[4] * scale, v[5] * scale, v[6] * scale, v[7] * scale);
+                const int EACH = PER_LANE < 4 ? PER_LANE : 4;
+#pragma unroll
+                for (int first = 0; first < PER_LANE; first += EACH) {
+                    union {
+                        Vector<4 * EACH>::Type whole;
+                        float parts[EACH];
+                    } out;
+#pragma unroll
+                    for (int i = 0; i < EACH; i++) out.parts[i] = v[first + i] * scale;
+                    ((Vector<4 * EACH>::Type*)row)[(channel + first) / EACH] = out.whole;
+                }
             }
         } else {
             for (int i = 0; i < PER_LANE; i++) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from superpoint_trt.checkpoint.layouts import load
-from superpoint_trt.checkpoint.reference import SuperPointNet, dense
+from superpoint_trt.checkpoint.reference import dense, network
 from superpoint_trt.core.device import DeviceChoice
 from superpoint_trt.core.files import PathLike
 from superpoint_trt.core.types import ModelDescription, OutputType, SuperPointError
@@ -39,7 +39,7 @@ class TorchBackend(Backend):
         self._device = torch.device(str(choice) if choice.kind != "auto" else "cuda" if count else "cpu")
         if threads is not None:
             torch.set_num_threads(threads)
-        self._net = SuperPointNet.from_checkpoint(checkpoint).to(self._device)
+        self._net = network(checkpoint).to(self._device)
         self.description = ModelDescription(
             type=OutputType.DENSE,
             sampling=checkpoint.sampling,

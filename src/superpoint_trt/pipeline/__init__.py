@@ -1,0 +1,1 @@
+"""Bulk work: many images, videos, feature files, maps."""

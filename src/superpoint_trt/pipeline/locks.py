@@ -1,0 +1,77 @@
+"""Locks between processes, also of several machines on one file system. A lock ends with the process that holds it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from superpoint_trt.core.types import SuperPointError
+
+_TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class RangeLock:
+    """Locks ranges of numbers, as byte ranges of a file (POSIX record locks). A context manager.
+
+    The file may be opened once in a process only: closing it anywhere frees all of the process's locks on it.
+
+    Attributes:
+        works: whether the file system has locks. Where it has none, `take` grants everything.
+
+    Raises:
+        SuperPointError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.works, self._path = True, path
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise SuperPointError(f"{path} cannot be written: {error.strerror}.") from error
+
+    def take(self, first: int, count: int) -> bool:
+        """Locks `count` numbers from `first` on, without waiting.
+
+        Returns:
+            Whether they are this process's; False: another has one of them.
+
+        Raises:
+            SuperPointError: the file system fails.
+        """
+        try:
+            _lock(self._descriptor, first, count)
+        except OSError as error:
+            if error.errno in _TAKEN:
+                return False
+            if error.errno not in _NO_LOCKS:
+                raise SuperPointError(f"{self._path} cannot be locked: {error.strerror}.") from error
+            self.works = False
+        return True
+
+    def __enter__(self) -> RangeLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+
+if sys.platform == "win32":
+
+    def _lock(descriptor: int, first: int, count: int) -> None:
+        import msvcrt
+
+        os.lseek(descriptor, first, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, count)
+
+else:
+
+    def _lock(descriptor: int, first: int, count: int) -> None:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
