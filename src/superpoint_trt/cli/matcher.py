@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from superpoint_trt.cli.options import OptionGroup, RuntimeArgs, option
+from superpoint_trt import packaged
+from superpoint_trt.cli.options import JSON, OptionGroup, RuntimeArgs, option
 from superpoint_trt.cli.terminal import check_outputs, print_info, print_row, write_json
 from superpoint_trt.core.matcher import MIN_SCORE
 from superpoint_trt.core.types import Precision
@@ -136,16 +137,19 @@ def build(onnx: str, engine: str, runtime: str, target: str | None, optimization
 @click.option("--weights", required=True, help="The weights that it was made of.")
 @click.option("--images", required=True, help="Folder of real images.")
 @click.option("--limit", type=click.IntRange(min=1), default=16, show_default=True, help="Use only so many images.")
-@click.option("--json", "json_path", help="File to write the figures to.")
+@click.option("--features", default=packaged.DEFAULT, show_default=True, help="Network that finds the points.")
+@JSON
 @RuntimeArgs.declare("runtime")
-def verify(model: str, weights: str, images: str, limit: int, json_path: str | None, runtime: RuntimeArgs) -> None:
+def verify(
+    model: str, weights: str, images: str, limit: int, features: str, json_path: str | None, runtime: RuntimeArgs
+) -> None:
     """Prove that a converted matcher gives the matches of its fp32 reference; exit code 1 if it does not."""
     from superpoint_trt.cli.progress import progress_bar
     from superpoint_trt.prove.verify_matcher import verify_matcher
 
     check_outputs((json_path,), (model, weights))
     with progress_bar("verifying") as progress:
-        found = verify_matcher(model, weights, images, limit, runtime.device, runtime.threads, progress)
+        found = verify_matcher(model, weights, images, limit, features, runtime.device, runtime.threads, progress)
     print_row("ran on", found.runs_on)
     print_row("matches", f"{found.reference_matches} in the reference, {found.same_share:.2%} of all the same")
     print_row("scores", f"differ by {found.score_error:.2g} at most (limit {found.score_limit:g})")

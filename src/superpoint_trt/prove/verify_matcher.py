@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from superpoint_trt import packaged
 from superpoint_trt.checkpoint.matcher import load_matcher, save_matcher
 from superpoint_trt.core.files import PathLike
 from superpoint_trt.core.image import find_images, load_image, to_gray
@@ -55,6 +56,7 @@ def verify_matcher(
     weights: PathLike,
     images: PathLike,
     limit: int = 16,
+    features: PathLike = packaged.DEFAULT,
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -66,6 +68,7 @@ def verify_matcher(
         weights: safetensors that it was made of.
         images: folder of real images.
         limit: use so many.
+        features: the network that finds the points: a model, or the name of a packaged one.
         device: where the model runs; the reference runs on the CPU.
         threads: CPU threads of the model.
         progress: called with (images done, images in all).
@@ -91,9 +94,14 @@ def verify_matcher(
         reference = save_matcher(cut, Path(folder) / "reference.safetensors", half=False)
         with LearnedMatcher(reference, "cpu", min_score=known.min_score) as expected:
             tally = _Tally()
-            with SuperPoint(device=device, threads=threads, max_keypoints=known.rows or MAX_KEYPOINTS) as superpoint:
+            with SuperPoint(
+                features, device=device, threads=threads, max_keypoints=known.rows or MAX_KEYPOINTS
+            ) as superpoint:
                 if superpoint.description.descriptor_dim != known.descriptor_dim:
-                    raise SuperPointError(f"the packaged network's descriptors do not fit {model}.")
+                    raise SuperPointError(
+                        f"descriptors of {features} have {superpoint.description.descriptor_dim} numbers; {model} takes "
+                        f"{known.descriptor_dim}: name its network with --features."
+                    )
                 before: Keypoints | None = None
                 for path in paths:
                     gray = to_gray(load_image(path))
