@@ -8,7 +8,8 @@ import click
 
 from superpoint_trt.cli.extract import SHARD
 from superpoint_trt.cli.match import NeighborArgs
-from superpoint_trt.cli.options import DEVICE
+from superpoint_trt.cli.matcher import MatcherArgs
+from superpoint_trt.cli.options import DEVICE, given_flags
 from superpoint_trt.cli.progress import rate_bar
 from superpoint_trt.cli.terminal import check_outputs, print_row
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--pairs", "pairs_path", required=True, help="Pairs file: lines of two names.")
 @click.option("--output", required=True, help="Match file to write: .h5 in hloc's layout.")
 @NeighborArgs.declare("neighbors")
+@MatcherArgs.declare("matcher_args")
 @DEVICE
 @click.option("--cache-mib", type=click.IntRange(0), default=4096, show_default=True, help="Memory for descriptors.")
 @SHARD
@@ -30,6 +32,7 @@ def match_pairs(
     pairs_path: str,
     output: str,
     neighbors: NeighborArgs,
+    matcher_args: MatcherArgs,
     device: str,
     cache_mib: int,
     shard: tuple[int, int],
@@ -40,7 +43,12 @@ def match_pairs(
     from superpoint_trt.pipeline.match_pairs import match_pairs as run_match_pairs
 
     check_outputs([output], [features, pairs_path])
-    options = PairMatchOptions(neighbors.neighbors(), device, cache_mib, *shard, overwrite)
+    matcher = matcher_args.file()
+    if matcher and given_flags(("ratio", "max_distance")):
+        raise click.UsageError("--ratio and --max-distance are for --matcher nearest; use --min-score.")
+    options = PairMatchOptions(
+        neighbors.neighbors(), device, cache_mib, *shard, overwrite, matcher, matcher_args.min_score
+    )
     with rate_bar("pairs") as progress:
         found = run_match_pairs(features, pairs_path, output, options, progress)
     print_pair_matches(found)

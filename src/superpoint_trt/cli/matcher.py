@@ -38,6 +38,18 @@ class MatcherArgs(OptionGroup):
         "--min-score", type=float, help=f"A network's matches must be surer.  [default: the file's own, {MIN_SCORE:g}]"
     )
 
+    def file(self) -> str | None:
+        """The network's file; None for nearest neighbors.
+
+        Raises:
+            click.UsageError: --min-score was given with nearest neighbors.
+        """
+        if self.matcher != NEAREST:
+            return matcher_file(self.matcher)
+        if self.min_score is not None:
+            raise click.UsageError("--min-score has no effect with --matcher nearest.")
+        return None
+
     def opened(self, runtime: RuntimeArgs) -> AbstractContextManager[LearnedMatcher | None]:
         """The network, open inside a `with`, and what it runs on printed; None for nearest neighbors."""
         return _opened(self, runtime)
@@ -45,14 +57,12 @@ class MatcherArgs(OptionGroup):
 
 @contextmanager
 def _opened(arguments: MatcherArgs, runtime: RuntimeArgs) -> Iterator[LearnedMatcher | None]:
-    if arguments.matcher == NEAREST:
-        if arguments.min_score is not None:
-            raise click.UsageError("--min-score has no effect with --matcher nearest.")
+    path = arguments.file()
+    if path is None:
         yield None
         return
     from superpoint_trt.match.learned import LearnedMatcher
 
-    path = matcher_file(arguments.matcher)
     with LearnedMatcher(path, runtime.device, runtime.threads, arguments.min_score) as matcher:
         print_row("matcher", f"{arguments.matcher} ({matcher.description.layers} layers, {matcher.runs_on})")
         yield matcher

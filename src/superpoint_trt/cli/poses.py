@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from superpoint_trt.cli.matcher import NEAREST, MatcherArgs, matcher_file
+from superpoint_trt.cli.matcher import MatcherArgs
 from superpoint_trt.cli.options import OptionGroup, RuntimeArgs, option
 from superpoint_trt.cli.progress import progress_bar
 from superpoint_trt.cli.terminal import (
@@ -53,7 +53,7 @@ def run_poses(
     """Evaluates the poses of a scene and prints one line for each matcher."""
     check_outputs((json_path,), (model, scene))
     options = arguments.options(subpixel)
-    learned = None if matcher.matcher == NEAREST else matcher_file(matcher.matcher)
+    learned = matcher.file()
     with progress_bar("evaluating poses") as progress:
         found = evaluate_poses(
             model, scene, options, learned, matcher.min_score, runtime.device, runtime.threads, progress

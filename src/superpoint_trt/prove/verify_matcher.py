@@ -94,13 +94,13 @@ def verify_matcher(
         reference = save_matcher(cut, Path(folder) / "reference.safetensors", half=False)
         with LearnedMatcher(reference, "cpu", min_score=known.min_score) as expected:
             tally = _Tally()
-            with SuperPoint(
-                features, device=device, threads=threads, max_keypoints=known.rows or MAX_KEYPOINTS
-            ) as superpoint:
-                if superpoint.description.descriptor_dim != known.descriptor_dim:
+            most = known.rows or MAX_KEYPOINTS
+            with SuperPoint(features, device=device, threads=threads, max_keypoints=most) as superpoint:
+                found = superpoint.description.descriptor_dim
+                if found != known.descriptor_dim:
                     raise SuperPointError(
-                        f"descriptors of {features} have {superpoint.description.descriptor_dim} numbers; {model} takes "
-                        f"{known.descriptor_dim}: name its network with --features."
+                        f"descriptors of {features} have {found} numbers; {model} takes {known.descriptor_dim}: name "
+                        "its network with --features."
                     )
                 before: Keypoints | None = None
                 for path in paths:
