@@ -146,3 +146,15 @@ def test_build_names_the_gpu_it_builds_for(tmp_path):
     words = ["matcher", "build", "--onnx", tmp_path / "m.onnx", "--engine", tmp_path / "m.engine", "--runtime", "rtx"]
     done = run(*words, "--target", "sm89")
     assert done.exit_code == 0 and "1 layers, 64 keypoints, fp32" in done.output, done.output
+
+
+def test_match_pairs_takes_a_matcher(matcher_file, images, tmp_path):
+    pytest.importorskip("h5py", reason="feature and match files need h5py (extra bulk)")
+    features, pairs = tmp_path / "f.h5", tmp_path / "pairs.txt"
+    assert run("extract", *images, "--output", features, "--device", "cpu", "--max-keypoints", 150).exit_code == 0
+    pairs.write_text("0.png 1.png\n")
+    words = ["match-pairs", "--features", features, "--pairs", pairs, "--device", "cpu", "--matcher", matcher_file]
+    done = run(*words, "--output", tmp_path / "m.h5", "--min-score", 0.2)
+    assert done.exit_code == 0 and "onnxruntime" in done.output, done.output
+    done = run(*words, "--output", tmp_path / "n.h5", "--ratio", 0.9)
+    assert done.exit_code == 2 and "--ratio and --max-distance are for --matcher nearest" in done.output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +14,7 @@ from superpoint_trt.cli.progress import rate_bar
 from superpoint_trt.cli.terminal import check_outputs, print_row
 
 if TYPE_CHECKING:
-    from superpoint_trt.pipeline.match_pairs import PairMatchSummary
+    from superpoint_trt.pipeline.match_pairs import PairMatchOptions, PairMatchSummary
 
 
 @click.command("match-pairs")
@@ -39,19 +39,29 @@ def match_pairs(
     overwrite: bool,
 ) -> None:
     """Match many pairs of images; started again, it goes on where it was."""
-    from superpoint_trt.pipeline.match_pairs import PairMatchOptions
     from superpoint_trt.pipeline.match_pairs import match_pairs as run_match_pairs
 
     check_outputs([output], [features, pairs_path])
-    matcher = matcher_args.file()
-    if matcher and given_flags(("ratio", "max_distance")):
-        raise click.UsageError("--ratio and --max-distance are for --matcher nearest; use --min-score.")
-    options = PairMatchOptions(
-        neighbors.neighbors(), device, cache_mib, *shard, overwrite, matcher, matcher_args.min_score
-    )
+    part, parts = shard
+    settings = {"device": device, "cache_mib": cache_mib, "part": part, "parts": parts, "overwrite": overwrite}
+    options = pair_options(neighbors, matcher_args, **settings)
     with rate_bar("pairs") as progress:
         found = run_match_pairs(features, pairs_path, output, options, progress)
     print_pair_matches(found)
+
+
+def pair_options(neighbors: NeighborArgs, matcher: MatcherArgs, **settings: Any) -> PairMatchOptions:
+    """The options of `pipeline.match_pairs.match_pairs`.
+
+    Raises:
+        click.UsageError: options of nearest neighbors and of a learned matcher were given together.
+    """
+    from superpoint_trt.pipeline.match_pairs import PairMatchOptions
+
+    file = matcher.file()
+    if file and given_flags(("ratio", "max_distance")):
+        raise click.UsageError("--ratio and --max-distance are for --matcher nearest; use --min-score.")
+    return PairMatchOptions(neighbors.neighbors(), matcher=file, min_score=matcher.min_score, **settings)
 
 
 def print_pair_matches(found: PairMatchSummary) -> None:
