@@ -337,6 +337,22 @@ def _judged(name: str, made: list[dict[str, Tensor]], pairs: int) -> dict[str, f
     return {f"{name}_{key}": round(share, 4) for key, share in shares.items()}
 
 
+def _as_many(name: str, learned: list[dict[str, Tensor]], plain: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Precision and least score of the surest matches among which as many are right as nearest neighbors find.
+
+    0 and 0 if they are fewer.
+    """
+    wanted = sum(int(one["hit"]) for one in plain)
+    hits, scores = (torch.cat([one[key] for one in learned]) for key in ("hits", "scores"))
+    order = scores.argsort(descending=True)
+    right = hits[order].long().cumsum(0)
+    precision = score = 0.0
+    if len(right) and int(right[-1]) >= wanted > 0:
+        count = int((right < wanted).sum()) + 1
+        precision, score = wanted / count, float(scores[order[count - 1]])
+    return {f"{name}_precision_of_as_many": round(precision, 4), f"{name}_score_of_as_many": round(score, 4)}
+
+
 def area(hits: Tensor, scores: Tensor, true: int) -> float:
     """Average precision: the mean over all true matches of the precision where each is found, by falling score."""
     ordered = hits[scores.argsort(descending=True)].double()
@@ -458,13 +474,16 @@ class Run:
         rows: dict[str, dict[str, float]] = {"learned": {}, "nearest": {}}
         with _random(self.plan.seed, self.device):
             batches = [self.batch(self.held_out, number) for number in range(self.plan.judged_batches)]
-        for who, row in rows.items():
-            found = [self._matches(batch) if who == "learned" else nearest(batch) for batch in batches]
-            start = 0
-            for name, count in zip(("changed", "layered", "unrelated"), self.plan.kinds):
-                part = slice(start, start + count)
-                row.update(_judged(name, [figures(*each, part) for each in zip(found, batches)], count))
-                start += count
+        plain, learned = [nearest(batch) for batch in batches], [self._matches(batch) for batch in batches]
+        start = 0
+        for name, count in zip(("changed", "layered", "unrelated"), self.plan.kinds):
+            part = slice(start, start + count)
+            made = [[figures(*each, part) for each in zip(found, batches)] for found in (learned, plain)]
+            for row, of_one in zip(rows.values(), made):
+                row.update(_judged(name, of_one, count))
+            if name != "unrelated":
+                rows["learned"].update(_as_many(name, *made))
+            start += count
         return rows
 
     @torch.no_grad()

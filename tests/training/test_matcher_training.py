@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from conftest import photograph
 from training import layered, photos
 from training.layered import Worlds
-from training.matcher import SMOKE, Batch, Truth, area, figures, label, loss_of, main, nearest
+from training.matcher import SMOKE, Batch, Truth, _as_many, area, figures, label, loss_of, main, nearest
 
 from superpoint_trt import packaged
 from superpoint_trt.checkpoint.matcher import load_matcher
@@ -189,6 +189,16 @@ def test_the_area_is_average_precision():
     assert area(hits, scores, 2) == pytest.approx((1 + 2 / 3) / 2)
     assert area(hits, scores, 4) == pytest.approx((1 + 2 / 3) / 4)
     assert area(hits[:0], scores[:0], 3) == 0
+
+
+def test_precision_of_as_many_right_matches_as_nearest_neighbors_find():
+    plain = [{"hit": torch.tensor(2)}]
+    learned = [{"hits": torch.tensor([True, True, False, True]), "scores": torch.tensor([0.3, 0.9, 0.8, 0.2])}]
+    found = _as_many("changed", learned, plain)
+    assert found["changed_precision_of_as_many"] == pytest.approx(2 / 3, abs=1e-4)
+    assert found["changed_score_of_as_many"] == pytest.approx(0.3)
+    fewer = _as_many("changed", learned, [{"hit": torch.tensor(4)}])
+    assert fewer == {"changed_precision_of_as_many": 0, "changed_score_of_as_many": 0}
 
 
 def test_the_loss_is_least_for_the_truth():
