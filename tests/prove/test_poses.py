@@ -49,6 +49,8 @@ def test_errors_of_angles():
 
 def test_the_worse_error_counts():
     assert PoseResult("a", "b", 1.0, 7.0, 10, 5).error_deg == 7.0
+    lucky = MatcherPoses("nearest", [PoseResult("a", "b", 0.0, 0.0, 9, 9, (float("inf"), 0.0, float("inf")))])
+    assert lucky.pose_auc == {5: 0.5, 10: 0.5, 20: 0.5}, "the mean over the orders"
     rows = MatcherPoses("nearest", [PoseResult("a", "b", None, None, 3, 0), PoseResult("a", "c", 0.0, 0.0, 9, 9)])
     report = rows.to_json()
     assert report["total"] == {"pairs": 2, "pose_auc": {"5": 0.5, "10": 0.5, "20": 0.5}, "matches": 6, "inliers": 4.5}
@@ -143,7 +145,7 @@ def test_a_sideways_move_is_found(tmp_path):
     scene = write_scene(tmp_path / "s")
     from superpoint_trt.convert.default_model import default_model
 
-    found = evaluate_poses(default_model(), scene, PoseOptions(max_keypoints=400), device="cpu", threads=1)
+    found = evaluate_poses(default_model(), scene, PoseOptions(max_keypoints=400, orders=3), device="cpu", threads=1)
     report = found.to_json()
     assert report["matcher"] == "nearest" and report["total"]["pairs"] == len(report["pairs"]) == 3
     assert report["total"]["pose_auc"]["20"] > 0.6
@@ -154,6 +156,9 @@ def test_a_sideways_move_is_found(tmp_path):
         "nearest, ratio 0.8",
     }
     assert report["total"]["inliers"] > 50
+    assert all(len(row["further_errors_deg"]) == 2 for row in report["pairs"])
+    with pytest.raises(SuperPointError, match="orders are 0"):
+        PoseOptions(orders=0)
 
 
 def test_an_unreadable_image_is_named(tmp_path):

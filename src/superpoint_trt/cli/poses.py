@@ -35,10 +35,16 @@ class PoseArgs(OptionGroup):
     pose_px: float = option(
         "--pose-px", type=float, default=_POSES.threshold_px, help="--poses: how far an inlier of MAGSAC may lie."
     )
+    pose_orders: int = option(
+        "--pose-orders",
+        type=int,
+        default=_POSES.orders,
+        help="--poses: average over so many orders of the matches.",
+    )
 
     def options(self, subpixel: bool | None) -> PoseOptions:
         """The options of `evaluate_poses`."""
-        return PoseOptions(self.pose_keypoints, self.pose_side, self.min_gap, self.pose_px, subpixel)
+        return PoseOptions(self.pose_keypoints, self.pose_side, self.min_gap, self.pose_px, subpixel, self.pose_orders)
 
 
 def run_poses(

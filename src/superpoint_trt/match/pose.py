@@ -34,6 +34,7 @@ def relative_pose(
     first_intrinsics: Matrix,
     second_intrinsics: Matrix,
     threshold_px: float = 1.0,
+    order: int = 0,
 ) -> RelativePose:
     """Fits an essential matrix to matches, and takes the pose out of it that most matches lie in front of.
 
@@ -45,6 +46,7 @@ def relative_pose(
         first_intrinsics: (3, 3) of the first camera, pixel centers at integers.
         second_intrinsics: (3, 3) of the second camera.
         threshold_px: largest distance of an inlier from its epipolar line, as seen with the mean focal length.
+        order: a number other than 0 shuffles the matches, so that random sampling draws other samples.
 
     Raises:
         SuperPointError: threshold_px is not above 0.
@@ -57,6 +59,8 @@ def relative_pose(
     if len(first_xy) < FEWEST_MATCHES:
         return none
     rows = np.lexsort((*second_xy.T, *first_xy.T))
+    if order:
+        rows = np.random.default_rng(order).permutation(rows)
     first, second = (
         _normalized(xy[rows], matrix) for xy, matrix in ((first_xy, first_intrinsics), (second_xy, second_intrinsics))
     )

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -31,6 +31,8 @@ LIMITS_DEG = (5, 10, 20)
 RATIOS = (0.95, 0.9, 0.85, 0.8)
 """Ratio tests that are judged beside plain mutual neighbors."""
 
+MOST_ORDERS = 1000
+
 Matching = Callable[[Keypoints, Keypoints], NDArray[np.int64]]
 """Keypoints of both images -> (M, 2) rows."""
 
@@ -49,6 +51,14 @@ class PoseOptions:
     """Of MAGSAC, in px of the files."""
     subpixel: bool | None = None
     """Keypoints between pixels, or on whole ones; None: the model's own default."""
+    orders: int = 1
+    """Each pose is estimated from so many orders of the matches, and the areas averaged: less luck."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.orders <= MOST_ORDERS:
+            raise SuperPointError(
+                f"orders are {self.orders}; expected 1 to {MOST_ORDERS} (10 takes MAGSAC's luck out)."
+            )
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class PoseResult:
     translation_error_deg: float | None
     matches: int
     inliers: int
+    further_errors_deg: tuple[float, ...] = ()
+    """As `error_deg`, of further orders of the matches."""
 
     @property
     def error_deg(self) -> float:
@@ -81,8 +93,8 @@ class MatcherPoses:
     @property
     def pose_auc(self) -> dict[int, float]:
         """Limit in degrees -> area in [0, 1]."""
-        errors = [pair.error_deg for pair in self.pairs]
-        return {limit: area_under_errors(errors, limit) for limit in LIMITS_DEG}
+        orders = list(zip(*((pair.error_deg, *pair.further_errors_deg) for pair in self.pairs)))
+        return {limit: float(np.mean([area_under_errors(e, limit) for e in orders])) for limit in LIMITS_DEG}
 
     def to_json(self) -> dict[str, Any]:
         """The pairs, and their total."""
@@ -92,7 +104,14 @@ class MatcherPoses:
             "matches": float(np.mean([pair.matches for pair in self.pairs])),
             "inliers": float(np.mean([pair.inliers for pair in self.pairs])),
         }
-        rows = [{**asdict(pair), "error_deg": _finite(pair.error_deg)} for pair in self.pairs]
+        rows = [
+            {
+                **asdict(pair),
+                "error_deg": _finite(pair.error_deg),
+                "further_errors_deg": [_finite(error) for error in pair.further_errors_deg],
+            }
+            for pair in self.pairs
+        ]
         return {"matcher": self.matcher, "pairs": rows, "total": total}
 
 
@@ -207,16 +226,17 @@ def _judge(
     rows = matching(first, second)
     matched = time.perf_counter()
     xy = first.xy[rows[:, 0]], second.xy[rows[:, 1]]
-    pose = relative_pose(*xy, pair.first_intrinsics, pair.second_intrinsics, options.threshold_px)
+    results = []
+    for order in range(options.orders):
+        pose = relative_pose(*xy, pair.first_intrinsics, pair.second_intrinsics, options.threshold_px, order)
+        errors: tuple[float | None, float | None] = (None, None)
+        if pose.rotation is not None and pose.translation is not None:
+            turned = rotation_error_deg(pose.rotation, pair.rotation)
+            errors = turned, direction_error_deg(pose.translation, pair.translation)
+        results.append(PoseResult(pair.first.name, pair.second.name, *errors, len(rows), int(pose.inliers.sum())))
     seconds["match"] += matched - started
     seconds["pose"] += time.perf_counter() - matched
-    errors: tuple[float | None, float | None] = (None, None)
-    if pose.rotation is not None and pose.translation is not None:
-        errors = (
-            rotation_error_deg(pose.rotation, pair.rotation),
-            direction_error_deg(pose.translation, pair.translation),
-        )
-    return PoseResult(pair.first.name, pair.second.name, *errors, len(rows), int(pose.inliers.sum()))
+    return replace(results[0], further_errors_deg=tuple(result.error_deg for result in results[1:]))
 
 
 def rotation_error_deg(found: Matrix, true: Matrix) -> float:
