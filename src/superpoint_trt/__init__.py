@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         SuperPointError,
     )
     from superpoint_trt.match.images import ImageMatches, match_images
+    from superpoint_trt.match.learned import LearnedMatcher
     from superpoint_trt.match.nearest import MatchOptions
     from superpoint_trt.run.extractor import SuperPoint
 
@@ -32,6 +33,7 @@ _HOMES = {
     "DecodeOptions": "core.types",
     "ImageMatches": "match.images",
     "Keypoints": "core.types",
+    "LearnedMatcher": "match.learned",
     "MatchOptions": "match.nearest",
     "ModelDescription": "core.types",
     "OutputType": "core.types",
@@ -47,6 +49,7 @@ __all__ = [
     "DecodeOptions",
     "ImageMatches",
     "Keypoints",
+    "LearnedMatcher",
     "MatchOptions",
     "ModelDescription",
     "OutputType",

@@ -11,9 +11,12 @@ import time
 import numpy as np
 import pytest
 from helpers import rarely
+from matchers import plain_matcher, points, shuffled
 from pipeline.hand_made import orthogonal, write_features
 
+from superpoint_trt.checkpoint.matcher import save_matcher
 from superpoint_trt.core.types import Keypoints, SuperPointError
+from superpoint_trt.match.learned import LearnedMatcher
 from superpoint_trt.match.matcher import HostMatcher
 from superpoint_trt.match.nearest import MatchOptions, match
 from superpoint_trt.pipeline import match_pairs as module
@@ -51,6 +54,25 @@ def test_known_matches(features, tmp_path):
         assert found["b.jpg", "c.jpg"].matches0.tolist() == []
         assert found["a/2.jpg", "c.jpg"].scores0.tolist() == [0, 0]
         assert found["a/1.jpg", "a/2.jpg"].scores0.tolist() == [1, 0, 1]
+
+
+def test_a_learned_matcher_takes_the_place_of_neighbors(tmp_path):
+    """The plain matcher finds every point again; the file keeps its probabilities; another matcher is another run."""
+    first = points(30)
+    second, there = shuffled(first)
+    features = write_features(tmp_path / "f.h5", {"a.jpg": first, "b.jpg": second, "none.jpg": points(0)})
+    matcher = save_matcher(plain_matcher(), tmp_path / "w.safetensors")
+    wanted = [("a.jpg", "b.jpg"), ("b.jpg", "none.jpg")]
+    options = PairMatchOptions(device="cpu", matcher=matcher)
+    summary = match_pairs(features, wanted, tmp_path / "m.h5", options)
+    assert (summary.pairs, summary.matches) == (2, 30) and "torch" in summary.runs_on
+    with LearnedMatcher(matcher, "cpu") as learned, MatchFile(tmp_path / "m.h5") as found:
+        assert found["a.jpg", "b.jpg"].matches0.tolist() == there.tolist()
+        scores = learned.match(first, second).scores
+        np.testing.assert_allclose(found["a.jpg", "b.jpg"].scores0, scores, atol=2e-3)
+    assert match_pairs(features, wanted, tmp_path / "m.h5", options).done_before == 2
+    with pytest.raises(SuperPointError, match="was made with"):
+        match_pairs(features, wanted, tmp_path / "m.h5", ON_CPU)
 
 
 def noisy(count, seed):

@@ -69,6 +69,7 @@ def test_the_report_has_the_contract_s_shape(model, tmp_path):
     report = json.loads(json.dumps(evaluate(model, tmp_path).to_json()))
     assert set(report) >= {"model", "protocol", "sequences", "total"}
     keys = {"pairs", "repeatability", "localisation_error_px", "mma", "homography", "matching_score", "nn_map"}
+    keys |= {"matches", "right_matches"}
     for row in (report["total"], *report["sequences"].values(), *report["kinds"].values()):
         assert set(row) == keys
         assert list(row["mma"]) == [str(px) for px in range(1, 11)]
@@ -198,9 +199,9 @@ def test_the_detector_s_stage_keeps_no_descriptors(model, tmp_path, monkeypatch)
     seen = []
     honest = evaluation_module._score
 
-    def noted(pair, detected, described, protocol):
+    def noted(pair, detected, described, *rest):
         seen.append((detected.first.descriptors.size, described.first.descriptors.shape[1]))
-        return honest(pair, detected, described, protocol)
+        return honest(pair, detected, described, *rest)
 
     monkeypatch.setattr(evaluation_module, "_score", noted)
     evaluate(model, tmp_path)

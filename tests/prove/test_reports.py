@@ -66,7 +66,7 @@ def test_evaluate(exported, tmp_path):
     write_sequence(tmp_path / "v_a", homographies=(SAME,))
     evaluation = evaluate(exported("v6", dynamic=True), tmp_path, Protocol(resize=Resize.NONE))
     report = plain(report_with_baselines(evaluation))
-    assert list(report) == keys("model runtime protocol sequences kinds total problems seconds")
+    assert list(report) == keys("model runtime matcher protocol sequences kinds total problems seconds")
     assert list(report["protocol"]) == keys(
         "resize detector_size_hw detector_nms_radius_px detector_keypoints repeatability_px descriptor_size_hw "
         "descriptor_nms_radius_px descriptor_keypoints matching_px threshold subpixel homography_px mma_px estimator "
@@ -74,7 +74,9 @@ def test_evaluate(exported, tmp_path):
     )
     assert set(report["seconds"]) == {"read", "extract", "match"}
     for row in (report["total"], report["sequences"]["v_a"], report["kinds"]["viewpoint"]):
-        assert list(row) == keys("pairs repeatability localisation_error_px mma homography matching_score nn_map")
+        assert list(row) == keys(
+            "pairs repeatability localisation_error_px mma homography matching_score nn_map matches right_matches"
+        )
         assert list(row["mma"]) == [str(px) for px in range(1, 11)]
         assert list(row["homography"]) == ["1", "3", "5"]
     assert list(report_with_baselines(evaluation, evaluation)["baselines"]) == [evaluation.model]

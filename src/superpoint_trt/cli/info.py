@@ -10,6 +10,7 @@ import click
 
 from superpoint_trt.cli.terminal import keypoints_at, print_info
 from superpoint_trt.core.files import PathLike, git_blob_id, one_line, read_bytes, sha256
+from superpoint_trt.core.matcher import METADATA_KEY, MatcherDescription
 from superpoint_trt.core.networks import weights_path
 from superpoint_trt.core.types import ModelDescription, OutputType, SuperPointError
 from superpoint_trt.gpu.engine_file import read_plan
@@ -106,9 +107,18 @@ def _onnx_model(path: Path) -> Iterator[tuple[str, str]]:
         yield from _model(
             description, f"any (superpoint-trt runs {most} at a time)" if description.dynamic else str(most)
         )
+    elif METADATA_KEY in metadata:
+        yield from _matcher(MatcherDescription.from_metadata(metadata, path))
     else:
         yield "what", "another tool's model: no superpoint_trt metadata"
     yield "sha256", sha256(data)
+
+
+def _matcher(description: MatcherDescription) -> Iterator[tuple[str, str]]:
+    rows = f"{description.rows}" if description.rows else "any number of"
+    yield "what", f"learned matcher, {description.layers} layers, {description.precision.value}"
+    yield "matches", f"{rows} keypoints of each image, descriptors of {description.descriptor_dim} numbers"
+    yield "features", description.features_sha256 or "unknown: it does not name the checkpoint that it learned from"
 
 
 def _engine(path: Path) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from superpoint_trt.cli.infer import infer
 from superpoint_trt.cli.info import info
 from superpoint_trt.cli.match import match
 from superpoint_trt.cli.match_pairs import match_pairs
+from superpoint_trt.cli.matcher import matcher
 from superpoint_trt.cli.pairs import pairs
 from superpoint_trt.cli.prove import bench, evaluate, verify
 from superpoint_trt.cli.quantize import quantize
@@ -53,6 +54,7 @@ COMMANDS = (
     info,
     match,
     match_pairs,
+    matcher,
     merge,
     pairs,
     quantize,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from superpoint_trt.cli.options import MODEL, ExtractArgs, OptionGroup, RuntimeArgs, option
+from superpoint_trt.cli.matcher import MatcherArgs
+from superpoint_trt.cli.options import MODEL, ExtractArgs, OptionGroup, RuntimeArgs, given_flags, option
 from superpoint_trt.cli.terminal import check_outputs, open_model, print_row
 from superpoint_trt.core.types import Keypoints
 from superpoint_trt.match.geometry import Estimator, Model
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from superpoint_trt.core.image_file import ReadOptions
+    from superpoint_trt.match.learned import LearnedMatcher
     from superpoint_trt.run.captions import Picture
 
 MAX_LINES = click.option(
@@ -55,10 +57,10 @@ class MatchArgs(NeighborArgs):
     )
     inlier_px: float = option("--inlier-px", type=float, default=3.0, help="How far an inlier may lie.")
 
-    def match(self, first: Keypoints, second: Keypoints) -> ImageMatches:
-        """Matches the keypoints of two images."""
-        model, estimator = Model(self.geometry), Estimator(self.estimator)
-        return match_images(first, second, self.neighbors(), model, estimator, self.inlier_px)
+    def match(self, first: Keypoints, second: Keypoints, matcher: LearnedMatcher | None = None) -> ImageMatches:
+        """Matches the keypoints of two images, by their nearest neighbors or by a trained matcher."""
+        geometry = Model(self.geometry), Estimator(self.estimator), self.inlier_px
+        return match_images(first, second, self.neighbors(), *geometry, matcher=matcher)
 
 
 @click.command()
@@ -69,6 +71,7 @@ class MatchArgs(NeighborArgs):
 @MAX_LINES
 @click.option("--save", help="Matches to write: .npz with both feature sets, matches, distances, inliers, geometry.")
 @MatchArgs.declare("matching")
+@MatcherArgs.declare("matcher_args")
 @ExtractArgs.declare("extract", max_keypoints={"default": MAX_KEYPOINTS, "show_default": True})
 @RuntimeArgs.declare("runtime")
 def match(
@@ -79,6 +82,7 @@ def match(
     max_lines: int,
     save: str | None,
     matching: MatchArgs,
+    matcher_args: MatcherArgs,
     extract: ExtractArgs,
     runtime: RuntimeArgs,
 ) -> None:
@@ -91,8 +95,10 @@ def match(
         check_picture_name(output)
     if save:
         check_npz(save)
-    with open_model(model, runtime, extract) as superpoint:
-        found = matching.match(superpoint.extract(first), superpoint.extract(second))
+    with matcher_args.opened(runtime) as matcher, open_model(model, runtime, extract) as superpoint:
+        if matcher and given_flags(("ratio", "max_distance")):
+            raise click.UsageError("--ratio and --max-distance are for --matcher nearest; use --min-score.")
+        found = matching.match(superpoint.extract(first), superpoint.extract(second), matcher)
     print_matches(found)
     if output:
         print_row("picture", _draw(found, (first, second), model, extract.reading(), max_lines, output))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from superpoint_trt.cli.extract import SHARD
 from superpoint_trt.cli.match import NeighborArgs
-from superpoint_trt.cli.options import DEVICE
+from superpoint_trt.cli.matcher import MatcherArgs
+from superpoint_trt.cli.options import DEVICE, given_flags
 from superpoint_trt.cli.progress import rate_bar
 from superpoint_trt.cli.terminal import check_outputs, print_row
 
 if TYPE_CHECKING:
-    from superpoint_trt.pipeline.match_pairs import PairMatchSummary
+    from superpoint_trt.pipeline.match_pairs import PairMatchOptions, PairMatchSummary
 
 
 @click.command("match-pairs")
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--pairs", "pairs_path", required=True, help="Pairs file: lines of two names.")
 @click.option("--output", required=True, help="Match file to write: .h5 in hloc's layout.")
 @NeighborArgs.declare("neighbors")
+@MatcherArgs.declare("matcher_args")
 @DEVICE
 @click.option("--cache-mib", type=click.IntRange(0), default=4096, show_default=True, help="Memory for descriptors.")
 @SHARD
@@ -30,20 +32,36 @@ def match_pairs(
     pairs_path: str,
     output: str,
     neighbors: NeighborArgs,
+    matcher_args: MatcherArgs,
     device: str,
     cache_mib: int,
     shard: tuple[int, int],
     overwrite: bool,
 ) -> None:
     """Match many pairs of images; started again, it goes on where it was."""
-    from superpoint_trt.pipeline.match_pairs import PairMatchOptions
     from superpoint_trt.pipeline.match_pairs import match_pairs as run_match_pairs
 
     check_outputs([output], [features, pairs_path])
-    options = PairMatchOptions(neighbors.neighbors(), device, cache_mib, *shard, overwrite)
+    part, parts = shard
+    settings = {"device": device, "cache_mib": cache_mib, "part": part, "parts": parts, "overwrite": overwrite}
+    options = pair_options(neighbors, matcher_args, **settings)
     with rate_bar("pairs") as progress:
         found = run_match_pairs(features, pairs_path, output, options, progress)
     print_pair_matches(found)
+
+
+def pair_options(neighbors: NeighborArgs, matcher: MatcherArgs, **settings: Any) -> PairMatchOptions:
+    """The options of `pipeline.match_pairs.match_pairs`.
+
+    Raises:
+        click.UsageError: options of nearest neighbors and of a learned matcher were given together.
+    """
+    from superpoint_trt.pipeline.match_pairs import PairMatchOptions
+
+    file = matcher.file()
+    if file and given_flags(("ratio", "max_distance")):
+        raise click.UsageError("--ratio and --max-distance are for --matcher nearest; use --min-score.")
+    return PairMatchOptions(neighbors.neighbors(), matcher=file, min_score=matcher.min_score, **settings)
 
 
 def print_pair_matches(found: PairMatchSummary) -> None:

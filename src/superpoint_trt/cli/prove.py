@@ -10,6 +10,7 @@ import click
 from rich.table import Table
 
 from superpoint_trt import packaged
+from superpoint_trt.cli.matcher import NEAREST, MatcherArgs
 from superpoint_trt.cli.options import (
     JSON,
     NETWORKS,
@@ -22,6 +23,7 @@ from superpoint_trt.cli.options import (
     given_flags,
     option,
 )
+from superpoint_trt.cli.poses import PoseArgs, run_poses
 from superpoint_trt.cli.progress import progress_bar
 from superpoint_trt.cli.stress import StressArgs, run_stress
 from superpoint_trt.cli.terminal import (
@@ -258,6 +260,9 @@ class WorstArgs(OptionGroup):
     help="Instead of a dataset: folders of photographs, or single ones, to turn, shrink and blur.",
 )
 @click.option(
+    "--poses", "scene", help="Instead of a dataset: a folder of posed images (cameras.json), or a list of posed pairs."
+)
+@click.option(
     "--baselines/--no-baselines",
     default=True,
     show_default=True,
@@ -265,7 +270,9 @@ class WorstArgs(OptionGroup):
 )
 @ProtocolArgs.declare("arguments")
 @StressArgs.declare("stress_arguments")
+@PoseArgs.declare("pose_arguments")
 @WorstArgs.declare("worst_arguments")
+@MatcherArgs.declare("matcher_arguments")
 @TABLE
 @JSON
 @RuntimeArgs.declare("runtime")
@@ -273,19 +280,25 @@ def evaluate(
     models: tuple[str, ...],
     dataset: str | None,
     photos: tuple[str, ...],
+    scene: str | None,
     baselines: bool,
     arguments: ProtocolArgs,
     stress_arguments: StressArgs,
+    pose_arguments: PoseArgs,
     worst_arguments: WorstArgs,
+    matcher_arguments: MatcherArgs,
     table: str | None,
     json_path: str | None,
     runtime: RuntimeArgs,
 ) -> None:
     """Repeatability, homographies and matching on pairs with known homographies, as the literature defines them.
 
-    With --stress: right matches over rotation, zoom and blur of photographs.
+    With --stress: right matches over rotation, zoom and blur of photographs. With --poses: relative poses.
     """
-    _check_evaluate(dataset, photos)
+    _check_evaluate(models, dataset, photos, scene)
+    if scene:
+        run_poses(scene, models[0], pose_arguments, matcher_arguments, arguments.subpixel, json_path, runtime)
+        return
     if photos:
         run_stress(photos, models, stress_arguments, arguments.subpixel, baselines, json_path, runtime)
         return
@@ -299,6 +312,11 @@ def evaluate(
         check_table_name(table)
     worst_arguments.check()
     evaluations = []
+    with matcher_arguments.opened(runtime) as matcher:
+        for name in dict.fromkeys(models if matcher else ()):
+            with progress_bar(f"evaluating {name} with {matcher_arguments.matcher}") as progress:
+                settings = (protocol, runtime.device, runtime.threads, progress, runtime.allow_host_code)
+                evaluations.append(run_evaluate(name, folder, *settings, matcher=matcher))
     for name in dict.fromkeys((*models, *(BASELINES if baselines else ()))):
         worst = worst_arguments.keeper() if name in models else None
         with progress_bar(f"evaluating {name}") as progress:
@@ -314,19 +332,29 @@ def evaluate(
         write_json(json_path, report_with_baselines(*evaluations))
 
 
-def _check_evaluate(dataset: str | None, photos: Sequence[str]) -> None:
+def _check_evaluate(models: Sequence[str], dataset: str | None, photos: Sequence[str], scene: str | None) -> None:
     """Checks that the options of `evaluate` go together.
 
     Raises:
         click.UsageError: saying which do not.
     """
-    if bool(dataset) == bool(photos):
-        raise click.UsageError("evaluate takes either --dataset FOLDER or --stress PHOTOS.")
-    others = (StressArgs,) if dataset else (ProtocolArgs, WorstArgs)
-    names = [entry.name for other in others for entry in fields(other) if entry.name != "subpixel"]
+    ways = {"--dataset": bool(dataset), "--stress": bool(photos), "--poses": bool(scene)}
+    if sum(ways.values()) != 1:
+        raise click.UsageError("evaluate takes one of --dataset FOLDER, --stress PHOTOS or --poses SCENE.")
+    way = next(name for name, given in ways.items() if given)
+    if way == "--poses" and len(models) > 1:
+        raise click.UsageError(f"{len(models)} models were given; with --poses evaluate takes one at a time.")
+    groups = {
+        "--dataset": (ProtocolArgs, WorstArgs, MatcherArgs),
+        "--stress": (StressArgs,),
+        "--poses": (PoseArgs, MatcherArgs),
+    }
+    every = {ProtocolArgs, WorstArgs, StressArgs, PoseArgs, MatcherArgs}
+    others = [entry.name for group in every - set(groups[way]) for entry in fields(group)]
+    names = sorted(name for name in others if name != "subpixel")
     lost = given_flags((*names, *(() if dataset else ("table",))))
     if lost:
-        raise click.UsageError(f"{', '.join(lost)} has no effect with {'--dataset' if dataset else '--stress'}.")
+        raise click.UsageError(f"{', '.join(lost)} has no effect with {way}.")
 
 
 def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
@@ -335,11 +363,11 @@ def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
         print_aside("left out", problem)
     columns = [column.name for column in _COLUMNS]
     for evaluation in evaluations:
-        table = Table(evaluation.model, "pairs", *columns, caption=evaluation.runtime, caption_justify="left")
+        table = Table(_name_of(evaluation), "pairs", *columns, caption=evaluation.runtime, caption_justify="left")
         # In sections of their own, because a sequence may have the name of a kind.
         for section in (evaluation.sequences, evaluation.kinds, {"total": evaluation.total}):
             for name, row in section.items():
-                table.add_row(name, str(row.pairs), *("-" if f is None else f"{f:.3f}" for f in _figures(row)))
+                table.add_row(name, str(row.pairs), *map(_text, _figures(row)))
             table.add_section()
         console().print(table)
     if len(evaluations) > 1:
@@ -350,13 +378,27 @@ _COLUMNS = (
     Column("rep.", "high"),
     Column("loc. px", "low"),
     *(Column(name, "high") for name in ("MMA@1", "MMA@3", "MMA@10", "H@1", "H@3", "H@5", "M.score", "NN mAP")),
+    Column("right", "high"),
 )
 
 
 def comparison(evaluations: Sequence[Evaluation]) -> FigureTable:
     """The totals of several models, a row for each."""
-    rows = [(one.model, one.total.pairs, *_figures(one.total)) for one in evaluations]
+    rows = []
+    for one in evaluations:
+        *shares, right = _figures(one.total)
+        rows.append((_name_of(one), one.total.pairs, *shares, None if right is None else round(right)))
     return FigureTable((Column("model"), Column("pairs"), *_COLUMNS), rows)
+
+
+def _name_of(evaluation: Evaluation) -> str:
+    """The model, and its matcher if that is no nearest neighbor."""
+    return evaluation.model + (f", {evaluation.matcher} matcher" if evaluation.matcher != NEAREST else "")
+
+
+def _text(figure: float | None) -> str:
+    """A share with three digits after the point, a number of matches with none."""
+    return "-" if figure is None else f"{figure:.0f}" if figure > 20 else f"{figure:.3f}"
 
 
 def _figures(row: Summary) -> list[float | None]:
@@ -368,6 +410,7 @@ def _figures(row: Summary) -> list[float | None]:
         *(row.homography.get(px) for px in (1, 3, 5)),
         row.matching_score,
         row.nn_map,
+        row.right_matches,
     ]
 
 

@@ -10,7 +10,8 @@ import click
 from superpoint_trt.cli.colmap import MAPS, ColmapArgs, print_map
 from superpoint_trt.cli.extract import print_summary
 from superpoint_trt.cli.match import NeighborArgs
-from superpoint_trt.cli.match_pairs import print_pair_matches
+from superpoint_trt.cli.match_pairs import pair_options, print_pair_matches
+from superpoint_trt.cli.matcher import MatcherArgs
 from superpoint_trt.cli.options import MODEL, ExtractArgs, OptionGroup, RuntimeArgs, option
 from superpoint_trt.cli.progress import rate_bar
 from superpoint_trt.cli.terminal import print_aside, print_row
@@ -50,6 +51,7 @@ class ReconstructArgs(OptionGroup):
         self,
         model: str,
         neighbors: NeighborArgs,
+        matcher: MatcherArgs,
         colmap: ColmapArgs,
         extract: ExtractArgs,
         runtime: RuntimeArgs,
@@ -57,7 +59,6 @@ class ReconstructArgs(OptionGroup):
         """The options of `pipeline.reconstruct.reconstruct`."""
         from superpoint_trt.pipeline.extract import ExtractOptions
         from superpoint_trt.pipeline.inputs import InputOptions
-        from superpoint_trt.pipeline.match_pairs import PairMatchOptions
         from superpoint_trt.pipeline.reconstruct import ReconstructOptions
 
         settings = {**extract.settings(), **runtime.settings()}
@@ -65,7 +66,7 @@ class ReconstructArgs(OptionGroup):
         return ReconstructOptions(
             ExtractOptions(model, settings, inputs, overwrite=self.overwrite),
             self.pairs(),
-            PairMatchOptions(neighbors.neighbors(), runtime.device, overwrite=self.overwrite),
+            pair_options(neighbors, matcher, device=runtime.device, overwrite=self.overwrite),
             colmap.options(self.kind),
         )
 
@@ -76,6 +77,7 @@ class ReconstructArgs(OptionGroup):
 @MODEL
 @ReconstructArgs.declare("args")
 @NeighborArgs.declare("neighbors")
+@MatcherArgs.declare("matcher")
 @ColmapArgs.declare("colmap")
 @ExtractArgs.declare(
     "extract",
@@ -89,6 +91,7 @@ def reconstruct(
     model: str,
     args: ReconstructArgs,
     neighbors: NeighborArgs,
+    matcher: MatcherArgs,
     colmap: ColmapArgs,
     extract: ExtractArgs,
     runtime: RuntimeArgs,
@@ -99,7 +102,7 @@ def reconstruct(
     """
     from superpoint_trt.pipeline.reconstruct import reconstruct as run_reconstruct
 
-    options = args.options(model, neighbors, colmap, extract, runtime)
+    options = args.options(model, neighbors, matcher, colmap, extract, runtime)
     with rate_bar("items") as progress:
         found = run_reconstruct(source, output, options, progress)
     print_reconstruction(found, output)

@@ -28,6 +28,7 @@ from superpoint_trt.convert.quantize.qdq import quantize
 from superpoint_trt.convert.quantize.ranges_file import check_same_network, load_calibration
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, read_bytes, sha256, write_atomically
 from superpoint_trt.core.install import install_hint
+from superpoint_trt.core.matcher import METADATA_KEY
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import (
     CELL_PX,
@@ -510,7 +511,11 @@ def _targets(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...]
 def _plan_name(model: onnx.ModelProto) -> str:
     """The network's name in the plan: the description as JSON, so that it survives the loss of the .json."""
     own = own_description(model)
-    return json.dumps(own.to_metadata()) if own else "superpoint"
+    if own:
+        return json.dumps(own.to_metadata())
+    # A matcher's metadata are its description.
+    found = {entry.key: entry.value for entry in model.metadata_props if entry.key == METADATA_KEY}
+    return json.dumps(found) if found else "superpoint"
 
 
 def _leave_channels_last(tensorrt: TensorRT, network: Any) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from superpoint_trt.core.files import PathLike, write_npz
 from superpoint_trt.core.types import Float32, Keypoints
 from superpoint_trt.match.geometry import Estimator, Geometry, Model, distances, estimate
 from superpoint_trt.match.nearest import Matches, MatchOptions, match
+
+if TYPE_CHECKING:
+    from superpoint_trt.match.learned import LearnedMatcher
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ def match_images(
     model: Model = Model.HOMOGRAPHY,
     estimator: Estimator = Estimator.MAGSAC,
     threshold_px: float = 3.0,
+    matcher: LearnedMatcher | None = None,
 ) -> ImageMatches:
     """Matches the keypoints of two images and fits one geometry to the matches.
 
@@ -68,11 +73,14 @@ def match_images(
         model: the geometry, homography or fundamental matrix.
         estimator: OpenCV's method.
         threshold_px: largest distance of an inlier from the geometry.
+        matcher: a trained one, which takes the place of nearest neighbors and their options.
 
     Raises:
         SuperPointError: the descriptors have different lengths, or threshold_px is not above 0.
     """
-    matches = match(first.descriptors, second.descriptors, options)
+    matches: Matches = (
+        matcher.match(first, second) if matcher else match(first.descriptors, second.descriptors, options)
+    )
     xy = first.xy[matches.rows[:, 0]], second.xy[matches.rows[:, 1]]
     geometry = estimate(*xy, model, estimator, threshold_px, second_wh=second.image_size)
     return ImageMatches(first, second, matches, geometry)

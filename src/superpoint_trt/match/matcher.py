@@ -16,7 +16,9 @@ from superpoint_trt.core.types import Float32, SuperPointError
 from superpoint_trt.match.nearest import NO_MATCHES, Matches, MatchOptions, Neighbors, match, select
 
 if TYPE_CHECKING:
+    from superpoint_trt.core.types import Keypoints
     from superpoint_trt.gpu.kernels.match import DeviceDescriptors
+    from superpoint_trt.match.learned import LearnedMatcher
 
 PAIRS_A_LAUNCH = 64
 """Pairs that a GPU compares in one launch."""
@@ -44,6 +46,8 @@ class Matcher(abc.ABC):
 
     runs_on: str
     pairs_at_once = 1
+    needs_places = False
+    """Whether images are prepared by `prepare_keypoints`, since descriptors alone are not enough."""
 
     def __init__(self, options: MatchOptions | None = None) -> None:
         self.options = options or MatchOptions()
@@ -55,6 +59,14 @@ class Matcher(abc.ABC):
         Raises:
             SuperPointError: they cannot be compared there.
         """
+
+    def prepare_keypoints(self, keypoints: Keypoints) -> Prepared:
+        """Takes the keypoints of an image to where they are compared.
+
+        Raises:
+            SuperPointError: they cannot be compared there.
+        """
+        return self.prepare(keypoints.descriptors)
 
     def match(self, pairs: Sequence[tuple[Prepared, Prepared]]) -> list[Matches]:
         """The matches of each pair, in the order of the pairs.
@@ -103,6 +115,42 @@ class HostMatcher(Matcher):
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class NetworkMatcher(Matcher):
+    """A trained matcher.
+
+    A match file keeps 1 - d^2 / 4 for a distance d, so the probability of a match is given as the distance that it is
+    kept for.
+
+    Args:
+        learned: the network; closed with this matcher.
+    """
+
+    needs_places = True
+
+    def __init__(self, learned: LearnedMatcher) -> None:
+        super().__init__()
+        self._learned = learned
+        self.runs_on = learned.runs_on
+
+    def prepare(self, descriptors: NDArray[Any]) -> Prepared:
+        """Refuses: a trained matcher needs to know where the points are."""
+        raise SuperPointError("a trained matcher needs keypoints, not descriptors alone.")
+
+    def prepare_keypoints(self, keypoints: Keypoints) -> Prepared:
+        """Keeps the keypoints."""
+        dim = keypoints.descriptors.shape[1]
+        nbytes = keypoints.descriptors.nbytes + keypoints.xy.nbytes + keypoints.scores.nbytes
+        return Prepared(dim, len(keypoints), keypoints, nbytes)
+
+    def _match(self, pairs: Sequence[tuple[Prepared, Prepared]]) -> list[Matches]:
+        found = [self._learned.match(first.held, second.held) for first, second in pairs]
+        return [Matches(one.rows, 2 * np.sqrt(1 - one.scores)) for one in found]
+
+    def close(self) -> None:
+        """Closes the network."""
+        self._learned.close()
 
 
 class DeviceMatcher(Matcher):

@@ -43,6 +43,9 @@ TRAINING_LOG = _FOLDER / "training_log.jsonl"
 PHOTO = _FOLDER / "astronaut.jpg"
 """Eileen Collins, NASA, public domain; not among the training images. 512 x 512 px, RGB."""
 
+MATCHER = _FOLDER / "superpoint_trt_matcher.safetensors"
+"""Weights of the learned matcher (`checkpoint.matcher`); not part of every version."""
+
 PAGE = _FOLDER / "web"
 """The page that `superpoint web` serves, built by `make web` from web/; a copy may be without it."""
 

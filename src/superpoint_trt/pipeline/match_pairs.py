@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.core.files import PathLike, check_writable, file_sha256, one_line, write_npz
+from superpoint_trt.core.files import PathLike, check_writable, file_sha256, one_line, read_bytes, sha256, write_npz
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.match.matcher import Matcher, Prepared, open_matcher
+from superpoint_trt.match.learned import LearnedMatcher
+from superpoint_trt.match.matcher import Matcher, NetworkMatcher, Prepared, open_matcher
 from superpoint_trt.match.nearest import Matches, MatchOptions
 from superpoint_trt.pipeline.extract import remove_run
 from superpoint_trt.pipeline.feature_files import FeatureFile
@@ -50,6 +51,7 @@ class PairMatchOptions:
     """How pairs are matched."""
 
     matching: MatchOptions = field(default_factory=MatchOptions)
+    """Of nearest neighbors."""
     device: str = "auto"
     """"auto": a GPU if there is one that works; "cpu", "cuda" or "cuda:N"."""
     cache_mib: int = 4096
@@ -60,6 +62,10 @@ class PairMatchOptions:
     """How many processes share the work."""
     overwrite: bool = False
     """Whether an output, or an unfinished run, that is there is replaced."""
+    matcher: PathLike | None = None
+    """File of a learned matcher, in the place of nearest neighbors."""
+    min_score: float | None = None
+    """Of a learned matcher; None: the file's own."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.part <= self.parts:
@@ -120,15 +126,24 @@ def match_pairs(
             list(pairs) if isinstance(pairs, Sequence) and not isinstance(pairs, str) else read_pairs(pairs, stored)
         )
         check_group_names(name for pair in wanted for name in pair)
-        run = _begin(path, wanted, _settings(Path(features), options.matching), options.overwrite)
+        run = _begin(path, wanted, _settings(Path(features), options), options.overwrite)
         if run is None:
             return PairMatchSummary(path, len(wanted), len(wanted))
         return _match_part(run, stored, options, progress)
 
 
-def _settings(features: Path, options: MatchOptions) -> Settings:
+def _settings(features: Path, options: PairMatchOptions) -> Settings:
     """What decides the content of a match file. The device is not among it, so that a run may go on elsewhere."""
-    return {"features": _fingerprint(features), **asdict(options)}
+    if options.matcher is None:
+        return {"features": _fingerprint(features), **asdict(options.matching)}
+    weights = sha256(read_bytes(options.matcher, "matcher"))
+    return {"features": _fingerprint(features), "matcher": weights, "min_score": options.min_score}
+
+
+def _open(options: PairMatchOptions) -> Matcher:
+    if options.matcher is None:
+        return open_matcher(options.matching, options.device)
+    return NetworkMatcher(LearnedMatcher(options.matcher, options.device, min_score=options.min_score))
 
 
 _ENDS_NBYTES = 1 << 20
@@ -250,7 +265,7 @@ def _match_part(
                 "end."
             )
         todo = [number for number in folder.unfinished(manifest) if number in numbers]
-        with open_matcher(options.matching, options.device) as matcher:
+        with _open(options) as matcher:
             started = time.monotonic()
             found = _match(run, todo, _Cache(stored, matcher, options.cache_mib << 20), progress)
             seconds = time.monotonic() - started
@@ -300,7 +315,11 @@ class _Cache:
             self._held.move_to_end(name)
             return self._held[name]
         try:
-            prepared = self.matcher.prepare(self._features[name].descriptors)
+            stored = self._features[name]
+            if self.matcher.needs_places:
+                prepared = self.matcher.prepare_keypoints(stored.to_keypoints())
+            else:
+                prepared = self.matcher.prepare(stored.descriptors)
         except SuperPointError as error:
             raise SuperPointError(f"{self._features.path}, {name!r}: {error}") from error
         self._held[name] = prepared

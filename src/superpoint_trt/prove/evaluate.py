@@ -17,12 +17,16 @@ from superpoint_trt.core.files import PathLike, named
 from superpoint_trt.core.image import load_image, to_gray
 from superpoint_trt.core.progress import Progress, Steps
 from superpoint_trt.core.types import Keypoints, Matrix, OutputType, SuperPointError
+from superpoint_trt.match.learned import LearnedMatcher
 from superpoint_trt.prove import metrics
 from superpoint_trt.prove.datasets import Pair, load_pairs
 from superpoint_trt.prove.opencv_features import DETECTORS, Extractor, opencv_extractor, opencv_version
 from superpoint_trt.prove.protocol import Protocol, resize_to_protocol
 from superpoint_trt.prove.worst_pairs import JudgedPair, WorstPairs
 from superpoint_trt.run.extractor import SuperPoint
+
+NEAREST = "nearest"
+"""Mutual nearest neighbors."""
 
 BASELINES = ("sift", "orb")
 """The detectors of `prove.opencv_features` that the command sets beside a model."""
@@ -41,6 +45,10 @@ class PairResult:
     """One for each order of the matches."""
     matching_score: float
     nn_map: float
+    matches: int
+    """Of the best points of both images, as matching accuracy counts them."""
+    right_matches: int
+    """Matches within `Protocol.matching_px`."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,9 @@ class Summary:
     """Corner error in px -> share of the homographies that are at least so good."""
     matching_score: float | None
     nn_map: float | None
+    matches: float | None = None
+    """Mean number of matches of a pair."""
+    right_matches: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One row of the report."""
@@ -67,6 +78,8 @@ class Summary:
             "homography": {str(px): share for px, share in self.homography.items()},
             "matching_score": self.matching_score,
             "nn_map": self.nn_map,
+            "matches": self.matches,
+            "right_matches": self.right_matches,
         }
 
 
@@ -80,6 +93,8 @@ class Evaluation:
     pairs: list[PairResult]
     problems: list[str]
     """One line for each image, file or homography that could not be used."""
+    matcher: str = NEAREST
+    """What matched the points. Matching score and NN mAP are always those of nearest neighbors."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Wall time of `read`, of `extract` (with the network in it), and of `match` (matching and scoring)."""
 
@@ -103,6 +118,7 @@ class Evaluation:
         return {
             "model": self.model,
             "runtime": self.runtime,
+            "matcher": self.matcher,
             "protocol": self.protocol.to_json(),
             "sequences": {name: summary.to_json() for name, summary in self.sequences.items()},
             "kinds": {name: summary.to_json() for name, summary in self.kinds.items()},
@@ -128,6 +144,8 @@ class Evaluation:
             homography={px: float((errors <= px).mean()) for px in self.protocol.homography_px},
             matching_score=_mean(result.matching_score for result in results),
             nn_map=_mean(result.nn_map for result in results),
+            matches=_mean(result.matches for result in results),
+            right_matches=_mean(result.right_matches for result in results),
         )
 
 
@@ -137,11 +155,22 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def report_with_baselines(evaluation: Evaluation, *baselines: Evaluation) -> dict[str, Any]:
-    """The report of one model as plain data; those of the other models, if any, under "baselines" by name."""
+    """The report of one model as plain data; those of other models, if any, under "baselines" by name.
+
+    The same model with another matcher is named by the matcher.
+    """
     report = evaluation.to_json()
     if baselines:
-        report["baselines"] = {baseline.model: baseline.to_json() for baseline in baselines}
+        report["baselines"] = {_name_beside(evaluation, baseline): baseline.to_json() for baseline in baselines}
     return report
+
+
+def _name_beside(evaluation: Evaluation, baseline: Evaluation) -> str:
+    if baseline.matcher == evaluation.matcher:
+        return baseline.model
+    if baseline.model in DETECTORS:
+        return baseline.model
+    return baseline.matcher if baseline.model == evaluation.model else f"{baseline.model}, {baseline.matcher}"
 
 
 def evaluate(
@@ -153,6 +182,7 @@ def evaluate(
     progress: Progress | None = None,
     allow_host_code: bool = False,
     worst: WorstPairs | None = None,
+    matcher: LearnedMatcher | None = None,
 ) -> Evaluation:
     """Runs a model, or OpenCV's SIFT, RootSIFT or ORB, over a dataset.
 
@@ -165,6 +195,7 @@ def evaluate(
         progress: called with (images and pairs done, all of them).
         allow_host_code: run the code that a version-compatible engine carries.
         worst: is told of each pair, and keeps those with the worst homography.
+        matcher: a learned one, in the place of mutual nearest neighbors.
 
     Raises:
         SuperPointError: no usable model or pair. A single bad image, file or homography is listed in `problems`.
@@ -179,6 +210,11 @@ def evaluate(
         open_model = partial(SuperPoint, model, device=device, threads=threads, allow_host_code=allow_host_code)
         opened = _open(model, open_model, protocol, detector, stack)
         evaluation = Evaluation(str(model), opened.runtime, protocol, [], found.problems)
+        matching: metrics.Matching = metrics.mutual_neighbors
+        if matcher is not None:
+            evaluation.matcher = "learned"
+            evaluation.runtime += f"; matcher: {matcher.runs_on}"
+            matching = _rows_of(matcher)
         # The second model is opened after the first stage: the idle threads of two sessions would slow each other.
         detected = _extract(opened.extract, paths, detector, evaluation, steps)
         opened = _open(model, open_model, protocol, descriptor, stack)
@@ -186,7 +222,7 @@ def evaluate(
     for pair in found.pairs:
         if all(path in views for path in (pair.first, pair.second) for views in (detected, described)):
             started = time.perf_counter()
-            result = _score(pair, _views(pair, detected), _views(pair, described), protocol)
+            result = _score(pair, _views(pair, detected), _views(pair, described), protocol, matching)
             evaluation.seconds["match"] += time.perf_counter() - started
             evaluation.pairs.append(result)
             if worst is not None:
@@ -289,7 +325,13 @@ def _views(pair: Pair, views: Mapping[Path, _View]) -> _PairViews:
     return _PairViews(first.keypoints, second.keypoints, homography)
 
 
-def _score(pair: Pair, detected: _PairViews, described: _PairViews, protocol: Protocol) -> PairResult:
+def _rows_of(matcher: LearnedMatcher) -> metrics.Matching:
+    return lambda first, second: matcher.match(first, second).rows
+
+
+def _score(
+    pair: Pair, detected: _PairViews, described: _PairViews, protocol: Protocol, matching: metrics.Matching
+) -> PairResult:
     again = metrics.repeatability(
         detected.first,
         detected.second,
@@ -299,15 +341,18 @@ def _score(pair: Pair, detected: _PairViews, described: _PairViews, protocol: Pr
     )
     count, pixels = protocol.descriptor_keypoints, protocol.matching_px
     views = (described.first, described.second, described.homography)
+    errors = metrics.match_errors_px(views[0].top(count), views[1].top(count), views[2], matching)
     return PairResult(
         pair=pair,
         repeatability=again.share,
         localization_error_px=again.localization_error_px,
-        mma=metrics.matching_accuracy(*views, protocol.mma_px, count),
+        mma=metrics.accuracy_of(errors, protocol.mma_px),
         homography_errors_px=[
-            metrics.homography_error_px(*views, count, protocol.estimator, protocol.ransac_px, order)
+            metrics.homography_error_px(*views, count, protocol.estimator, protocol.ransac_px, order, matching)
             for order in range(protocol.ransac_orders)
         ],
         matching_score=metrics.matching_score(*views, count, pixels),
         nn_map=metrics.nn_average_precision(*views, count, pixels),
+        matches=len(errors),
+        right_matches=int((errors <= pixels).sum()),
     )

@@ -8,6 +8,7 @@ of the first image to pixels of the second. A point is shared if its place in th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,14 @@ from numpy.typing import NDArray
 from superpoint_trt.core.types import Float32, Keypoints, Matrix
 from superpoint_trt.match.geometry import Estimator, Model, estimate
 from superpoint_trt.match.nearest import MatchOptions, match
+
+Matching = Callable[[Keypoints, Keypoints], NDArray[np.int64]]
+"""Keypoints of both images -> (M, 2) rows that are matches."""
+
+
+def mutual_neighbors(first: Keypoints, second: Keypoints) -> NDArray[np.int64]:
+    """Rows (M, 2) of mutual nearest neighbors."""
+    return match(first.descriptors, second.descriptors).rows
 
 
 def warp(xy: NDArray[np.floating], homography: Matrix) -> NDArray[np.float64]:
@@ -69,6 +78,7 @@ def homography_error_px(
     estimator: Estimator = Estimator.RANSAC,
     ransac_px: float = 3.0,
     order: int = 0,
+    matching: Matching = mutual_neighbors,
 ) -> float:
     """Mean distance of the first image's corners under the estimated and the true homography; inf if none is found.
 
@@ -84,10 +94,11 @@ def homography_error_px(
         estimator: OpenCV's method.
         ransac_px: how far an inlier may lie from the estimate.
         order: the number of an order of the matches (`match.geometry.estimate`).
+        matching: what matches the points.
     """
     a = shared(first, homography, second.image_size, count)
     b = shared(second, np.linalg.inv(homography), first.image_size, count)
-    rows = match(a.descriptors, b.descriptors).rows
+    rows = matching(a, b)
     found = estimate(a.xy[rows[:, 0]], b.xy[rows[:, 1]], Model.HOMOGRAPHY, estimator, ransac_px, order).matrix
     if found is None:
         return float("inf")
@@ -104,19 +115,28 @@ def matching_accuracy(
     homography: Matrix,
     thresholds_px: tuple[int, ...],
     count: int = 1000,
+    matching: Matching = mutual_neighbors,
 ) -> list[float]:
-    """The share of mutual nearest neighbors whose reprojection error is at most each threshold; 0 without matches.
+    """The share of matches whose reprojection error is at most each threshold; 0 without matches.
 
+    Matches are mutual nearest neighbors unless asked otherwise.
     Dusmanu et al. 2019 (D2-Net), section 5.1; the mean over pairs is their "mean matching accuracy". All points of both
     images take part, shared or not.
     """
-    error = mutual_errors_px(first.top(count), second.top(count), homography)
-    return [float((error <= threshold).mean()) if len(error) else 0.0 for threshold in thresholds_px]
+    error = match_errors_px(first.top(count), second.top(count), homography, matching)
+    return accuracy_of(error, thresholds_px)
 
 
-def mutual_errors_px(first: Keypoints, second: Keypoints, homography: Matrix) -> NDArray[np.float64]:
-    """Reprojection errors (M,) of all mutual nearest neighbors, in pixels of the second image."""
-    rows = match(first.descriptors, second.descriptors).rows
+def accuracy_of(errors_px: NDArray[np.float64], thresholds_px: tuple[int, ...]) -> list[float]:
+    """The share of errors (M,) that are at most each threshold; 0 without errors."""
+    return [float((errors_px <= threshold).mean()) if len(errors_px) else 0.0 for threshold in thresholds_px]
+
+
+def match_errors_px(
+    first: Keypoints, second: Keypoints, homography: Matrix, matching: Matching = mutual_neighbors
+) -> NDArray[np.float64]:
+    """Reprojection errors (M,) of all matches, in pixels of the second image."""
+    rows = matching(first, second)
     with np.errstate(all="ignore"):
         error: NDArray[np.float64] = np.linalg.norm(
             warp(first.xy[rows[:, 0]], homography) - second.xy[rows[:, 1]], axis=1
@@ -133,7 +153,7 @@ def right_share(
     `matching_accuracy` it counts points that find no partner: few sure matches are not better than many.
     """
     a = shared(first, homography, second.image_size, count)
-    right = mutual_errors_px(a, second.top(count), homography) <= threshold_px
+    right = match_errors_px(a, second.top(count), homography) <= threshold_px
     return float(right.sum() / len(a)) if len(a) else 0.0
 
 

@@ -1,0 +1,94 @@
+"""The learned matcher on keypoints: every kind of file, what it refuses, the commands that use it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matchers import plain_matcher, points, shuffled
+
+from superpoint_trt import match_images
+from superpoint_trt.checkpoint.matcher import save_matcher
+from superpoint_trt.convert.export_matcher import MatcherExportOptions, export_matcher
+from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.match.learned import LearnedMatcher
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return save_matcher(plain_matcher(), tmp_path_factory.mktemp("w") / "w.safetensors")
+
+
+@pytest.fixture(scope="module")
+def files(weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("m")
+    fixed = export_matcher(weights, folder / "fixed.onnx", MatcherExportOptions(50))
+    return {"weights": weights, "free": export_matcher(weights, folder / "free.onnx"), "fixed": fixed}
+
+
+@pytest.mark.parametrize("kind", ["weights", "free", "fixed"])
+def test_every_point_is_found_again(files, kind):
+    first = points(40)
+    second, there = shuffled(first)
+    some = second.rows(slice(0, 30))
+    with LearnedMatcher(files[kind], "cpu", threads=1) as matcher:
+        found = matcher.match(first, some)
+        assert "cpu" in matcher.runs_on.lower()
+    expected = np.flatnonzero(there < 30)
+    np.testing.assert_array_equal(found.rows, np.stack([expected, there[expected]], axis=1))
+    differences = first.descriptors[found.rows[:, 0]] - some.descriptors[found.rows[:, 1]]
+    np.testing.assert_allclose(found.distances, np.linalg.norm(differences, axis=1), atol=1e-5)
+    assert (found.scores > 0.1).all() and len(found.scores) == len(found) == 30
+
+
+def test_a_matcher_of_n_rows_takes_the_best_n(files):
+    first = points(80)
+    with LearnedMatcher(files["fixed"], "cpu") as matcher:
+        found = matcher.match(first, first)
+    np.testing.assert_array_equal(found.rows, np.stack([np.arange(50)] * 2, axis=1))
+
+
+def test_no_points_no_matches(files):
+    with LearnedMatcher(files["free"], "cpu") as matcher:
+        found = matcher.match(points(0), points(5))
+        assert len(found) == 0 and found.rows.shape == (0, 2) and found.scores.shape == (0,)
+
+
+def test_it_takes_the_place_of_neighbors(files):
+    first = points(60)
+    second, _ = shuffled(first)
+    with LearnedMatcher(files["free"], "cpu") as matcher:
+        found = match_images(first, second, matcher=matcher)
+    assert len(found.matches) == 60 and found.geometry.inliers.all()
+
+
+def test_a_higher_score_leaves_fewer_matches(files):
+    first = points(40)
+    second, _ = shuffled(first, noise=0.3)
+    with LearnedMatcher(files["free"], "cpu") as usual, LearnedMatcher(files["free"], "cpu", min_score=0.9) as strict:
+        many, few = usual.match(first, second), strict.match(first, second)
+    assert len(few) == (many.scores > 0.9).sum() < len(many)
+    with pytest.raises(SuperPointError, match=r"from 0.05 on were asked for, but .* gives those from 0.1 on"):
+        LearnedMatcher(files["free"], "cpu", min_score=0.05)
+
+
+def test_what_does_not_fit_is_refused(files, tmp_path):
+    with LearnedMatcher(files["free"], "cpu") as matcher, pytest.raises(SuperPointError, match="have 16 numbers"):
+        matcher.match(points(5, dim=16), points(5, dim=16))
+    with pytest.raises(SuperPointError, match="was closed"):
+        matcher.match(points(5), points(5))
+    with pytest.raises(SuperPointError, match=r"a matcher's name ends in .onnx"):
+        LearnedMatcher(tmp_path / "m.txt")
+    with pytest.raises(SuperPointError, match="does not exist"):
+        LearnedMatcher(tmp_path / "m.onnx")
+    with pytest.raises(SuperPointError, match="runs on cuda"):
+        LearnedMatcher(tmp_path / "m.engine", "cpu")
+    with pytest.raises(SuperPointError, match="least score is 2"):
+        LearnedMatcher(files["free"], min_score=2)
+
+
+def test_another_model_is_refused(checkpoint_file, tmp_path):
+    from superpoint_trt.convert.export import export
+
+    model = export(checkpoint_file("v6"), tmp_path / "m.onnx")
+    with pytest.raises(SuperPointError, match="is not a matcher of this package"):
+        LearnedMatcher(model, "cpu")
