@@ -299,8 +299,9 @@ class _Cache:
         if name in self._held:
             self._held.move_to_end(name)
             return self._held[name]
+        descriptors = self._features[name].descriptors
         try:
-            prepared = self.matcher.prepare(self._features[name].descriptors)
+            prepared = self.matcher.prepare(descriptors)
         except SuperPointError as error:
             raise SuperPointError(f"{self._features.path}, {name!r}: {error}") from error
         self._held[name] = prepared
