@@ -34,6 +34,11 @@ def test_a_folder_with_its_subfolders(tree):
 def test_one_image_and_several(tree):
     assert names("photos/b.JPG") == ["b.JPG"]
     assert names("photos/b.JPG", "photos/sub/c.tif", "photos/b.JPG") == ["b.JPG", "sub/c.tif"]
+    assert names("photos/b.JPG", "photos/sub/../b.JPG", "./photos", os.path.abspath("photos/sub/c.tif")) == [
+        "b.JPG",
+        "a.png",
+        "sub/c.tif",
+    ]
 
 
 def test_globs(tree):

@@ -63,7 +63,11 @@ def find_items(inputs: Sequence[PathLike], options: InputOptions | None = None) 
     root = Path(options.root) if options.root is not None else None
     if root is not None and not root.is_dir():
         raise SuperPointError(f"the root {root} is no folder; names are relative to it.")
-    files = list(dict.fromkeys(file for given in inputs for file in _files_of(str(given), root)))
+    found = (file for given in inputs for file in _files_of(str(given), root))
+    first: dict[str, str] = {}
+    for file in found:
+        first.setdefault(os.path.abspath(file), file)
+    files = list(first.values())
     base = os.path.abspath(root if root is not None else _shared_folder(inputs, files))
     items = [item for file in files for item in _items_of(file, base, options)]
     check_names(item.name for item in items)
