@@ -135,9 +135,19 @@ def test_files_that_do_not_belong_together(known, tmp_path):
     [({"camera_model": "NO_SUCH"}, "NO_SUCH"), ({"camera_params": (1.0,)}, "PINHOLE")],
     ids=["model", "parameters"],
 )
-def test_cameras_that_make_no_sense(known, tmp_path, options, words):
+def test_cameras_that_make_no_sense(known, tmp_path, capfd, options, words):
     with pytest.raises(SuperPointError, match=f"COLMAP does not take the images.*{words}"):
         map_of(known, tmp_path, **options)
+    assert capfd.readouterr().err == "", "COLMAP's own lines"
+
+
+def test_a_run_that_fails_leaves_the_old_map(known, tmp_path):
+    map_of(known, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"database.db", "report.json", "map.png", "points3D.bin"} <= {path.name for path in before}
+    with pytest.raises(SuperPointError, match="COLMAP does not take the images"):
+        map_of(known, tmp_path, camera_model="NO_SUCH")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_the_command_prints_the_report(known, tmp_path, capsys):

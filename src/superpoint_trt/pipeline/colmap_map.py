@@ -37,6 +37,8 @@ DATABASE, MODELS, REPORT, PICTURE = "database.db", "sparse", "report.json", "map
 """Names in the output folder; `sparse/0`, `sparse/1` and so on are COLMAP's own."""
 _MARK = ".superpoint-colmap"
 """A file that says whose the folder's database and map are."""
+_UNFINISHED = ".superpoint-colmap.unfinished"
+"""A folder in the output folder, in which the new database and map grow while the old ones stay."""
 
 
 class MapKind(str, enum.Enum):
@@ -174,14 +176,15 @@ def make_map(
         names = stored.names()
         pairs = list(matched.pairs(names))
         _check_images(Path(images), names, stored.path)
-        _clear(folder)
-        _import(colmap, folder / DATABASE, Path(images), stored, matched, names, pairs, options, tell)
-    with _quiet(colmap):
-        _verify(colmap, folder / DATABASE, options, tell)
-        report, best = _map(colmap, folder, Path(images), names, options, tell)
-    write_atomically(folder / REPORT, (json.dumps(asdict(report), indent=1) + "\n").encode())
-    if best is not None:
-        save_picture(folder / PICTURE, draw_map(map_points(best)))
+        _check_owner(folder)
+        with _unfinished(folder) as work:
+            _import(colmap, work / DATABASE, Path(images), stored, matched, names, pairs, options, tell)
+            _verify(colmap, work / DATABASE, options, tell)
+            report, best = _map(colmap, work, Path(images), names, options, tell)
+            write_atomically(work / REPORT, (json.dumps(asdict(report), indent=1) + "\n").encode())
+            if best is not None:
+                save_picture(work / PICTURE, draw_map(map_points(best)))
+            _replace(folder, work)
     return report
 
 
@@ -199,22 +202,40 @@ def _check_images(images: Path, names: Sequence[str], features: Path) -> None:
         )
 
 
-def _clear(folder: Path) -> None:
-    """Removes what an earlier run has left in the output folder.
+def _check_owner(folder: Path) -> None:
+    """Checks that a database and a map in the output folder are of an earlier run.
 
     Raises:
-        SuperPointError: the folder has a database or a map that is not ours.
+        SuperPointError: they are not.
     """
     there = [name for name in (DATABASE, MODELS) if (folder / name).exists()]
     if there and not (folder / _MARK).exists():
         raise SuperPointError(
             f"{folder} has a {there[0]} that superpoint colmap did not make; choose another --output."
         )
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A new folder for the work, which goes in the end; what a killed run has left in it goes first."""
+    work = folder / _UNFINISHED
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        yield make_folder(work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace(folder: Path, work: Path) -> None:
+    """Replaces what an earlier run has left in the output folder by the finished work."""
     write_atomically(folder / _MARK, b"superpoint colmap replaces the database and the map in this folder.\n")
-    for name in (DATABASE, REPORT, PICTURE):
-        with suppress(FileNotFoundError):
-            (folder / name).unlink()
     shutil.rmtree(folder / MODELS, ignore_errors=True)
+    for name in (DATABASE, MODELS, REPORT, PICTURE):
+        if (work / name).exists():
+            (work / name).replace(folder / name)
+        else:
+            with suppress(FileNotFoundError):
+                (folder / name).unlink()
 
 
 def import_pycolmap() -> ModuleType:
@@ -415,7 +436,7 @@ def _quiet(colmap: ModuleType) -> Iterator[None]:
     """Keeps COLMAP's log, hundreds of lines, off the terminal. SUPERPOINT_COLMAP_LOG=1 shows it."""
     level = colmap.logging.minloglevel
     if not os.environ.get("SUPERPOINT_COLMAP_LOG"):
-        colmap.logging.minloglevel = int(colmap.logging.ERROR.value)
+        colmap.logging.minloglevel = int(colmap.logging.FATAL.value)  # its errors come as exceptions, too
     try:
         yield
     finally:

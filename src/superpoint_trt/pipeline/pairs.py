@@ -35,7 +35,8 @@ class PairOptions:
         ways = [self.exhaustive, self.sequential is not None, self.listed is not None]
         if sum(ways) != 1:
             raise SuperPointError(
-                f"{sum(ways)} ways to make pairs are given; expected one of --exhaustive, --sequential K and --list FILE."
+                f"{sum(ways)} ways to make pairs are given; expected one of --exhaustive, "
+                "--sequential K and --list FILE."
             )
         if self.loop_every is not None and self.sequential is None:
             raise SuperPointError("loops are closed in a sequence only: give --sequential K, too.")
