@@ -334,9 +334,16 @@ def test_spoiled_shards_are_found(half, photographs, options, expected):
 
 def test_damaged_state_is_one_line(half, photographs, options):
     shards = half.with_name("f.h5.shards")
-    for name in ("00000.json", "manifest.json"):
+    for name, told in (("00000.json", "its shard is done again"), ("manifest.json", "start the run anew")):
+        before = (shards / name).read_bytes()
         (shards / name).write_text("{")
-        with pytest.raises(SuperPointError, match=f"{name} is damaged .*start the run anew"):
+        with pytest.raises(SuperPointError, match=f"{name} is damaged .*{told}"):
+            extract([photographs[0]], half, options)
+        (shards / name).write_bytes(before)
+    (to_do,) = shards.glob("to-do.*.npz")
+    for positions in (np.arange(COUNT) + 1, np.arange(COUNT) / 2, np.zeros(COUNT, int), np.arange(3), np.array(["a"])):
+        np.savez(to_do, positions=positions)
+        with pytest.raises(SuperPointError, match=rf"{to_do.name} is damaged .*start the run anew"):
             extract([photographs[0]], half, options)
     extract([photographs[0]], half, replace(options, overwrite=True))
     assert len(content(half)) == COUNT

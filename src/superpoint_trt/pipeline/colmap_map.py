@@ -171,7 +171,7 @@ def make_map(
     """
     options = options or ColmapOptions()
     colmap, tell = import_pycolmap(), progress or _silent
-    folder = make_folder(output)
+    folder = Path(output)
     with FeatureFile(features) as stored, MatchFile(matches) as matched, _quiet(colmap):
         names = stored.names()
         pairs = list(matched.pairs(names))
@@ -218,12 +218,16 @@ def _check_owner(folder: Path) -> None:
 @contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
     """A new folder for the work, which goes in the end; what a killed run has left in it goes first."""
-    work = folder / _UNFINISHED
+    was_there = folder.is_dir()
+    work = make_folder(folder) / _UNFINISHED
     shutil.rmtree(work, ignore_errors=True)
     try:
         yield make_folder(work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if not was_there:
+            with suppress(OSError):  # it holds the map now
+                folder.rmdir()
 
 
 def _replace(folder: Path, work: Path) -> None:

@@ -201,7 +201,7 @@ def _begin(path: Path, items: Sequence[Item], settings: Settings, options: Extra
         kept = folder.begin(manifest, to_do)
         if not kept.fits(settings, names):
             raise SuperPointError(f"another process has just begun to make {path} of other images, or in another way.")
-    return _Run(folder, kept, [items[at] for at in folder.to_do(kept)], items)
+    return _Run(folder, kept, [items[at] for at in folder.to_do(kept, len(items))], items)
 
 
 def _kept_run(folder: ShardFolder, settings: Settings, names: str) -> Manifest | None:

@@ -205,7 +205,7 @@ def _begin(path: Path, wanted: Sequence[Pair], settings: Settings, overwrite: bo
             f"{folder.folder} keeps an unfinished run over other pairs; finish it with its own pairs file first, or "
             "start anew with --overwrite."
         )
-    left = [wanted[at] for at in folder.to_do(kept)]
+    left = [wanted[at] for at in folder.to_do(kept, len(wanted))]
     return _Run(folder, kept, left, len(wanted) - len(left))
 
 
