@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import tempfile
@@ -323,7 +324,7 @@ def stock() -> dict[str, bytes]:
         "checkpoint.safetensors": checkpoints()["own.safetensors"],
         **pictures(),
         "pairs.txt": BULK_PAIRS,
-        "features.h5": feature_file(),
+        **({"features.h5": feature_file()} if importlib.util.find_spec("h5py") else {}),
     }
 
 

@@ -207,6 +207,8 @@ class Judge:
                 env=environment,
                 text=True,
             )
+            assert self._process.stdout is not None
+            assert self._process.stdout.readline() == "ready\n"  # the time of the imports is not the first command's
         return self._process
 
     def close(self) -> None:

@@ -29,6 +29,8 @@ class Target:
     cases: Callable[[], st.SearchStrategy[Case]]
     sound: Callable[[Path, Ending], str | None] | None
     """None: the exit code and the files that are left tell enough."""
+    needs: str | None = None
+    """A module that is not among the development tools."""
 
 
 # ------------------------------------------------------------------------------------------------------ sound results
@@ -588,9 +590,9 @@ TARGETS = {
         Target("calibration", calibration_cases, sound_output),
         Target("homography", homography_cases, sound_figures),
         Target("folder", lambda: _folders(), sound_figures),
-        Target("feature_file", feature_file_cases, None),
-        Target("pairs_list", pairs_cases, None),
-        Target("match_file", match_file_cases, None),
-        Target("run_state", lambda: run_state_cases(), None),
+        Target("feature_file", feature_file_cases, None, "h5py"),
+        Target("pairs_list", pairs_cases, None, "h5py"),
+        Target("match_file", match_file_cases, None, "h5py"),
+        Target("run_state", lambda: run_state_cases(), None, "h5py"),
     )
 }

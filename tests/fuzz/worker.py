@@ -115,6 +115,8 @@ def main() -> None:
 
     preload()
     streams = Streams()
+    answers.write("ready\n")
+    answers.flush()
     for line in sys.stdin:
         request = json.loads(line)
         os.chdir(request["folder"])

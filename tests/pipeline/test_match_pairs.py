@@ -262,3 +262,13 @@ def test_a_gpu_that_is_not_there(features, tmp_path):
         assert "CPU" in match_pairs(features, [("a/1.jpg", "a/2.jpg")], tmp_path / "m.h5").runs_on
     else:
         pytest.skip("there is a GPU")
+
+
+def test_features_are_never_overwritten(features, tmp_path):
+    before = features.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(SuperPointError, match="would overwrite"):
+            match_pairs(
+                features, [("a/1.jpg", "a/2.jpg")], features, PairMatchOptions(device="cpu", overwrite=overwrite)
+            )
+    assert features.read_bytes() == before

@@ -25,7 +25,7 @@ from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.feature_files import FeatureFile
 from superpoint_trt.pipeline.map_picture import MapPoints, draw_map
 from superpoint_trt.pipeline.match_files import MatchFile
-from superpoint_trt.pipeline.pairs import Pair
+from superpoint_trt.pipeline.pairs import Pair, each_once
 from superpoint_trt.run.draw import save_picture
 
 HALF_PIXEL = 0.5
@@ -300,7 +300,7 @@ def _import(
             keypoints = features[name].keypoints
             counts[name] = len(keypoints)
             database.write_keypoints(ids[name], np.asarray(keypoints, np.float32) + np.float32(HALF_PIXEL))
-        for done, pair in enumerate(_each_once(pairs)):
+        for done, pair in enumerate(each_once(pairs)):
             tell("writing matches", done, len(pairs))
             rows = matches[pair].rows
             if len(rows) and (rows.max(axis=0) >= (counts[pair[0]], counts[pair[1]])).any():
@@ -325,15 +325,6 @@ def _import_images(
             f"COLMAP does not take the images: {one_line(error)}; look at the camera's model, {options.camera_model}, "
             "and parameters."
         ) from error
-
-
-def _each_once(pairs: Sequence[Pair]) -> Iterator[Pair]:
-    """Each pair in one of its two orders: COLMAP keeps one."""
-    seen: set[frozenset[str]] = set()
-    for pair in pairs:
-        if frozenset(pair) not in seen:
-            seen.add(frozenset(pair))
-            yield pair
 
 
 def _verify(colmap: ModuleType, database_path: Path, options: ColmapOptions, tell: PhaseProgress) -> None:

@@ -14,9 +14,10 @@ from superpoint_trt.core.files import PathLike, check_distinct, check_writable
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.feature_files import DTYPES, FeatureFile, import_h5py, is_hdf5_name
-from superpoint_trt.pipeline.inputs import InputOptions, Item, find_items, names_with_spaces
+from superpoint_trt.pipeline.inputs import InputOptions, Item, find_items
 from superpoint_trt.pipeline.locks import RangeLock
 from superpoint_trt.pipeline.merge import MadeBy, failures_path, merge_if_complete
+from superpoint_trt.pipeline.pairs import with_spaces
 from superpoint_trt.pipeline.shards import (
     MERGE_LOCK,
     Manifest,
@@ -275,7 +276,7 @@ def _extract_part(
     folder, manifest = run.folder, run.manifest
     numbers = range_of(options.part, options.parts, manifest.shards)
     with RangeLock(folder.lock_path) as lock:
-        _take(lock, numbers, run)
+        take_part(lock, numbers, folder, manifest)
         unfinished = [number for number in folder.unfinished(manifest) if number in numbers]
         shards = [Shard(number, [run.items[at] for at in manifest.images_of(number)]) for number in unfinished]
         started = time.perf_counter()
@@ -300,18 +301,17 @@ def _extract_part(
     )
 
 
-def _take(lock: RangeLock, numbers: range, run: _Run) -> None:
-    """Locks shards for this process.
+def take_part(lock: RangeLock, numbers: range, folder: ShardFolder, manifest: Manifest) -> None:
+    """Locks shards of a run for this process.
 
     Raises:
         SuperPointError: another process works on one of them, or has completed the run meanwhile.
     """
-    folder = run.folder
     if numbers and not lock.take(numbers.start, len(numbers)):
         raise SuperPointError(
             f"another process works on this part of {folder.output} (its lock is {folder.lock_path}); wait for its end."
         )
-    if folder.manifest() != run.manifest:
+    if folder.manifest() != manifest:
         raise SuperPointError(f"another process has just completed {folder.output}; run this command again.")
 
 
@@ -330,7 +330,7 @@ def _count(shards: Sequence[Shard], progress: PhaseProgress | None) -> Callable[
 
 
 def _notes(items: Sequence[Item]) -> tuple[str, ...]:
-    spaced = names_with_spaces(items)
+    spaced = with_spaces([item.name for item in items])
     if not spaced:
         return ()
     return (f"{len(spaced)} names have spaces ({spaced[0]!r}); superpoint reads pairs files with them, hloc does not",)

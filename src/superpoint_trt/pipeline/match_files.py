@@ -82,7 +82,8 @@ def check_group_names(names: Iterable[str]) -> None:
         other = seen.setdefault(name.replace("/", "-"), name)
         if other != name:
             raise SuperPointError(
-                f"images {other!r} and {name!r} have the same name in a match file, where '/' becomes '-'; rename one."
+                f"images {other!r} and {name!r} have the same name in a match file, where '/' becomes '-'; rename one, "
+                "or give another --root."
             )
 
 

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.core.files import PathLike, check_writable, file_sha256, one_line, write_npz
+from superpoint_trt.core.files import PathLike, check_distinct, check_writable, file_sha256, one_line, write_npz
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.match.matcher import Matcher, Prepared, open_matcher
 from superpoint_trt.match.nearest import Matches, MatchOptions
-from superpoint_trt.pipeline.extract import remove_run
+from superpoint_trt.pipeline.extract import remove_run, take_part
 from superpoint_trt.pipeline.feature_files import FeatureFile
 from superpoint_trt.pipeline.locks import RangeLock
 from superpoint_trt.pipeline.match_files import MatchFile, MatchWriter, check_group_names, to_stored
@@ -115,6 +115,7 @@ def match_pairs(
     options, path = options or PairMatchOptions(), check_writable(output)
     if path.is_symlink():
         path = path.resolve()  # so that shards lie on the file system of the file
+    check_distinct(path, features, pairs if isinstance(pairs, (str, Path)) else None)
     with FeatureFile(features) as stored:
         wanted = (
             list(pairs) if isinstance(pairs, Sequence) and not isinstance(pairs, str) else read_pairs(pairs, stored)
@@ -244,11 +245,7 @@ def _match_part(
     folder, manifest = run.folder, run.manifest
     numbers = range_of(options.part, options.parts, manifest.shards)
     with RangeLock(folder.lock_path) as lock:
-        if numbers and not lock.take(numbers.start, len(numbers)):
-            raise SuperPointError(
-                f"another process works on this part of {folder.output} (its lock is {folder.lock_path}); wait for its "
-                "end."
-            )
+        take_part(lock, numbers, folder, manifest)
         todo = [number for number in folder.unfinished(manifest) if number in numbers]
         with open_matcher(options.matching, options.device) as matcher:
             started = time.monotonic()

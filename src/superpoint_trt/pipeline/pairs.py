@@ -68,7 +68,7 @@ def make_pairs(names: Iterable[str], options: PairOptions) -> list[Pair]:
         return list(itertools.combinations(ordered, 2))
     near = ((a, b) for i, a in enumerate(ordered) for b in ordered[i + 1 : i + 1 + options.sequential])
     loop = itertools.combinations(ordered[:: options.loop_every], 2) if options.loop_every else ()
-    return _each_once(itertools.chain(near, loop))
+    return each_once(itertools.chain(near, loop))
 
 
 def in_sequence(names: Iterable[str]) -> list[str]:
@@ -108,7 +108,7 @@ def read_pairs(path: PathLike, names: Iterable[str]) -> list[Pair]:
     except UnicodeDecodeError as error:
         raise SuperPointError(f"pairs file {path} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
     lines = enumerate(text.splitlines(), start=1)
-    return _each_once(_parse(path, number, line, known) for number, line in lines if line.strip())
+    return each_once(_parse(path, number, line, known) for number, line in lines if line.strip())
 
 
 def _parse(path: PathLike, number: int, line: str, known: set[str]) -> Pair:
@@ -140,7 +140,8 @@ def _splits(line: str) -> Iterator[Pair]:
         yield from ((line[: m.start()], line[m.end() :]) for m in re.finditer(space, line))
 
 
-def _each_once(pairs: Iterable[Pair]) -> list[Pair]:
+def each_once(pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs without those that come again, in either order."""
     seen: set[frozenset[str]] = set()
     found = []
     for pair in pairs:
