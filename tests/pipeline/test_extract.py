@@ -366,10 +366,33 @@ def test_another_tools_file_is_left_alone(photographs, options, tmp_path):
         pass
     (tmp_path / "g.h5").write_text("no HDF5")
     for name in ("f.h5", "g.h5"):
-        with pytest.raises(SuperPointError, match=f"{name} is there and was not made by superpoint extract"):
+        with pytest.raises(
+            SuperPointError, match=f"{name} is there, and is damaged or was not made by superpoint extract"
+        ):
             extract([photographs[0]], tmp_path / name, options)
         extract([photographs[0]], tmp_path / name, replace(options, overwrite=True))
         assert len(content(tmp_path / name)) == COUNT
+
+
+def test_a_folder_that_is_replaced_keeps_no_old_entry(photographs, options, tmp_path):
+    """Otherwise a later run would take an entry of another model for done."""
+    path, folder = tmp_path / "npz", photographs[0]
+    extract([folder], path, options)
+    changed = replace(options, settings={**options.settings, "max_keypoints": 5}, overwrite=True)
+    extract([folder / "street"], path, replace(changed, inputs=InputOptions(root=folder)))
+    assert set(content(path)) == {name for name in photographs[1] if name.startswith("street/")}
+    assert extract([folder], path, replace(changed, overwrite=False)).done == COUNT - len(
+        list((folder / "street").iterdir())
+    )
+    assert max(len(entry[0]) for entry in content(path).values()) == 5
+
+
+def test_npz_of_others_are_never_removed(photographs, options, tmp_path):
+    (tmp_path / "npz" / "deep").mkdir(parents=True)
+    (tmp_path / "npz" / "deep" / "data.npz").write_bytes(b"precious")
+    with pytest.raises(SuperPointError, match=r"holds \.npz files that superpoint extract did not make"):
+        extract([photographs[0]], tmp_path / "npz", replace(options, overwrite=True))
+    assert (tmp_path / "npz" / "deep" / "data.npz").read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize(

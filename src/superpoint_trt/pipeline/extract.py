@@ -13,7 +13,7 @@ from typing import Any, Callable
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.pipeline.feature_files import DTYPES, FeatureFile, import_h5py, is_hdf5_name
+from superpoint_trt.pipeline.feature_files import DTYPES, FeatureFile, import_h5py, is_hdf5_name, remove_entries
 from superpoint_trt.pipeline.inputs import InputOptions, Item, find_items
 from superpoint_trt.pipeline.locks import RangeLock
 from superpoint_trt.pipeline.merge import MadeBy, failures_path, merge_if_complete
@@ -189,7 +189,7 @@ def _begin(path: Path, items: Sequence[Item], settings: Settings, options: Extra
     """
     folder = ShardFolder(path)
     if options.overwrite:
-        remove_run(folder)
+        _make_way(folder)
     names = digest_names(item.name for item in items)
     kept = _kept_run(folder, settings, names)
     if kept is None:
@@ -236,6 +236,25 @@ def _kept_run(folder: ShardFolder, settings: Settings, names: str) -> Manifest |
     )
 
 
+def _make_way(folder: ShardFolder) -> None:
+    """Removes an unfinished run, and the entries of a folder of .npz; an .h5 stays until the merge replaces it.
+
+    Raises:
+        SuperPointError: the folder holds .npz of others, or another process works on the run.
+    """
+    path, ours = folder.output, folder.folder.is_dir() or MadeBy.read(folder.output) is not None
+    if path.is_dir() and not ours:
+        with FeatureFile(path) as features:
+            if len(features):
+                raise SuperPointError(
+                    f"{path} holds .npz files that superpoint extract did not make; choose another --output, or remove "
+                    "them."
+                )
+    remove_run(folder)
+    if path.is_dir() and ours:
+        remove_entries(path)
+
+
 def remove_run(folder: ShardFolder) -> None:
     """Removes an unfinished run.
 
@@ -260,7 +279,8 @@ def _without_entry(path: Path, items: Sequence[Item], settings: Settings) -> lis
     made_by = MadeBy.read(path)
     if made_by is None:
         raise SuperPointError(
-            f"{path} is there and was not made by superpoint extract; choose another --output, or --overwrite."
+            f"{path} is there, and is damaged or was not made by superpoint extract; choose another --output, or "
+            "--overwrite."
         )
     differs = difference(made_by.settings, settings)
     if differs:

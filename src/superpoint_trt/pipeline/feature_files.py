@@ -683,6 +683,23 @@ class _NewNpzFolder:
     def abandon(self) -> None: ...
 
 
+def remove_entries(folder: Path) -> None:
+    """Removes all entries of a folder of .npz, and in the end its description.
+
+    Raises:
+        SuperPointError: one cannot be removed.
+    """
+    with FeatureFile(folder) as features:
+        paths = [_npz_path(folder, name) for name in features.names()]
+    for path in [*paths, folder / _DESCRIPTION_FILE]:
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise SuperPointError(f"{path} cannot be removed: {error.strerror}.") from error
+
+
 def _npz_path(folder: Path, name: str) -> Path:
     return folder / PurePosixPath(f"{name}.npz")
 
