@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -223,6 +224,14 @@ def test_rendered_pictures_are_mapped_and_a_second_run_does_nothing_twice(room, 
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert run(cli, [*arguments, "--max-keypoints", "600"]) == 2
     assert "max_keypoints" in capsys.readouterr().err
+
+
+def test_photographs_that_cannot_be_read_are_told(room, tmp_path, capsys):
+    folder = shutil.copytree(room, tmp_path / "photographs")
+    (folder / "9.png").write_bytes(b"no picture")
+    arguments = ["reconstruct", str(folder), "--output", str(tmp_path / "map"), "--max-side", "160", "--device", "cpu"]
+    assert run(cli, arguments) == 1
+    assert "left out: 9.png" in capsys.readouterr().err
 
 
 def test_frames_of_a_video_are_written_once_and_mapped(tmp_path, capsys):

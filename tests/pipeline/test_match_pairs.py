@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -272,3 +273,15 @@ def test_features_are_never_overwritten(features, tmp_path):
                 features, [("a/1.jpg", "a/2.jpg")], features, PairMatchOptions(device="cpu", overwrite=overwrite)
             )
     assert features.read_bytes() == before
+
+
+def test_a_folder_that_was_extracted_anew_is_other_features(tmp_path):
+    """Entries of the same sizes and of another model."""
+    pairs, folder = [("a", "b")], tmp_path / "npz"
+    write_features(folder, {"a": orthogonal([1, 2]), "b": orthogonal([2, 1])})
+    assert match_pairs(folder, pairs, tmp_path / "m.h5", ON_CPU).matches == 2
+    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert match_pairs(copy, pairs, tmp_path / "m.h5", ON_CPU).done_before == 1
+    write_features(folder, {"b": orthogonal([7, 1])})
+    with pytest.raises(SuperPointError, match="was made of other features"):
+        match_pairs(folder, pairs, tmp_path / "m.h5", ON_CPU)

@@ -133,21 +133,31 @@ def _settings(features: Path, options: MatchOptions) -> Settings:
 
 
 _ENDS_NBYTES = 1 << 20
+_NPZ_ENDS_NBYTES = 1 << 12
 
 
 def _fingerprint(features: Path) -> str:
-    """Tells feature files apart without reading gigabytes: by size, first and last bytes; folders by all sizes."""
+    """Tells feature files apart without reading gigabytes: by size, first and last bytes; folders by all their files.
+
+    An .npz ends with the checksums of its arrays.
+    """
     digest = hashlib.sha256()
-    if features.is_dir():
-        for path in sorted(features.rglob("*.npz")):
-            digest.update(f"{path.relative_to(features).as_posix()}\0{path.stat().st_size}\0".encode())
+    if not features.is_dir():
+        _add_ends(digest, features, _ENDS_NBYTES)
         return digest.hexdigest()
-    size = features.stat().st_size
-    with open(features, "rb") as file:
-        digest.update(f"{size}\0".encode() + file.read(_ENDS_NBYTES))
-        file.seek(max(0, size - _ENDS_NBYTES))
-        digest.update(file.read())
+    for path in sorted(features.rglob("*.npz")):
+        digest.update(f"{path.relative_to(features).as_posix()}\0".encode("utf-8", "surrogateescape"))
+        _add_ends(digest, path, _NPZ_ENDS_NBYTES)
     return digest.hexdigest()
+
+
+def _add_ends(digest: hashlib._Hash, path: Path, nbytes: int) -> None:
+    """Adds a file's size and its first and last bytes to a digest."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        digest.update(f"{size}\0".encode() + file.read(nbytes))
+        file.seek(max(0, size - nbytes))
+        digest.update(file.read())
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
