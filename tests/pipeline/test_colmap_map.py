@@ -252,6 +252,16 @@ def test_frames_of_a_video_are_written_once_and_mapped(tmp_path, capsys):
     written = [path.stat().st_mtime_ns for path in frames]
     assert run(cli, arguments) == 0
     assert [path.stat().st_mtime_ns for path in frames] == written
+    with VideoWriter(tmp_path / "other.mp4") as video:
+        for index in range(7):
+            video.write(np.full((*SIZE_WH[::-1], 3), 40 * index, np.uint8), index / 4)
+    arguments[1] = str(tmp_path / "other.mp4")
+    for changed in (arguments, [*arguments[:1], str(tmp_path / "room.mp4"), *arguments[2:], "--fps", "4"]):
+        assert run(cli, changed) == 2
+        assert "has frames of another video, or at other times" in capsys.readouterr().err
+    assert [path.stat().st_mtime_ns for path in frames] == written
+    run(cli, [*arguments, "--overwrite"])
+    assert cv2.imread(str(frames[0])).max() < 5, "of the other video"
 
 
 def test_maps_do_not_lie_among_the_photographs(room, capsys):

@@ -129,25 +129,25 @@ def match_pairs(
 
 def _settings(features: Path, options: MatchOptions) -> Settings:
     """What decides the content of a match file. The device is not among it, so that a run may go on elsewhere."""
-    return {"features": _fingerprint(features), **asdict(options)}
+    return {"features": fingerprint(features), **asdict(options)}
 
 
 _ENDS_NBYTES = 1 << 20
 _NPZ_ENDS_NBYTES = 1 << 12
 
 
-def _fingerprint(features: Path) -> str:
-    """Tells feature files apart without reading gigabytes: by size, first and last bytes; folders by all their files.
+def fingerprint(path: Path) -> str:
+    """Tells files apart without reading gigabytes: by size, first and last bytes; folders of .npz by all of them.
 
     An .npz ends with the checksums of its arrays.
     """
     digest = hashlib.sha256()
-    if not features.is_dir():
-        _add_ends(digest, features, _ENDS_NBYTES)
+    if not path.is_dir():
+        _add_ends(digest, path, _ENDS_NBYTES)
         return digest.hexdigest()
-    for path in sorted(features.rglob("*.npz")):
-        digest.update(f"{path.relative_to(features).as_posix()}\0".encode("utf-8", "surrogateescape"))
-        _add_ends(digest, path, _NPZ_ENDS_NBYTES)
+    for entry in sorted(path.rglob("*.npz")):
+        digest.update(f"{entry.relative_to(path).as_posix()}\0".encode("utf-8", "surrogateescape"))
+        _add_ends(digest, entry, _NPZ_ENDS_NBYTES)
     return digest.hexdigest()
 
 
