@@ -291,6 +291,12 @@ def _groups(pairs: Sequence[Pair], size: int) -> Iterator[Sequence[Pair]]:
 
 def _match_group(group: Sequence[Pair], cache: _Cache) -> list[_Entry]:
     held = [(cache[first], cache[second]) for first, second in group]
+    for (first, second), (a, b) in zip(group, held):
+        if a.dim != b.dim:
+            raise SuperPointError(
+                f"{cache.path}: descriptors of {first!r} have {a.dim} numbers, those of {second!r} {b.dim}; extract "
+                "all images with one model."
+            )
     return [_Entry(found, a.count, b.count) for found, (a, b) in zip(cache.matcher.match(held), held)]
 
 
@@ -298,7 +304,7 @@ class _Cache:
     """The prepared descriptors of the images used last."""
 
     def __init__(self, features: FeatureFile, matcher: Matcher, most_nbytes: int) -> None:
-        self.matcher, self._features, self._most_nbytes = matcher, features, most_nbytes
+        self.matcher, self.path, self._features, self._most_nbytes = matcher, features.path, features, most_nbytes
         self._held: OrderedDict[str, Prepared] = OrderedDict()
         self._nbytes = 0
 
@@ -310,7 +316,7 @@ class _Cache:
         try:
             prepared = self.matcher.prepare(descriptors)
         except SuperPointError as error:
-            raise SuperPointError(f"{self._features.path}, {name!r}: {error}") from error
+            raise SuperPointError(f"{self.path}, {name!r}: {error}") from error
         self._held[name] = prepared
         self._nbytes += prepared.nbytes
         while self._nbytes > self._most_nbytes and len(self._held) > 1:
