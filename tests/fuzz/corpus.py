@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -160,8 +162,6 @@ def torch_bytes(value: object, zipped: bool = True) -> bytes:
 
 
 def own_bytes(checkpoint: layouts.Checkpoint) -> bytes:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         return layouts.save(checkpoint, Path(folder) / "own.safetensors").read_bytes()
 
@@ -223,8 +223,6 @@ def npz_of_headers(members: dict[str, tuple[dict[str, object], bytes]]) -> bytes
 
 def calibration(model: bytes) -> dict[str, bytes]:
     """Ranges of a model, with weights rounded beside them, as `superpoint quantize` writes them."""
-    import tempfile
-
     from superpoint_trt.convert.quantize.calibrate import calibrate
     from superpoint_trt.convert.quantize.gptq import round_weights
     from superpoint_trt.convert.quantize.ranges_file import rounded_weights_path, save_calibration
@@ -263,6 +261,60 @@ def engine_metadata() -> dict[str, object]:
     }
 
 
+BULK_NAMES = ("good.png", "two.png", "three.png")
+"""Images of the good feature file."""
+BULK_PAIRS = b"good.png two.png\ngood.png three.png\n"
+
+
+def feature_file() -> bytes:
+    """An .h5 with entries of three images."""
+    from superpoint_trt.core.types import Keypoints
+    from superpoint_trt.pipeline.feature_files import FeatureWriter
+
+    arrays = features()
+    found = Keypoints(arrays["keypoints"], arrays["scores"], arrays["descriptors"], (WIDTH_PX, HEIGHT_PX))
+    with tempfile.TemporaryDirectory() as folder:
+        with FeatureWriter(Path(folder) / "f.h5") as writer:
+            for name in BULK_NAMES:
+                writer.write(name, found, found.image_size)
+        return (Path(folder) / "f.h5").read_bytes()
+
+
+def match_file() -> bytes:
+    """The .h5 of its matches."""
+    from superpoint_trt.match.nearest import Matches
+    from superpoint_trt.pipeline.match_files import MatchWriter, to_stored
+
+    found = to_stored(Matches(np.stack([np.arange(5)] * 2, axis=1), np.zeros(5, np.float32)), 5, 5)
+    with tempfile.TemporaryDirectory() as folder:
+        with MatchWriter(Path(folder) / "m.h5") as writer:
+            for line in BULK_PAIRS.decode().splitlines():
+                first, second = line.split()
+                writer.write((first, second), found)
+        return (Path(folder) / "m.h5").read_bytes()
+
+
+def unfinished_run() -> dict[str, bytes]:
+    """What an extraction of two images keeps when one of its two shards is finished."""
+    from superpoint_trt.pipeline.extract import ExtractOptions, extract
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, images = folder / "dense.onnx", [folder / image for image in BULK_NAMES[:2]]
+        model.write_bytes(models()["dense.onnx"].SerializeToString())
+        for path in images:
+            path.write_bytes(pictures()[path.name])
+        options = ExtractOptions(str(model), {"device": "cpu"}, part=1, parts=2, shard_size=1)
+        extract(images, folder / "out.h5", options)
+        return {f"out.h5.shards/{path.name}": path.read_bytes() for path in (folder / "out.h5.shards").iterdir()}
+
+
+def pictures() -> dict[str, bytes]:
+    """The images of the good feature file."""
+    made = (np.roll(picture(), 9 * index, axis=1) for index in range(len(BULK_NAMES)))
+    return {name: cv2.imencode(".png", image)[1].tobytes() for name, image in zip(BULK_NAMES, made)}
+
+
 def stock() -> dict[str, bytes]:
     """The good files of a desk."""
     files = {name: model.SerializeToString() for name, model in models().items()}
@@ -270,7 +322,9 @@ def stock() -> dict[str, bytes]:
         **files,
         **calibration(files["heads.onnx"]),
         "checkpoint.safetensors": checkpoints()["own.safetensors"],
-        "good.png": cv2.imencode(".png", picture())[1].tobytes(),
+        **pictures(),
+        "pairs.txt": BULK_PAIRS,
+        **({"features.h5": feature_file()} if importlib.util.find_spec("h5py") else {}),
     }
 
 

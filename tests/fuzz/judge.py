@@ -31,6 +31,8 @@ MOST_SECONDS = 20.0
 LONGEST_MESSAGE = 1000
 OTHERS_FILES = (".ses",)
 """What libraries leave in the temporary folder: onnxruntime 1.32 keeps the number of its session there."""
+RUN_STATE = re.compile(r"\.shards(/|$)|\.failed\.tsv$")
+"""What a bulk run keeps for its next start and tells of its failures: it may change, stay, or go."""
 ALLOWED = re.compile(r"^(warning|note|left out): ", re.MULTILINE)
 """Lines of ours that may stand on stderr of a command that succeeds."""
 
@@ -152,11 +154,13 @@ class Judge:
 
     def _touched(self, before: Mapping[str, object], case: Case, ending: Ending) -> Finding | None:
         after = _snapshot(self.desk)
-        changed = [name for name, content in before.items() if after.get(name) != content]
+        inputs = {name: content for name, content in before.items() if not RUN_STATE.search(name)}
+        changed = [name for name, content in inputs.items() if after.get(name) != content]
         if changed:
             return Finding("input changed", ", ".join(changed))
-        allowed = set(case.outputs) if ending.code in (0, 1) else set()
-        left = [name for name in after if name not in before and name not in allowed]
+        written = case.outputs if ending.code in (0, 1) else ()
+        allowed = {str(path) for output in written for path in (Path(output), *Path(output).parents)}
+        left = [name for name in after if not (name in before or name in allowed or RUN_STATE.search(name))]
         left += [str(path) for path in self._temporary.iterdir() if path.name not in OTHERS_FILES]
         if left:
             return Finding("files left behind", f"exit {ending.code}: {', '.join(left)}")
@@ -203,6 +207,8 @@ class Judge:
                 env=environment,
                 text=True,
             )
+            assert self._process.stdout is not None
+            assert self._process.stdout.readline() == "ready\n"  # the time of the imports is not the first command's
         return self._process
 
     def close(self) -> None:

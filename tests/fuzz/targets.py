@@ -27,7 +27,10 @@ class Target:
 
     name: str
     cases: Callable[[], st.SearchStrategy[Case]]
-    sound: Callable[[Path, Ending], str | None]
+    sound: Callable[[Path, Ending], str | None] | None
+    """None: the exit code and the files that are left tell enough."""
+    needs: str | None = None
+    """A module that is not among the development tools."""
 
 
 # ------------------------------------------------------------------------------------------------------ sound results
@@ -463,6 +466,116 @@ def _folders(draw: st.DrawFn) -> Case:
     return Case(files, command, "superpoint", outputs if command[0] == "quantize" else ("out.json",), special)
 
 
+# ---------------------------------------------------------------------------------------------------------- bulk work
+
+
+def _hdf5_changed(draw: st.DrawFn, seed: bytes) -> bytes:
+    """A sound .h5 that holds other things: datasets of other types and shapes, links, groups that are missing."""
+    import h5py
+
+    buffer = io.BytesIO(seed)
+    with h5py.File(buffer, "r+") as file:
+        places: list[str] = []
+        file.visit(places.append)
+        for _ in range(draw(st.integers(1, 3))):
+            place = draw(st.sampled_from(places))
+            kind = draw(st.sampled_from(("array", "array", "array", "delete", "link", "attribute", "name", "huge")))
+            with contextlib.suppress(KeyError, ValueError, RuntimeError, TypeError):  # its group has gone
+                _change_hdf5(draw, h5py, file, place, kind)
+    return buffer.getvalue()
+
+
+def _change_hdf5(draw: st.DrawFn, h5py: Any, file: Any, place: str, kind: str) -> None:
+    if kind == "name":
+        file.move(place, draw(st.sampled_from(("x", "a/b", "é", " ", "..", "a\nb")) | st.text(min_size=1, max_size=3)))
+        return
+    if kind == "attribute":
+        value = draw(st.sampled_from((np.nan, "x", [1.0, 2.0], 10**9, h5py.Empty("f4"))))
+        file[place].attrs["uncertainty"] = value
+        return
+    del file[place]
+    if kind == "link":
+        links = (h5py.SoftLink("/"), h5py.SoftLink("/nowhere"), h5py.ExternalLink("features.h5", "/"), file["/"])
+        file[place] = draw(st.sampled_from(links))
+    elif kind == "huge":
+        file.create_dataset(place, draw(st.sampled_from(((10**9, 2), (5, 10**8), (10**12,)))), "f4", chunks=True)
+    elif kind == "array":
+        shape = draw(st.sampled_from(((5, 2), (5,), (4, 5), (2,), (), (0,), (0, 2), (4, 0), (5, 2, 1), (1, 1))))
+        dtype = draw(st.sampled_from(("f2", "f4", "f8", "i2", "i4", "u1", "i8", "c8", "S3", "?")))
+        value = draw(st.sampled_from((0, 1, -1, 4, 5, 127, np.nan, np.inf)))
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            file[place] = np.full(shape, value).astype(dtype)
+
+
+@st.composite
+def hdf5_like(draw: st.DrawFn, seed: bytes) -> bytes:
+    if draw(st.integers(0, 3)):
+        return _hdf5_changed(draw, seed)
+    return draw(mutations.bytes_like([seed]))
+
+
+MATCH_PAIRS = ("match-pairs", "--device", "cpu", "--output", "out.h5", "--pairs")
+
+
+def feature_file_cases() -> st.SearchStrategy[Case]:
+    commands = (
+        ((*MATCH_PAIRS, "pairs.txt", "--features", "odd.h5"), ("out.h5",)),
+        (("pairs", "odd.h5", "--exhaustive", "--output", "out.txt"), ("out.txt",)),
+    )
+    return st.builds(
+        lambda data, command: Case({"odd.h5": data}, command[0], outputs=command[1]),
+        hdf5_like(corpus.feature_file()),
+        st.sampled_from((commands[0], *commands)),
+    )
+
+
+def pairs_cases() -> st.SearchStrategy[Case]:
+    words = st.sampled_from((*corpus.BULK_NAMES, "other", " ", "  ", "\t", "\n", "\r\n", "\ufeff", "\0", "\u2028", "#"))
+    texts = mutations.bytes_like([corpus.BULK_PAIRS]) | st.lists(words, max_size=12).map(lambda w: " ".join(w).encode())
+    listing = ("pairs", "features.h5", "--output", "out.txt", "--list", "odd.txt")
+    commands = (
+        (listing, ("out.txt",)),
+        (("match-pairs", *MATCH_PAIRS[1:], "odd.txt", "--features", "features.h5"), ("out.h5",)),
+    )
+    return st.builds(
+        lambda data, command: Case({"odd.txt": data}, command[0], outputs=command[1]), texts, st.sampled_from(commands)
+    )
+
+
+def match_file_cases() -> st.SearchStrategy[Case]:
+    command = ("colmap", "--images", ".", "--features", "features.h5", "--matches", "odd.h5", "--output", "map")
+    outputs = ("map/database.db", "map/report.json", "map/.superpoint-colmap")
+    return hdf5_like(corpus.match_file()).map(lambda data: Case({"odd.h5": data}, command, outputs=outputs))
+
+
+@st.composite
+def run_state_cases(draw: st.DrawFn) -> Case:
+    """An extraction that was stopped in the middle, and whose files were damaged then."""
+    files = dict(corpus_run_state())
+    name = draw(st.sampled_from(sorted(name for name in files if not name.endswith("lock"))))
+    if name.endswith(".json"):
+        files[name] = draw(mutations.json_like([json.loads(files[name])]))
+    elif name.endswith(".h5"):
+        files[name] = draw(hdf5_like(files[name]))
+    else:
+        positions = draw(st.sampled_from(([5, -1], [0], [0.5, 1.0], [[0, 1]], [1, 0], ["a", "b"], [0, 0], 3)))
+        files[name] = draw(
+            st.just(corpus.npz({"positions": np.array(positions)})) | mutations.bytes_like([files[name]])
+        )
+    commands = (
+        ("extract", "good.png", "two.png", "--model", "dense.onnx", "--device", "cpu", "--output", "out.h5"),
+        ("merge", "out.h5"),
+        ("merge", "out.h5", "--unfinished"),
+    )
+    return Case(files, draw(st.sampled_from(commands)), outputs=("out.h5",))
+
+
+@functools.lru_cache
+def corpus_run_state() -> dict[str, bytes]:
+    return corpus.unfinished_run()
+
+
 TARGETS = {
     target.name: target
     for target in (
@@ -477,5 +590,9 @@ TARGETS = {
         Target("calibration", calibration_cases, sound_output),
         Target("homography", homography_cases, sound_figures),
         Target("folder", lambda: _folders(), sound_figures),
+        Target("feature_file", feature_file_cases, None, "h5py"),
+        Target("pairs_list", pairs_cases, None, "h5py"),
+        Target("match_file", match_file_cases, None, "h5py"),
+        Target("run_state", lambda: run_state_cases(), None, "h5py"),
     )
 }

@@ -10,6 +10,7 @@ on the standard output that the process was started with.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -44,8 +45,13 @@ def preload() -> None:
     import superpoint_trt.convert.engine
     import superpoint_trt.prove.evaluate
     import superpoint_trt.prove.verify
-    import superpoint_trt.run.extractor  # noqa: F401
+    import superpoint_trt.run.extractor
 
+    with contextlib.suppress(ImportError):
+        import h5py  # noqa: F401
+
+        import superpoint_trt.pipeline.extract
+        import superpoint_trt.pipeline.match_pairs  # noqa: F401
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     onnxruntime.get_available_providers()
@@ -109,6 +115,8 @@ def main() -> None:
 
     preload()
     streams = Streams()
+    answers.write("ready\n")
+    answers.flush()
     for line in sys.stdin:
         request = json.loads(line)
         os.chdir(request["folder"])

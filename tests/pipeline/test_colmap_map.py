@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -135,9 +136,19 @@ def test_files_that_do_not_belong_together(known, tmp_path):
     [({"camera_model": "NO_SUCH"}, "NO_SUCH"), ({"camera_params": (1.0,)}, "PINHOLE")],
     ids=["model", "parameters"],
 )
-def test_cameras_that_make_no_sense(known, tmp_path, options, words):
+def test_cameras_that_make_no_sense(known, tmp_path, capfd, options, words):
     with pytest.raises(SuperPointError, match=f"COLMAP does not take the images.*{words}"):
         map_of(known, tmp_path, **options)
+    assert capfd.readouterr().err == "", "COLMAP's own lines"
+
+
+def test_a_run_that_fails_leaves_the_old_map(known, tmp_path):
+    map_of(known, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"database.db", "report.json", "map.png", "points3D.bin"} <= {path.name for path in before}
+    with pytest.raises(SuperPointError, match="COLMAP does not take the images"):
+        map_of(known, tmp_path, camera_model="NO_SUCH")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_the_command_prints_the_report(known, tmp_path, capsys):
@@ -215,6 +226,14 @@ def test_rendered_pictures_are_mapped_and_a_second_run_does_nothing_twice(room, 
     assert "max_keypoints" in capsys.readouterr().err
 
 
+def test_photographs_that_cannot_be_read_are_told(room, tmp_path, capsys):
+    folder = shutil.copytree(room, tmp_path / "photographs")
+    (folder / "9.png").write_bytes(b"no picture")
+    arguments = ["reconstruct", str(folder), "--output", str(tmp_path / "map"), "--max-side", "160", "--device", "cpu"]
+    assert run(cli, arguments) == 1
+    assert "left out: 9.png" in capsys.readouterr().err
+
+
 def test_frames_of_a_video_are_written_once_and_mapped(tmp_path, capsys):
     pytest.importorskip("av", reason="videos need PyAV (extra bulk)")
     from superpoint_trt.pipeline.video_writer import VideoWriter
@@ -233,6 +252,16 @@ def test_frames_of_a_video_are_written_once_and_mapped(tmp_path, capsys):
     written = [path.stat().st_mtime_ns for path in frames]
     assert run(cli, arguments) == 0
     assert [path.stat().st_mtime_ns for path in frames] == written
+    with VideoWriter(tmp_path / "other.mp4") as video:
+        for index in range(7):
+            video.write(np.full((*SIZE_WH[::-1], 3), 40 * index, np.uint8), index / 4)
+    arguments[1] = str(tmp_path / "other.mp4")
+    for changed in (arguments, [*arguments[:1], str(tmp_path / "room.mp4"), *arguments[2:], "--fps", "4"]):
+        assert run(cli, changed) == 2
+        assert "has frames of another video, or at other times" in capsys.readouterr().err
+    assert [path.stat().st_mtime_ns for path in frames] == written
+    run(cli, [*arguments, "--overwrite"])
+    assert cv2.imread(str(frames[0])).max() < 5, "of the other video"
 
 
 def test_maps_do_not_lie_among_the_photographs(room, capsys):

@@ -334,9 +334,16 @@ def test_spoiled_shards_are_found(half, photographs, options, expected):
 
 def test_damaged_state_is_one_line(half, photographs, options):
     shards = half.with_name("f.h5.shards")
-    for name in ("00000.json", "manifest.json"):
+    for name, told in (("00000.json", "its shard is done again"), ("manifest.json", "start the run anew")):
+        before = (shards / name).read_bytes()
         (shards / name).write_text("{")
-        with pytest.raises(SuperPointError, match=f"{name} is damaged .*start the run anew"):
+        with pytest.raises(SuperPointError, match=f"{name} is damaged .*{told}"):
+            extract([photographs[0]], half, options)
+        (shards / name).write_bytes(before)
+    (to_do,) = shards.glob("to-do.*.npz")
+    for positions in (np.arange(COUNT) + 1, np.arange(COUNT) / 2, np.zeros(COUNT, int), np.arange(3), np.array(["a"])):
+        np.savez(to_do, positions=positions)
+        with pytest.raises(SuperPointError, match=rf"{to_do.name} is damaged .*start the run anew"):
             extract([photographs[0]], half, options)
     extract([photographs[0]], half, replace(options, overwrite=True))
     assert len(content(half)) == COUNT
@@ -359,10 +366,33 @@ def test_another_tools_file_is_left_alone(photographs, options, tmp_path):
         pass
     (tmp_path / "g.h5").write_text("no HDF5")
     for name in ("f.h5", "g.h5"):
-        with pytest.raises(SuperPointError, match=f"{name} is there and was not made by superpoint extract"):
+        with pytest.raises(
+            SuperPointError, match=f"{name} is there, and is damaged or was not made by superpoint extract"
+        ):
             extract([photographs[0]], tmp_path / name, options)
         extract([photographs[0]], tmp_path / name, replace(options, overwrite=True))
         assert len(content(tmp_path / name)) == COUNT
+
+
+def test_a_folder_that_is_replaced_keeps_no_old_entry(photographs, options, tmp_path):
+    """Otherwise a later run would take an entry of another model for done."""
+    path, folder = tmp_path / "npz", photographs[0]
+    extract([folder], path, options)
+    changed = replace(options, settings={**options.settings, "max_keypoints": 5}, overwrite=True)
+    extract([folder / "street"], path, replace(changed, inputs=InputOptions(root=folder)))
+    assert set(content(path)) == {name for name in photographs[1] if name.startswith("street/")}
+    assert extract([folder], path, replace(changed, overwrite=False)).done == COUNT - len(
+        list((folder / "street").iterdir())
+    )
+    assert max(len(entry[0]) for entry in content(path).values()) == 5
+
+
+def test_npz_of_others_are_never_removed(photographs, options, tmp_path):
+    (tmp_path / "npz" / "deep").mkdir(parents=True)
+    (tmp_path / "npz" / "deep" / "data.npz").write_bytes(b"precious")
+    with pytest.raises(SuperPointError, match=r"holds \.npz files that superpoint extract did not make"):
+        extract([photographs[0]], tmp_path / "npz", replace(options, overwrite=True))
+    assert (tmp_path / "npz" / "deep" / "data.npz").read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize(

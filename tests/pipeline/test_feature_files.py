@@ -139,3 +139,67 @@ def test_without_h5py(tmp_path, monkeypatch):
             use(tmp_path / "f.h5")
     write(tmp_path / "folder")
     assert dict(read_features(tmp_path / "folder"))
+
+
+def damaged_by(tmp_path, change):
+    """A file of one sound entry, "a", that `change` damages."""
+    path = write(tmp_path / "f.h5", ("none", "a"))
+    with h5py.File(path, "r+") as file:
+        change(file)
+    return path
+
+
+def replaced(key, value):
+    def change(file):
+        del file["a"][key]
+        file["a"][key] = value
+
+    return change
+
+
+DAMAGE = {
+    "it has no scores": lambda file: file["a"].__delitem__("scores"),
+    "keypoints is no array of numbers": replaced("keypoints", np.array([[b"x", b"y"]])),
+    "descriptors is no array of numbers": replaced("descriptors", np.full((16, 1), b"x")),
+    "scores is no array of numbers": replaced("scores", h5py.Empty("f4")),
+    r"keypoints \(\)": replaced("keypoints", 3.0),
+    "image_size is": replaced("image_size", np.array([np.nan, 3.0])),
+    "keypoints hold numbers that are not finite": replaced("keypoints", np.array([[np.nan, 1]])),
+    "descriptors hold numbers that are not finite": replaced("descriptors", np.full((16, 1), np.inf)),
+    "descriptors are uint8": replaced("descriptors", np.ones((16, 1), np.uint8)),
+    "more than the file can hold": lambda file: (
+        file["a"].__delitem__("keypoints"),
+        file["a"].create_dataset("keypoints", (10**12, 2), "f4", chunks=(1024, 2)),
+    ),
+    "could not convert": lambda file: file["a/keypoints"].attrs.__setitem__("uncertainty", "x"),
+}
+
+
+@pytest.mark.parametrize("told", DAMAGE)
+def test_an_entry_of_something_else(tmp_path, told):
+    with FeatureFile(damaged_by(tmp_path, DAMAGE[told])) as features:
+        assert features.names() == ["a", "none"]
+        with pytest.raises(SuperPointError, match=rf"f\.h5: the entry 'a' cannot be read \(.*{told}"):
+            features["a"]
+
+
+def test_links_that_go_in_circles(tmp_path):
+    def change(file):
+        file["circle/again"] = file["/"]
+        file["soft"], file["nowhere"] = h5py.SoftLink("/"), h5py.SoftLink("/missing")
+
+    with FeatureFile(damaged_by(tmp_path, change)) as features:
+        assert features.names() == ["a", "none"]
+
+
+def test_a_name_that_is_no_text(path):
+    with pytest.raises(SuperPointError, match="no UTF-8 text; rename the file"), FeatureWriter(path) as writer:
+        writer.write("\udcff.png", keypoints(0), (9, 9))
+
+
+def test_an_uncertainty_that_is_no_number(tmp_path):
+    write(tmp_path / "folder", ("a",))
+    with np.load(tmp_path / "folder" / "a.npz") as arrays:
+        np.savez(tmp_path / "folder" / "a.npz", **{**arrays, "uncertainty": np.array(["x"])})
+    with FeatureFile(tmp_path / "folder") as features, pytest.raises(SuperPointError, match="uncertainty is no number"):
+        features["a"]

@@ -8,7 +8,8 @@ import pytest
 from pipeline.videos import write_video
 
 from superpoint_trt import SuperPointError
-from superpoint_trt.pipeline.inputs import InputOptions, find_items, names_with_spaces
+from superpoint_trt.pipeline.inputs import InputOptions, find_items
+from superpoint_trt.pipeline.pairs import with_spaces
 
 
 @pytest.fixture
@@ -34,6 +35,11 @@ def test_a_folder_with_its_subfolders(tree):
 def test_one_image_and_several(tree):
     assert names("photos/b.JPG") == ["b.JPG"]
     assert names("photos/b.JPG", "photos/sub/c.tif", "photos/b.JPG") == ["b.JPG", "sub/c.tif"]
+    assert names("photos/b.JPG", "photos/sub/../b.JPG", "./photos", os.path.abspath("photos/sub/c.tif")) == [
+        "b.JPG",
+        "a.png",
+        "sub/c.tif",
+    ]
 
 
 def test_globs(tree):
@@ -80,10 +86,10 @@ def test_what_is_refused(tree, inputs, root, told):
 
 def test_names_that_match_files_cannot_tell_apart(tree):
     (tree / "photos/sub-c.tif").write_bytes(b"x")
-    with pytest.raises(SuperPointError, match=r"'sub-c.tif' and 'sub/c.tif', have one name in match files"):
+    with pytest.raises(SuperPointError, match=r"'sub-c.tif' and 'sub/c.tif' have the same name in a match file"):
         find_items(["photos"])
 
 
 def test_spaces(tree):
     (tree / "photos/d e.jpg").write_bytes(b"x")
-    assert names_with_spaces(find_items(["photos"])) == ["d e.jpg"]
+    assert with_spaces(names("photos")) == ["d e.jpg"]

@@ -121,3 +121,18 @@ def test_a_missing_file_and_one_of_another_kind(tmp_path):
     (tmp_path / "text.h5").write_text("no")
     with pytest.raises(SuperPointError, match="cannot be read as HDF5"):
         MatchFile(tmp_path / "text.h5")
+
+
+def test_a_file_with_other_things_in_it(tmp_path):
+    features, nowhere = tmp_path / "dataset.h5", tmp_path / "link.h5"
+    with h5py.File(features, "w") as file:
+        file["a.png"] = np.zeros((3, 2))
+    with h5py.File(nowhere, "w") as file:
+        file["a.png"] = h5py.SoftLink("/missing")
+    for path in (features, nowhere):
+        with MatchFile(path) as matches:
+            for read in (lambda: list(matches.pairs(["a.png", "b.png"])), lambda: list(matches.entries())):
+                with pytest.raises(SuperPointError, match=rf"{path.name} is no match file"):
+                    read()
+            with pytest.raises(SuperPointError, match="no matches of"):
+                matches["a.png", "b.png"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -262,7 +263,7 @@ with RangeLock(Path({str(unfinished) + ".shards"!r}) / "lock") as lock:
 
 def test_images_of_two_models_are_named(tmp_path):
     features = write_features(tmp_path / "f.h5", {"a": orthogonal([1], 64), "b": orthogonal([1], 256)})
-    with pytest.raises(SuperPointError, match="descriptors have 64 and 256 numbers"):
+    with pytest.raises(SuperPointError, match=r"f\.h5: descriptors of 'a' have 64 numbers, those of 'b' 256"):
         match_pairs(features, [("a", "b")], tmp_path / "m.h5", ON_CPU)
 
 
@@ -284,3 +285,25 @@ def test_a_gpu_that_is_not_there(features, tmp_path):
         assert "CPU" in match_pairs(features, [("a/1.jpg", "a/2.jpg")], tmp_path / "m.h5").runs_on
     else:
         pytest.skip("there is a GPU")
+
+
+def test_features_are_never_overwritten(features, tmp_path):
+    before = features.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(SuperPointError, match="would overwrite"):
+            match_pairs(
+                features, [("a/1.jpg", "a/2.jpg")], features, PairMatchOptions(device="cpu", overwrite=overwrite)
+            )
+    assert features.read_bytes() == before
+
+
+def test_a_folder_that_was_extracted_anew_is_other_features(tmp_path):
+    """Entries of the same sizes and of another model."""
+    pairs, folder = [("a", "b")], tmp_path / "npz"
+    write_features(folder, {"a": orthogonal([1, 2]), "b": orthogonal([2, 1])})
+    assert match_pairs(folder, pairs, tmp_path / "m.h5", ON_CPU).matches == 2
+    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert match_pairs(copy, pairs, tmp_path / "m.h5", ON_CPU).done_before == 1
+    write_features(folder, {"b": orthogonal([7, 1])})
+    with pytest.raises(SuperPointError, match="was made of other features"):
+        match_pairs(folder, pairs, tmp_path / "m.h5", ON_CPU)

@@ -22,7 +22,9 @@ def test_sequences_count_as_people_do():
 def test_every_image_with_every_other():
     a, b, c, d = IN_ORDER
     assert make_pairs(NAMES, PairOptions(exhaustive=True)) == [(a, b), (a, c), (a, d), (b, c), (b, d), (c, d)]
-    assert make_pairs(["one"], PairOptions(exhaustive=True)) == []
+    for few in ([], ["one"]):
+        with pytest.raises(SuperPointError, match=f"two images; there are features of {len(few)}"):
+            make_pairs(few, PairOptions(exhaustive=True))
 
 
 def test_each_with_the_next():
@@ -44,9 +46,9 @@ def test_loops_are_closed_and_no_pair_is_made_twice():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "0 ways"),
+        ({}, "0 ways .*--exhaustive, --sequential K and --list FILE"),
         ({"exhaustive": True, "sequential": 2}, "2 ways"),
-        ({"exhaustive": True, "loop_every": 2}, "in a sequence only"),
+        ({"exhaustive": True, "loop_every": 2}, "give --sequential K, too"),
         ({"sequential": 0}, "following images is 0"),
         ({"sequential": 2, "loop_every": -1}, "loop images is -1"),
     ],
@@ -70,15 +72,23 @@ def test_a_file_is_read_as_written(tmp_path):
 def test_lists_of_others(tmp_path):
     """Tabs, empty lines, Windows line ends; the same pair in both orders counts once."""
     path = tmp_path / "pairs.txt"
-    path.write_bytes(b"a\tb\r\n\r\nb a\n  c   a\n")
+    path.write_bytes(b"\xef\xbb\xbfa\tb\r\n\r\nb a\n  c   a\n")
     assert read_pairs(path, "abc") == [("a", "b"), ("c", "a")]
+
+
+def test_names_that_begin_or_end_with_a_space(tmp_path):
+    names = [" a", "b ", "c"]
+    path = write_pairs(tmp_path / "pairs.txt", made := make_pairs(names, PairOptions(exhaustive=True)))
+    assert read_pairs(path, names) == made
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         (b"a b\na x\n", "line 2 .*no features of 'x'"),
-        (b"a\n", "line 1 .*0 ways"),
+        (b"a\n", "line 1 .*'a' is not two different names"),
+        (b"a b 0.83\n", "line 1 .*is not two different names"),
+        (b" " * 300_000 + b"a b x\n", "line 1 .*is not two different names"),
         (b"a a\n", "two different names"),
         (b"a b c\n", "line 1"),
         (b"p q r\n", "2 ways"),

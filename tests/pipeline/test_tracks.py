@@ -123,6 +123,7 @@ def test_an_image_that_cannot_be_read_is_left_out(shifted, superpoint, tmp_path)
     (tmp_path / "1.png").write_bytes(b"no picture")
     found = track(tmp_path, superpoint, TrackOutputs())
     assert found.frames == FRAMES - 1 and len(found.left_out) == 1 and "1.png" in found.left_out[0]
+    assert run(cli, ["track", str(tmp_path), "--no-display", "--device", "cpu"]) == 1
     for path in tmp_path.iterdir():
         path.write_bytes(b"no picture")
     with pytest.raises(SuperPointError, match="has no image that can be read"):

@@ -84,5 +84,5 @@ def print_map(report: MapReport, output: str) -> None:
     console().print(table)
     if report.map and report.left_out:
         names = ", ".join(report.left_out[:_MOST_NAMES]) + (", ..." if len(report.left_out) > _MOST_NAMES else "")
-        print_aside("left out", f"{len(report.left_out)} images have no place in the map: {names}")
+        print_aside("left out", f"{len(report.left_out)} of {report.images} images have no place in the map: {names}")
     print_row("output", output)

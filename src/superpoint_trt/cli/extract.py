@@ -130,7 +130,7 @@ def print_summary(summary: ExtractSummary) -> None:
     listed = f", listed in {summary.failures_file}" if summary.failures_file else ""
     print_row("failed", f"{len(summary.failed)}{listed}")
     left = summary.unfinished_shards
-    print_row("features", f"not complete: {left} shards are left to other processes" if left else summary.output)
+    print_row("features", f"not complete: shards left to other processes: {left}" if left else summary.output)
 
 
 @click.command()

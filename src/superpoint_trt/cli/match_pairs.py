@@ -72,4 +72,4 @@ def print_pair_matches(found: PairMatchSummary) -> None:
         print_row("matched", f"{found.matched} pairs, {found.matched / max(found.seconds, 1e-9):.3g} a second")
         print_row("matches", f"{found.matches}, {found.matches / found.matched:.0f} a pair")
     left = found.unfinished_shards
-    print_row("output", f"not complete: {left} shards are left to other processes" if left else found.output)
+    print_row("output", f"not complete: shards left to other processes: {left}" if left else found.output)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from superpoint_trt.cli.colmap import MAPS, ColmapArgs, print_map
-from superpoint_trt.cli.extract import print_summary
+from superpoint_trt.cli.extract import SOME_FAILED, print_summary
 from superpoint_trt.cli.match import NeighborArgs
 from superpoint_trt.cli.match_pairs import pair_options, print_pair_matches
 from superpoint_trt.cli.matcher import MatcherArgs
@@ -85,7 +85,9 @@ class ReconstructArgs(OptionGroup):
     max_side_px={"default": MAX_SIDE_PX, "show_default": True},
 )
 @RuntimeArgs.declare("runtime")
+@click.pass_context
 def reconstruct(
+    context: click.Context,
     source: str,
     output: str,
     model: str,
@@ -98,7 +100,7 @@ def reconstruct(
 ) -> None:
     """Make a map of photographs or a video: extract, pairs, match-pairs and colmap in a row.
 
-    Killed at any time, it goes on where it was when it is started again.
+    Killed at any time, it goes on where it was when it is started again. Exit code 1: some images failed.
     """
     from superpoint_trt.pipeline.reconstruct import reconstruct as run_reconstruct
 
@@ -106,6 +108,8 @@ def reconstruct(
     with rate_bar("items") as progress:
         found = run_reconstruct(source, output, options, progress)
     print_reconstruction(found, output)
+    if found.extracted.failed:
+        context.exit(SOME_FAILED)
 
 
 def print_reconstruction(found: ReconstructSummary, output: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from superpoint_trt.cli.extract import SOME_FAILED
 from superpoint_trt.cli.options import MODEL, ExtractArgs, OptionGroup, RuntimeArgs, option
 from superpoint_trt.cli.progress import phase_bar
 from superpoint_trt.cli.terminal import check_outputs, open_model, print_aside, print_row
@@ -87,7 +88,9 @@ class TrackOutputArgs(OptionGroup):
     nms_radius_px={"aliases": ("--nms_dist",)},
 )
 @RuntimeArgs.declare("runtime")
+@click.pass_context
 def track(
+    context: click.Context,
     model: str,
     source: str,
     writing: TrackOutputArgs,
@@ -95,7 +98,7 @@ def track(
     extract: ExtractArgs,
     runtime: RuntimeArgs,
 ) -> None:
-    """Follow points through a video, a folder of images, or a camera."""
+    """Follow points through a video, a folder of images, or a camera. Exit code 1: some images were left out."""
     from superpoint_trt.pipeline.track_video import track as run_track
 
     check_outputs((writing.output, writing.save), (source, model))
@@ -103,6 +106,8 @@ def track(
     with open_model(model, runtime, extract) as superpoint, phase_bar("looking for images") as progress:
         found = run_track(source, superpoint, outputs, tracking, images, progress)
     print_tracks(found, outputs)
+    if found.left_out:
+        context.exit(SOME_FAILED)
 
 
 def print_tracks(found: TrackSummary, outputs: TrackOutputs) -> None:

@@ -25,7 +25,7 @@ from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.feature_files import FeatureFile
 from superpoint_trt.pipeline.map_picture import MapPoints, draw_map
 from superpoint_trt.pipeline.match_files import MatchFile
-from superpoint_trt.pipeline.pairs import Pair
+from superpoint_trt.pipeline.pairs import Pair, each_once
 from superpoint_trt.run.draw import save_picture
 
 HALF_PIXEL = 0.5
@@ -37,6 +37,8 @@ DATABASE, MODELS, REPORT, PICTURE = "database.db", "sparse", "report.json", "map
 """Names in the output folder; `sparse/0`, `sparse/1` and so on are COLMAP's own."""
 _MARK = ".superpoint-colmap"
 """A file that says whose the folder's database and map are."""
+_UNFINISHED = ".superpoint-colmap.unfinished"
+"""A folder in the output folder, in which the new database and map grow while the old ones stay."""
 
 
 class MapKind(str, enum.Enum):
@@ -169,19 +171,20 @@ def make_map(
     """
     options = options or ColmapOptions()
     colmap, tell = import_pycolmap(), progress or _silent
-    folder = make_folder(output)
+    folder = Path(output)
     with FeatureFile(features) as stored, MatchFile(matches) as matched, _quiet(colmap):
         names = stored.names()
         pairs = list(matched.pairs(names))
         _check_images(Path(images), names, stored.path)
-        _clear(folder)
-        _import(colmap, folder / DATABASE, Path(images), stored, matched, names, pairs, options, tell)
-    with _quiet(colmap):
-        _verify(colmap, folder / DATABASE, options, tell)
-        report, best = _map(colmap, folder, Path(images), names, options, tell)
-    write_atomically(folder / REPORT, (json.dumps(asdict(report), indent=1) + "\n").encode())
-    if best is not None:
-        save_picture(folder / PICTURE, draw_map(map_points(best)))
+        _check_owner(folder)
+        with _unfinished(folder) as work:
+            _import(colmap, work / DATABASE, Path(images), stored, matched, names, pairs, options, tell)
+            _verify(colmap, work / DATABASE, options, tell)
+            report, best = _map(colmap, work, Path(images), names, options, tell)
+            write_atomically(work / REPORT, (json.dumps(asdict(report), indent=1) + "\n").encode())
+            if best is not None:
+                save_picture(work / PICTURE, draw_map(map_points(best)))
+            _replace(folder, work)
     return report
 
 
@@ -199,22 +202,44 @@ def _check_images(images: Path, names: Sequence[str], features: Path) -> None:
         )
 
 
-def _clear(folder: Path) -> None:
-    """Removes what an earlier run has left in the output folder.
+def _check_owner(folder: Path) -> None:
+    """Checks that a database and a map in the output folder are of an earlier run.
 
     Raises:
-        SuperPointError: the folder has a database or a map that is not ours.
+        SuperPointError: they are not.
     """
     there = [name for name in (DATABASE, MODELS) if (folder / name).exists()]
     if there and not (folder / _MARK).exists():
         raise SuperPointError(
             f"{folder} has a {there[0]} that superpoint colmap did not make; choose another --output."
         )
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A new folder for the work, which goes in the end; what a killed run has left in it goes first."""
+    was_there = folder.is_dir()
+    work = make_folder(folder) / _UNFINISHED
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        yield make_folder(work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if not was_there:
+            with suppress(OSError):  # it holds the map now
+                folder.rmdir()
+
+
+def _replace(folder: Path, work: Path) -> None:
+    """Replaces what an earlier run has left in the output folder by the finished work."""
     write_atomically(folder / _MARK, b"superpoint colmap replaces the database and the map in this folder.\n")
-    for name in (DATABASE, REPORT, PICTURE):
-        with suppress(FileNotFoundError):
-            (folder / name).unlink()
     shutil.rmtree(folder / MODELS, ignore_errors=True)
+    for name in (DATABASE, MODELS, REPORT, PICTURE):
+        if (work / name).exists():
+            (work / name).replace(folder / name)
+        else:
+            with suppress(FileNotFoundError):
+                (folder / name).unlink()
 
 
 def import_pycolmap() -> ModuleType:
@@ -275,7 +300,7 @@ def _import(
             keypoints = features[name].keypoints
             counts[name] = len(keypoints)
             database.write_keypoints(ids[name], np.asarray(keypoints, np.float32) + np.float32(HALF_PIXEL))
-        for done, pair in enumerate(_each_once(pairs)):
+        for done, pair in enumerate(each_once(pairs)):
             tell("writing matches", done, len(pairs))
             rows = matches[pair].rows
             if len(rows) and (rows.max(axis=0) >= (counts[pair[0]], counts[pair[1]])).any():
@@ -300,15 +325,6 @@ def _import_images(
             f"COLMAP does not take the images: {one_line(error)}; look at the camera's model, {options.camera_model}, "
             "and parameters."
         ) from error
-
-
-def _each_once(pairs: Sequence[Pair]) -> Iterator[Pair]:
-    """Each pair in one of its two orders: COLMAP keeps one."""
-    seen: set[frozenset[str]] = set()
-    for pair in pairs:
-        if frozenset(pair) not in seen:
-            seen.add(frozenset(pair))
-            yield pair
 
 
 def _verify(colmap: ModuleType, database_path: Path, options: ColmapOptions, tell: PhaseProgress) -> None:
@@ -415,7 +431,7 @@ def _quiet(colmap: ModuleType) -> Iterator[None]:
     """Keeps COLMAP's log, hundreds of lines, off the terminal. SUPERPOINT_COLMAP_LOG=1 shows it."""
     level = colmap.logging.minloglevel
     if not os.environ.get("SUPERPOINT_COLMAP_LOG"):
-        colmap.logging.minloglevel = int(colmap.logging.ERROR.value)
+        colmap.logging.minloglevel = int(colmap.logging.FATAL.value)  # its errors come as exceptions, too
     try:
         yield
     finally:

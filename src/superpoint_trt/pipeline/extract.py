@@ -13,10 +13,11 @@ from typing import Any, Callable
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.pipeline.feature_files import DTYPES, FeatureFile, import_h5py, is_hdf5_name
-from superpoint_trt.pipeline.inputs import InputOptions, Item, find_items, names_with_spaces
+from superpoint_trt.pipeline.feature_files import DTYPES, FeatureFile, import_h5py, is_hdf5_name, remove_entries
+from superpoint_trt.pipeline.inputs import InputOptions, Item, find_items
 from superpoint_trt.pipeline.locks import RangeLock
 from superpoint_trt.pipeline.merge import MadeBy, failures_path, merge_if_complete
+from superpoint_trt.pipeline.pairs import with_spaces
 from superpoint_trt.pipeline.shards import (
     MERGE_LOCK,
     Manifest,
@@ -188,7 +189,7 @@ def _begin(path: Path, items: Sequence[Item], settings: Settings, options: Extra
     """
     folder = ShardFolder(path)
     if options.overwrite:
-        remove_run(folder)
+        _make_way(folder)
     names = digest_names(item.name for item in items)
     kept = _kept_run(folder, settings, names)
     if kept is None:
@@ -201,7 +202,7 @@ def _begin(path: Path, items: Sequence[Item], settings: Settings, options: Extra
         kept = folder.begin(manifest, to_do)
         if not kept.fits(settings, names):
             raise SuperPointError(f"another process has just begun to make {path} of other images, or in another way.")
-    return _Run(folder, kept, [items[at] for at in folder.to_do(kept)], items)
+    return _Run(folder, kept, [items[at] for at in folder.to_do(kept, len(items))], items)
 
 
 def _kept_run(folder: ShardFolder, settings: Settings, names: str) -> Manifest | None:
@@ -235,6 +236,25 @@ def _kept_run(folder: ShardFolder, settings: Settings, names: str) -> Manifest |
     )
 
 
+def _make_way(folder: ShardFolder) -> None:
+    """Removes an unfinished run, and the entries of a folder of .npz; an .h5 stays until the merge replaces it.
+
+    Raises:
+        SuperPointError: the folder holds .npz of others, or another process works on the run.
+    """
+    path, ours = folder.output, folder.folder.is_dir() or MadeBy.read(folder.output) is not None
+    if path.is_dir() and not ours:
+        with FeatureFile(path) as features:
+            if len(features):
+                raise SuperPointError(
+                    f"{path} holds .npz files that superpoint extract did not make; choose another --output, or remove "
+                    "them."
+                )
+    remove_run(folder)
+    if path.is_dir() and ours:
+        remove_entries(path)
+
+
 def remove_run(folder: ShardFolder) -> None:
     """Removes an unfinished run.
 
@@ -259,7 +279,8 @@ def _without_entry(path: Path, items: Sequence[Item], settings: Settings) -> lis
     made_by = MadeBy.read(path)
     if made_by is None:
         raise SuperPointError(
-            f"{path} is there and was not made by superpoint extract; choose another --output, or --overwrite."
+            f"{path} is there, and is damaged or was not made by superpoint extract; choose another --output, or "
+            "--overwrite."
         )
     differs = difference(made_by.settings, settings)
     if differs:
@@ -275,7 +296,7 @@ def _extract_part(
     folder, manifest = run.folder, run.manifest
     numbers = range_of(options.part, options.parts, manifest.shards)
     with RangeLock(folder.lock_path) as lock:
-        _take(lock, numbers, run)
+        take_part(lock, numbers, folder, manifest)
         unfinished = [number for number in folder.unfinished(manifest) if number in numbers]
         shards = [Shard(number, [run.items[at] for at in manifest.images_of(number)]) for number in unfinished]
         started = time.perf_counter()
@@ -300,18 +321,17 @@ def _extract_part(
     )
 
 
-def _take(lock: RangeLock, numbers: range, run: _Run) -> None:
-    """Locks shards for this process.
+def take_part(lock: RangeLock, numbers: range, folder: ShardFolder, manifest: Manifest) -> None:
+    """Locks shards of a run for this process.
 
     Raises:
         SuperPointError: another process works on one of them, or has completed the run meanwhile.
     """
-    folder = run.folder
     if numbers and not lock.take(numbers.start, len(numbers)):
         raise SuperPointError(
             f"another process works on this part of {folder.output} (its lock is {folder.lock_path}); wait for its end."
         )
-    if folder.manifest() != run.manifest:
+    if folder.manifest() != manifest:
         raise SuperPointError(f"another process has just completed {folder.output}; run this command again.")
 
 
@@ -330,7 +350,7 @@ def _count(shards: Sequence[Shard], progress: PhaseProgress | None) -> Callable[
 
 
 def _notes(items: Sequence[Item]) -> tuple[str, ...]:
-    spaced = names_with_spaces(items)
+    spaced = with_spaces([item.name for item in items])
     if not spaced:
         return ()
     return (f"{len(spaced)} names have spaces ({spaced[0]!r}); superpoint reads pairs files with them, hloc does not",)

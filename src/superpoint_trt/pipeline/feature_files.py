@@ -48,6 +48,8 @@ DESCRIPTION = "superpoint_trt"
 _DESCRIPTION_FILE = "superpoint_trt.json"
 """In a folder of .npz."""
 _DATASETS = ("keypoints", "scores", "descriptors", "image_size")
+_MOST_PACKED = 1100
+"""How many times smaller than its content an HDF5 file can be; deflate packs zeros 1,032-fold."""
 _HDF5_FORMATS = ("v108", "v108")
 """The format of HDF5 1.8, which every reader knows; groups of the older format slow down above 15,000 entries."""
 
@@ -282,7 +284,9 @@ def check_name(name: str) -> None:
         is_text = "\0" not in name
     except UnicodeEncodeError:  # bytes of a file name that are no UTF-8
         is_text = False
-    if not is_text or any(part in ("", ".", "..") for part in parts):
+    if not is_text:
+        raise SuperPointError(f"{name!r} cannot name an image in a feature file: it is no UTF-8 text; rename the file.")
+    if any(part in ("", ".", "..") for part in parts):
         raise SuperPointError(
             f"{name!r} cannot name an image in a feature file; expected a path below a folder: a/b.jpg."
         )
@@ -327,33 +331,47 @@ class _Hdf5File:
         self._file = open_hdf5(path)
 
     def names(self) -> Iterator[str]:
-        yield from self._below(self._file, "")
-
-    def _below(self, group: Any, prefix: str) -> Iterator[str]:
-        for key in group:
-            inner = group.get(key)
-            if not isinstance(inner, self._h5py.Group):
-                continue
-            if isinstance(inner.get("keypoints"), self._h5py.Dataset):
-                yield prefix + key
-            else:
-                yield from self._below(inner, f"{prefix}{key}/")
+        found: list[Any] = []
+        try:
+            self._file.visit(found.append)  # each group once, also where links go in circles
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            raise SuperPointError(f"{self._path} is damaged ({one_line(error)}); make it again.") from error
+        ending = f"/{_DATASETS[0]}"
+        return (name[: -len(ending)] for name in found if isinstance(name, str) and name.endswith(ending))
 
     def has(self, name: str) -> bool:
-        return f"{name}/keypoints" in self._file
+        try:
+            return f"{name}/keypoints" in self._file
+        except (OSError, RuntimeError, KeyError, ValueError):  # a damaged group, or a name that HDF5 cannot have
+            return False
 
     def read(self, name: str) -> StoredFeatures:
         try:
             group = self._file[name]
-            keypoints, scores, descriptors, size = (group[key][()] for key in _DATASETS)
+            missing = [key for key in _DATASETS if key not in group]
+            if missing:
+                raise ValueError(f"it has no {', '.join(missing)}")
+            keypoints, scores, descriptors, size = (self._array(group[key]) for key in _DATASETS)
             uncertainty = float(group["keypoints"].attrs.get(_UNCERTAINTY, 1.0))
-            _check_shapes(keypoints, scores, descriptors.T, size)
+            return _as_features(keypoints, scores, descriptors.T, size, uncertainty)
         except (KeyError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise SuperPointError(
                 f"{self._path}: the entry {name!r} cannot be read ({one_line(error)}); extract that image again."
             ) from error
-        width, height = (int(side) for side in size)
-        return StoredFeatures(keypoints.astype(np.float32), scores, descriptors.T, (width, height), uncertainty)
+
+    def _array(self, dataset: Any) -> NDArray[Any]:
+        """Reads a dataset of numbers.
+
+        Raises:
+            ValueError: it is something else, or it says that it is much larger than the file.
+        """
+        name = dataset.name.rsplit("/", 1)[-1]
+        if not isinstance(dataset, self._h5py.Dataset) or dataset.shape is None or dataset.dtype.kind not in "fiu":
+            raise ValueError(f"{name} is no array of numbers")
+        if dataset.nbytes > _MOST_PACKED * self._file.id.get_filesize():
+            raise ValueError(f"{name} has the shape {dataset.shape}, more than the file can hold")
+        values: NDArray[Any] = dataset[()]
+        return values
 
     def copy_to(self, target: Any, names: Sequence[str]) -> None:
         """Copies entries to another open file, as they lie on disk."""
@@ -398,17 +416,26 @@ def open_hdf5(path: Path, what: str = "feature file") -> Any:
         raise SuperPointError(f"{path} cannot be read as HDF5: {one_line(error)}; make it again.") from error
 
 
-def _check_shapes(keypoints: Any, scores: Any, descriptors: Any, size: Any) -> None:
+def _as_features(
+    keypoints: NDArray[Any], scores: NDArray[Any], descriptors: NDArray[Any], size: NDArray[Any], uncertainty: float
+) -> StoredFeatures:
     """Checks the arrays of one entry, descriptors as (N, D).
 
     Raises:
-        ValueError: naming the shapes.
+        ValueError: naming what is wrong.
     """
-    count = keypoints.shape[0]
-    if keypoints.shape != (count, 2) or scores.shape != (count,) or descriptors.shape[:-1] != (count,):
+    count = len(scores) if scores.ndim == 1 else -1
+    if keypoints.shape != (count, 2) or descriptors.ndim != 2 or len(descriptors) != count:
         raise ValueError(f"keypoints {keypoints.shape}, scores {scores.shape}, descriptors {descriptors.T.shape}")
-    if size.shape != (2,):
-        raise ValueError(f"image_size has shape {size.shape}")
+    if descriptors.dtype.kind != "f":
+        raise ValueError(f"descriptors are {descriptors.dtype}; expected floating-point numbers")
+    if size.shape != (2,) or not (np.isfinite(size).all() and (size >= 1).all()):
+        raise ValueError(f"image_size is {size.tolist()}; expected width and height in pixels")
+    for name, values in (("keypoints", keypoints), ("scores", scores), ("descriptors", descriptors)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} hold numbers that are not finite")
+    width, height = (int(side) for side in size)
+    return StoredFeatures(keypoints.astype(np.float32), scores, descriptors, (width, height), uncertainty)
 
 
 class _Target(Protocol):
@@ -618,8 +645,11 @@ class _NpzFolder:
     def read(self, name: str) -> StoredFeatures:
         path = _npz_path(self._folder, name)
         found = load_features(path)
-        with np.load(path, allow_pickle=False) as arrays:
-            uncertainty = float(arrays[_UNCERTAINTY]) if _UNCERTAINTY in arrays else 1.0
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                uncertainty = float(arrays[_UNCERTAINTY]) if _UNCERTAINTY in arrays else 1.0
+        except Exception as error:  # a damaged zip raises whatever its reader stumbles over
+            raise SuperPointError(f"{path}: {_UNCERTAINTY} is no number ({one_line(error)}).") from error
         return StoredFeatures(found.xy, found.scores, found.descriptors, found.image_size, uncertainty)
 
     def description(self) -> str | None:
@@ -651,6 +681,23 @@ class _NewNpzFolder:
     def finish(self) -> None: ...
 
     def abandon(self) -> None: ...
+
+
+def remove_entries(folder: Path) -> None:
+    """Removes all entries of a folder of .npz, and in the end its description.
+
+    Raises:
+        SuperPointError: one cannot be removed.
+    """
+    with FeatureFile(folder) as features:
+        paths = [_npz_path(folder, name) for name in features.names()]
+    for path in [*paths, folder / _DESCRIPTION_FILE]:
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise SuperPointError(f"{path} cannot be removed: {error.strerror}.") from error
 
 
 def _npz_path(folder: Path, name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from superpoint_trt.core.files import PathLike, read_bytes
 from superpoint_trt.core.image import IMAGE_SUFFIXES
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.feature_files import check_name
+from superpoint_trt.pipeline.match_files import check_group_names
 from superpoint_trt.pipeline.video import Frame, choose_frames, is_video_name, list_frames
 
 LIST_MARK = "@"
@@ -63,31 +64,30 @@ def find_items(inputs: Sequence[PathLike], options: InputOptions | None = None) 
     root = Path(options.root) if options.root is not None else None
     if root is not None and not root.is_dir():
         raise SuperPointError(f"the root {root} is no folder; names are relative to it.")
-    files = list(dict.fromkeys(file for given in inputs for file in _files_of(str(given), root)))
+    found = (file for given in inputs for file in _files_of(str(given), root))
+    first: dict[str, str] = {}
+    for file in found:
+        first.setdefault(os.path.abspath(file), file)
+    files = list(first.values())
     base = os.path.abspath(root if root is not None else _shared_folder(inputs, files))
     items = [item for file in files for item in _items_of(file, base, options)]
     check_names(item.name for item in items)
     return items
 
 
-def check_names(names: Iterator[str] | Sequence[str]) -> None:
-    """Checks that names differ, also as match files write them, with "-" for "/".
+def check_names(names: Iterable[str]) -> None:
+    """Checks that names can be those of entries, and differ, also in match files.
 
     Raises:
-        SuperPointError: naming two that do not.
+        SuperPointError: naming one that cannot, or two that do not differ.
     """
-    seen: dict[str, str] = {}
+    seen: dict[str, None] = {}
     for name in names:
         check_name(name)
-        other = seen.setdefault(name.replace("/", "-"), name)
-        if other is not name:
-            how = "have one name" if other == name else 'have one name in match files, which write "/" as "-"'
-            raise SuperPointError(f"two images, {other!r} and {name!r}, {how}; rename one, or give another --root.")
-
-
-def names_with_spaces(items: Sequence[Item]) -> list[str]:
-    """The names that a pairs file (lines of `name0 name1`) cannot hold."""
-    return [item.name for item in items if len(item.name.split()) != 1]
+        if name in seen:
+            raise SuperPointError(f"two images have the name {name!r}; rename one, or give another --root.")
+        seen[name] = None
+    check_group_names(seen)
 
 
 def _files_of(given: str, root: Path | None) -> list[str]:

@@ -82,7 +82,8 @@ def check_group_names(names: Iterable[str]) -> None:
         other = seen.setdefault(name.replace("/", "-"), name)
         if other != name:
             raise SuperPointError(
-                f"images {other!r} and {name!r} have the same name in a match file, where '/' becomes '-'; rename one."
+                f"images {other!r} and {name!r} have the same name in a match file, where '/' becomes '-'; rename one, "
+                "or give another --root."
             )
 
 
@@ -97,7 +98,7 @@ class MatchFile:
     """
 
     def __init__(self, path: PathLike) -> None:
-        self.path = Path(path)
+        self._h5py, self.path = import_h5py(), Path(path)
         self._file = open_hdf5(self.path, "match file")
 
     def pairs(self, names: Iterable[str]) -> Iterator[Pair]:
@@ -112,21 +113,33 @@ class MatchFile:
         names = list(names)
         check_group_names(names)
         known = {name.replace("/", "-"): name for name in names}
-        for first in self._file:
-            for second in self._file[first]:
-                if first not in known or second not in known:
-                    missing = first if first not in known else second
-                    raise SuperPointError(
-                        f"{self.path} has matches of {missing!r}, which is not among the {len(names)} images with "
-                        "features; the two files were made of other images."
-                    )
-                yield known[first], known[second]
+        for first, second in self._groups():
+            if first not in known or second not in known:
+                missing = first if first not in known else second
+                raise SuperPointError(
+                    f"{self.path} has matches of {missing!r}, which is not among the {len(names)} images with "
+                    "features; the two files were made of other images."
+                )
+            yield known[first], known[second]
 
     def entries(self) -> Iterator[tuple[Pair, StoredMatches]]:
         """All entries, under the names that the images have in this file."""
-        for first in self._file:
-            for second in self._file[first]:
-                yield (first, second), self[first, second]
+        for pair in self._groups():
+            yield pair, self[pair]
+
+    def _groups(self) -> Iterator[Pair]:
+        """The two names of each group.
+
+        Raises:
+            SuperPointError: the file holds something else.
+        """
+        try:
+            for first, group in self._file.items():
+                if not isinstance(group, self._h5py.Group):
+                    raise ValueError(f"{first!r} is no group of an image")
+                yield from ((first, second) for second in list(group))
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise SuperPointError(f"{self.path} is no match file ({one_line(error)}); make it again.") from error
 
     @property
     def description(self) -> str | None:
@@ -135,7 +148,10 @@ class MatchFile:
         return text if isinstance(text, str) else None
 
     def __contains__(self, pair: Pair) -> bool:
-        return f"{group_name(*pair)}/{MATCHES}" in self._file
+        try:
+            return f"{group_name(*pair)}/{MATCHES}" in self._file
+        except (KeyError, OSError, RuntimeError, ValueError):  # a damaged group
+            return False
 
     def __getitem__(self, pair: Pair) -> StoredMatches:
         """Reads the matches of a pair, in the order of its names.

@@ -19,13 +19,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.core.files import PathLike, check_writable, file_sha256, one_line, read_bytes, sha256, write_npz
+from superpoint_trt.core.files import (
+    PathLike,
+    check_distinct,
+    check_writable,
+    file_sha256,
+    one_line,
+    read_bytes,
+    sha256,
+    write_npz,
+)
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.match.learned import LearnedMatcher
 from superpoint_trt.match.matcher import Matcher, NetworkMatcher, Prepared, open_matcher
 from superpoint_trt.match.nearest import Matches, MatchOptions
-from superpoint_trt.pipeline.extract import remove_run
+from superpoint_trt.pipeline.extract import remove_run, take_part
 from superpoint_trt.pipeline.feature_files import FeatureFile
 from superpoint_trt.pipeline.locks import RangeLock
 from superpoint_trt.pipeline.match_files import MatchFile, MatchWriter, check_group_names, to_stored
@@ -121,6 +130,7 @@ def match_pairs(
     options, path = options or PairMatchOptions(), check_writable(output)
     if path.is_symlink():
         path = path.resolve()  # so that shards lie on the file system of the file
+    check_distinct(path, features, pairs if isinstance(pairs, (str, Path)) else None)
     with FeatureFile(features) as stored:
         wanted = (
             list(pairs) if isinstance(pairs, Sequence) and not isinstance(pairs, str) else read_pairs(pairs, stored)
@@ -135,9 +145,9 @@ def match_pairs(
 def _settings(features: Path, options: PairMatchOptions) -> Settings:
     """What decides the content of a match file. The device is not among it, so that a run may go on elsewhere."""
     if options.matcher is None:
-        return {"features": _fingerprint(features), **asdict(options.matching)}
+        return {"features": fingerprint(features), **asdict(options.matching)}
     weights = sha256(read_bytes(options.matcher, "matcher"))
-    return {"features": _fingerprint(features), "matcher": weights, "min_score": options.min_score}
+    return {"features": fingerprint(features), "matcher": weights, "min_score": options.min_score}
 
 
 def _open(options: PairMatchOptions) -> Matcher:
@@ -147,21 +157,31 @@ def _open(options: PairMatchOptions) -> Matcher:
 
 
 _ENDS_NBYTES = 1 << 20
+_NPZ_ENDS_NBYTES = 1 << 12
 
 
-def _fingerprint(features: Path) -> str:
-    """Tells feature files apart without reading gigabytes: by size, first and last bytes; folders by all sizes."""
+def fingerprint(path: Path) -> str:
+    """Tells files apart without reading gigabytes: by size, first and last bytes; folders of .npz by all of them.
+
+    An .npz ends with the checksums of its arrays.
+    """
     digest = hashlib.sha256()
-    if features.is_dir():
-        for path in sorted(features.rglob("*.npz")):
-            digest.update(f"{path.relative_to(features).as_posix()}\0{path.stat().st_size}\0".encode())
+    if not path.is_dir():
+        _add_ends(digest, path, _ENDS_NBYTES)
         return digest.hexdigest()
-    size = features.stat().st_size
-    with open(features, "rb") as file:
-        digest.update(f"{size}\0".encode() + file.read(_ENDS_NBYTES))
-        file.seek(max(0, size - _ENDS_NBYTES))
-        digest.update(file.read())
+    for entry in sorted(path.rglob("*.npz")):
+        digest.update(f"{entry.relative_to(path).as_posix()}\0".encode("utf-8", "surrogateescape"))
+        _add_ends(digest, entry, _NPZ_ENDS_NBYTES)
     return digest.hexdigest()
+
+
+def _add_ends(digest: hashlib._Hash, path: Path, nbytes: int) -> None:
+    """Adds a file's size and its first and last bytes to a digest."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        digest.update(f"{size}\0".encode() + file.read(nbytes))
+        file.seek(max(0, size - nbytes))
+        digest.update(file.read())
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
@@ -220,7 +240,7 @@ def _begin(path: Path, wanted: Sequence[Pair], settings: Settings, overwrite: bo
             f"{folder.folder} keeps an unfinished run over other pairs; finish it with its own pairs file first, or "
             "start anew with --overwrite."
         )
-    left = [wanted[at] for at in folder.to_do(kept)]
+    left = [wanted[at] for at in folder.to_do(kept, len(wanted))]
     return _Run(folder, kept, left, len(wanted) - len(left))
 
 
@@ -259,11 +279,7 @@ def _match_part(
     folder, manifest = run.folder, run.manifest
     numbers = range_of(options.part, options.parts, manifest.shards)
     with RangeLock(folder.lock_path) as lock:
-        if numbers and not lock.take(numbers.start, len(numbers)):
-            raise SuperPointError(
-                f"another process works on this part of {folder.output} (its lock is {folder.lock_path}); wait for its "
-                "end."
-            )
+        take_part(lock, numbers, folder, manifest)
         todo = [number for number in folder.unfinished(manifest) if number in numbers]
         with _open(options) as matcher:
             started = time.monotonic()
@@ -299,6 +315,12 @@ def _groups(pairs: Sequence[Pair], size: int) -> Iterator[Sequence[Pair]]:
 
 def _match_group(group: Sequence[Pair], cache: _Cache) -> list[_Entry]:
     held = [(cache[first], cache[second]) for first, second in group]
+    for (first, second), (a, b) in zip(group, held):
+        if a.dim != b.dim:
+            raise SuperPointError(
+                f"{cache.path}: descriptors of {first!r} have {a.dim} numbers, those of {second!r} {b.dim}; extract "
+                "all images with one model."
+            )
     return [_Entry(found, a.count, b.count) for found, (a, b) in zip(cache.matcher.match(held), held)]
 
 
@@ -306,7 +328,7 @@ class _Cache:
     """The prepared descriptors of the images used last."""
 
     def __init__(self, features: FeatureFile, matcher: Matcher, most_nbytes: int) -> None:
-        self.matcher, self._features, self._most_nbytes = matcher, features, most_nbytes
+        self.matcher, self.path, self._features, self._most_nbytes = matcher, features.path, features, most_nbytes
         self._held: OrderedDict[str, Prepared] = OrderedDict()
         self._nbytes = 0
 
@@ -314,14 +336,14 @@ class _Cache:
         if name in self._held:
             self._held.move_to_end(name)
             return self._held[name]
+        stored = self._features[name]
         try:
-            stored = self._features[name]
             if self.matcher.needs_places:
                 prepared = self.matcher.prepare_keypoints(stored.to_keypoints())
             else:
                 prepared = self.matcher.prepare(stored.descriptors)
         except SuperPointError as error:
-            raise SuperPointError(f"{self._features.path}, {name!r}: {error}") from error
+            raise SuperPointError(f"{self.path}, {name!r}: {error}") from error
         self._held[name] = prepared
         self._nbytes += prepared.nbytes
         while self._nbytes > self._most_nbytes and len(self._held) > 1:

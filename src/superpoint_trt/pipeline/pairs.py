@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,9 @@ from superpoint_trt.core.types import SuperPointError
 
 Pair = tuple[str, str]
 """Names of two images, as the feature file has them."""
+
+_LONGEST_LINE = 20_000
+"""Characters of two paths; a longer line is no pair."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,11 @@ class PairOptions:
         ways = [self.exhaustive, self.sequential is not None, self.listed is not None]
         if sum(ways) != 1:
             raise SuperPointError(
-                f"{sum(ways)} ways to make pairs were given; expected one: all, in sequence or listed."
+                f"{sum(ways)} ways to make pairs are given; expected one of --exhaustive, "
+                "--sequential K and --list FILE."
             )
         if self.loop_every is not None and self.sequential is None:
-            raise SuperPointError("loops are closed in a sequence only: give the number of following images, too.")
+            raise SuperPointError("loops are closed in a sequence only: give --sequential K, too.")
         for name, value in (("following images", self.sequential), ("step between loop images", self.loop_every)):
             if value is not None and value < 1:
                 raise SuperPointError(f"the number of {name} is {value}; expected 1 or more.")
@@ -52,16 +56,19 @@ def make_pairs(names: Iterable[str], options: PairOptions) -> list[Pair]:
         Each pair once, in either order.
 
     Raises:
-        SuperPointError: the list cannot be read, or names an image that is not there.
+        SuperPointError: there are fewer than two images, the list cannot be read, or it names an image that is not
+            there.
     """
     ordered = in_sequence(names)
+    if len(ordered) < 2:
+        raise SuperPointError(f"pairs need two images; there are features of {len(ordered)}.")
     if options.listed is not None:
         return read_pairs(options.listed, ordered)
     if options.sequential is None:
         return list(itertools.combinations(ordered, 2))
     near = ((a, b) for i, a in enumerate(ordered) for b in ordered[i + 1 : i + 1 + options.sequential])
     loop = itertools.combinations(ordered[:: options.loop_every], 2) if options.loop_every else ()
-    return _each_once(itertools.chain(near, loop))
+    return each_once(itertools.chain(near, loop))
 
 
 def in_sequence(names: Iterable[str]) -> list[str]:
@@ -97,11 +104,11 @@ def read_pairs(path: PathLike, names: Iterable[str]) -> list[Pair]:
     """
     known = set(names)
     try:
-        text = read_bytes(path, "pairs file").decode()
+        text = read_bytes(path, "pairs file").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SuperPointError(f"pairs file {path} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
-    lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), start=1))
-    return _each_once(_parse(path, number, line, known) for number, line in lines if line)
+    lines = enumerate(text.splitlines(), start=1)
+    return each_once(_parse(path, number, line, known) for number, line in lines if line.strip())
 
 
 def _parse(path: PathLike, number: int, line: str, known: set[str]) -> Pair:
@@ -110,18 +117,31 @@ def _parse(path: PathLike, number: int, line: str, known: set[str]) -> Pair:
     Raises:
         SuperPointError: naming the line.
     """
-    splits = ((line[: m.start()], line[m.end() :]) for m in re.finditer(r"\s+", line))
-    ways = [(first, second) for first, second in splits if first in known and second in known]
-    if len(ways) == 1 and ways[0][0] != ways[0][1]:
-        return ways[0]
-    expected = "expected two different names of images that have features, separated by a space"
+    # A name may begin or end with a space; other spaces around the line are no part of it.
+    found = {split for text in {line, line.strip()} for split in _splits(text) if known.issuperset(split)}
+    if len(found) == 1 and len(set(*found)) == 2:
+        return found.pop()
     words = line.split()
     missing = [word for word in words if word not in known] if len(words) == 2 else []
-    why = f"there are no features of {missing[0]!r}" if missing else f"{line[:120]!r} can be read in {len(ways)} ways"
-    raise SuperPointError(f"line {number} of pairs file {path}: {why}; {expected}.")
+    if missing:
+        why = f"there are no features of {missing[0]!r}"
+    elif len(found) > 1:
+        why = f"{line[:120]!r} can be read in {len(found)} ways, because names hold spaces; rename files"
+    else:
+        why = f"{line[:120]!r} is not two different names of images that have features, separated by a space"
+    raise SuperPointError(f"line {number} of pairs file {path}: {why}.")
 
 
-def _each_once(pairs: Iterable[Pair]) -> list[Pair]:
+def _splits(line: str) -> Iterator[Pair]:
+    """A line in two, at each of its spaces and runs of spaces."""
+    if len(line) > _LONGEST_LINE:
+        return
+    for space in (r"\s+", r"\s"):
+        yield from ((line[: m.start()], line[m.end() :]) for m in re.finditer(space, line))
+
+
+def each_once(pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs without those that come again, in either order."""
     seen: set[frozenset[str]] = set()
     found = []
     for pair in pairs:

@@ -16,7 +16,7 @@ from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.colmap_map import REPORT, ColmapOptions, MapReport, import_pycolmap, make_map
 from superpoint_trt.pipeline.extract import ExtractOptions, ExtractSummary, extract
 from superpoint_trt.pipeline.feature_files import FeatureFile
-from superpoint_trt.pipeline.match_pairs import PairMatchOptions, PairMatchSummary, match_pairs
+from superpoint_trt.pipeline.match_pairs import PairMatchOptions, PairMatchSummary, fingerprint, match_pairs
 from superpoint_trt.pipeline.pairs import Pair, PairOptions, make_pairs, write_pairs
 from superpoint_trt.pipeline.video import VideoReader, choose_frames, is_video_name
 from superpoint_trt.run.draw import encode_picture
@@ -30,6 +30,7 @@ SEQUENTIAL, LOOP_EVERY = 20, 10
 VIDEO_FPS = 2.0
 """Frames of a video that are taken a second by default."""
 _MADE_OF = "map.made_of.json"
+_FRAMES_OF = "frames.made_of.json"
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,10 @@ def _images(source: Path, folder: Path, options: ExtractOptions, progress: Phase
     if not is_video_name(source):
         raise SuperPointError(f"{source} is neither a folder of photographs nor a video.")
     fps = options.inputs.fps if options.inputs.fps or options.inputs.every > 1 else VIDEO_FPS
-    target = make_folder(folder / IMAGES)
     with VideoReader(source) as video:
+        target = make_folder(folder / IMAGES)
+        made_of = {"video": fingerprint(source), "every": options.inputs.every, "fps": fps}
+        _check_frames(target, json.dumps(made_of), options.overwrite)
         frames = choose_frames(video.frames(), options.inputs.every, fps)
         for done, frame in enumerate(frames):
             path = target / f"{frame.name}.jpg"
@@ -121,6 +124,24 @@ def _images(source: Path, folder: Path, options: ExtractOptions, progress: Phase
             if progress:
                 progress("writing frames", done + 1, len(frames))
     return target
+
+
+def _check_frames(folder: Path, made_of: str, overwrite: bool) -> None:
+    """Checks that the frames in a folder, if there are any, are of this video; removes others if they may go.
+
+    Raises:
+        SuperPointError: they are of another video, or were chosen in another way.
+    """
+    marker, old = folder.parent / _FRAMES_OF, list(folder.glob("*.jpg"))
+    if marker.is_file() and marker.read_text(encoding="utf-8") == made_of:
+        return
+    if old and not overwrite:
+        raise SuperPointError(
+            f"{folder} has frames of another video, or at other times; choose another --output, or --overwrite."
+        )
+    for path in old:
+        path.unlink()
+    write_atomically(marker, made_of.encode())
 
 
 def _map(

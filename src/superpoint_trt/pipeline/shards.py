@@ -22,8 +22,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from superpoint_trt._version import __version__
 from superpoint_trt.core.files import make_folder, read_bytes, write_atomically, write_npz
@@ -144,6 +146,8 @@ def _read_json(path: Path) -> dict[str, object]:
 
 
 def _damaged(path: Path, error: Exception) -> SuperPointError:
+    if path.stem.isdigit():  # how one shard ended; the others are not lost with it
+        return SuperPointError(f"{path} is damaged ({error}); remove it, and its shard is done again.")
     return SuperPointError(f"{path} is damaged ({error}); remove {path.parent} and start the run anew.")
 
 
@@ -209,8 +213,12 @@ class ShardFolder:
             own.unlink()
         return Manifest.read(self._manifest_path)
 
-    def to_do(self, manifest: Manifest) -> list[int]:
+    def to_do(self, manifest: Manifest, inputs: int) -> list[int]:
         """Positions of the inputs that a run works on.
+
+        Args:
+            manifest: the run.
+            inputs: how many inputs there are.
 
         Raises:
             SuperPointError: the file is damaged.
@@ -218,12 +226,15 @@ class ShardFolder:
         path = self._to_do_path(manifest)
         try:
             with np.load(io.BytesIO(read_bytes(path, "state of a run")), allow_pickle=False) as arrays:
-                positions: list[int] = arrays["positions"].tolist()
+                positions: NDArray[Any] = arrays["positions"]
         except Exception as error:  # a damaged zip raises whatever its reader stumbles over
             raise _damaged(path, error) from error
-        if len(positions) != manifest.images:
-            raise _damaged(path, ValueError(f"it has {len(positions)} images, the manifest {manifest.images}"))
-        return positions
+        if positions.shape != (manifest.images,) or positions.dtype.kind != "i":
+            raise _damaged(path, ValueError(f"{positions.dtype} {positions.shape} for {manifest.images} images"))
+        if positions[0] < 0 or positions[-1] >= inputs or (np.diff(positions) <= 0).any():
+            raise _damaged(path, ValueError(f"positions are not rising, or not among the {inputs} inputs"))
+        found: list[int] = positions.tolist()
+        return found
 
     def _to_do_path(self, manifest: Manifest) -> Path:
         return self.folder / f"to-do.{manifest.run_id}.npz"
