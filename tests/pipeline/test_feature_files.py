@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from superpoint_trt import Keypoints, SuperPointError
-from superpoint_trt.pipeline.feature_files import FeatureFile, FeatureWriter, read_features
+from superpoint_trt.pipeline import FeatureFile, FeatureWriter, read_features
 
 h5py = pytest.importorskip("h5py", reason="feature files in HDF5 need h5py: pip install '.[bulk]'")
 
