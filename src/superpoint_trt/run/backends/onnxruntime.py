@@ -75,7 +75,11 @@ class OnnxRuntimeBackend(Backend):
             values = self._session.run(self._outputs, {INPUT_NAME: as_unit_range(image)})
         except Exception as error:  # onnxruntime's exceptions share no public base
             size = f"{image.shape[3]}x{image.shape[2]}, batch {image.shape[0]}"
-            memory = "; use a smaller --max-side or batch" if "alloc" in str(error).lower() else ""
+            memory = (
+                "; there is too little memory: use a smaller --max-side or batch"
+                if "alloc" in str(error).lower()
+                else ""
+            )
             raise SuperPointError(f"onnxruntime failed on {size}: {one_line(error)}{memory}.") from error
         return {name: value.astype(np.float32, copy=False) for name, value in zip(self._outputs, values)}
 

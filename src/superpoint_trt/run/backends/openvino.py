@@ -125,7 +125,9 @@ class _Request(PendingRun):
 
     def _failed(self, error: Exception) -> SuperPointError:
         size = f"{self._image.shape[3]}x{self._image.shape[2]}, batch {self._image.shape[0]}"
-        memory = "; use a smaller --max-side or batch" if "alloc" in str(error).lower() else ""
+        memory = (
+            "; there is too little memory: use a smaller --max-side or batch" if "alloc" in str(error).lower() else ""
+        )
         return SuperPointError(f"OpenVINO failed on {size}: {_reason(error)}{memory}.")
 
 
