@@ -9,7 +9,7 @@ OUT_OF_MEMORY = "memory ran out: close other programs, or give smaller images, a
 _SIGNS = (
     "failed to map segment",
     "cannot allocate memory",
-    "can't allocate memory",
+    "can't alloc",
     "unable to allocate",
     "failed to allocate memory",
     "insufficient memory",
@@ -18,9 +18,10 @@ _SIGNS = (
     "can't start new thread",
     "cannot create thread",
     "resource temporarily unavailable",
+    "unable to create type object",
     "error return without exception set",
 )
-"""What libraries and Python itself (the last one) say in an ImportError, an OSError or another exception."""
+"""What libraries, pybind11 (the last but one) and Python itself (the last one) say in an ImportError, an OSError or another exception."""
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
