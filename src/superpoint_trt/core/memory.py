@@ -21,7 +21,8 @@ _SIGNS = (
     "unable to create type object",
     "error return without exception set",
 )
-"""What libraries, pybind11 (the last but one) and Python itself (the last one) say in an ImportError, an OSError or another exception."""
+"""What libraries, pybind11 (the last but one) and Python itself (the last) say in an ImportError, an OSError or another
+exception."""
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
