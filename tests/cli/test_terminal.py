@@ -75,6 +75,15 @@ def test_a_long_error_is_cut_in_the_middle(capfd):
     assert line.startswith("error: what is wrong") and line.endswith("what to do")
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT: a process that was started in the background, or another test, may have none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_that_a_library_turns_into_another_error_is_an_interrupt(capfd):
     """An extension module whose initialization is interrupted raises ImportError."""
 

@@ -92,7 +92,7 @@ def _built(page: Path) -> Path:
     if not (page / "index.html").is_file():
         raise SuperPointError(
             f"the page is not in {page}: this copy was installed without it. In a clone of the repository, with "
-            "Node.js 20 or newer, make web builds it."
+            "Node.js 20 or newer: make web, then pip install . again."
         )
     return page
 
