@@ -284,7 +284,7 @@ def test_a_model_that_is_no_superpoint_is_refused_before_the_build(tmp_path, mon
     graph = helper.make_graph([node], "g", [image], [out], [weights])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     (tmp_path / "other.onnx").write_bytes(model.SerializeToString())
-    monkeypatch.setattr("superpoint_trt.convert.engine._Builder", None)
+    monkeypatch.setattr("superpoint_trt.convert.engine.EngineBuilder", None)
     with pytest.raises(SuperPointError, match=r"other\.onnx is not one of this project's models.*out\[1, 4, 64, 64\]"):
         build(tmp_path / "other.onnx", tmp_path / "a.engine", BuildOptions(**RTX))
 

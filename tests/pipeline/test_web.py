@@ -105,7 +105,7 @@ def test_models_that_the_page_cannot_run_are_refused(page, exported):
 
 
 def test_a_page_that_is_not_built_says_how(tmp_path):
-    with pytest.raises(SuperPointError, match="make web, then pip install . again"):
+    with pytest.raises(SuperPointError, match=r"make web, then pip install . again"):
         PageServer(WebOptions(port=0, page=tmp_path))
 
 

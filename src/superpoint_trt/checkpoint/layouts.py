@@ -159,10 +159,10 @@ def load(path: PathLike, sampling: Sampling | None = None) -> Checkpoint:
     """
     path = Path(weights_path(path))
     data = read_bytes(path, "checkpoint")
-    if _is_safetensors(data):
-        arrays, metadata = _read_safetensors(data, path)
+    if is_safetensors(data):
+        arrays, metadata = read_safetensors(data, path)
     else:
-        arrays, metadata = _read_torch(data, path), {}
+        arrays, metadata = read_torch(data, path), {}
     checkpoint = from_arrays(arrays, sampling=sampling, metadata=metadata, source=str(path))
     return replace(checkpoint, sha256=sha256(data))
 
@@ -508,12 +508,17 @@ def _choice(kind: type[_Choice], value: str, source: str) -> _Choice:
 # ------------------------------------------------------------------------------------------------------ file formats
 
 
-def _is_safetensors(data: bytes) -> bool:
+def is_safetensors(data: bytes) -> bool:
     """Whether a file begins with its header's length and JSON: https://github.com/huggingface/safetensors#format."""
     return len(data) > 8 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 2**32
 
 
-def _read_safetensors(data: bytes, path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+def read_safetensors(data: bytes, path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Reads a safetensors file's content: arrays by name, and its metadata.
+
+    Raises:
+        SuperPointError: it is damaged or in bfloat16; `path` names it.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load as from_bytes
 
@@ -527,7 +532,12 @@ def _read_safetensors(data: bytes, path: Path) -> tuple[dict[str, NDArray[Any]],
     return arrays, header.get("__metadata__") or {}
 
 
-def _read_torch(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
+def read_torch(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
+    """Reads a .pth file's content: float32 arrays by name. No code in it is executed.
+
+    Raises:
+        SuperPointError: it is damaged, no state_dict, or asks to execute code; or PyTorch is missing or older than 2.6.
+    """
     if not data.startswith((b"PK\x03\x04", b"\x80")):
         raise SuperPointError(f"{path} is not a checkpoint: neither a .pth (PyTorch) nor a .safetensors file.")
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.checkpoint.layouts import _is_safetensors, _read_safetensors, _read_torch
+from superpoint_trt.checkpoint.layouts import is_safetensors, read_safetensors, read_torch
 from superpoint_trt.checkpoint.matcher import Activation, MatcherShape, MatcherWeights, save_matcher
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, read_bytes
 from superpoint_trt.core.types import Float32, SuperPointError
@@ -49,7 +49,7 @@ def convert_lightglue(path: PathLike, output: PathLike, half: bool = False) -> P
         raise SuperPointError(f"output {output}: a matcher's weights end in .safetensors.")
     check_distinct(output, path)
     data = read_bytes(path, "checkpoint")
-    arrays = _read_safetensors(data, Path(path))[0] if _is_safetensors(data) else _read_torch(data, Path(path))
+    arrays = read_safetensors(data, Path(path))[0] if is_safetensors(data) else read_torch(data, Path(path))
     return save_matcher(lightglue_weights(arrays, str(path)), output, half)
 
 

@@ -174,7 +174,7 @@ def build(
     description = with_profile(replace(model_description(typed, source.path), precision=options.precision), profile)
     started = time.monotonic()
     with tensorrt.explaining(f"building {engine} of {source.path} failed") as log:
-        builder = _Builder(tensorrt, options, log)
+        builder = EngineBuilder(tensorrt, options, log)
         plan = builder.plan(typed, profile, targets, progress)
     metadata = EngineMetadata(
         description=description,
@@ -228,7 +228,7 @@ def check_build(model: OnnxSource, engine: PathLike, options: BuildOptions) -> B
     tensorrt = load(options.runtime)
     _profile(source.model, options)
     _check_fits(source, options, tensorrt)
-    targets, gpu_name = _targets(options, tensorrt)
+    targets, gpu_name = targets_of(options, tensorrt)
     return BuildSetup(source, tensorrt, targets, gpu_name)
 
 
@@ -242,7 +242,7 @@ def check_engine_name(engine: PathLike) -> None:
         raise SuperPointError(f"{engine}: an engine's name ends in one of {', '.join(ENGINE_SUFFIXES)}.")
 
 
-class _Builder:
+class EngineBuilder:
     """TensorRT's builder, for one engine."""
 
     def __init__(self, tensorrt: TensorRT, options: BuildOptions, log: Any) -> None:
@@ -257,6 +257,20 @@ class _Builder:
     def plan(
         self, model: onnx.ModelProto, profile: ShapeRange, targets: tuple[str, ...], progress: PhaseProgress | None
     ) -> bytes:
+        """Builds the engine.
+
+        Args:
+            model: typed graph.
+            profile: smallest, usual and largest input shapes.
+            targets: compute capabilities, as `targets_of` gives them.
+            progress: told of each phase.
+
+        Returns:
+            The serialized plan.
+
+        Raises:
+            SuperPointError: TensorRT cannot build it; with the lines of its log.
+        """
         quantized = convolution_type(model) in QUANTIZED_TYPES
         if not self._tensorrt.strongly_typed:
             model = shift_windows(model)
@@ -483,7 +497,7 @@ def _check_fits(source: OnnxFile, options: BuildOptions, tensorrt: TensorRT) -> 
         )
 
 
-def _targets(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...], str | None]:
+def targets_of(options: BuildOptions, tensorrt: TensorRT) -> tuple[tuple[str, ...], str | None]:
     """Compute capabilities to build for, and the name of the GPU here if it decides."""
     if options.targets:
         return options.targets, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from superpoint_trt.convert.engine import BuildOptions, _Builder, _targets, check_engine_name
+from superpoint_trt.convert.engine import BuildOptions, EngineBuilder, check_engine_name, targets_of
 from superpoint_trt.convert.onnx_file import parse_onnx
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, read_bytes, write_atomically
 from superpoint_trt.core.matcher import MatcherDescription
@@ -51,9 +51,9 @@ def build_matcher(
         description.precision, runtime=runtime, targets=targets, optimization_level=optimization_level
     )
     tensorrt = load(runtime)
-    chosen, _ = _targets(options, tensorrt)
+    chosen, _ = targets_of(options, tensorrt)
     static = ShapeRange((1, 1, 1), (1, 1, 1), (1, 1, 1))  # every size is fixed
     with tensorrt.explaining(f"building {engine} of {model} failed") as log:
-        plan = _Builder(tensorrt, options, log).plan(parsed, static, chosen, progress)
+        plan = EngineBuilder(tensorrt, options, log).plan(parsed, static, chosen, progress)
     write_atomically(Path(output), plan)
     return description
