@@ -34,10 +34,8 @@ class PairOptions:
     def __post_init__(self) -> None:
         ways = [self.exhaustive, self.sequential is not None, self.listed is not None]
         if sum(ways) != 1:
-            raise SuperPointError(
-                f"{sum(ways)} ways to make pairs are given; expected one of --exhaustive, "
-                "--sequential K and --list FILE."
-            )
+            given = "several ways to pair images are given" if any(ways) else "it is not said which images to pair"
+            raise SuperPointError(f"{given}; give one of --exhaustive, --sequential K and --list FILE.")
         if self.loop_every is not None and self.sequential is None:
             raise SuperPointError("loops are closed in a sequence only: give --sequential K, too.")
         for name, value in (("following images", self.sequential), ("step between loop images", self.loop_every)):
