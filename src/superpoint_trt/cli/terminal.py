@@ -16,7 +16,7 @@ from rich.console import Console
 
 from superpoint_trt.cli.options import ExtractArgs, RuntimeArgs
 from superpoint_trt.cli.streams import Notes, StandardStreams
-from superpoint_trt.core.memory import OUT_OF_MEMORY, ran_out_of_memory
+from superpoint_trt.core.memory import MAYBE_OUT_OF_MEMORY, OUT_OF_MEMORY, ran_out_of_memory, reached_limit
 from superpoint_trt.core.types import SuperPointError
 
 if TYPE_CHECKING:
@@ -190,7 +190,9 @@ def _end(
         if ran_out_of_memory(error):
             return BAD_INPUT, OUT_OF_MEMORY
         if isinstance(error, SuperPointError):
-            return BAD_INPUT, str(error)
+            return BAD_INPUT, f"{MAYBE_OUT_OF_MEMORY}: {error}" if reached_limit() else str(error)
+        if reached_limit():
+            return BAD_INPUT, OUT_OF_MEMORY
         raise
     return code if isinstance(code, int) else 0, None  # click returns the code of an Exit
 

@@ -29,6 +29,7 @@ from superpoint_trt.convert.quantize.ranges_file import check_same_network, load
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, read_bytes, sha256, write_atomically
 from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.matcher import METADATA_KEY
+from superpoint_trt.core.memory import address_space_left
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import (
     CELL_PX,
@@ -50,6 +51,9 @@ MIN_SHAPE_HW, MAX_SHAPE_HW = (240, 320), (960, 1280)
 
 MOST_WORKSPACE_GIB = 1024.0
 HIGHEST_LEVEL = 5
+
+BUILD_BYTES = 512 << 20
+"""Address space that a build needs at least. Measured with TensorRT-RTX 1.7 and the packaged network: 380 MB."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,11 @@ def check_engine_name(engine: PathLike) -> None:
 
 
 class EngineBuilder:
-    """TensorRT's builder, for one engine."""
+    """TensorRT's builder, for one engine.
+
+    Raises:
+        SuperPointError: a limit leaves too little memory. TensorRT-RTX's threads wait forever once they get none.
+    """
 
     def __init__(self, tensorrt: TensorRT, options: BuildOptions, log: Any) -> None:
         self._tensorrt = tensorrt
@@ -251,6 +259,12 @@ class EngineBuilder:
         self._log = log
         self.channels_last: list[str] = []
         """Names of the outputs that are channels-last, once the plan is made."""
+        left = address_space_left()
+        if left is not None and left < BUILD_BYTES:
+            raise SuperPointError(
+                f"too little memory to build an engine: {left >> 20} MB of address space are left; "
+                f"expected at least {BUILD_BYTES >> 20} MB (ulimit -v unlimited)."
+            )
         # The bindings do not keep alive what they depend on, so the builder is kept until the plan is made.
         self._builder = tensorrt.module.Builder(tensorrt.logger)
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 OUT_OF_MEMORY = "memory ran out: close other programs, or give smaller images, a smaller batch or fewer --threads."
+
+MAYBE_OUT_OF_MEMORY = "the limit of this shell's memory (ulimit -v) was reached, maybe therefore"
+
+NEARLY_NOTHING = 32 << 20
+"""Bytes: what a library asks for at once is seldom more, if it does not say that there is too little memory."""
 
 _SIGNS = (
     "failed to map segment",
@@ -20,9 +26,9 @@ _SIGNS = (
     "resource temporarily unavailable",
     "unable to create type object",
     "error return without exception set",
+    "memoryerror",
 )
-"""What libraries, pybind11 (the last but one) and Python itself (the last) say in an ImportError, an OSError or another
-exception."""
+"""What libraries, pybind11 and Python say in an ImportError, an OSError or another exception."""
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -41,3 +47,27 @@ def ran_out_of_memory(error: BaseException) -> bool:
         seen.append(cause)
         cause = cause.__cause__ or cause.__context__
     return False
+
+
+def address_space_left(at_worst: bool = False) -> int | None:
+    """Bytes of address space that this process may still take, or could have taken when it had most (`at_worst`).
+
+    None where nothing limits it (`ulimit -v`) or tells.
+    """
+    try:
+        import resource
+
+        most, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if most == resource.RLIM_INFINITY:
+            return None
+        field = b"VmPeak:" if at_worst else b"VmSize:"
+        status = Path("/proc/self/status").read_bytes()
+        return max(0, most - 1024 * int(status.split(field)[1].split()[0]))
+    except (ImportError, OSError):  # Windows; a system without /proc
+        return None
+
+
+def reached_limit() -> bool:
+    """Whether this process has had nearly all its address space, so that any error may come of it."""
+    left = address_space_left(at_worst=True)
+    return left is not None and left < NEARLY_NOTHING
