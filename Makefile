@@ -24,7 +24,7 @@ PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: $(VENV)/.ready
 	$(VENV)/bin/python $(PYTEST) -m "not exhaustive"
 
-# The page is tested in a browser where Node.js and Chromium are; elsewhere its tests are skipped, and say so.
+# The page is tested in a browser where Node.js and Chromium or Firefox are; elsewhere its tests are skipped, and say so.
 test-all: $(VENV)/.ready
 	-$(if $(shell command -v npm),@$(MAKE) -s web)
 	$(VENV)/bin/python $(PYTEST)

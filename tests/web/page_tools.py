@@ -1,4 +1,4 @@
-"""What the tests of the page need: Node.js, Chromium, the built page. A test is skipped where one is missing."""
+"""What the tests of the page need: Node.js, a browser, the built page. A test is skipped where one is missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 WEB = Path(__file__).resolve().parents[2] / "web"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+FIREFOX = ("firefox", "firefox-esr")
 
 
 def needs_node() -> str:
@@ -19,13 +20,13 @@ def needs_node() -> str:
     return found
 
 
-def needs_browser() -> str:
-    """Path of Chromium; skips without it, without puppeteer-core, or without the built page."""
+def needs_browser(commands: tuple[str, ...] = CHROMIUM) -> str:
+    """Path of a browser; skips without it, without puppeteer-core, or without the built page."""
     from superpoint_trt import packaged
 
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    browser = next(filter(None, map(shutil.which, commands)), None)
     if not browser:
-        pytest.skip("Chromium is not here (Debian's package chromium)")
+        pytest.skip(f"none of {', '.join(commands)} is here (Debian's packages chromium, firefox-esr)")
     if not (WEB / "node_modules" / "puppeteer-core").is_dir() or not (packaged.PAGE / "index.html").is_file():
         pytest.skip("the page is not built here (make web)")
     return browser

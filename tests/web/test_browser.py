@@ -7,12 +7,13 @@ import re
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from page_tools import WEB, needs_browser, needs_node
+from page_tools import CHROMIUM, FIREFOX, WEB, needs_browser, needs_node
 from skimage import data
 
 from superpoint_trt import SuperPoint
@@ -55,21 +56,27 @@ def model(exported):
 
 @pytest.fixture
 def act(tmp_path):
-    """Scenario, address and flags -> what web/tests/browser.mjs saw."""
-    browser = needs_browser()
+    """Scenario, address and flags -> what web/tests/browser.mjs saw in Chromium."""
+    return partial(use_page, needs_browser(CHROMIUM), tmp_path)
 
-    def run(scenario: str, address: str, *flags: str) -> dict:
-        settings = {"browser": browser, "address": address, "folder": str(tmp_path), "flags": flags}
-        command = [needs_node(), WEB / "tests" / "browser.mjs", scenario, json.dumps(settings)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        seen = json.loads(done.stdout)
-        home = address.partition("?")[0]
-        elsewhere = [url for url in seen["requests"] if not url.startswith((home, "data:", f"blob:{home}"))]
-        assert not elsewhere, "the page asks other machines"
-        return seen
 
-    return run
+@pytest.fixture(params=[CHROMIUM, FIREFOX], ids=["chromium", "firefox"])
+def act_in_each(tmp_path, request):
+    """As `act`, in each browser."""
+    return partial(use_page, needs_browser(request.param), tmp_path)
+
+
+def use_page(browser: str, folder: Path, scenario: str, address: str, *flags: str) -> dict:
+    """What a browser saw; it has asked no other machine for anything."""
+    settings = {"browser": browser, "address": address, "folder": str(folder), "flags": flags}
+    command = [needs_node(), WEB / "tests" / "browser.mjs", scenario, json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout)
+    home = address.partition("?")[0]
+    elsewhere = [url for url in seen["requests"] if not url.startswith((home, "data:", f"blob:{home}"))]
+    assert not elsewhere, "the page asks other machines"
+    return seen
 
 
 def write_pictures(folder: Path) -> list[np.ndarray]:
@@ -97,10 +104,10 @@ def assert_same(page: dict, package, most_apart: int = 1) -> None:
 
 
 @pytest.mark.parametrize("network", ["full", "compact"])
-def test_the_page_finds_and_matches_what_the_package_does(network, serve, model, act, tmp_path):
+def test_the_page_finds_and_matches_what_the_package_does(network, serve, model, act_in_each, tmp_path):
     parts = write_pictures(tmp_path)
     name = network if network == "full" else model
-    seen = act("pictures", serve(name) + "?backend=wasm&threads=2")
+    seen = act_in_each("pictures", serve(name) + "?backend=wasm&threads=2")
     with SuperPoint(name, device="cpu", max_keypoints=500) as superpoint:
         package = [superpoint.extract(part) for part in parts]
     for slot, keypoints in zip("ab", package):
@@ -122,11 +129,11 @@ def set_orientation(path: Path, orientation: int) -> None:
     path.write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:])
 
 
-def test_dropped_jpegs_are_read_upright(serve, act, model, tmp_path):
+def test_dropped_jpegs_are_read_upright(serve, act_in_each, model, tmp_path):
     for name, part in zip("ab", write_pictures(tmp_path)):
         cv2.imwrite(str(tmp_path / f"{name}.jpg"), cv2.cvtColor(part, cv2.COLOR_RGB2BGR))
     set_orientation(tmp_path / "b.jpg", 6)
-    seen = act("dropped", serve(model))
+    seen = act_in_each("dropped", serve(model))
     with SuperPoint(model, device="cpu", max_keypoints=500) as superpoint:
         found = {name: superpoint.extract(tmp_path / f"{name}.jpg") for name in "ab"}
     assert found["b"].image_size == (237, 310), "the test's own picture is turned"
@@ -193,10 +200,10 @@ def test_no_camera_is_said(serve, act, model):
     assert act("refusedCamera", serve(model), ALLOWED)["problem"] == "There is no camera on this computer."
 
 
-def test_a_broken_picture_is_said_and_the_page_goes_on(serve, act, model, tmp_path):
+def test_a_broken_picture_is_said_and_the_page_goes_on(serve, act_in_each, model, tmp_path):
     write_pictures(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
-    seen = act("brokenPicture", serve(model))
+    seen = act_in_each("brokenPicture", serve(model))
     assert seen["broken"]["problem"].startswith("broken.png is no picture that this browser can read")
     assert seen["mended"]["problem"] == "" and len(seen["mended"]["features"]["a"]["scores"]) > 50
 

@@ -1,5 +1,5 @@
-// Uses the page as a person would, in headless Chromium, and prints what it saw as JSON, for tests/web/test_browser.py:
-// node browser.mjs SCENARIO SETTINGS, settings {browser, address, folder, flags} as JSON.
+// Uses the page as a person would, in a headless browser, and prints what it saw as JSON, for tests/web/test_browser.py:
+// node browser.mjs SCENARIO SETTINGS, settings {browser, address, folder, flags} as JSON; browser is an executable.
 
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -7,7 +7,7 @@ import { join } from "node:path";
 import puppeteer from "puppeteer-core";
 
 const WAIT = { timeout: 120_000 };
-const FLAGS = [
+const CHROMIUM = [
   "--no-sandbox",
   "--disable-quic",
   "--no-first-run",
@@ -23,7 +23,13 @@ const { browser: executablePath, address, folder, flags = [] } = JSON.parse(proc
 const file = (name) => join(folder, name);
 
 const seen = { requests: [], complaints: [] };
-const browser = await puppeteer.launch({ executablePath, headless: true, args: [...FLAGS, ...flags] });
+const isFirefox = executablePath.includes("firefox");
+const browser = await puppeteer.launch({
+  browser: isFirefox ? "firefox" : "chrome",
+  executablePath,
+  headless: true,
+  args: isFirefox ? flags : [...CHROMIUM, ...flags],
+});
 const page = await browser.newPage();
 page.on("request", (request) => seen.requests.push(request.url()));
 page.on("pageerror", (error) => seen.complaints.push(error.message));
