@@ -28,6 +28,7 @@ from superpoint_trt.core.image import find_images, load_image
 from superpoint_trt.core.image_file import read_image_file
 from superpoint_trt.pipeline.extract import ExtractOptions, extract
 from superpoint_trt.pipeline.feature_files import FeatureWriter
+from superpoint_trt.pipeline.packed import Entry, PackedWriter
 from superpoint_trt.pipeline.workers import as_stored, usable_cpus
 
 
@@ -89,23 +90,24 @@ def print_steps(superpoint: SuperPoint, paths: list[Path], work: Path) -> None:
         spent[name] = 1e3 * (time.process_time() - started) / len(paths)
         return result
 
-    def write(path: Path, entries: list[Keypoints]) -> None:
-        with FeatureWriter(path) as writer:
+    def write(entries: list[Keypoints]) -> tuple[Entry, ...]:
+        with PackedWriter(work / "steps.packed", np.dtype(np.float16)) as writer:
             for index, entry in enumerate(entries):
-                writer.write(f"images/{index}.jpg", entry, entry.image_size)
+                writer.write(f"images/{index}.jpg", entry, entry.image_size, 2.0)
+        return tuple(writer.entries)
 
-    def merge(path: Path, source: Path) -> None:
-        with FeatureWriter(path) as writer:
-            writer.copy_entries(source)
+    def merge(entries: tuple[Entry, ...]) -> None:
+        with FeatureWriter(work / "steps.h5") as writer:
+            writer.add_packed(work / "steps.packed", entries)
 
     images = timed("read and decode", lambda: [read_image_file(path) for path in paths])
     timed("prepare", lambda: [superpoint.load(image) for image in images])
     found = timed("decode again, prepare, run", lambda: list(superpoint.extract_many(paths)))
     stored = timed("transpose", lambda: [as_stored(one, 1, np.dtype(np.float16)) for one in found])
-    timed("write .h5", lambda: write(work / "steps.h5", stored))
-    timed("hash", lambda: file_sha256(work / "steps.h5"))
-    timed("merge", lambda: merge(work / "merged.h5", work / "steps.h5"))
-    for name in ("steps.h5", "merged.h5"):
+    entries = timed("write shard", lambda: write(stored))
+    timed("hash", lambda: file_sha256(work / "steps.packed"))
+    timed("merge to .h5", lambda: merge(entries))
+    for name in ("steps.packed", "steps.h5"):
         (work / name).unlink()
     print("CPU ms an image:", ", ".join(f"{name} {value:.2f}" for name, value in spent.items()), flush=True)
 

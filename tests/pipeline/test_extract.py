@@ -320,10 +320,12 @@ def test_a_merge_of_what_there_is(half, photographs, options, expected, capsys):
 
 def test_spoiled_shards_are_found(half, photographs, options, expected):
     shards = half.with_name("f.h5.shards")
-    data = bytearray((shards / "00001.h5").read_bytes())
+    data = bytearray((shards / "00001.packed").read_bytes())
     data[len(data) // 2] ^= 1
-    (shards / "00001.h5").write_bytes(data)
-    told = r"shard 1 of .* has another 00001.h5 than was written; remove .*00001.json and run superpoint extract again"
+    (shards / "00001.packed").write_bytes(data)
+    told = (
+        r"shard 1 of .* has another 00001.packed than was written; remove .*00001.json and run superpoint extract again"
+    )
     with pytest.raises(SuperPointError, match=told):
         extract([photographs[0]], half, options)
     assert not half.exists()
@@ -354,7 +356,7 @@ def test_a_kill_between_the_merge_and_its_end(half, photographs, options, expect
     shards = half.with_name("f.h5.shards")
     kept = shutil.copytree(shards, half.with_name("kept"))
     extract([photographs[0]], half, options)
-    (kept / "00000.h5").unlink()
+    (kept / "00000.packed").unlink()
     kept.rename(shards)
     summary = extract([photographs[0]], half, options)
     assert (summary.done, summary.skipped) == (0, COUNT) and files(half.parent) == ["f.h5"]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from superpoint_trt.core.files import PathLike, read_bytes
 from superpoint_trt.core.image import IMAGE_SUFFIXES
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.pipeline.feature_files import check_name
 from superpoint_trt.pipeline.match_files import check_group_names
+from superpoint_trt.pipeline.packed import check_name
 from superpoint_trt.pipeline.video import Frame, choose_frames, is_video_name, list_frames
 
 LIST_MARK = "@"

@@ -5,8 +5,8 @@ output, OUTPUT.shards, with
 
     manifest.json   what makes the run: model and options, a digest of the images' names, the size of a shard
     to-do.ID.npz    which of the images had no entry when the run began
-    00012.h5        the entries of a shard (an .h5 as output only; .npz are written in their place at once)
-    00012.json      how the shard ended: counts, failures, hash of its .h5. Written last: it makes the shard finished
+    00012.packed    the entries of a shard (an .h5 as output only; .npz are written in their place at once)
+    00012.json      how the shard ended: its entries and failures, a hash. Written last: it makes the shard finished
     lock            who works on which shards
 
 When all shards are finished they are merged into the output, and the folder goes.
@@ -32,8 +32,9 @@ from superpoint_trt.core.files import make_folder, read_bytes, write_atomically,
 from superpoint_trt.core.typed_json import JsonError, flag, integer, mapping, member, optional_text, parse, text
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.inputs import Item
+from superpoint_trt.pipeline.packed import Entry
 
-FORMAT = 1
+FORMAT = 2
 """Version of the .json files. It rises when an older reader can no longer read them."""
 
 Settings = Mapping[str, object]
@@ -112,9 +113,16 @@ class ShardReport:
     failed: tuple[tuple[str, str], ...]
     """(name, reason) of the others."""
     sha256: str | None
-    """Of the shard's .h5; None: it has no entry, or the output is a folder of .npz."""
+    """Of the shard's file; None: it has no entry, or the output is a folder of .npz."""
     ran_on: str
     """Backend, device and precision; they may differ between the shards of one run."""
+    entries: tuple[Entry, ...] = ()
+    """What lies in the packed file, in its order; none if there is no such file."""
+
+    def to_json(self) -> bytes:
+        """The content of a shard's .json."""
+        content = {**asdict(self), "entries": [entry.to_json() for entry in self.entries]}
+        return (json.dumps({**content, "superpoint_trt_version": __version__}) + "\n").encode()
 
     @classmethod
     def read(cls, path: Path) -> ShardReport:
@@ -128,11 +136,15 @@ class ShardReport:
             failed = member(flat, "failed")
             if not isinstance(failed, list) or not all(isinstance(row, list) and len(row) == 2 for row in failed):
                 raise JsonError("failed is no list of names with reasons")
+            entries = member(flat, "entries")
+            if not isinstance(entries, list):
+                raise JsonError("entries is no list")
             return cls(
                 integer(member(flat, "done"), "done", 0, _MOST),
                 tuple((text(name, "name"), text(reason, "reason")) for name, reason in failed),
                 optional_text(member(flat, "sha256"), "sha256"),
                 text(member(flat, "ran_on"), "ran_on"),
+                tuple(Entry.from_json(row) for row in entries),
             )
         except JsonError as error:
             raise _damaged(path, error) from error
@@ -239,9 +251,9 @@ class ShardFolder:
     def _to_do_path(self, manifest: Manifest) -> Path:
         return self.folder / f"to-do.{manifest.run_id}.npz"
 
-    def features(self, number: int) -> Path:
-        """The .h5 of a shard."""
-        return self.folder / f"{number:05d}.h5"
+    def packed(self, number: int) -> Path:
+        """The entries of a shard."""
+        return self.folder / f"{number:05d}.packed"
 
     def report(self, number: int) -> ShardReport | None:
         """How a shard ended; None: it is not finished."""
@@ -250,8 +262,7 @@ class ShardFolder:
 
     def finish(self, number: int, report: ShardReport) -> None:
         """Makes a shard finished. Its entries must be on disk."""
-        content = {**asdict(report), "superpoint_trt_version": __version__}
-        write_atomically(self.report_path(number), (json.dumps(content, indent=1) + "\n").encode())
+        write_atomically(self.report_path(number), report.to_json())
 
     def unfinished(self, manifest: Manifest) -> list[int]:
         """Numbers of the shards that are not finished."""

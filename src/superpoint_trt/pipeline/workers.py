@@ -21,8 +21,10 @@ from superpoint_trt.core.image_file import MOST_PIXELS, ReadOptions, read_image_
 from superpoint_trt.core.memory import ran_out_of_memory
 from superpoint_trt.core.orientation import UPRIGHT, stored_size, to_stored
 from superpoint_trt.core.types import Keypoints, SuperPointError
+from superpoint_trt.pipeline.contexts import Closes
 from superpoint_trt.pipeline.feature_files import DETECTION_NOISE_PX, FeatureWriter, is_hdf5_name
 from superpoint_trt.pipeline.inputs import Item
+from superpoint_trt.pipeline.packed import Entry, PackedWriter
 from superpoint_trt.pipeline.shards import Settings, Shard, ShardFolder, ShardReport
 from superpoint_trt.pipeline.video import Frame, VideoReader
 from superpoint_trt.run.extractor import SuperPoint
@@ -102,7 +104,7 @@ class Launcher(Protocol):
         """Extracts shards; `advance` is called with the number of images that were done since the last call."""
 
 
-class LocalLauncher:
+class LocalLauncher(Closes):
     """Extracts in this process. A context manager."""
 
     def __init__(self, options: WorkOptions) -> None:
@@ -115,12 +117,8 @@ class LocalLauncher:
         """Extracts shards one after another."""
         extract_shards(self._superpoint, shards, folder, self._options, advance)
 
-    def __enter__(self) -> LocalLauncher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Closes the model."""
         self._superpoint.close()
 
 
@@ -401,9 +399,12 @@ class _OpenShard:
         self._shard, self._folder, self._ran_on = shard, folder, ran_on
         self._failed: list[tuple[str, str]] = []
         self._done = 0
-        self._path = folder.features(shard.number) if is_hdf5_name(folder.output) else folder.output
         folder.clean(f".{shard.number:05d}.*")
-        self._features = FeatureWriter(self._path, dtype)
+        self._features: PackedWriter | FeatureWriter = (
+            PackedWriter(folder.packed(shard.number), dtype)
+            if is_hdf5_name(folder.output)
+            else FeatureWriter(folder.output, dtype)
+        )
 
     def add(self, source: _Source, result: Keypoints | SuperPointError) -> bool:
         """Writes one result; whether it was the shard's last."""
@@ -417,9 +418,12 @@ class _OpenShard:
     def finish(self) -> None:
         """Makes the shard finished."""
         self._features.close()
-        digest = file_sha256(self._path) if is_hdf5_name(self._folder.output) and self._done else None
-        report = ShardReport(self._done, tuple(self._failed), digest, self._ran_on)
-        self._folder.finish(self._shard.number, report)
+        number = self._shard.number
+        digest: str | None = None
+        entries: tuple[Entry, ...] = ()
+        if isinstance(self._features, PackedWriter) and self._done:
+            digest, entries = file_sha256(self._folder.packed(number)), tuple(self._features.entries)
+        self._folder.finish(number, ShardReport(self._done, tuple(self._failed), digest, self._ran_on, entries))
 
     def abandon(self) -> None:
         """Leaves nothing of the shard."""
