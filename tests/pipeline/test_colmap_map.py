@@ -254,11 +254,18 @@ def test_two_maps_at_once(stopped, known, tmp_path):
 def test_two_reconstructions_at_once(room, tmp_path):
     """The lock is held by this process, as by a first command."""
     folder = tmp_path / "map"
-    folder.mkdir()
-    with only_one(folder / ".superpoint-reconstruct.lock", folder):
+    with only_one(folder, ".superpoint-reconstruct.lock"):
         done = call(["reconstruct", str(room), "--output", str(folder)], tmp_path)
         assert_refused(done, "another process works on", "superpoint-reconstruct.lock")
-    assert not list(folder.iterdir())
+    assert not folder.exists(), "it is empty"
+
+
+def test_a_reconstruction_that_is_refused_makes_nothing(room, tmp_path, capsys):
+    for line in (["--max-keypoints", "0"], ["--fps", "0"], ["--verify-px", "0"], ["--model", "missing.onnx"]):
+        assert run(cli, ["reconstruct", str(room), "--output", str(tmp_path / "map"), *line]) == 2
+        assert capsys.readouterr().err.startswith("error: ") and not list(tmp_path.iterdir()), line
+    assert run(cli, ["reconstruct", str(tmp_path / "missing"), "--output", str(tmp_path / "map")]) == 2
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------------- picture

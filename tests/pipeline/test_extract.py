@@ -17,6 +17,7 @@ from pipeline.videos import write_video
 from superpoint_trt import SuperPoint, SuperPointError
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.core.orientation import ORIENTATIONS
+from superpoint_trt.pipeline import extract as extract_module
 from superpoint_trt.pipeline import workers
 from superpoint_trt.pipeline.extract import ExtractOptions, extract
 from superpoint_trt.pipeline.feature_files import FeatureFile, FeatureWriter
@@ -285,11 +286,16 @@ def test_other_images_are_refused(half, photographs, options):
         extract([folder / name for name in names[:3]], half, replace(options, inputs=InputOptions(root=folder)))
 
 
-def test_a_run_without_a_finished_shard_stands_in_nobodys_way(photographs, options, tmp_path):
+def test_a_run_without_a_finished_shard_stands_in_nobodys_way(photographs, options, tmp_path, monkeypatch):
+    def stop(*_):
+        raise ZeroDivisionError("at the first shard")
+
     folder, names = photographs
-    with pytest.raises(SuperPointError, match="batch_size is 99"):
-        extract([folder], tmp_path / "f.h5", replace(options, batch_size=99))
+    monkeypatch.setattr(extract_module, "take_part", stop)
+    with pytest.raises(ZeroDivisionError):
+        extract([folder], tmp_path / "f.h5", options)
     assert (tmp_path / "f.h5.shards/manifest.json").exists()
+    monkeypatch.undo()
     other = replace(options, settings={"max_keypoints": 5}, inputs=InputOptions(root=folder))
     assert extract([folder / name for name in names[:3]], tmp_path / "f.h5", other).done == 3
 
@@ -407,12 +413,13 @@ def test_npz_of_others_are_never_removed(photographs, options, tmp_path):
         ({"batch_size": 99}, "batch_size is 99"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"loaders": 0}, "loaders is 0"),
+        ({"loaders": 99999}, "loaders is 99999"),
     ],
 )
 def test_options_out_of_range(photographs, options, tmp_path, changed, told):
     with pytest.raises(SuperPointError, match=told):
         extract([photographs[0]], tmp_path / "f.h5", replace(options, **changed))
-    assert not (tmp_path / "f.h5").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_made_a_file_is_kept_in_it(photographs, options, tmp_path):
@@ -426,11 +433,20 @@ def test_what_made_a_file_is_kept_in_it(photographs, options, tmp_path):
 def test_bad_command_lines(photographs, tmp_path, capsys):
     for line, told in (
         (["--shard", "1"], "'1' is not i/n"),
-        (["--fps", "0", str(tmp_path / "v.mp4")], "--fps is 0"),
+        (["--fps", "0"], "--fps is 0"),
+        (["--fps", "nan"], "--fps is nan"),
+        (["--every", "0"], "--every is 0"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--batch-size", "-1"], "batch_size is -1"),
+        (["--max-keypoints", "0"], "is 0"),
+        (["--threshold", "nan"], "is nan"),
+        (["--max-side", "0"], "is 0"),
+        (["--nms-radius", "-1"], "is -1"),
+        (["--threads", "0"], "is 0"),
         (["--root", "nowhere"], "the root nowhere is no folder"),
     ):
-        write_video(tmp_path / "v.mp4", [0, 40]) if "--fps" in line else None
         assert run(cli, ["extract", str(photographs[0]), "--output", str(tmp_path / "f.h5"), *line]) == 2
         assert told in capsys.readouterr().err
+        assert not list(tmp_path.iterdir()), line
     assert run(cli, ["extract", "missing.jpg", "--output", str(tmp_path / "nowhere/f.h5")]) == 2
     assert "does not exist; create it" in capsys.readouterr().err

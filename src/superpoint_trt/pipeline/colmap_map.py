@@ -221,19 +221,13 @@ def _unfinished(folder: Path) -> Iterator[Path]:
     Raises:
         SuperPointError: another process works on the output folder.
     """
-    was_there = folder.is_dir()
-    work = make_folder(folder) / _UNFINISHED
-    try:
-        with only_one(folder / _LOCK, folder):
+    work = folder / _UNFINISHED
+    with only_one(folder, _LOCK):
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            yield make_folder(work)
+        finally:
             shutil.rmtree(work, ignore_errors=True)
-            try:
-                yield make_folder(work)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-    finally:
-        if not was_there:
-            with suppress(OSError):  # it holds the map now
-                folder.rmdir()
 
 
 def _replace(folder: Path, work: Path) -> None:

@@ -30,6 +30,9 @@ class InputOptions:
     fps: float | None = None
     """At most so many frames of a video a second."""
 
+    def __post_init__(self) -> None:
+        choose_frames((), self.every, self.fps)  # refuses numbers out of range, also if there is no video
+
 
 class Item(NamedTuple):
     """One image to be worked on."""

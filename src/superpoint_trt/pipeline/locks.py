@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from superpoint_trt.core.files import PathLike
+from superpoint_trt.core.files import make_folder
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.contexts import Closes
 
@@ -69,24 +69,31 @@ class RangeLock(Closes):
 
 
 @contextmanager
-def only_one(path: Path, output: PathLike) -> Iterator[None]:
-    """Keeps other processes from an output as long as the context is open.
+def only_one(folder: Path, name: str) -> Iterator[None]:
+    """Makes a folder to work in, and keeps other processes from it as long as the context is open.
 
     Args:
-        path: a file for the lock, which goes in the end.
-        output: what is worked on, for the message.
+        folder: goes in the end if it was made here and is empty.
+        name: of a file in it for the lock, which goes in the end.
 
     Raises:
-        SuperPointError: another process works on it.
+        SuperPointError: another process works in the folder, or it cannot be made.
     """
-    with RangeLock(path) as lock:
-        if not lock.take(0, 1) or not lock.is_there:
-            raise SuperPointError(f"another process works on {output} (its lock is {path}); wait for its end.")
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # Windows keeps open files
-                path.unlink()
+    was_there = folder.is_dir()
+    path = make_folder(folder) / name
+    try:
+        with RangeLock(path) as lock:
+            if not lock.take(0, 1) or not lock.is_there:
+                raise SuperPointError(f"another process works on {folder} (its lock is {path}); wait for its end.")
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows keeps open files
+                    path.unlink()
+    finally:
+        if not was_there:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 if sys.platform == "win32":

@@ -85,9 +85,8 @@ def reconstruct(
     import_pycolmap()  # what is missing shows before the work
     if Path(source).resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
         raise SuperPointError(f"the output {output} lies in the folder of the photographs; choose another --output.")
-    folder = make_folder(output)
-    with only_one(folder / _LOCK, folder):
-        return _reconstruct(Path(source), folder, options, progress)
+    with only_one(Path(output), _LOCK):
+        return _reconstruct(Path(source), Path(output), options, progress)
 
 
 def _reconstruct(

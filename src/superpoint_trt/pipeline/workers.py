@@ -29,7 +29,7 @@ from superpoint_trt.pipeline.shards import Settings, Shard, ShardFolder, ShardRe
 from superpoint_trt.pipeline.video import Frame, VideoReader
 from superpoint_trt.run.extractor import SuperPoint
 from superpoint_trt.run.runner import run_key
-from superpoint_trt.run.stream import MOST_LOADERS, PreparedOrError
+from superpoint_trt.run.stream import MOST_LOADERS, PreparedOrError, StreamOptions
 
 _MOST_WRITES_WAITING = 64
 _MOST_SHARDS_FINISHING = 2
@@ -57,10 +57,28 @@ class WorkOptions:
         """Opens the model.
 
         Raises:
-            SuperPointError: the model or a setting cannot be used.
+            SuperPointError: the model or a setting cannot be used, or a number is out of range.
         """
         half = {"half_descriptors": self.dtype == "float16"}
-        return SuperPoint(self.model, **{**half, **self.settings})
+        superpoint = SuperPoint(self.model, **{**half, **self.settings})
+        most = superpoint.description.max_batch_size
+        try:
+            self.stream(most).check(most)
+        except BaseException:
+            superpoint.close()
+            raise
+        return superpoint
+
+    def stream(self, most_batch: int) -> StreamOptions:
+        """How many images are read and run at once.
+
+        Args:
+            most_batch: the model's largest batch.
+        """
+        return StreamOptions(
+            batch_size=most_batch if self.batch_size is None else self.batch_size,
+            loaders=min(usable_cpus(), MOST_LOADERS) if self.loaders is None else self.loaders,
+        )
 
     def reading(self) -> ReadOptions:
         """Which image files are read."""
@@ -144,8 +162,8 @@ def extract_shards(
     Raises:
         SuperPointError: the shards cannot be written. An image that cannot be read or run is counted as failed.
     """
-    most = superpoint.description.max_batch_size
-    batch_size = most if options.batch_size is None else options.batch_size
+    stream = options.stream(superpoint.description.max_batch_size)
+    batch_size = stream.batch_size
     waiting: deque[list[_Source]] = deque()
     """The groups that were given to the model and have not come back."""
 
@@ -155,7 +173,7 @@ def extract_shards(
                 waiting.append([_Source(shard, image.item, image.orientation, image.scale) for image in group])
                 yield [image.prepared for image in group]
 
-    with _Reader(superpoint, options, batch_size) as reader, _Writer(folder, options, superpoint) as writer:
+    with _Reader(superpoint, options, stream) as reader, _Writer(folder, options, superpoint) as writer:
         with closing(superpoint.extract_groups(groups(reader), batch_size)) as found:
             for results in found:
                 for source, result in zip(waiting.popleft(), results):
@@ -222,17 +240,14 @@ class _Reader:
     Args:
         superpoint: makes the network's inputs.
         options: how to read.
-        batch_size: images in a run.
+        stream: how many at once.
     """
 
-    def __init__(self, superpoint: SuperPoint, options: WorkOptions, batch_size: int) -> None:
-        threads = usable_cpus() if options.loaders is None else options.loaders
-        if not 1 <= threads <= MOST_LOADERS:
-            raise SuperPointError(f"loaders is {threads}; expected 1 to {MOST_LOADERS}.")
+    def __init__(self, superpoint: SuperPoint, options: WorkOptions, stream: StreamOptions) -> None:
         self._superpoint, self._reading = superpoint, options.reading()
         self._side_px = needed_side_px(superpoint.description, options.settings.get("max_side_px"))
-        self._ahead = threads + batch_size
-        self._files = ThreadPoolExecutor(threads, thread_name_prefix="superpoint-reader")
+        self._ahead = stream.loaders + stream.batch_size
+        self._files = ThreadPoolExecutor(stream.loaders, thread_name_prefix="superpoint-reader")
         self._frames = ThreadPoolExecutor(1, thread_name_prefix="superpoint-video")
         self._video: VideoReader | None = None
 
