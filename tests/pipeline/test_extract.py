@@ -23,7 +23,7 @@ from superpoint_trt.pipeline.extract import ExtractOptions, extract
 from superpoint_trt.pipeline.feature_files import FeatureFile, FeatureWriter
 from superpoint_trt.pipeline.inputs import InputOptions
 from superpoint_trt.pipeline.merge import merge
-from superpoint_trt.pipeline.shards import range_of
+from superpoint_trt.pipeline.shards import Manifest, ShardFolder, range_of
 
 pytest.importorskip("h5py", reason="feature files in HDF5 need h5py: pip install '.[bulk]'")
 
@@ -315,13 +315,34 @@ def test_a_merge_of_what_there_is(half, photographs, options, expected, capsys):
     with pytest.raises(SuperPointError, match=r"3 of 5 shards of .* are not finished \(2, 3, 4\)"):
         merge(half)
     assert run(cli, ["merge", str(half), "--unfinished"]) == 0
-    assert "merged        10 images; 0 failed" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "merged        10 images\n" in told and "failed        0\n" in told
     assert len(content(half)) == 10
     summary = extract([photographs[0]], half, options)
     assert (summary.done, summary.skipped) == (COUNT - 10, 10)
     assert list(content(half)) == list(expected)
     with pytest.raises(SuperPointError, match="keeps no run"):
         merge(half)
+
+
+def test_a_merge_ends_as_an_extraction_when_images_failed(photographs, options, tmp_path, capsys):
+    """Both list them, name the .tsv, and have the exit code 1."""
+    folder = shutil.copytree(photographs[0], tmp_path / "photos")
+    (folder / "park" / "000.png").write_text("no image")
+    line = ["extract", str(folder), "--output", str(tmp_path / "f.h5"), "--model", str(options.model)]
+    assert run(cli, [*line, "--shard-size", "5", "--shard", "1/2"]) == 1
+    capsys.readouterr()
+    assert run(cli, ["merge", str(tmp_path / "f.h5"), "--unfinished"]) == 1
+    told = capsys.readouterr()
+    assert "left out: park/000.png: " in told.err and "f.h5.failed.tsv" in told.out
+    assert (tmp_path / "f.h5.failed.tsv").read_text().startswith("name\treason\npark/000.png\t")
+
+
+def test_pairs_are_not_merged_as_features(tmp_path):
+    folder = ShardFolder(tmp_path / "m.h5")
+    folder.begin(Manifest("id", {"features": "x"}, "0" * 64, 1, 1, False), [0])
+    with pytest.raises(SuperPointError, match="a run of superpoint match-pairs; run that command again"):
+        merge(tmp_path / "m.h5")
 
 
 def test_spoiled_shards_are_found(half, photographs, options, expected):

@@ -65,8 +65,8 @@ class MergeSummary:
     output: Path
     images: int
     """Entries that came from the shards."""
-    failed: int
-    """Images that have none, for a reason that the .tsv beside the output gives."""
+    failed: tuple[tuple[str, str], ...]
+    """(name, reason) of the images that have none; the .tsv beside the output lists them, too."""
     unfinished_shards: int
     """Shards whose images were not extracted yet; more than 0 with `unfinished` only."""
 
@@ -102,7 +102,7 @@ def merge(output: PathLike, unfinished: bool = False, progress: PhaseProgress | 
             raise SuperPointError(f"another process works on {output} (its lock is {folder.lock_path}).")
         reports = _reports(folder, manifest)
         _merge(folder, manifest, reports, progress)
-    failed = sum(len(report.failed) for report in reports.values())
+    failed = tuple(row for report in reports.values() for row in report.failed)
     return MergeSummary(folder.output, sum(report.done for report in reports.values()), failed, len(missing))
 
 
