@@ -90,23 +90,14 @@ class Hdf5Target:
         SuperPointError: it cannot be written, or is no HDF5.
 
     Attributes:
-        disk: what h5py writes to. Bytes may be written there, too, as long as `file` was not used.
+        file: the open h5py.File.
     """
 
     def __init__(self, path: Path, place: Path, kept: int) -> None:
-        self._h5py, self._path = import_h5py(), path
-        self._file: Any = None
+        h5py, self._path = import_h5py(), path
         with Reported(path):
-            self.disk = JournaledFile(place, kept)
-            if not kept:
-                self._h5py.File(self.disk, "w", libver=_FORMATS).close()
-
-    @property
-    def file(self) -> Any:
-        """The file as h5py.File; it is opened at the first use."""
-        if self._file is None:
-            self._file = self._h5py.File(self.disk, "r+", libver=_FORMATS)
-        return self._file
+            self._disk = JournaledFile(place, kept)
+            self.file = h5py.File(self._disk, "r+" if kept else "w", libver=_FORMATS)
 
     def describe(self, text: str) -> None:
         """Keeps a text in the file."""
@@ -115,16 +106,15 @@ class Hdf5Target:
 
     def reported(self) -> Reported:
         """A context that turns errors of writing into one line."""
-        return Reported(self._path, self.disk)
+        return Reported(self._path, self._disk)
 
     def finish(self) -> None:
         """Completes the file; from then on readers see it."""
         try:
             with self.reported():
-                if self._file is not None:
-                    self._file.close()
-                self.disk.commit()
-                self.disk.close()
+                self.file.close()
+                self._disk.commit()
+                self._disk.close()
                 self._take_place()
         except BaseException:
             self.abandon()
@@ -136,9 +126,8 @@ class Hdf5Target:
     def abandon(self) -> None:
         """Ends without a change that readers see."""
         with suppress(Exception):
-            if self._file is not None:
-                self._file.close()
-        self.disk.close()
+            self.file.close()
+        self._disk.close()
 
 
 class NewHdf5(Hdf5Target):
@@ -169,9 +158,7 @@ class GrowingHdf5(Hdf5Target):
         place = check_writable(path).resolve()
         with open_hdf5(place):  # finishes what a killed process began, and checks that this is HDF5
             pass
-        with Reported(path), open(place, "rb") as file:
-            used = Superblock.read(file).end
-        super().__init__(path, place, min(used, place.stat().st_size))
+        super().__init__(path, place, _used_bytes(place))
 
 
 class Reported:
@@ -202,78 +189,20 @@ def _why(error: BaseException) -> str:
     return os.strerror(number) if number else one_line(error)
 
 
-# ---------------------------------------------------------------------------------------------------------- superblock
+def _used_bytes(path: Path) -> int:
+    """Where a file ends as its superblock has it (HDF5 file format, versions 2 and 3); behind it lies nothing of use.
 
-
-_MAGIC = b"\x89HDF\r\n\x1a\n"
-_SUPERBLOCK_NBYTES = 96
-"""At most."""
-_END_AT = {0: 40, 1: 44, 2: 28, 3: 28}
-"""Where the end is written in each version. From version 2 on, the root's address and a checksum follow."""
-
-
-class Superblock:
-    """The first bytes of an HDF5 file, which say where its used part ends (HDF5 File Format Specification, II.A).
-
-    What lies behind is of no use: a process that was killed while it added something leaves such bytes.
-
-    Args:
-        content: the bytes.
-
-    Raises:
-        ValueError: the file has a user block before it, or addresses that are not of 8 bytes; no tool makes these
-            unless it is asked to.
+    A process that was killed while it added something leaves such bytes.
     """
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-        version = content[8] if content.startswith(_MAGIC) and len(content) >= 48 else -1
-        sizes_at = 9 if version >= 2 else 13
-        if version not in _END_AT or content[sizes_at : sizes_at + 2] != b"\x08\x08":
-            raise ValueError("it has a user block, or addresses of another size than 8 bytes; copy it with h5repack")
-        self._at, self._has_checksum = _END_AT[version], version >= 2
-
-    @classmethod
-    def read(cls, file: Any) -> Superblock:
-        """Reads it from a file that is open in binary mode."""
-        file.seek(0)
-        return cls(file.read(_SUPERBLOCK_NBYTES))
-
-    @property
-    def end(self) -> int:
-        """Where the used part ends, in bytes."""
-        (end,) = struct.unpack_from("<Q", self._content, self._at)
-        return int(end)
-
-    def with_end(self, end: int) -> bytes:
-        """The bytes for another end."""
-        content = bytearray(self._content)
-        struct.pack_into("<Q", content, self._at, end)
-        if self._has_checksum:
-            struct.pack_into("<I", content, self._at + 16, lookup3(bytes(content[: self._at + 16])))
-        return bytes(content)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(_SUPERBLOCK.size)
+    if len(start) < _SUPERBLOCK.size:
+        return size
+    magic, version, offset_bytes, _, end = _SUPERBLOCK.unpack(start)
+    return min(size, end) if magic == _HDF5_MAGIC and version in (2, 3) and offset_bytes == 8 else size
 
 
-def lookup3(data: bytes) -> int:
-    """HDF5's checksum of metadata: Bob Jenkins' hash "lookup3" (2006), which is in the public domain."""
-    words: list[int] = list(struct.unpack(f"<{-(-len(data) // 4)}I", data + bytes(-len(data) % 4)))
-    a = b = c = (0xDEADBEEF + len(data)) & _WORD
-    while len(words) > 3:
-        a, b, c = (a + words[0]) & _WORD, (b + words[1]) & _WORD, (c + words[2]) & _WORD
-        words = words[3:]
-        for turn in (4, 6, 8, 16, 19, 4):
-            a, c = ((a - c) & _WORD) ^ _turned(c, turn), (c + b) & _WORD
-            a, b, c = b, c, a  # the three take turns
-    words += [0] * (3 - len(words))
-    a, b, c = (a + words[0]) & _WORD, (b + words[1]) & _WORD, (c + words[2]) & _WORD
-    for turn in (14, 11, 25, 16, 4, 14, 24):
-        c = ((c ^ b) - _turned(b, turn)) & _WORD
-        a, b, c = b, c, a
-    return b
-
-
-_WORD = 0xFFFFFFFF
-
-
-def _turned(word: int, bits: int) -> int:
-    return ((word << bits) | (word >> (32 - bits))) & _WORD
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_SUPERBLOCK = struct.Struct("<8sBB18sQ")
+"""Magic, version, bytes of an offset; lengths, flags and two addresses; end of the file."""

@@ -7,7 +7,7 @@ and in the little-endian order of bytes, as the .h5 will have them. What is wher
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ from superpoint_trt.core.types import Keypoints, SuperPointError
 from superpoint_trt.pipeline.contexts import WritesWhole
 
 _MOST = 1 << 40
-_PIECE_BYTES = 1 << 20
+
+Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+"""Keypoints (N, 2), scores (N,) and descriptors (D, N) as they are stored, in C order."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Entry:
         return cls(text(row[0], "an entry"), count, dim, (width, height), real(row[5], "uncertainty", 0, 1e9))
 
 
-def stored_arrays(keypoints: Keypoints, dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Keypoints (N, 2), scores (N,) and descriptors (D, N) as they are stored, in C order."""
+def stored_arrays(keypoints: Keypoints, dtype: np.dtype[Any]) -> Arrays:
+    """The arrays of an image's keypoints."""
     little = dtype.newbyteorder("<")
     return (
         np.ascontiguousarray(keypoints.xy, dtype="<f4"),
@@ -162,15 +164,29 @@ def write_whole(file: Any, array: NDArray[Any]) -> None:
         rest = rest[file.write(rest) or 0 :]
 
 
-def read_pieces(path: Path) -> Iterator[bytes]:
-    """Reads a file piece by piece.
+def read_packed(path: Path, entries: Sequence[Entry], dtype: np.dtype[Any]) -> Iterator[tuple[Entry, Arrays]]:
+    """Reads entries as `PackedWriter` wrote them.
+
+    Args:
+        path: the file.
+        entries: what lies in it, in its order.
+        dtype: of the descriptors.
 
     Raises:
-        SuperPointError: it cannot be read.
+        SuperPointError: the file cannot be read, or is shorter than its entries.
     """
+    little = dtype.newbyteorder("<")
     try:
-        with open(path, "rb", buffering=0) as file:
-            while piece := file.read(_PIECE_BYTES):
-                yield piece
+        with open(path, "rb") as file:
+            for entry in entries:
+                shapes = (entry.count, 2), (entry.count,), (entry.dim, entry.count)
+                pieces = [file.read(nbytes) for nbytes in entry.sizes(dtype)]
+                xy, scores, descriptors = (
+                    np.frombuffer(piece, kind).reshape(shape)
+                    for piece, kind, shape in zip(pieces, ("<f4", "<f4", little), shapes)
+                )
+                yield entry, (xy, scores, descriptors)
     except OSError as error:
         raise SuperPointError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise SuperPointError(f"{path} is shorter than what was written.") from error
