@@ -130,6 +130,15 @@ def test_packed_entries_are_added_once(tmp_path):
     assert path.read_bytes() == before and {file.name for file in tmp_path.iterdir()} == {"p", "f.h5"}
 
 
+def test_entries_that_are_not_those_of_the_file(tmp_path):
+    entries = pack(tmp_path / "p")
+    for wrong in (entries[:-1], [*entries, entries[1]]):
+        told = pytest.raises(SuperPointError, match=r"p has \d+ bytes, its \d entries")
+        with told, FeatureWriter(tmp_path / "f.h5") as writer:
+            writer.add_packed(tmp_path / "p", wrong)
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
 def test_an_error_leaves_no_packed_file(tmp_path):
     with pytest.raises(SuperPointError, match="cannot name an image"):
         pack(tmp_path / "p", ["a", "../b"])

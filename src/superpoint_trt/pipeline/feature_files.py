@@ -198,7 +198,8 @@ class FeatureWriter(WritesWhole):
             entries: what it holds.
 
         Raises:
-            SuperPointError: this is a folder, the source cannot be read, or the file has one of the entries already.
+            SuperPointError: this is a folder, the source does not hold these entries, or the file has one of them
+                already.
         """
         self._target.add_packed(path, entries)
 
@@ -366,6 +367,9 @@ class _Hdf5Entries:
 
     def add_packed(self, path: Path, entries: Sequence[Entry]) -> None:
         """Writes the arrays of many images."""
+        expected = sum(sum(entry.sizes(self._dtype)) for entry in entries)
+        if path.stat().st_size != expected:
+            raise SuperPointError(f"{path} has {path.stat().st_size} bytes, its {len(entries)} entries {expected}.")
         with self._target.reported():
             for entry in entries:
                 self._note(entry)

@@ -22,7 +22,7 @@ from superpoint_trt.core.types import Keypoints, SuperPointError
 from superpoint_trt.pipeline.contexts import WritesWhole
 
 _MOST = 1 << 40
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -162,15 +162,16 @@ def write_whole(file: Any, array: NDArray[Any]) -> None:
         rest = rest[file.write(rest) or 0 :]
 
 
-def read_pieces(path: Path) -> Iterator[bytes]:
-    """Reads a file piece by piece.
+def read_pieces(path: Path) -> Iterator[memoryview]:
+    """Reads a file piece by piece. Each piece is valid until the next is asked for.
 
     Raises:
         SuperPointError: it cannot be read.
     """
+    buffer = memoryview(bytearray(_PIECE_BYTES))
     try:
         with open(path, "rb", buffering=0) as file:
-            while piece := file.read(_PIECE_BYTES):
-                yield piece
+            while count := file.readinto(buffer):
+                yield buffer[:count]
     except OSError as error:
         raise SuperPointError(f"{path} cannot be read: {error.strerror}.") from error
