@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from superpoint_trt.core.files import PathLike, make_folder, one_line, read_bytes, write_atomically, write_npz
 from superpoint_trt.core.types import Float32, Keypoints, SuperPointError
 from superpoint_trt.pipeline.contexts import Closes, WritesWhole
-from superpoint_trt.pipeline.hdf5_entries import ON_A_SHELF, UNCERTAINTY, EntryHeaders, Shelf, link_entries
+from superpoint_trt.pipeline.hdf5_entries import ON_A_SHELF, UNCERTAINTY, Shelf, entry_headers, link_entries
 from superpoint_trt.pipeline.hdf5_files import Superblock, description_of, import_h5py, open_hdf5, open_target
 from superpoint_trt.pipeline.packed import Entry, check_name, read_pieces, stored_arrays, write_whole
 from superpoint_trt.run.store import load_features
@@ -347,7 +347,7 @@ class _Hdf5Entries:
         self._h5py, self._path, self._dtype = import_h5py(), path, dtype
         self._before = FeatureFile(path) if append and path.exists() else None
         self._target = open_target(path, append, scratch)
-        self._headers = EntryHeaders(dtype)
+        self._headers = entry_headers(dtype)
         self._disk = self._target.disk
         self._end = self._disk.seek(Superblock.read(self._disk).end)
         self._waiting: list[tuple[Entry, int]] = []

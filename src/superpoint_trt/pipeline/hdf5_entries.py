@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any, Union
 
@@ -180,6 +181,12 @@ class EntryHeaders:
             addresses.append(end)
             end += len(shelf)
         return b"".join([content, *shelves]), addresses
+
+
+@cache
+def entry_headers(dtype: np.dtype[Any]) -> EntryHeaders:
+    """The `EntryHeaders` of a type of descriptors."""
+    return EntryHeaders(dtype)
 
 
 def _shelves(groups: NDArray[np.uint64]) -> list[bytes]:
