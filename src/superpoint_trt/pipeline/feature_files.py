@@ -9,7 +9,7 @@ pixels of the image file as stored (before EXIF rotation), pixel centres at inte
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from superpoint_trt.core.types import Float32, Keypoints, SuperPointError
 from superpoint_trt.pipeline.contexts import Closes, WritesWhole
 from superpoint_trt.pipeline.hdf5_entries import ON_A_SHELF, UNCERTAINTY, Shelf, entry_headers, link_entries
 from superpoint_trt.pipeline.hdf5_files import Superblock, description_of, import_h5py, open_hdf5, open_target
-from superpoint_trt.pipeline.packed import Entry, check_name, read_pieces, stored_arrays, write_whole
+from superpoint_trt.pipeline.packed import Entry, check_name, read_entries, read_pieces, stored_arrays, write_whole
 from superpoint_trt.run.store import load_features
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -190,18 +190,16 @@ class FeatureWriter(WritesWhole):
         check_name(name)
         self._target.write(name, keypoints, image_size, float(uncertainty))
 
-    def add_packed(self, path: Path, entries: Sequence[Entry]) -> None:
+    def add_packed(self, path: Path) -> int:
         """Adds the entries of a file that `PackedWriter` made, with the same type of descriptors.
 
-        Args:
-            path: the file.
-            entries: what it holds.
+        Returns:
+            How many there were.
 
         Raises:
-            SuperPointError: this is a folder, the source does not hold these entries, or the file has one of them
-                already.
+            SuperPointError: this is a folder, the source is no such file, or the .h5 has one of the entries already.
         """
-        self._target.add_packed(path, entries)
+        return self._target.add_packed(path)
 
     def describe(self, text: str) -> None:
         """Keeps a text in the file that readers of entries do not see; `FeatureFile.description` returns it."""
@@ -321,7 +319,7 @@ class _Target(Protocol):
 
     def write(self, name: str, keypoints: Keypoints, image_size: tuple[int, int], uncertainty: float) -> None: ...
 
-    def add_packed(self, path: Path, entries: Sequence[Entry]) -> None: ...
+    def add_packed(self, path: Path) -> int: ...
 
     def describe(self, text: str) -> None: ...
 
@@ -365,17 +363,22 @@ class _Hdf5Entries:
                 write_whole(self._disk, array)
             self._write_headers(_HEADERS_AT_ONCE)
 
-    def add_packed(self, path: Path, entries: Sequence[Entry]) -> None:
+    def add_packed(self, path: Path) -> int:
         """Writes the arrays of many images."""
+        entries, nbytes = read_entries(path)
         expected = sum(sum(entry.sizes(self._dtype)) for entry in entries)
-        if path.stat().st_size != expected:
-            raise SuperPointError(f"{path} has {path.stat().st_size} bytes, its {len(entries)} entries {expected}.")
+        if nbytes != expected:
+            raise SuperPointError(
+                f"{path} has {nbytes} bytes of arrays, its {len(entries)} entries {expected}; its descriptors may have "
+                "another type."
+            )
         with self._target.reported():
             for entry in entries:
                 self._note(entry)
-            for piece in read_pieces(path):
+            for piece in read_pieces(path, nbytes):
                 self._disk.write(piece)
             self._write_headers(_HEADERS_AT_ONCE)
+        return len(entries)
 
     def _note(self, entry: Entry) -> None:
         """Notes an entry, whose arrays are written next.
@@ -488,7 +491,7 @@ class _NewNpzFolder:
         }
         write_npz(path, arrays)
 
-    def add_packed(self, path: Path, entries: Sequence[Entry]) -> None:
+    def add_packed(self, path: Path) -> int:
         raise SuperPointError(f"{self._folder} is a folder of .npz; packed entries are added to an .h5 only.")
 
     def describe(self, text: str) -> None:
