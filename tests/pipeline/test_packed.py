@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from pipeline.test_feature_files import NAMES, keypoints, write
 from superpoint_trt import SuperPointError
 from superpoint_trt.core.typed_json import JsonError
 from superpoint_trt.pipeline.feature_files import FeatureFile, FeatureWriter
-from superpoint_trt.pipeline.packed import Entry, PackedWriter, read_packed
+from superpoint_trt.pipeline.packed import Entry, PackedWriter
 
 h5py = pytest.importorskip("h5py", reason="feature files in HDF5 need h5py: pip install '.[bulk]'")
 
@@ -43,24 +43,48 @@ def pack(path, names=NAMES):
     with PackedWriter(path, HALF) as writer:
         for index, name in enumerate(names):
             writer.write(name, keypoints(index, count=index % 9), (4000, 3000), 3.5)
-    return writer.entries
+    return path
 
 
 def test_packed_entries_are_those_that_are_written_one_by_one(tmp_path):
     names = [f"images/{index}.jpg" for index in range(100)]
-    entries = [Entry.from_json(json.loads(json.dumps(entry.to_json()))) for entry in pack(tmp_path / "p", names)]
     with FeatureWriter(tmp_path / "packed.h5") as writer:
-        writer.add_packed(tmp_path / "p", entries)
+        assert writer.add_packed(pack(tmp_path / "p", names)) == len(names)
     write(tmp_path / "one.h5", names)
-    assert (tmp_path / "packed.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
+    with FeatureFile(tmp_path / "packed.h5") as packed, FeatureFile(tmp_path / "one.h5") as one:
+        assert list(packed) == list(one) and len(packed) == len(names)
+        for name in names:
+            for field in fields(packed[name]):
+                np.testing.assert_array_equal(getattr(packed[name], field.name), getattr(one[name], field.name))
 
 
 def test_packed_entries_are_added_once(tmp_path):
-    entries, path = pack(tmp_path / "p"), write(tmp_path / "f.h5")
+    packed, path = pack(tmp_path / "p"), write(tmp_path / "f.h5")
     before = path.read_bytes()
     with pytest.raises(SuperPointError, match="has an entry"), FeatureWriter(path, append=True) as writer:
-        writer.add_packed(tmp_path / "p", entries)
+        writer.add_packed(packed)
     assert path.read_bytes() == before and {file.name for file in tmp_path.iterdir()} == {"p", "f.h5"}
+
+
+def test_packed_files_of_something_else(tmp_path):
+    path = pack(tmp_path / "p")
+    whole = path.read_bytes()
+    refused = {
+        "no packed file of entries": (b"", whole[:-1], whole[-40:], whole[:-8] + b"sptrtpk2", b"[" * 99 + whole[-16:]),
+        r"p has \d+ bytes of arrays, and not those of its \d entries": (whole[8:], bytes(8) + whole),
+    }
+    for told, contents in refused.items():
+        for content in contents:
+            path.write_bytes(content)
+            with pytest.raises(SuperPointError, match=told), FeatureWriter(tmp_path / "f.h5") as writer:
+                writer.add_packed(path)
+    path.write_bytes(whole)
+    told = pytest.raises(SuperPointError, match="its descriptors may have another type")
+    with told, FeatureWriter(tmp_path / "f.h5", "float32") as writer:
+        writer.add_packed(path)
+    with pytest.raises(SuperPointError, match="missing cannot be read"), FeatureWriter(tmp_path / "f.h5") as writer:
+        writer.add_packed(tmp_path / "missing")
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
 def test_an_error_leaves_no_packed_file(tmp_path):
@@ -76,11 +100,3 @@ def test_an_error_leaves_no_packed_file(tmp_path):
 def test_an_entry_of_something_else(row):
     with pytest.raises(JsonError):
         Entry.from_json(row)
-
-
-def test_packed_entries_that_were_cut_short(tmp_path):
-    path = tmp_path / "p"
-    entries = pack(path)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(SuperPointError, match="p is shorter than what was written"):
-        list(read_packed(path, entries, HALF))

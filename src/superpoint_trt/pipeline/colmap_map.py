@@ -9,7 +9,7 @@ import enum
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -233,13 +233,11 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 def _replace(folder: Path, work: Path) -> None:
     """Replaces what an earlier run has left in the output folder by the finished work."""
     write_atomically(folder / _MARK, b"superpoint colmap replaces the database and the map in this folder.\n")
-    shutil.rmtree(folder / MODELS, ignore_errors=True)
-    for name in (DATABASE, MODELS, REPORT, PICTURE):
+    for name in (DATABASE, MODELS, REPORT, PICTURE):  # renamed, not removed: so quickly that nothing comes between
+        if (folder / name).exists():
+            (folder / name).replace(work / f"old-{name}")
         if (work / name).exists():
             (work / name).replace(folder / name)
-        else:
-            with suppress(FileNotFoundError):
-                (folder / name).unlink()
 
 
 def map_points(model: Any) -> MapPoints:

@@ -9,7 +9,7 @@ pixels of the image file as stored (before EXIF rotation), pixel centres at inte
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -189,17 +189,16 @@ class FeatureWriter(WritesWhole):
         check_name(name)
         self._target.write(name, keypoints, image_size, float(uncertainty))
 
-    def add_packed(self, path: Path, entries: Sequence[Entry]) -> None:
+    def add_packed(self, path: Path) -> int:
         """Adds the entries of a file that `PackedWriter` made, with the same type of descriptors.
 
-        Args:
-            path: the file.
-            entries: what it holds.
+        Returns:
+            How many there were.
 
         Raises:
-            SuperPointError: this is a folder, the source cannot be read, or the file has one of the entries already.
+            SuperPointError: this is a folder, the source is no such file, or the .h5 has one of the entries already.
         """
-        self._target.add_packed(path, entries)
+        return self._target.add_packed(path)
 
     def describe(self, text: str) -> None:
         """Keeps a text in the file that readers of entries do not see; `FeatureFile.description` returns it."""
@@ -319,7 +318,7 @@ class _Target(Protocol):
 
     def write(self, name: str, keypoints: Keypoints, image_size: tuple[int, int], uncertainty: float) -> None: ...
 
-    def add_packed(self, path: Path, entries: Sequence[Entry]) -> None: ...
+    def add_packed(self, path: Path) -> int: ...
 
     def describe(self, text: str) -> None: ...
 
@@ -358,11 +357,14 @@ class _Hdf5Entries:
         with self._target.reported():
             self._write(Entry(name, len(arrays[1]), len(arrays[2]), image_size, uncertainty), arrays)
 
-    def add_packed(self, path: Path, entries: Sequence[Entry]) -> None:
-        """Writes the arrays of many images."""
+    def add_packed(self, path: Path) -> int:
+        """Writes the entries of a packed file; returns their number."""
         with self._target.reported():
-            for entry, arrays in read_packed(path, entries, self._dtype):
+            count = 0
+            for entry, arrays in read_packed(path, self._dtype):
                 self._write(entry, arrays)
+                count += 1
+        return count
 
     def _write(self, entry: Entry, arrays: Arrays) -> None:
         low = self._h5py
@@ -450,7 +452,7 @@ class _NewNpzFolder:
         }
         write_npz(path, arrays)
 
-    def add_packed(self, path: Path, entries: Sequence[Entry]) -> None:
+    def add_packed(self, path: Path) -> int:
         raise SuperPointError(f"{self._folder} is a folder of .npz; packed entries are added to an .h5 only.")
 
     def describe(self, text: str) -> None:

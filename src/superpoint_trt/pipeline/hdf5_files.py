@@ -178,7 +178,7 @@ class Reported:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         met = self._disk.error if self._disk is not None and self._disk.error is not None else error
-        if isinstance(met, (OSError, RuntimeError, ValueError)):
+        if isinstance(met, (OSError, RuntimeError, ValueError, KeyError)):
             raise SuperPointError(f"{self._path} cannot be written: {_why(met)}.") from met
 
 

@@ -159,8 +159,9 @@ def _merge(
     # The file grows in the folder of the run, which goes in the end with all that a kill may have left there.
     with FeatureWriter(folder.output, dtype, append=not manifest.replaces, scratch=folder.folder) as writer:
         for count, number in enumerate(_sound_shards(folder, reports), start=1):
-            if reports[number].entries:
-                writer.add_packed(folder.packed(number), reports[number].entries)
+            done = reports[number].done
+            if is_hdf5_name(folder.output) and done and writer.add_packed(folder.packed(number)) != done:
+                raise _spoiled(folder, number, f"does not have {done} entries")
             if progress:
                 progress("merging", count, len(reports))
         writer.describe(description)
@@ -188,7 +189,7 @@ def _sound_shards(folder: ShardFolder, reports: Mapping[int, ShardReport]) -> It
 
 
 def _check_shard(folder: ShardFolder, number: int, report: ShardReport) -> None:
-    """Checks that the entries of a shard are what was written.
+    """Checks that the file of a shard is what was written.
 
     Raises:
         SuperPointError: they are not.
@@ -196,8 +197,6 @@ def _check_shard(folder: ShardFolder, number: int, report: ShardReport) -> None:
     if not is_hdf5_name(folder.output) or not report.done:
         return
     path = folder.packed(number)
-    if len(report.entries) != report.done:
-        raise _spoiled(folder, number, f"has {len(report.entries)} entries, not {report.done}")
     if not path.is_file() or file_sha256(path) != report.sha256:
         raise _spoiled(folder, number, f"has another {path.name} than was written")
 

@@ -1,13 +1,16 @@
 """Entries one behind another in a plain file: how a shard is kept until it is merged into the one .h5.
 
 The file holds, for each entry, `keypoints` (N, 2) float32, `scores` (N,) float32 and `descriptors` (D, N), in C order
-and in the little-endian order of bytes, as the .h5 will have them. What is where follows from the list of entries.
+and in the little-endian order of bytes, as the .h5 will have them. Behind the last entry lie the list of entries as
+JSON, its length in bytes, and eight letters that tell such files. What is where follows from the list.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.core.files import check_writable
-from superpoint_trt.core.typed_json import JsonError, integer, real, text
+from superpoint_trt.core.files import check_writable, one_line
+from superpoint_trt.core.typed_json import JsonError, integer, parse, real, text
 from superpoint_trt.core.types import Keypoints, SuperPointError
 from superpoint_trt.pipeline.contexts import WritesWhole
 
+_END = struct.Struct("<Q8s")
+_MAGIC = b"sptrtpk1"
 _MOST = 1 << 40
 
 Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
@@ -99,15 +104,12 @@ class PackedWriter(WritesWhole):
         path: the file, which appears when the context ends without an error.
         dtype: of the descriptors.
 
-    Attributes:
-        entries: what was written.
-
     Raises:
         SuperPointError: the place cannot be written to.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.entries: list[Entry] = []
+        self._entries: list[Entry] = []
         self._path, self._dtype = check_writable(path), dtype
         self._beside = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
         try:
@@ -128,7 +130,7 @@ class PackedWriter(WritesWhole):
                 write_whole(self._file, array)
         except OSError as error:
             raise self._unwritable(error) from error
-        self.entries.append(Entry(name, len(arrays[1]), len(arrays[2]), image_size, uncertainty))
+        self._entries.append(Entry(name, len(arrays[1]), len(arrays[2]), image_size, uncertainty))
 
     def close(self) -> None:
         """Completes the file and gives it its name.
@@ -136,7 +138,9 @@ class PackedWriter(WritesWhole):
         Raises:
             SuperPointError: it cannot be written.
         """
+        listed = json.dumps([entry.to_json() for entry in self._entries]).encode()
         try:
+            write_whole(self._file, np.frombuffer(listed + _END.pack(len(listed), _MAGIC), np.uint8))
             os.fsync(self._file.fileno())
             self._file.close()
             self._beside.replace(self._path)
@@ -164,23 +168,52 @@ def write_whole(file: Any, array: NDArray[Any]) -> None:
         rest = rest[file.write(rest) or 0 :]
 
 
-def read_packed(path: Path, entries: Sequence[Entry], dtype: np.dtype[Any]) -> Iterator[tuple[Entry, Arrays]]:
+def read_entries(path: Path) -> tuple[list[Entry], int]:
+    """Reads what a packed file holds: its entries, and the bytes of their arrays, which come first.
+
+    Raises:
+        SuperPointError: it cannot be read, or is no such file.
+    """
+    try:
+        with open(path, "rb") as file:
+            at = file.seek(0, os.SEEK_END) - _END.size
+            file.seek(max(0, at))
+            length, magic = _END.unpack(file.read(_END.size))
+            if magic != _MAGIC or length > at:
+                raise JsonError("it has no list of entries at its end")
+            file.seek(at - length)
+            rows = parse(file.read(length), _MOST)
+        if not isinstance(rows, list):
+            raise JsonError("its entries are no list")
+        return [Entry.from_json(row) for row in rows], at - length
+    except OSError as error:
+        raise SuperPointError(f"{path} cannot be read: {error.strerror}.") from error
+    except (JsonError, struct.error) as error:
+        raise SuperPointError(f"{path} is no packed file of entries: {one_line(error)}.") from error
+
+
+def read_packed(path: Path, dtype: np.dtype[Any]) -> Iterator[tuple[Entry, Arrays]]:
     """Reads entries as `PackedWriter` wrote them.
 
     Args:
         path: the file.
-        entries: what lies in it, in its order.
         dtype: of the descriptors.
 
     Raises:
-        SuperPointError: the file cannot be read, or is shorter than its entries.
+        SuperPointError: the file cannot be read, or its arrays are not those of its entries.
     """
+    entries, nbytes = read_entries(path)
+    if nbytes != sum(sum(entry.sizes(dtype)) for entry in entries):
+        raise SuperPointError(
+            f"{path} has {nbytes} bytes of arrays, and not those of its {len(entries)} entries; its descriptors may "
+            "have another type."
+        )
     little = dtype.newbyteorder("<")
     try:
         with open(path, "rb") as file:
             for entry in entries:
                 shapes = (entry.count, 2), (entry.count,), (entry.dim, entry.count)
-                pieces = [file.read(nbytes) for nbytes in entry.sizes(dtype)]
+                pieces = [file.read(part) for part in entry.sizes(dtype)]
                 xy, scores, descriptors = (
                     np.frombuffer(piece, kind).reshape(shape)
                     for piece, kind, shape in zip(pieces, ("<f4", "<f4", little), shapes)
@@ -188,5 +221,3 @@ def read_packed(path: Path, entries: Sequence[Entry], dtype: np.dtype[Any]) -> I
                 yield entry, (xy, scores, descriptors)
     except OSError as error:
         raise SuperPointError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise SuperPointError(f"{path} is shorter than what was written.") from error

@@ -6,7 +6,7 @@ output, OUTPUT.shards, with
     manifest.json   what makes the run: model and options, a digest of the images' names, the size of a shard
     to-do.ID.npz    which of the images had no entry when the run began
     00012.packed    the entries of a shard (an .h5 as output only; .npz are written in their place at once)
-    00012.json      how the shard ended: its entries and failures, a hash. Written last: it makes the shard finished
+    00012.json      how the shard ended: counts, failures, a hash. Written last: it makes the shard finished
     lock            who works on which shards
 
 When all shards are finished they are merged into the output, and the folder goes.
@@ -32,7 +32,6 @@ from superpoint_trt.core.files import make_folder, read_bytes, write_atomically,
 from superpoint_trt.core.typed_json import JsonError, flag, integer, mapping, member, optional_text, parse, text
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.inputs import Item
-from superpoint_trt.pipeline.packed import Entry
 
 FORMAT = 2
 """Version of the .json files. It rises when an older reader can no longer read them."""
@@ -116,13 +115,6 @@ class ShardReport:
     """Of the shard's file; None: it has no entry, or the output is a folder of .npz."""
     ran_on: str
     """Backend, device and precision; they may differ between the shards of one run."""
-    entries: tuple[Entry, ...] = ()
-    """What lies in the packed file, in its order; none if there is no such file."""
-
-    def to_json(self) -> bytes:
-        """The content of a shard's .json."""
-        content = {**asdict(self), "entries": [entry.to_json() for entry in self.entries]}
-        return (json.dumps({**content, "superpoint_trt_version": __version__}) + "\n").encode()
 
     @classmethod
     def read(cls, path: Path) -> ShardReport:
@@ -136,15 +128,11 @@ class ShardReport:
             failed = member(flat, "failed")
             if not isinstance(failed, list) or not all(isinstance(row, list) and len(row) == 2 for row in failed):
                 raise JsonError("failed is no list of names with reasons")
-            entries = member(flat, "entries")
-            if not isinstance(entries, list):
-                raise JsonError("entries is no list")
             return cls(
                 integer(member(flat, "done"), "done", 0, _MOST),
                 tuple((text(name, "name"), text(reason, "reason")) for name, reason in failed),
                 optional_text(member(flat, "sha256"), "sha256"),
                 text(member(flat, "ran_on"), "ran_on"),
-                tuple(Entry.from_json(row) for row in entries),
             )
         except JsonError as error:
             raise _damaged(path, error) from error
@@ -262,7 +250,8 @@ class ShardFolder:
 
     def finish(self, number: int, report: ShardReport) -> None:
         """Makes a shard finished. Its entries must be on disk."""
-        write_atomically(self.report_path(number), report.to_json())
+        content = {**asdict(report), "superpoint_trt_version": __version__}
+        write_atomically(self.report_path(number), (json.dumps(content, indent=1) + "\n").encode())
 
     def unfinished(self, manifest: Manifest) -> list[int]:
         """Numbers of the shards that are not finished."""

@@ -24,7 +24,7 @@ from superpoint_trt.core.types import Keypoints, SuperPointError
 from superpoint_trt.pipeline.contexts import Closes
 from superpoint_trt.pipeline.feature_files import DETECTION_NOISE_PX, FeatureWriter, is_hdf5_name
 from superpoint_trt.pipeline.inputs import Item
-from superpoint_trt.pipeline.packed import Entry, PackedWriter
+from superpoint_trt.pipeline.packed import PackedWriter
 from superpoint_trt.pipeline.shards import Settings, Shard, ShardFolder, ShardReport
 from superpoint_trt.pipeline.video import Frame, VideoReader
 from superpoint_trt.run.extractor import SuperPoint
@@ -433,12 +433,9 @@ class _OpenShard:
     def finish(self) -> None:
         """Makes the shard finished."""
         self._features.close()
-        number = self._shard.number
-        digest: str | None = None
-        entries: tuple[Entry, ...] = ()
-        if isinstance(self._features, PackedWriter) and self._done:
-            digest, entries = file_sha256(self._folder.packed(number)), tuple(self._features.entries)
-        self._folder.finish(number, ShardReport(self._done, tuple(self._failed), digest, self._ran_on, entries))
+        number, is_packed = self._shard.number, isinstance(self._features, PackedWriter)
+        digest = file_sha256(self._folder.packed(number)) if is_packed and self._done else None
+        self._folder.finish(number, ShardReport(self._done, tuple(self._failed), digest, self._ran_on))
 
     def abandon(self) -> None:
         """Leaves nothing of the shard."""
