@@ -28,7 +28,11 @@ from superpoint_trt.core.image import find_images, load_image
 from superpoint_trt.core.image_file import read_image_file
 from superpoint_trt.pipeline.extract import ExtractOptions, extract
 from superpoint_trt.pipeline.feature_files import FeatureWriter
+from superpoint_trt.pipeline.packed import PackedWriter
 from superpoint_trt.pipeline.workers import as_stored, usable_cpus
+
+WRITTEN = 512
+"""Entries at least, of the steps that write."""
 
 
 def main() -> None:
@@ -83,29 +87,32 @@ def print_steps(superpoint: SuperPoint, paths: list[Path], work: Path) -> None:
     """Run each step of the pipeline alone, and print its CPU ms for an image."""
     spent: dict[str, float] = {}
 
-    def timed(name: str, step: Callable[[], Any]) -> Any:
+    def timed(name: str, step: Callable[[], Any], count: int = len(paths)) -> Any:
         started = time.process_time()
         result = step()
-        spent[name] = 1e3 * (time.process_time() - started) / len(paths)
+        spent[name] = 1e3 * (time.process_time() - started) / count
         return result
 
-    def write(path: Path, entries: list[Keypoints]) -> None:
-        with FeatureWriter(path) as writer:
-            for index, entry in enumerate(entries):
-                writer.write(f"images/{index}.jpg", entry, entry.image_size)
+    def write(found: list[Keypoints]) -> None:
+        with PackedWriter(work / "steps.packed", np.dtype(np.float16)) as writer:
+            for index, entry in enumerate(found):
+                writer.write(f"images/{index}.jpg", entry, entry.image_size, 2.0)
 
-    def merge(path: Path, source: Path) -> None:
-        with FeatureWriter(path) as writer:
-            writer.copy_entries(source)
+    def merge() -> None:
+        with FeatureWriter(work / "steps.h5") as writer:
+            writer.add_packed(work / "steps.packed")
 
     images = timed("read and decode", lambda: [read_image_file(path) for path in paths])
     timed("prepare", lambda: [superpoint.load(image) for image in images])
     found = timed("decode again, prepare, run", lambda: list(superpoint.extract_many(paths)))
     stored = timed("transpose", lambda: [as_stored(one, 1, np.dtype(np.float16)) for one in found])
-    timed("write .h5", lambda: write(work / "steps.h5", stored))
-    timed("hash", lambda: file_sha256(work / "steps.h5"))
-    timed("merge", lambda: merge(work / "merged.h5", work / "steps.h5"))
-    for name in ("steps.h5", "merged.h5"):
+    # As often as it takes to be about files, not about opening one.
+    many = [one for one in stored if isinstance(one, Keypoints)] * -(-WRITTEN // len(stored))
+    timed("write shard", lambda: write(many), len(many))
+    timed("hash", lambda: file_sha256(work / "steps.packed"), len(many))
+    FeatureWriter(work / "steps.h5").abandon()  # imports what it needs
+    timed("merge to .h5", merge, len(many))
+    for name in ("steps.packed", "steps.h5"):
         (work / name).unlink()
     print("CPU ms an image:", ", ".join(f"{name} {value:.2f}" for name, value in spent.items()), flush=True)
 

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from conftest import SHARED
+from faults.processes import assert_refused, call, finish, start
 from pipeline.scene import PARAMS, SIZE_WH, cameras, center_errors, render
 
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.core.types import Keypoints, SuperPointError
 from superpoint_trt.match.nearest import Matches
 from superpoint_trt.pipeline.feature_files import FeatureWriter
+from superpoint_trt.pipeline.locks import only_one
 from superpoint_trt.pipeline.match_files import MatchWriter, to_stored
 
 pycolmap = pytest.importorskip("pycolmap", reason="maps need pycolmap (extra colmap)")
 pytest.importorskip("h5py", reason="feature files need h5py (extra bulk)")
 
-from superpoint_trt.pipeline.colmap_map import CameraSharing, ColmapOptions, MapKind, MapReport, make_map  # noqa: E402
+from superpoint_trt.pipeline.colmap_map import CameraSharing, ColmapOptions, MapReport, make_map  # noqa: E402
+from superpoint_trt.pipeline.colmap_process import MapKind  # noqa: E402
 from superpoint_trt.pipeline.map_picture import MapPoints, draw_map, seen_from_above  # noqa: E402
 
 COUNT, POINTS, WRONG = 5, 200, 40
@@ -160,6 +168,104 @@ def test_the_command_prints_the_report(known, tmp_path, capsys):
     assert json.loads((tmp_path / "report.json").read_text())["registered"] == COUNT
     assert run(cli, ["colmap", *files.split(), "--output", str(tmp_path), "--camera-params", "a,b"]) == 2
     assert "expected numbers with commas" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+@pytest.fixture
+def stopped(known, tmp_path):
+    """`superpoint colmap` over an older map, whose COLMAP process stands still; and that process's id."""
+    map_of(known, tmp_path / "map", map=None)
+    files = f"--images {known / 'images'} --features {known / 'features.h5'} --matches {known / 'matches.h5'}"
+    process = start(["colmap", *files.split(), "--map", "incremental", "--output", "map"], tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    child = 0
+    while not child:
+        assert process.poll() is None, finish(process)
+        begun = [int(number) for number in children.read_text().split()]
+        child = next((number for number in begun if is_at_work(number)), 0)
+    os.kill(child, signal.SIGSTOP)
+    yield process, child
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    process.kill()
+    process.wait()
+
+
+def is_at_work(number):
+    """Whether a process is COLMAP's, and has read what it is to do: then it has a thread more."""
+    try:
+        line = Path(f"/proc/{number}/cmdline").read_bytes()
+        return b"colmap_process" in line and len(os.listdir(f"/proc/{number}/task")) > 1
+    except OSError:  # it has ended
+        return False
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system lists no child processes")
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@needs_proc
+def test_an_interrupt_ends_colmap_whatever_it_does(stopped, tmp_path):
+    process, child = stopped
+    before = {path: data for path, data in files_of(tmp_path / "map").items() if not path.match("*unfinished*/*")}
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert (done.code, done.err.strip()) == (130, ""), "and no traceback"
+    assert not Path(f"/proc/{child}").exists()
+    del before[Path(".superpoint-colmap.lock")]
+    assert files_of(tmp_path / "map") == before and "database.db" in map(str, before)
+    assert not (tmp_path / "map" / ".superpoint-colmap.unfinished").exists()
+
+
+@needs_proc
+def test_colmap_ends_with_the_process_that_began_it(stopped):
+    process, child = stopped
+    process.kill()
+    process.wait()
+    os.kill(child, signal.SIGCONT)
+    while Path(f"/proc/{child}").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
+        time.sleep(0.01)
+
+
+@needs_proc
+def test_a_colmap_that_crashes_is_one_line(stopped, tmp_path):
+    process, child = stopped
+    os.kill(child, signal.SIGKILL)
+    assert_refused(finish(process), "COLMAP ended with exit code -9", "too little memory")
+
+
+@needs_proc
+def test_two_maps_at_once(stopped, known, tmp_path):
+    """The second is refused; the first comes to its end."""
+    process, child = stopped
+    with pytest.raises(SuperPointError, match=r"another process works on .*map \(its lock is .*\.lock\)"):
+        map_of(known, tmp_path / "map")
+    os.kill(child, signal.SIGCONT)
+    assert finish(process).code == 0
+    assert MapReport.read(tmp_path / "map" / "report.json").registered == COUNT
+    assert not list((tmp_path / "map").glob(".*lock"))
+
+
+def test_two_reconstructions_at_once(room, tmp_path):
+    """The lock is held by this process, as by a first command."""
+    folder = tmp_path / "map"
+    with only_one(folder, ".superpoint-reconstruct.lock"):
+        done = call(["reconstruct", str(room), "--output", str(folder)], tmp_path)
+        assert_refused(done, "another process works on", "superpoint-reconstruct.lock")
+    assert not folder.exists(), "it is empty"
+
+
+def test_a_reconstruction_that_is_refused_makes_nothing(room, tmp_path, capsys):
+    for line in (["--max-keypoints", "0"], ["--fps", "0"], ["--verify-px", "0"], ["--model", "missing.onnx"]):
+        assert run(cli, ["reconstruct", str(room), "--output", str(tmp_path / "map"), *line]) == 2
+        assert capsys.readouterr().err.startswith("error: ") and not list(tmp_path.iterdir()), line
+    assert run(cli, ["reconstruct", str(tmp_path / "missing"), "--output", str(tmp_path / "map")]) == 2
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------------- picture

@@ -17,12 +17,13 @@ from pipeline.videos import write_video
 from superpoint_trt import SuperPoint, SuperPointError
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.core.orientation import ORIENTATIONS
+from superpoint_trt.pipeline import extract as extract_module
 from superpoint_trt.pipeline import workers
 from superpoint_trt.pipeline.extract import ExtractOptions, extract
 from superpoint_trt.pipeline.feature_files import FeatureFile, FeatureWriter
 from superpoint_trt.pipeline.inputs import InputOptions
 from superpoint_trt.pipeline.merge import merge
-from superpoint_trt.pipeline.shards import range_of
+from superpoint_trt.pipeline.shards import Manifest, ShardFolder, range_of
 
 pytest.importorskip("h5py", reason="feature files in HDF5 need h5py: pip install '.[bulk]'")
 
@@ -285,11 +286,16 @@ def test_other_images_are_refused(half, photographs, options):
         extract([folder / name for name in names[:3]], half, replace(options, inputs=InputOptions(root=folder)))
 
 
-def test_a_run_without_a_finished_shard_stands_in_nobodys_way(photographs, options, tmp_path):
+def test_a_run_without_a_finished_shard_stands_in_nobodys_way(photographs, options, tmp_path, monkeypatch):
+    def stop(*_):
+        raise ZeroDivisionError("at the first shard")
+
     folder, names = photographs
-    with pytest.raises(SuperPointError, match="batch_size is 99"):
-        extract([folder], tmp_path / "f.h5", replace(options, batch_size=99))
+    monkeypatch.setattr(extract_module, "take_part", stop)
+    with pytest.raises(ZeroDivisionError):
+        extract([folder], tmp_path / "f.h5", options)
     assert (tmp_path / "f.h5.shards/manifest.json").exists()
+    monkeypatch.undo()
     other = replace(options, settings={"max_keypoints": 5}, inputs=InputOptions(root=folder))
     assert extract([folder / name for name in names[:3]], tmp_path / "f.h5", other).done == 3
 
@@ -309,7 +315,8 @@ def test_a_merge_of_what_there_is(half, photographs, options, expected, capsys):
     with pytest.raises(SuperPointError, match=r"3 of 5 shards of .* are not finished \(2, 3, 4\)"):
         merge(half)
     assert run(cli, ["merge", str(half), "--unfinished"]) == 0
-    assert "merged        10 images; 0 failed" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "merged        10 images\n" in told and "failed        0\n" in told
     assert len(content(half)) == 10
     summary = extract([photographs[0]], half, options)
     assert (summary.done, summary.skipped) == (COUNT - 10, 10)
@@ -318,12 +325,34 @@ def test_a_merge_of_what_there_is(half, photographs, options, expected, capsys):
         merge(half)
 
 
+def test_a_merge_ends_as_an_extraction_when_images_failed(photographs, options, tmp_path, capsys):
+    """Both list them, name the .tsv, and have the exit code 1."""
+    folder = shutil.copytree(photographs[0], tmp_path / "photos")
+    (folder / "park" / "000.png").write_text("no image")
+    line = ["extract", str(folder), "--output", str(tmp_path / "f.h5"), "--model", str(options.model)]
+    assert run(cli, [*line, "--shard-size", "5", "--shard", "1/2"]) == 1
+    capsys.readouterr()
+    assert run(cli, ["merge", str(tmp_path / "f.h5"), "--unfinished"]) == 1
+    told = capsys.readouterr()
+    assert "left out: park/000.png: " in told.err and "f.h5.failed.tsv" in told.out
+    assert (tmp_path / "f.h5.failed.tsv").read_text().startswith("name\treason\npark/000.png\t")
+
+
+def test_pairs_are_not_merged_as_features(tmp_path):
+    folder = ShardFolder(tmp_path / "m.h5")
+    folder.begin(Manifest("id", {"features": "x"}, "0" * 64, 1, 1, False), [0])
+    with pytest.raises(SuperPointError, match="a run of superpoint match-pairs; run that command again"):
+        merge(tmp_path / "m.h5")
+
+
 def test_spoiled_shards_are_found(half, photographs, options, expected):
     shards = half.with_name("f.h5.shards")
-    data = bytearray((shards / "00001.h5").read_bytes())
+    data = bytearray((shards / "00001.packed").read_bytes())
     data[len(data) // 2] ^= 1
-    (shards / "00001.h5").write_bytes(data)
-    told = r"shard 1 of .* has another 00001.h5 than was written; remove .*00001.json and run superpoint extract again"
+    (shards / "00001.packed").write_bytes(data)
+    told = (
+        r"shard 1 of .* has another 00001.packed than was written; remove .*00001.json and run superpoint extract again"
+    )
     with pytest.raises(SuperPointError, match=told):
         extract([photographs[0]], half, options)
     assert not half.exists()
@@ -354,7 +383,7 @@ def test_a_kill_between_the_merge_and_its_end(half, photographs, options, expect
     shards = half.with_name("f.h5.shards")
     kept = shutil.copytree(shards, half.with_name("kept"))
     extract([photographs[0]], half, options)
-    (kept / "00000.h5").unlink()
+    (kept / "00000.packed").unlink()
     kept.rename(shards)
     summary = extract([photographs[0]], half, options)
     assert (summary.done, summary.skipped) == (0, COUNT) and files(half.parent) == ["f.h5"]
@@ -405,12 +434,13 @@ def test_npz_of_others_are_never_removed(photographs, options, tmp_path):
         ({"batch_size": 99}, "batch_size is 99"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"loaders": 0}, "loaders is 0"),
+        ({"loaders": 99999}, "loaders is 99999"),
     ],
 )
 def test_options_out_of_range(photographs, options, tmp_path, changed, told):
     with pytest.raises(SuperPointError, match=told):
         extract([photographs[0]], tmp_path / "f.h5", replace(options, **changed))
-    assert not (tmp_path / "f.h5").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_made_a_file_is_kept_in_it(photographs, options, tmp_path):
@@ -424,11 +454,20 @@ def test_what_made_a_file_is_kept_in_it(photographs, options, tmp_path):
 def test_bad_command_lines(photographs, tmp_path, capsys):
     for line, told in (
         (["--shard", "1"], "'1' is not i/n"),
-        (["--fps", "0", str(tmp_path / "v.mp4")], "--fps is 0"),
+        (["--fps", "0"], "--fps is 0"),
+        (["--fps", "nan"], "--fps is nan"),
+        (["--every", "0"], "--every is 0"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--batch-size", "-1"], "batch_size is -1"),
+        (["--max-keypoints", "0"], "is 0"),
+        (["--threshold", "nan"], "is nan"),
+        (["--max-side", "0"], "is 0"),
+        (["--nms-radius", "-1"], "is -1"),
+        (["--threads", "0"], "is 0"),
         (["--root", "nowhere"], "the root nowhere is no folder"),
     ):
-        write_video(tmp_path / "v.mp4", [0, 40]) if "--fps" in line else None
         assert run(cli, ["extract", str(photographs[0]), "--output", str(tmp_path / "f.h5"), *line]) == 2
         assert told in capsys.readouterr().err
+        assert not list(tmp_path.iterdir()), line
     assert run(cli, ["extract", "missing.jpg", "--output", str(tmp_path / "nowhere/f.h5")]) == 2
     assert "does not exist; create it" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def finished(folder: Path, output: str) -> dict[Path, tuple[int, int]]:
     """The finished shards, with what changes if one is written again."""
     shards = folder / f"{output}.shards"
     reports = list(shards.glob("*[0-9].json"))
-    both = [path for report in reports for path in (report, report.with_suffix(".h5")) if path.exists()]
+    both = [path for report in reports for path in (report, report.with_suffix(".packed")) if path.exists()]
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in both}
 
 
@@ -120,11 +120,11 @@ def test_processes_side_by_side(command, uninterrupted, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_finished_shards_stay(command, uninterrupted, tmp_path):
-    """Files may grow to 20 kB only, less than a shard: writing ends with EFBIG, as it does with ENOSPC."""
+    """Files may grow to 10 kB only, less than a shard: writing ends with EFBIG, as it does with ENOSPC."""
     assert call([*command, "f.h5", "--shard", "1/2"], tmp_path).code == 0
     before = finished(tmp_path, "f.h5")
     assert before
-    done = call([*command, "f.h5"], tmp_path, limits={resource.RLIMIT_FSIZE: 20_000})
+    done = call([*command, "f.h5"], tmp_path, limits={resource.RLIMIT_FSIZE: 10_000})
     assert_refused(done, "cannot be written", "File too large")
     assert finished(tmp_path, "f.h5") == before and not list((tmp_path / "f.h5.shards").glob(".*"))
     # Enough for a shard, not for the file that all are merged into.
@@ -140,7 +140,7 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(command, uninterrupted
 
 
 @needs_root
-@pytest.mark.parametrize(("output", "size"), [("f.h5", "600k"), *rarely(("f.h5", "200k"), ("folder", "200k"))])
+@pytest.mark.parametrize(("output", "size"), [("f.h5", "400k"), *rarely(("f.h5", "200k"), ("folder", "200k"))])
 def test_a_file_system_without_space(command, uninterrupted, tmp_path, output, size):
     """As above, on a real file system that is full, whatever HDF5 makes of it."""
     small = tmp_path / "small"

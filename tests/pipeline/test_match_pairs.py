@@ -307,3 +307,10 @@ def test_a_folder_that_was_extracted_anew_is_other_features(tmp_path):
     write_features(folder, {"b": orthogonal([7, 1])})
     with pytest.raises(SuperPointError, match="was made of other features"):
         match_pairs(folder, pairs, tmp_path / "m.h5", ON_CPU)
+
+
+def test_a_device_that_is_not_there_leaves_nothing(features, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SuperPointError):
+        match_pairs(features, [("a/1.jpg", "a/2.jpg")], tmp_path / "m.h5", PairMatchOptions(device="cuda:99"))
+    assert sorted(tmp_path.iterdir()) == before

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import photograph
+from PIL import Image
 from pipeline.hand_made import orthogonal
 
 from superpoint_trt import SuperPoint
@@ -128,6 +129,44 @@ def test_an_image_that_cannot_be_read_is_left_out(shifted, superpoint, tmp_path)
         path.write_bytes(b"no picture")
     with pytest.raises(SuperPointError, match="has no image that can be read"):
         track(tmp_path, superpoint, TrackOutputs())
+
+
+def test_images_of_different_sizes_are_refused_before_the_work(shifted, superpoint, tmp_path, capsys):
+    """The last one is turned by EXIF, so that its pixels as stored have the size of the others."""
+    pytest.importorskip("av", reason="videos need PyAV (extra bulk)")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[274] = 6
+    for path in shifted.iterdir():
+        turned = {"exif": exif} if path.name == f"{FRAMES - 1}.png" else {}
+        Image.open(path).save(folder / path.name, **turned)
+    told = []
+    outputs = TrackOutputs(tmp_path / "t.mp4", tmp_path / "t.npz", tmp_path / "pictures")
+    width, height = SIZE_WH
+    words = f"{FRAMES - 1}.png has {height}x{width} px, 0.png {width}x{height}; .*--img-glob"
+    with pytest.raises(SuperPointError, match=words):
+        track(folder, superpoint, outputs, progress=lambda phase, *_: told.append(phase))
+    assert set(told) <= {"looking at sizes"} and [path.name for path in tmp_path.iterdir()] == ["photos"]
+    line = ["track", str(folder), "--output", str(tmp_path / "t.mp4"), "--device", "cpu"]
+    assert run(cli, line) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_two_videos_of_different_sizes_leave_no_file(superpoint, tmp_path):
+    """Their frames have no headers to look at; the video of the tracks is not half there."""
+    pytest.importorskip("av", reason="videos need PyAV (extra bulk)")
+    from superpoint_trt.pipeline.video_writer import VideoWriter
+
+    (tmp_path / "videos").mkdir()
+    for name, side in (("a.mp4", 96), ("b.mp4", 128)):
+        with VideoWriter(tmp_path / "videos" / name) as video:
+            for index in range(3):
+                video.write(np.full((side, 128, 3), 40 * index, np.uint8), index / 10)
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/videos/a.mp4\n{tmp_path}/videos/b.mp4\n")
+    with pytest.raises(SuperPointError, match=r"b\.mp4/000000_0\.000s has 128x128 px, .* 128x96"):
+        track(f"@{tmp_path}/list.txt", superpoint, TrackOutputs(tmp_path / "t.mp4"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["list.txt", "videos"]
 
 
 def test_a_video_in_and_out(shifted, superpoint, tmp_path):

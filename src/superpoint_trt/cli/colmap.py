@@ -39,7 +39,8 @@ class ColmapArgs(OptionGroup):
 
     def options(self, kind: str | None) -> ColmapOptions:
         """The options of `make_map`."""
-        from superpoint_trt.pipeline.colmap_map import CameraSharing, ColmapOptions, MapKind
+        from superpoint_trt.pipeline.colmap_map import CameraSharing, ColmapOptions
+        from superpoint_trt.pipeline.colmap_process import MapKind
 
         return ColmapOptions(
             MapKind(kind) if kind else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,10 +117,7 @@ def extract(
 
 def print_summary(summary: ExtractSummary) -> None:
     """Prints what was done, what was skipped, and what failed and why."""
-    for name, reason in summary.failed[:_SHOWN]:
-        print_aside("left out", f"{name}: {reason}")
-    if len(summary.failed) > _SHOWN:
-        print_aside("left out", f"{len(summary.failed) - _SHOWN} more")
+    _print_failed(summary.failed)
     for note in summary.notes:
         print_aside("note", note)
     if summary.ran_on:
@@ -133,16 +131,34 @@ def print_summary(summary: ExtractSummary) -> None:
     print_row("features", f"not complete: shards left to other processes: {left}" if left else summary.output)
 
 
+def _print_failed(failed: Sequence[tuple[str, str]]) -> None:
+    """Prints which images have no entry, and why."""
+    for name, reason in failed[:_SHOWN]:
+        print_aside("left out", f"{name}: {reason}")
+    if len(failed) > _SHOWN:
+        print_aside("left out", f"{len(failed) - _SHOWN} more")
+
+
 @click.command()
 @click.argument("output")
 @click.option("--unfinished", is_flag=True, help="Merge what is finished, although shards are missing.")
-def merge(output: str, unfinished: bool) -> None:
-    """Merge the shards of an extraction into OUTPUT. The last process of an extraction does so by itself."""
+@click.pass_context
+def merge(context: click.Context, output: str, unfinished: bool) -> None:
+    """Merge the shards of an extraction into OUTPUT. The last process of an extraction does so by itself.
+
+    Exit code 1: some images failed, as of extract.
+    """
+    from superpoint_trt.pipeline.merge import failures_path
     from superpoint_trt.pipeline.merge import merge as merge_shards
 
     with rate_bar("shards") as progress:
         summary = merge_shards(output, unfinished, progress)
-    print_row("merged", f"{summary.images} images; {summary.failed} failed")
+    _print_failed(summary.failed)
+    listed = f", listed in {failures_path(summary.output)}" if summary.failed else ""
+    print_row("merged", f"{summary.images} images")
+    print_row("failed", f"{len(summary.failed)}{listed}")
     if summary.unfinished_shards:
         print_row("missing", f"{summary.unfinished_shards} shards; superpoint extract does what is missing")
     print_row("features", summary.output)
+    if summary.failed:
+        context.exit(SOME_FAILED)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from superpoint_trt.core.files import PathLike, read_bytes
 from superpoint_trt.core.image_header import JPEG, TIFF, ImageHeader, read_header
 from superpoint_trt.core.native_stderr import collect_stderr
-from superpoint_trt.core.orientation import UPRIGHT, turn_upright
+from superpoint_trt.core.orientation import UPRIGHT, stored_size, turn_upright
 from superpoint_trt.core.types import SuperPointError
 
 MOST_PIXELS = 1 << 28
@@ -102,6 +102,19 @@ def read_image_file(path: PathLike, options: ReadOptions | None = None, side_px:
         _check_pixels(path, width, height, options)
     full_hw = (header.height_px, header.width_px) if header and reduction > 1 else (height, width)
     return LoadedImage(image if image.ndim == 2 else image[..., ::-1], full_hw, reduction, orientation)
+
+
+def upright_size(path: PathLike) -> tuple[int, int] | None:
+    """(width, height) in px of an image file, EXIF orientation applied. Its pixels are not decoded.
+
+    Returns:
+        None if the file cannot be read, or its header does not tell.
+    """
+    try:
+        header = read_header(read_bytes(path, "image"))
+    except SuperPointError:
+        return None
+    return stored_size((header.width_px, header.height_px), header.orientation) if header else None
 
 
 def _check_pixels(path: PathLike, width: int, height: int, options: ReadOptions) -> None:

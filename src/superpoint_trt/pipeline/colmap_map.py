@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import enum
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -19,35 +18,24 @@ from typing import Any
 import numpy as np
 
 from superpoint_trt.core.files import PathLike, make_folder, one_line, read_bytes, write_atomically
-from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.pipeline.colmap_process import ColmapSteps, MapKind, import_pycolmap, quiet, run_steps
 from superpoint_trt.pipeline.feature_files import FeatureFile
+from superpoint_trt.pipeline.locks import only_one
 from superpoint_trt.pipeline.map_picture import MapPoints, draw_map
 from superpoint_trt.pipeline.match_files import MatchFile
 from superpoint_trt.pipeline.pairs import Pair, each_once
 from superpoint_trt.run.draw import save_picture
 
 HALF_PIXEL = 0.5
-SEED = 0
-"""Of COLMAP's random sampling."""
-FEWEST_IMAGES = 3
-"""Images of a map that is kept beside a larger one."""
 DATABASE, MODELS, REPORT, PICTURE = "database.db", "sparse", "report.json", "map.png"
 """Names in the output folder; `sparse/0`, `sparse/1` and so on are COLMAP's own."""
 _MARK = ".superpoint-colmap"
 """A file that says whose the folder's database and map are."""
 _UNFINISHED = ".superpoint-colmap.unfinished"
 """A folder in the output folder, in which the new database and map grow while the old ones stay."""
-
-
-class MapKind(str, enum.Enum):
-    """COLMAP's ways to make a map."""
-
-    INCREMENTAL = "incremental"
-    """Adds one image after another."""
-    GLOBAL = "global"
-    """Places all images at once (GLOMAP): faster for many images."""
+_LOCK = ".superpoint-colmap.lock"
 
 
 class CameraSharing(str, enum.Enum):
@@ -172,15 +160,26 @@ def make_map(
     options = options or ColmapOptions()
     colmap, tell = import_pycolmap(), progress or _silent
     folder = Path(output)
-    with FeatureFile(features) as stored, MatchFile(matches) as matched, _quiet(colmap):
+    with FeatureFile(features) as stored, MatchFile(matches) as matched, quiet(colmap):
         names = stored.names()
         pairs = list(matched.pairs(names))
         _check_images(Path(images), names, stored.path)
-        _check_owner(folder)
         with _unfinished(folder) as work:
+            _check_owner(folder)
             _import(colmap, work / DATABASE, Path(images), stored, matched, names, pairs, options, tell)
-            _verify(colmap, work / DATABASE, options, tell)
-            report, best = _map(colmap, work, Path(images), names, options, tell)
+            steps = ColmapSteps(
+                database=str(work / DATABASE),
+                images=str(images),
+                models=str(work / MODELS),
+                count=len(names),
+                verify_px=options.verify_px,
+                map=options.map.value if options.map else None,
+                refine_camera=not options.camera_params,
+            )
+            if options.map:
+                make_folder(work / MODELS)
+            run_steps(steps, tell)
+            report, best = _report(colmap, work, names, options)
             write_atomically(work / REPORT, (json.dumps(asdict(report), indent=1) + "\n").encode())
             if best is not None:
                 save_picture(work / PICTURE, draw_map(map_points(best)))
@@ -217,46 +216,28 @@ def _check_owner(folder: Path) -> None:
 
 @contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """A new folder for the work, which goes in the end; what a killed run has left in it goes first."""
-    was_there = folder.is_dir()
-    work = make_folder(folder) / _UNFINISHED
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        yield make_folder(work)
-    finally:
+    """A new folder for the work, which goes in the end; what a killed run has left in it goes first.
+
+    Raises:
+        SuperPointError: another process works on the output folder.
+    """
+    work = folder / _UNFINISHED
+    with only_one(folder, _LOCK):
         shutil.rmtree(work, ignore_errors=True)
-        if not was_there:
-            with suppress(OSError):  # it holds the map now
-                folder.rmdir()
+        try:
+            yield make_folder(work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _replace(folder: Path, work: Path) -> None:
     """Replaces what an earlier run has left in the output folder by the finished work."""
     write_atomically(folder / _MARK, b"superpoint colmap replaces the database and the map in this folder.\n")
-    shutil.rmtree(folder / MODELS, ignore_errors=True)
-    for name in (DATABASE, MODELS, REPORT, PICTURE):
+    for name in (DATABASE, MODELS, REPORT, PICTURE):  # renamed, not removed: so quickly that nothing comes between
+        if (folder / name).exists():
+            (folder / name).replace(work / f"old-{name}")
         if (work / name).exists():
             (work / name).replace(folder / name)
-        else:
-            with suppress(FileNotFoundError):
-                (folder / name).unlink()
-
-
-def import_pycolmap() -> ModuleType:
-    """The module pycolmap.
-
-    Raises:
-        SuperPointError: it is not installed, or too old.
-    """
-    try:
-        import pycolmap
-    except ImportError as error:
-        raise SuperPointError(f"maps need pycolmap, on Python 3.10 or newer: {install_hint('colmap')}.") from error
-    module: ModuleType = pycolmap
-    if not hasattr(module, "geometric_verification"):
-        version = getattr(module, "__version__", "")
-        raise SuperPointError(f"pycolmap {version} is too old; expected 4 or newer: {install_hint('colmap')}.")
-    return module
 
 
 def map_points(model: Any) -> MapPoints:
@@ -327,26 +308,11 @@ def _import_images(
         ) from error
 
 
-def _verify(colmap: ModuleType, database_path: Path, options: ColmapOptions, tell: PhaseProgress) -> None:
-    """Finds the geometry of every pair, which decides which matches are used."""
-    tell("verifying geometry", 0, 0)
-    geometry = colmap.TwoViewGeometryOptions()
-    geometry.ransac.max_error = options.verify_px
-    geometry.ransac.random_seed = SEED
-    colmap.set_random_seed(SEED)
-    try:
-        colmap.geometric_verification(database_path, two_view_geometry_options=geometry)
-    except (RuntimeError, ValueError) as error:
-        raise SuperPointError(f"COLMAP's geometric verification failed: {one_line(error)}.") from error
-
-
 # ----------------------------------------------------------------------------------------------------------------- map
 
 
-def _map(
-    colmap: ModuleType, folder: Path, images: Path, names: Sequence[str], options: ColmapOptions, tell: PhaseProgress
-) -> tuple[MapReport, Any]:
-    """Maps what the database holds. Returns the report and the largest model, or None if there is none."""
+def _report(colmap: ModuleType, folder: Path, names: Sequence[str], options: ColmapOptions) -> tuple[MapReport, Any]:
+    """Reads what COLMAP has made. Returns the report and the largest model, or None if there is none."""
     with colmap.Database.open(folder / DATABASE) as database:
         report = MapReport(
             images=len(names),
@@ -360,7 +326,7 @@ def _map(
         )
     if options.map is None:
         return report, None
-    models = _models(colmap, folder, images, len(names), options, tell)
+    models = [colmap.Reconstruction(path) for path in sorted((folder / MODELS).iterdir())]
     if not models:
         return replace(report, left_out=tuple(names)), None
     best = max(models, key=lambda model: (model.num_reg_images(), model.num_points3D()))
@@ -380,59 +346,5 @@ def _map(
     )
 
 
-def _models(
-    colmap: ModuleType, folder: Path, images: Path, count: int, options: ColmapOptions, tell: PhaseProgress
-) -> list[Any]:
-    """Runs COLMAP's mapper, which writes its models to `sparse/`."""
-    target = make_folder(folder / MODELS)
-    refine = not options.camera_params
-    tell("mapping", 0, count)
-    colmap.set_random_seed(SEED)
-    try:
-        if options.map is MapKind.GLOBAL:
-            return list(colmap.global_mapping(folder / DATABASE, images, target, _global(colmap, refine)).values())
-        placed = iter(range(1, 1 << 62))
-        return list(
-            colmap.incremental_mapping(
-                folder / DATABASE,
-                images,
-                target,
-                options=_incremental(colmap, refine),
-                initial_image_pair_callback=lambda: tell("mapping", next(placed) + 1, count),
-                next_image_callback=lambda: tell("mapping", min(next(placed) + 1, count), count),
-            ).values()
-        )
-    except (RuntimeError, ValueError) as error:
-        raise SuperPointError(f"COLMAP's {options.map} mapping failed: {one_line(error)}.") from error
-
-
-def _incremental(colmap: ModuleType, refine: bool) -> Any:
-    options = colmap.IncrementalPipelineOptions()
-    options.random_seed = SEED
-    options.min_model_size = FEWEST_IMAGES
-    options.ba_refine_focal_length = options.ba_refine_extra_params = refine
-    return options
-
-
-def _global(colmap: ModuleType, refine: bool) -> Any:
-    options = colmap.GlobalPipelineOptions()
-    options.random_seed = SEED
-    adjustment = options.mapper.bundle_adjustment
-    adjustment.refine_focal_length = adjustment.refine_extra_params = refine
-    return options
-
-
 def _silent(phase: str, done: int, total: int) -> None:
     """Tells nobody."""
-
-
-@contextmanager
-def _quiet(colmap: ModuleType) -> Iterator[None]:
-    """Keeps COLMAP's log, hundreds of lines, off the terminal. SUPERPOINT_COLMAP_LOG=1 shows it."""
-    level = colmap.logging.minloglevel
-    if not os.environ.get("SUPERPOINT_COLMAP_LOG"):
-        colmap.logging.minloglevel = int(colmap.logging.FATAL.value)  # its errors come as exceptions, too
-    try:
-        yield
-    finally:
-        colmap.logging.minloglevel = level

@@ -13,7 +13,8 @@ from typing import Any, Callable
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.pipeline.feature_files import DTYPES, FeatureFile, import_h5py, is_hdf5_name, remove_entries
+from superpoint_trt.pipeline.feature_files import DTYPES, FeatureFile, is_hdf5_name, remove_entries
+from superpoint_trt.pipeline.hdf5_files import import_h5py
 from superpoint_trt.pipeline.inputs import InputOptions, Item, find_items
 from superpoint_trt.pipeline.locks import RangeLock
 from superpoint_trt.pipeline.merge import MadeBy, failures_path, merge_if_complete

@@ -9,30 +9,19 @@ pixels of the image file as stored (before EXIF rotation), pixel centres at inte
 from __future__ import annotations
 
 import os
-import re
-import struct
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import ModuleType, TracebackType
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from superpoint_trt.core.files import (
-    PathLike,
-    check_writable,
-    make_folder,
-    one_line,
-    read_bytes,
-    write_atomically,
-    write_npz,
-)
-from superpoint_trt.core.install import install_hint
+from superpoint_trt.core.files import PathLike, make_folder, one_line, read_bytes, write_atomically, write_npz
 from superpoint_trt.core.types import Float32, Keypoints, SuperPointError
-from superpoint_trt.pipeline.journal import JournaledFile, recover
+from superpoint_trt.pipeline.contexts import Closes, WritesWhole
+from superpoint_trt.pipeline.hdf5_files import description_of, import_h5py, open_hdf5, open_target
+from superpoint_trt.pipeline.packed import Arrays, Entry, check_name, read_packed, stored_arrays
 from superpoint_trt.run.store import load_features
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -42,16 +31,13 @@ DETECTION_NOISE_PX = 2.0
 DTYPES = ("float16", "float32")
 """Types in which descriptors are stored."""
 
-_UNCERTAINTY = "uncertainty"
-DESCRIPTION = "superpoint_trt"
-"""Attribute of an .h5's root."""
 _DESCRIPTION_FILE = "superpoint_trt.json"
 """In a folder of .npz."""
+UNCERTAINTY = "uncertainty"
+"""Attribute of `keypoints`."""
 _DATASETS = ("keypoints", "scores", "descriptors", "image_size")
 _MOST_PACKED = 1100
 """How many times smaller than its content an HDF5 file can be; deflate packs zeros 1,032-fold."""
-_HDF5_FORMATS = ("v108", "v108")
-"""The format of HDF5 1.8, which every reader knows; groups of the older format slow down above 15,000 entries."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +86,7 @@ def read_features(path: PathLike) -> Iterator[tuple[str, StoredFeatures]]:
             yield name, features[name]
 
 
-class FeatureFile:
+class FeatureFile(Closes):
     """Reads single entries of a feature file. A context manager.
 
         with FeatureFile("features.h5") as features:
@@ -144,17 +130,6 @@ class FeatureFile:
         return self._source.read(name)
 
     @property
-    def hdf5(self) -> _Hdf5File:
-        """The .h5 below.
-
-        Raises:
-            SuperPointError: this is a folder of .npz.
-        """
-        if not isinstance(self._source, _Hdf5File):
-            raise SuperPointError(f"{self.path} is a folder of .npz; expected an .h5.")
-        return self._source
-
-    @property
     def description(self) -> str | None:
         """The text that `FeatureWriter.describe` has kept in the file."""
         return self._source.description()
@@ -163,16 +138,8 @@ class FeatureFile:
         """Closes the file."""
         self._source.close()
 
-    def __enter__(self) -> FeatureFile:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class FeatureWriter:
+class FeatureWriter(WritesWhole):
     """Writes a feature file. A context manager.
 
         with FeatureWriter("features.h5") as writer:
@@ -199,13 +166,11 @@ class FeatureWriter:
         self._dtype = np.dtype(dtype)
         if self._dtype.name not in DTYPES:
             raise SuperPointError(f"the type of descriptors is {dtype}; expected {' or '.join(DTYPES)}.")
-        self._target: _Target
-        if not is_hdf5_name(path):
-            self._target = _NewNpzFolder(self.path)
-        elif append and self.path.exists():
-            self._target = GrowingHdf5(self.path)
-        else:
-            self._target = NewHdf5(self.path, scratch)
+        self._target: _Target = (
+            _Hdf5Entries(self.path, self._dtype, append, scratch)
+            if is_hdf5_name(path)
+            else _NewNpzFolder(self.path, self._dtype)
+        )
 
     def write(
         self, name: str, keypoints: Keypoints, image_size: tuple[int, int], uncertainty: float = DETECTION_NOISE_PX
@@ -222,27 +187,18 @@ class FeatureWriter:
             SuperPointError: the name cannot be one, the file has it already, or it cannot be written (a full disk).
         """
         check_name(name)
-        arrays = {
-            "keypoints": np.ascontiguousarray(keypoints.xy, dtype=np.float32),
-            "scores": np.ascontiguousarray(keypoints.scores, dtype=np.float32),
-            "descriptors": np.asarray(keypoints.descriptors).astype(self._dtype, copy=False),
-            "image_size": np.asarray(image_size, dtype=np.int64),
-        }
-        self._target.write(name, arrays, float(uncertainty))
+        self._target.write(name, keypoints, image_size, float(uncertainty))
 
-    def copy_entries(self, source: PathLike) -> int:
-        """Copies all entries of another .h5 into this one.
+    def add_packed(self, path: Path) -> int:
+        """Adds the entries of a file that `PackedWriter` made, with the same type of descriptors.
 
         Returns:
             How many there were.
 
         Raises:
-            SuperPointError: this is a folder, the source cannot be read, or the file has one of the entries already.
+            SuperPointError: this is a folder, the source is no such file, or the .h5 has one of the entries already.
         """
-        with FeatureFile(source) as features:
-            names = features.names()
-            self._target.copy(features, names)
-        return len(names)
+        return self._target.add_packed(path)
 
     def describe(self, text: str) -> None:
         """Keeps a text in the file that readers of entries do not see; `FeatureFile.description` returns it."""
@@ -260,53 +216,8 @@ class FeatureWriter:
         """Ends without a file of that name; an old one stays."""
         self._target.abandon()
 
-    def __enter__(self) -> FeatureWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
-
-
-def check_name(name: str) -> None:
-    """Checks that a text can be the name of an entry.
-
-    Raises:
-        SuperPointError: it is empty, absolute, or has parts such as "..".
-    """
-    parts = name.split("/")
-    try:
-        name.encode()
-        is_text = "\0" not in name
-    except UnicodeEncodeError:  # bytes of a file name that are no UTF-8
-        is_text = False
-    if not is_text:
-        raise SuperPointError(f"{name!r} cannot name an image in a feature file: it is no UTF-8 text; rename the file.")
-    if any(part in ("", ".", "..") for part in parts):
-        raise SuperPointError(
-            f"{name!r} cannot name an image in a feature file; expected a path below a folder: a/b.jpg."
-        )
-
 
 # ---------------------------------------------------------------------------------------------------------------- HDF5
-
-
-def import_h5py() -> ModuleType:
-    """The module h5py.
-
-    Raises:
-        SuperPointError: it is not installed.
-    """
-    try:
-        import h5py
-    except ImportError as error:
-        raise SuperPointError(f"feature files in HDF5 need h5py: {install_hint('bulk')}.") from error
-    module: ModuleType = h5py
-    return module
 
 
 class _Source(Protocol):
@@ -352,7 +263,7 @@ class _Hdf5File:
             if missing:
                 raise ValueError(f"it has no {', '.join(missing)}")
             keypoints, scores, descriptors, size = (self._array(group[key]) for key in _DATASETS)
-            uncertainty = float(group["keypoints"].attrs.get(_UNCERTAINTY, 1.0))
+            uncertainty = float(group["keypoints"].attrs.get(UNCERTAINTY, 1.0))
             return _as_features(keypoints, scores, descriptors.T, size, uncertainty)
         except (KeyError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise SuperPointError(
@@ -373,47 +284,11 @@ class _Hdf5File:
         values: NDArray[Any] = dataset[()]
         return values
 
-    def copy_to(self, target: Any, names: Sequence[str]) -> None:
-        """Copies entries to another open file, as they lie on disk."""
-        links = _new_links(self._h5py)
-        for name in names:
-            place = name.encode()
-            self._h5py.h5o.copy(self._file.id, place, target.id, place, lcpl=links)
-
     def description(self) -> str | None:
-        text = self._file.attrs.get(DESCRIPTION)
-        return text if isinstance(text, str) else None
+        return description_of(self._file)
 
     def close(self) -> None:
         self._file.close()
-
-
-def _new_links(h5py: ModuleType) -> Any:
-    """How entries are linked into a file: with the groups above them, and names in UTF-8."""
-    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-    links.set_create_intermediate_group(True)
-    links.set_char_encoding(h5py.h5t.CSET_UTF8)
-    return links
-
-
-def open_hdf5(path: Path, what: str = "feature file") -> Any:
-    """Opens an .h5 for reading.
-
-    Args:
-        path: the file.
-        what: what it should be, for the error.
-
-    Raises:
-        SuperPointError: it is missing, no HDF5, or h5py is missing.
-    """
-    h5py = import_h5py()
-    if not path.is_file():
-        raise SuperPointError(f"{what} {path} does not exist (looked in {Path.cwd()}).")
-    try:
-        recover(path)
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise SuperPointError(f"{path} cannot be read as HDF5: {one_line(error)}; make it again.") from error
 
 
 def _as_features(
@@ -441,9 +316,9 @@ def _as_features(
 class _Target(Protocol):
     """What `FeatureWriter` writes to."""
 
-    def write(self, name: str, arrays: dict[str, NDArray[Any]], uncertainty: float) -> None: ...
+    def write(self, name: str, keypoints: Keypoints, image_size: tuple[int, int], uncertainty: float) -> None: ...
 
-    def copy(self, features: FeatureFile, names: Sequence[str]) -> None: ...
+    def add_packed(self, path: Path) -> int: ...
 
     def describe(self, text: str) -> None: ...
 
@@ -452,176 +327,75 @@ class _Target(Protocol):
     def abandon(self) -> None: ...
 
 
-class Hdf5Target:
-    """An .h5 that is written.
+class _Hdf5Entries:
+    """An .h5 that gets entries. h5py's lower layer writes them, which takes half the time for small parts.
 
     Args:
-        path: its name, for messages.
-        place: the file that is written to.
-        kept: length in bytes of the part of it that readers see until the end.
+        path: its name.
+        dtype: of the descriptors.
+        append: keep the entries of a file that is there.
+        scratch: a folder in which a new .h5 grows.
 
     Raises:
         SuperPointError: it cannot be written, or is no HDF5.
-
-    Attributes:
-        file: the open h5py.File.
     """
 
-    def __init__(self, path: Path, place: Path, kept: int) -> None:
-        self._h5py, self._path, self._grows = import_h5py(), path, kept > 0
+    def __init__(self, path: Path, dtype: np.dtype[Any], append: bool, scratch: Path | None) -> None:
+        self._h5py, self._path, self._dtype = import_h5py(), path, dtype
+        self._target = open_target(path, append, scratch)
         h5p, h5t = self._h5py.h5p, self._h5py.h5t
-        self._links = _new_links(self._h5py)
+        self._links = h5p.create(h5p.LINK_CREATE)
+        self._links.set_create_intermediate_group(True)
+        self._links.set_char_encoding(h5t.CSET_UTF8)
         self._layout = h5p.create(h5p.DATASET_CREATE)
         self._layout.set_obj_track_times(False)  # equal bytes for equal entries
-        self._types = {np.dtype(kind): h5t.py_create(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i8")}
-        with Reported(path):
-            self._disk = JournaledFile(place, kept)
-            self.file = self._h5py.File(self._disk, "r+" if kept else "w", libver=_HDF5_FORMATS)
+        self._types = {np.dtype(kind): h5t.py_create(np.dtype(kind)) for kind in ("<f2", "<f4", "<f8", "<i8")}
 
-    def write(self, name: str, arrays: dict[str, NDArray[Any]], uncertainty: float) -> None:
+    def write(self, name: str, keypoints: Keypoints, image_size: tuple[int, int], uncertainty: float) -> None:
         """Writes one image's arrays."""
-        with self.reported():
-            try:
-                # By h5py's lower layer, which takes half the time for small parts.
-                group = self._h5py.h5g.create(self.file.id, name.encode(), lcpl=self._links)
-            except ValueError:
-                self._check_new(name)
+        arrays = stored_arrays(keypoints, self._dtype)
+        with self._target.reported():
+            self._write(Entry(name, len(arrays[1]), len(arrays[2]), image_size, uncertainty), arrays)
+
+    def add_packed(self, path: Path) -> int:
+        """Writes the entries of a packed file; returns their number."""
+        with self._target.reported():
+            count = 0
+            for entry, arrays in read_packed(path, self._dtype):
+                self._write(entry, arrays)
+                count += 1
+        return count
+
+    def _write(self, entry: Entry, arrays: Arrays) -> None:
+        low = self._h5py
+        try:
+            group = low.h5g.create(self._target.file.id, entry.name.encode(), lcpl=self._links)
+        except ValueError as error:
+            if entry.name not in self._target.file:
                 raise
-            for key, array in arrays.items():
-                stored = np.ascontiguousarray(array.T if key == "descriptors" else array)
-                dataset = self._create(self._h5py.h5d, group, key, stored.dtype, stored.shape, dcpl=self._layout)
-                if stored.size:
-                    dataset.write(self._h5py.h5s.ALL, self._h5py.h5s.ALL, stored)
-                if key == "keypoints":
-                    noise = np.array(uncertainty, dtype=np.float64)
-                    self._create(self._h5py.h5a, dataset, _UNCERTAINTY, noise.dtype, ()).write(noise)
-
-    def _create(
-        self, module: Any, place: Any, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], **how: Any
-    ) -> Any:
-        """Creates a dataset (h5py's module h5d) or an attribute (h5a)."""
-        h5s = self._h5py.h5s
-        space = h5s.create_simple(shape) if shape else h5s.create(h5s.SCALAR)
-        return module.create(place, name.encode(), self._types[dtype], space, **how)
-
-    def copy(self, features: FeatureFile, names: Sequence[str]) -> None:
-        """Copies entries of another file."""
-        for name in names if self._grows else ():
-            self._check_new(name)
-        with self.reported():
-            features.hdf5.copy_to(self.file, names)
-
-    def _check_new(self, name: str) -> None:
-        if name in self.file:
-            raise SuperPointError(f"{self._path} has an entry {name!r} already; two images have the same name.")
+            raise SuperPointError(
+                f"{self._path} has an entry {entry.name!r} already; two images have the same name."
+            ) from error
+        for name, array in zip(_DATASETS, (*arrays, np.array(entry.image_size, "<i8"))):
+            space = low.h5s.create_simple(array.shape)
+            dataset = low.h5d.create(group, name.encode(), self._types[array.dtype], space, dcpl=self._layout)
+            if array.size:
+                dataset.write(low.h5s.ALL, low.h5s.ALL, array)
+            if name == "keypoints":
+                noise, scalar = np.array(entry.uncertainty, "<f8"), low.h5s.create(low.h5s.SCALAR)
+                low.h5a.create(dataset, UNCERTAINTY.encode(), self._types[noise.dtype], scalar).write(noise)
 
     def describe(self, text: str) -> None:
         """Keeps a text in the file."""
-        with self.reported():
-            self.file.attrs[DESCRIPTION] = text
-
-    def reported(self) -> Reported:
-        """A context that turns errors of writing into one line."""
-        return Reported(self._path, self._disk)
+        self._target.describe(text)
 
     def finish(self) -> None:
         """Completes the file; from then on readers see it."""
-        try:
-            with self.reported():
-                self.file.close()
-                self._disk.commit()
-                self._disk.close()
-                self._take_place()
-        except BaseException:
-            self.abandon()
-            raise
-
-    def _take_place(self) -> None:
-        """Gives a file that was written beside its place its name."""
+        self._target.finish()
 
     def abandon(self) -> None:
         """Ends without a change that readers see."""
-        with suppress(Exception):
-            self.file.close()
-        self._disk.close()
-
-
-class NewHdf5(Hdf5Target):
-    """An .h5 that grows beside its place, and is renamed in the end."""
-
-    def __init__(self, path: Path, scratch: Path | None = None) -> None:
-        self._place = check_writable(path).resolve()
-        self._beside = (scratch or self._place.parent) / f".{self._place.name}.{os.urandom(8).hex()}"
-        with Reported(path):
-            self._beside.touch(exist_ok=False)
-        super().__init__(path, self._beside, 0)
-
-    def _take_place(self) -> None:
-        recover(self._place)  # so that no journal of the old file is taken for one of the new
-        self._beside.replace(self._place)
-
-    def abandon(self) -> None:
-        """Ends without a change that readers see."""
-        super().abandon()
-        with suppress(OSError):
-            self._beside.unlink()
-
-
-class GrowingHdf5(Hdf5Target):
-    """An .h5 to which entries are added; a journal makes the change whole."""
-
-    def __init__(self, path: Path) -> None:
-        place = check_writable(path).resolve()
-        with open_hdf5(place):  # finishes what a killed process began, and checks that this is HDF5
-            pass
-        super().__init__(path, place, _used_bytes(place))
-
-
-def _used_bytes(path: Path) -> int:
-    """Where a file ends as its superblock has it (HDF5 file format, versions 2 and 3); behind it lies nothing of use.
-
-    A process that was killed while it added entries leaves such bytes.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(_SUPERBLOCK.size)
-    if len(start) < _SUPERBLOCK.size:
-        return size
-    magic, version, offset_bytes, _, end = _SUPERBLOCK.unpack(start)
-    return min(size, end) if magic == _HDF5_MAGIC and version in (2, 3) and offset_bytes == 8 else size
-
-
-_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-_SUPERBLOCK = struct.Struct("<8sBB18sQ")
-"""Magic, version, bytes of an offset; lengths, flags and two addresses; end of the file."""
-
-
-class Reported:
-    """Turns errors of writing into one line.
-
-    Args:
-        path: the file, for the message.
-        disk: where h5py writes, whose own error counts.
-    """
-
-    def __init__(self, path: Path, disk: JournaledFile | None = None) -> None:
-        self._path, self._disk = path, disk
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        met = self._disk.error if self._disk is not None and self._disk.error is not None else error
-        if isinstance(met, (OSError, RuntimeError, ValueError)):
-            raise SuperPointError(f"{self._path} cannot be written: {_why(met)}.") from met
-
-
-def _why(error: BaseException) -> str:
-    """The operating system's words if it is the reason; else HDF5's."""
-    told = re.search(r"errno = (\d+)", str(error))  # somewhere in HDF5's text, with the file's name and the time
-    number = getattr(error, "errno", None) or (int(told[1]) if told else 0)
-    return os.strerror(number) if number else one_line(error)
+        self._target.abandon()
 
 
 # ---------------------------------------------------------------------------------------------------------------- .npz
@@ -647,9 +421,9 @@ class _NpzFolder:
         found = load_features(path)
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                uncertainty = float(arrays[_UNCERTAINTY]) if _UNCERTAINTY in arrays else 1.0
+                uncertainty = float(arrays[UNCERTAINTY]) if UNCERTAINTY in arrays else 1.0
         except Exception as error:  # a damaged zip raises whatever its reader stumbles over
-            raise SuperPointError(f"{path}: {_UNCERTAINTY} is no number ({one_line(error)}).") from error
+            raise SuperPointError(f"{path}: {UNCERTAINTY} is no number ({one_line(error)}).") from error
         return StoredFeatures(found.xy, found.scores, found.descriptors, found.image_size, uncertainty)
 
     def description(self) -> str | None:
@@ -662,18 +436,24 @@ class _NpzFolder:
 class _NewNpzFolder:
     """A folder that gets one .npz for each image."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = make_folder(folder)
+    def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
+        self._folder, self._dtype = make_folder(folder), dtype
 
-    def write(self, name: str, arrays: dict[str, NDArray[Any]], uncertainty: float) -> None:
+    def write(self, name: str, keypoints: Keypoints, image_size: tuple[int, int], uncertainty: float) -> None:
         path = _npz_path(self._folder, name)
         make_folder(path.parent)
-        # In C order, which every reader of .npz knows.
-        in_c_order = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
-        write_npz(path, {**in_c_order, _UNCERTAINTY: np.float64(uncertainty)})
+        arrays = {
+            "keypoints": np.ascontiguousarray(keypoints.xy, dtype=np.float32),
+            "scores": np.ascontiguousarray(keypoints.scores, dtype=np.float32),
+            # In C order, which every reader of .npz knows.
+            "descriptors": np.ascontiguousarray(keypoints.descriptors, dtype=self._dtype),
+            "image_size": np.asarray(image_size, dtype=np.int64),
+            UNCERTAINTY: np.array(uncertainty),
+        }
+        write_npz(path, arrays)
 
-    def copy(self, features: FeatureFile, names: Sequence[str]) -> None:
-        raise SuperPointError(f"{self._folder} is a folder of .npz; entries are copied into an .h5 only.")
+    def add_packed(self, path: Path) -> int:
+        raise SuperPointError(f"{self._folder} is a folder of .npz; packed entries are added to an .h5 only.")
 
     def describe(self, text: str) -> None:
         write_atomically(self._folder / _DESCRIPTION_FILE, text.encode())

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from superpoint_trt.core.files import PathLike, read_bytes
 from superpoint_trt.core.image import IMAGE_SUFFIXES
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.pipeline.feature_files import check_name
 from superpoint_trt.pipeline.match_files import check_group_names
+from superpoint_trt.pipeline.packed import check_name
 from superpoint_trt.pipeline.video import Frame, choose_frames, is_video_name, list_frames
 
 LIST_MARK = "@"
@@ -29,6 +29,9 @@ class InputOptions:
     """Of each so many frames of a video the first."""
     fps: float | None = None
     """At most so many frames of a video a second."""
+
+    def __post_init__(self) -> None:
+        choose_frames((), self.every, self.fps)  # refuses numbers out of range, also if there is no video
 
 
 class Item(NamedTuple):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
+from superpoint_trt.core.files import make_folder
 from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.pipeline.contexts import Closes
 
 _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-class RangeLock:
+class RangeLock(Closes):
     """Locks ranges of numbers, as byte ranges of a file (POSIX record locks). A context manager.
 
     The file may be opened once in a process only: closing it anywhere frees all of the process's locks on it.
@@ -52,13 +55,45 @@ class RangeLock:
             self.works = False
         return True
 
-    def __enter__(self) -> RangeLock:
-        return self
+    @property
+    def is_there(self) -> bool:
+        """Whether the file is still what its name stands for; a process that ends may remove it."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
+        except FileNotFoundError:
+            return False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Frees all locks."""
         os.close(self._descriptor)
+
+
+@contextmanager
+def only_one(folder: Path, name: str) -> Iterator[None]:
+    """Makes a folder to work in, and keeps other processes from it as long as the context is open.
+
+    Args:
+        folder: goes in the end if it was made here and is empty.
+        name: of a file in it for the lock, which goes in the end.
+
+    Raises:
+        SuperPointError: another process works in the folder, or it cannot be made.
+    """
+    was_there = folder.is_dir()
+    path = make_folder(folder) / name
+    try:
+        with RangeLock(path) as lock:
+            if not lock.take(0, 1) or not lock.is_there:
+                raise SuperPointError(f"another process works on {folder} (its lock is {path}); wait for its end.")
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows keeps open files
+                    path.unlink()
+    finally:
+        if not was_there:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 if sys.platform == "win32":

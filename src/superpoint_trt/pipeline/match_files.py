@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,8 @@ from numpy.typing import NDArray
 from superpoint_trt.core.files import PathLike, one_line
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.match.nearest import Matches
-from superpoint_trt.pipeline.feature_files import (
-    DESCRIPTION,
-    GrowingHdf5,
-    NewHdf5,
-    import_h5py,
-    open_hdf5,
-)
+from superpoint_trt.pipeline.contexts import Closes, WritesWhole
+from superpoint_trt.pipeline.hdf5_files import description_of, import_h5py, open_hdf5, open_target
 from superpoint_trt.pipeline.pairs import Pair
 
 MATCHES, SCORES = "matches0", "matching_scores0"
@@ -87,7 +81,7 @@ def check_group_names(names: Iterable[str]) -> None:
             )
 
 
-class MatchFile:
+class MatchFile(Closes):
     """Reads a match file. A context manager.
 
         with MatchFile("matches.h5") as matches:
@@ -144,8 +138,7 @@ class MatchFile:
     @property
     def description(self) -> str | None:
         """The text that `MatchWriter.describe` has kept in the file."""
-        text = self._file.attrs.get(DESCRIPTION)
-        return text if isinstance(text, str) else None
+        return description_of(self._file)
 
     def __contains__(self, pair: Pair) -> bool:
         try:
@@ -178,16 +171,8 @@ class MatchFile:
         """Closes the file."""
         self._file.close()
 
-    def __enter__(self) -> MatchFile:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class MatchWriter:
+class MatchWriter(WritesWhole):
     """Writes a match file. A context manager.
 
         with MatchWriter("matches.h5") as writer:
@@ -207,8 +192,7 @@ class MatchWriter:
 
     def __init__(self, path: PathLike, append: bool = False, scratch: Path | None = None) -> None:
         self._h5py, self.path = import_h5py(), Path(path)
-        grows = append and self.path.exists()
-        self._target = GrowingHdf5(self.path) if grows else NewHdf5(self.path, scratch)
+        self._target = open_target(self.path, append, scratch)
         self._open: tuple[str, Any] | None = None
         # Values that lie in a dataset's own header need one write to the disk instead of two.
         self._compact = self._h5py.h5p.create(self._h5py.h5p.DATASET_CREATE)
@@ -258,14 +242,3 @@ class MatchWriter:
         """Ends without a change of the file."""
         self._open = None
         self._target.abandon()
-
-    def __enter__(self) -> MatchWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()

@@ -136,10 +136,11 @@ def match_pairs(
             list(pairs) if isinstance(pairs, Sequence) and not isinstance(pairs, str) else read_pairs(pairs, stored)
         )
         check_group_names(name for pair in wanted for name in pair)
-        run = _begin(path, wanted, _settings(Path(features), options), options.overwrite)
-        if run is None:
-            return PairMatchSummary(path, len(wanted), len(wanted))
-        return _match_part(run, stored, options, progress)
+        with _open(options) as matcher:  # what is wrong with it shows before anything is made
+            run = _begin(path, wanted, _settings(Path(features), options), options.overwrite)
+            if run is None:
+                return PairMatchSummary(path, len(wanted), len(wanted))
+            return _match_part(run, _Cache(stored, matcher, options.cache_mib << 20), options, progress)
 
 
 def _settings(features: Path, options: PairMatchOptions) -> Settings:
@@ -273,7 +274,7 @@ def _check_settings(path: Path, kept: Settings, asked: Settings) -> None:
 
 
 def _match_part(
-    run: _Run, stored: FeatureFile, options: PairMatchOptions, progress: PhaseProgress | None
+    run: _Run, cache: _Cache, options: PairMatchOptions, progress: PhaseProgress | None
 ) -> PairMatchSummary:
     """Matches this process's part of a run, and joins the shards if nothing else is left to do."""
     folder, manifest = run.folder, run.manifest
@@ -281,15 +282,14 @@ def _match_part(
     with RangeLock(folder.lock_path) as lock:
         take_part(lock, numbers, folder, manifest)
         todo = [number for number in folder.unfinished(manifest) if number in numbers]
-        with _open(options) as matcher:
-            started = time.monotonic()
-            found = _match(run, todo, _Cache(stored, matcher, options.cache_mib << 20), progress)
-            seconds = time.monotonic() - started
+        started = time.monotonic()
+        found = _match(run, todo, cache, progress)
+        seconds = time.monotonic() - started
         left = _join_if_complete(run, lock, progress)
     before = run.before if options.part == 1 else 0  # told once, by the first part
     total = before + sum(len(run.pairs_of(number)) for number in numbers)
     matched = sum(len(run.pairs_of(number)) for number in todo)
-    return PairMatchSummary(folder.output, total, total - matched, found, seconds, matcher.runs_on, left)
+    return PairMatchSummary(folder.output, total, total - matched, found, seconds, cache.matcher.runs_on, left)
 
 
 def _match(run: _Run, todo: Sequence[int], cache: _Cache, progress: PhaseProgress | None) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from superpoint_trt.pipeline.locks import RangeLock
 from superpoint_trt.pipeline.shards import MERGE_LOCK, Manifest, Settings, ShardFolder, ShardReport
 
 _MOST_CHARS = 1 << 20
+_LOOKED_AT_AHEAD = 4
+"""Shards whose hashes are computed while others are copied."""
 _SHOWN_SHARDS = 8
 """Numbers of missing shards that an error lists."""
 
@@ -61,8 +65,8 @@ class MergeSummary:
     output: Path
     images: int
     """Entries that came from the shards."""
-    failed: int
-    """Images that have none, for a reason that the .tsv beside the output gives."""
+    failed: tuple[tuple[str, str], ...]
+    """(name, reason) of the images that have none; the .tsv beside the output lists them, too."""
     unfinished_shards: int
     """Shards whose images were not extracted yet; more than 0 with `unfinished` only."""
 
@@ -83,6 +87,8 @@ def merge(output: PathLike, unfinished: bool = False, progress: PhaseProgress | 
     manifest = folder.manifest()
     if manifest is None:
         raise SuperPointError(f"{folder.folder} keeps no run; there is nothing to merge into {output}.")
+    if "dtype" not in manifest.settings:
+        raise SuperPointError(f"{folder.folder} keeps a run of superpoint match-pairs; run that command again.")
     missing = folder.unfinished(manifest)
     if missing and not unfinished:
         shown = ", ".join(map(str, missing[:_SHOWN_SHARDS]))
@@ -96,7 +102,7 @@ def merge(output: PathLike, unfinished: bool = False, progress: PhaseProgress | 
             raise SuperPointError(f"another process works on {output} (its lock is {folder.lock_path}).")
         reports = _reports(folder, manifest)
         _merge(folder, manifest, reports, progress)
-    failed = sum(len(report.failed) for report in reports.values())
+    failed = tuple(row for report in reports.values() for row in report.failed)
     return MergeSummary(folder.output, sum(report.done for report in reports.values()), failed, len(missing))
 
 
@@ -149,25 +155,50 @@ def _merge(
 ) -> None:
     folder.clean(f".{folder.output.name}.*")
     description = MadeBy(manifest.run_id, manifest.settings).to_json()
+    dtype = str(manifest.settings["dtype"])
     # The file grows in the folder of the run, which goes in the end with all that a kill may have left there.
-    with FeatureWriter(folder.output, append=not manifest.replaces, scratch=folder.folder) as writer:
-        for count, (number, report) in enumerate(reports.items()):
-            if is_hdf5_name(folder.output) and report.done:
-                _copy(folder, number, report, writer)
+    with FeatureWriter(folder.output, dtype, append=not manifest.replaces, scratch=folder.folder) as writer:
+        for count, number in enumerate(_sound_shards(folder, reports), start=1):
+            done = reports[number].done
+            if is_hdf5_name(folder.output) and done and writer.add_packed(folder.packed(number)) != done:
+                raise _spoiled(folder, number, f"does not have {done} entries")
             if progress:
-                progress("merging", count + 1, len(reports))
+                progress("merging", count, len(reports))
         writer.describe(description)
     _write_failures(folder.output, [row for report in reports.values() for row in report.failed])
     folder.remove()
 
 
-def _copy(folder: ShardFolder, number: int, report: ShardReport, writer: FeatureWriter) -> None:
-    path = folder.features(number)
+def _sound_shards(folder: ShardFolder, reports: Mapping[int, ShardReport]) -> Iterator[int]:
+    """The numbers of all shards, in order, after a look at their files. Some are looked at ahead, in other threads.
+
+    Raises:
+        SuperPointError: a file is not as its report has it.
+    """
+    with ThreadPoolExecutor(_LOOKED_AT_AHEAD, thread_name_prefix="superpoint-merge") as pool:
+        under_way: deque[tuple[int, Future[None]]] = deque()
+        for number, report in reports.items():
+            under_way.append((number, pool.submit(_check_shard, folder, number, report)))
+            if len(under_way) > _LOOKED_AT_AHEAD:
+                first, looked = under_way.popleft()
+                looked.result()
+                yield first
+        for number, looked in under_way:
+            looked.result()
+            yield number
+
+
+def _check_shard(folder: ShardFolder, number: int, report: ShardReport) -> None:
+    """Checks that the file of a shard is what was written.
+
+    Raises:
+        SuperPointError: they are not.
+    """
+    if not is_hdf5_name(folder.output) or not report.done:
+        return
+    path = folder.packed(number)
     if not path.is_file() or file_sha256(path) != report.sha256:
         raise _spoiled(folder, number, f"has another {path.name} than was written")
-    copied = writer.copy_entries(path)
-    if copied != report.done:
-        raise _spoiled(folder, number, f"has {copied} entries, not {report.done}")
 
 
 def _spoiled(folder: ShardFolder, number: int, what: str) -> SuperPointError:

@@ -18,6 +18,7 @@ from typing import Any, Callable
 from superpoint_trt.core.files import one_line
 from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.pipeline.contexts import Closes
 from superpoint_trt.pipeline.shards import Settings, Shard, ShardFolder
 from superpoint_trt.pipeline.workers import RayOptions, WorkOptions, extract_shards
 
@@ -27,7 +28,7 @@ _SHARDS_A_CALL = 4
 """An actor reads ahead within a call, so that its GPU waits once for so many shards."""
 
 
-class RayLauncher:
+class RayLauncher(Closes):
     """Extracts by the actors of a Ray cluster. A context manager.
 
     Args:
@@ -102,12 +103,8 @@ class RayLauncher:
     def _errors(self) -> _RayErrors:
         return _RayErrors(self._ray)
 
-    def __enter__(self) -> RayLauncher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Ends the connection; a cluster that was started here ends, too."""
         self._ray.shutdown()
 
 

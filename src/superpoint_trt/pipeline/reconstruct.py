@@ -13,9 +13,11 @@ from pathlib import Path
 from superpoint_trt.core.files import PathLike, file_sha256, make_folder, write_atomically
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import SuperPointError
-from superpoint_trt.pipeline.colmap_map import REPORT, ColmapOptions, MapReport, import_pycolmap, make_map
+from superpoint_trt.pipeline.colmap_map import REPORT, ColmapOptions, MapReport, make_map
+from superpoint_trt.pipeline.colmap_process import import_pycolmap
 from superpoint_trt.pipeline.extract import ExtractOptions, ExtractSummary, extract
 from superpoint_trt.pipeline.feature_files import FeatureFile
+from superpoint_trt.pipeline.locks import only_one
 from superpoint_trt.pipeline.match_pairs import PairMatchOptions, PairMatchSummary, fingerprint, match_pairs
 from superpoint_trt.pipeline.pairs import Pair, PairOptions, make_pairs, write_pairs
 from superpoint_trt.pipeline.video import VideoReader, choose_frames, is_video_name
@@ -29,6 +31,7 @@ SEQUENTIAL, LOOP_EVERY = 20, 10
 """Of more images, each with so many that follow it, and every so many-th with every other of these."""
 VIDEO_FPS = 2.0
 """Frames of a video that are taken a second by default."""
+_LOCK = ".superpoint-reconstruct.lock"
 _MADE_OF = "map.made_of.json"
 _FRAMES_OF = "frames.made_of.json"
 
@@ -75,14 +78,22 @@ def reconstruct(
         progress: is told each phase.
 
     Raises:
-        SuperPointError: the source cannot be read, an earlier run in the folder had other options, or a step failed.
+        SuperPointError: the source cannot be read, an earlier run in the folder had other options, another process
+            works on the folder, or a step failed.
     """
     options = options or ReconstructOptions()
     import_pycolmap()  # what is missing shows before the work
     if Path(source).resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
         raise SuperPointError(f"the output {output} lies in the folder of the photographs; choose another --output.")
-    folder = make_folder(output)
-    images = _images(Path(source), folder, options.extract, progress)
+    with only_one(Path(output), _LOCK):
+        return _reconstruct(Path(source), Path(output), options, progress)
+
+
+def _reconstruct(
+    source: Path, folder: Path, options: ReconstructOptions, progress: PhaseProgress | None
+) -> ReconstructSummary:
+    """Makes a map in a folder that no other process works on."""
+    images = _images(source, folder, options.extract, progress)
     extracted = extract([images], folder / FEATURES, _rooted(options.extract, images), progress)
     with FeatureFile(folder / FEATURES) as features:
         names = features.names()

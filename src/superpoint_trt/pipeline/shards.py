@@ -5,8 +5,8 @@ output, OUTPUT.shards, with
 
     manifest.json   what makes the run: model and options, a digest of the images' names, the size of a shard
     to-do.ID.npz    which of the images had no entry when the run began
-    00012.h5        the entries of a shard (an .h5 as output only; .npz are written in their place at once)
-    00012.json      how the shard ended: counts, failures, hash of its .h5. Written last: it makes the shard finished
+    00012.packed    the entries of a shard (an .h5 as output only; .npz are written in their place at once)
+    00012.json      how the shard ended: counts, failures, a hash. Written last: it makes the shard finished
     lock            who works on which shards
 
 When all shards are finished they are merged into the output, and the folder goes.
@@ -33,7 +33,7 @@ from superpoint_trt.core.typed_json import JsonError, flag, integer, mapping, me
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.inputs import Item
 
-FORMAT = 1
+FORMAT = 2
 """Version of the .json files. It rises when an older reader can no longer read them."""
 
 Settings = Mapping[str, object]
@@ -112,7 +112,7 @@ class ShardReport:
     failed: tuple[tuple[str, str], ...]
     """(name, reason) of the others."""
     sha256: str | None
-    """Of the shard's .h5; None: it has no entry, or the output is a folder of .npz."""
+    """Of the shard's file; None: it has no entry, or the output is a folder of .npz."""
     ran_on: str
     """Backend, device and precision; they may differ between the shards of one run."""
 
@@ -239,9 +239,9 @@ class ShardFolder:
     def _to_do_path(self, manifest: Manifest) -> Path:
         return self.folder / f"to-do.{manifest.run_id}.npz"
 
-    def features(self, number: int) -> Path:
-        """The .h5 of a shard."""
-        return self.folder / f"{number:05d}.h5"
+    def packed(self, number: int) -> Path:
+        """The entries of a shard."""
+        return self.folder / f"{number:05d}.packed"
 
     def report(self, number: int) -> ShardReport | None:
         """How a shard ended; None: it is not finished."""

@@ -6,7 +6,7 @@ import fnmatch
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from superpoint_trt.core.files import PathLike, check_writable, make_folder
 from superpoint_trt.core.image import load_image, to_picture
-from superpoint_trt.core.image_file import opencv_quiet
+from superpoint_trt.core.image_file import opencv_quiet, upright_size
 from superpoint_trt.core.progress import PhaseProgress
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.pipeline.inputs import Item, find_items
@@ -102,6 +102,7 @@ def track(
 ) -> TrackSummary:
     """Follows points through a sequence of images.
 
+    All images must have one size, because a track is a row of places in one picture. This is looked at before the work.
     An image that cannot be read is left out. A camera is followed until the user interrupts (Ctrl-C), or presses q in
     the window; what was followed until then is written.
 
@@ -114,19 +115,21 @@ def track(
         progress: is told how many images are done.
 
     Raises:
-        SuperPointError: the source cannot be read, an output cannot be written, or there is no screen for a window.
+        SuperPointError: the source cannot be read, its images differ in size, an output cannot be written, or there is
+            no screen for a window.
     """
     options, source_options = options or TrackOptions(), source_options or SourceOptions()
-    tracker, record, left_out = PointTracker(options), TrackRecord(), list[str]()
+    tracker, record, left_out, same = PointTracker(options), TrackRecord(), list[str](), OneSize()
     is_live, started = source == CAMERA, time.monotonic()
     with ExitStack() as stack:
-        frames, total = _open_source(source, source_options, left_out, stack)
+        frames, total = _open_source(source, source_options, left_out, stack, progress)
         sinks = [stack.enter_context(sink) for sink in _open_sinks(outputs)]
         try:
             for frame, found in _extracted(superpoint, frames, is_live):
                 if isinstance(found, SuperPointError):
                     left_out.append(f"{frame.name}: {found}")
                     continue
+                same.check(frame.name, found.image_size)  # also frames of videos, and formats whose header is unknown
                 now = tracker.update(found)
                 record.add(frame.name, frame.time_s, now)
                 if sinks:
@@ -174,9 +177,17 @@ def _extracted(
 
 
 def _open_source(
-    source: PathLike, options: SourceOptions, left_out: list[str], stack: ExitStack
+    source: PathLike,
+    options: SourceOptions,
+    left_out: list[str],
+    stack: ExitStack,
+    progress: PhaseProgress | None,
 ) -> tuple[Iterator[SourceFrame], int]:
-    """The images of a source, and their number, or 0 if nobody knows it."""
+    """The images of a source, and their number, or 0 if nobody knows it.
+
+    Raises:
+        SuperPointError: there are none, or of different sizes.
+    """
     if source == CAMERA:
         return _camera_frames(options), 0
     found = {item.name: item for item in find_items([source])}
@@ -186,7 +197,44 @@ def _open_source(
         if not items:
             raise SuperPointError(f"{source} holds no image whose name is {options.image_glob!r}.")
     items = items[:: options.every]
+    _check_sizes(items, progress)
     return _file_frames(items, options, left_out, stack), len(items)
+
+
+def _check_sizes(items: Sequence[Item], progress: PhaseProgress | None) -> None:
+    """Checks by their headers that all image files have one size.
+
+    Raises:
+        SuperPointError: naming the first that has another.
+    """
+    same = OneSize()
+    for done, item in enumerate(items):
+        size = upright_size(item.path) if item.frame is None else None
+        if size is not None:
+            same.check(item.name, size)
+        if progress:
+            progress("looking at sizes", done + 1, len(items))
+
+
+class OneSize:
+    """Checks images one after another: all must have the size of the first."""
+
+    def __init__(self) -> None:
+        self._first: tuple[str, tuple[int, int]] | None = None
+
+    def check(self, name: str, size: tuple[int, int]) -> None:
+        """Checks an image's (width, height) in px.
+
+        Raises:
+            SuperPointError: it differs.
+        """
+        self._first = self._first or (name, size)
+        first, expected = self._first
+        if size != expected:
+            raise SuperPointError(
+                f"{name} has {size[0]}x{size[1]} px, {first} {expected[0]}x{expected[1]}; tracks need images of one "
+                "size: scale them first, or choose some with --img-glob."
+            )
 
 
 def _file_frames(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from superpoint_trt.core.files import PathLike, is_regular_file, one_line
 from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.pipeline.contexts import Closes
 
 VIDEO_SUFFIXES = (
     ".mp4",
@@ -95,7 +96,7 @@ def choose_frames(frames: Sequence[Frame], every: int = 1, fps: float | None = N
     return kept
 
 
-class VideoReader:
+class VideoReader(Closes):
     """Reads single frames of a video, fastest in rising order. A context manager; for one thread.
 
     Raises:
@@ -213,14 +214,6 @@ class VideoReader:
         """Closes the file."""
         self._decoded = iter(())
         self._container.close()
-
-    def __enter__(self) -> VideoReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def import_av() -> ModuleType:

@@ -6,13 +6,13 @@ import os
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from superpoint_trt.core.files import PathLike, check_writable, one_line
 from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.pipeline.contexts import WritesWhole
 from superpoint_trt.pipeline.video import import_av
 from superpoint_trt.run.captions import Picture
 
@@ -26,7 +26,7 @@ _RATE = 30
 _QUALITY = {"crf": "20", "preset": "veryfast"}
 
 
-class VideoWriter:
+class VideoWriter(WritesWhole):
     """Writes pictures as a video. A context manager.
 
         with VideoWriter("tracks.mp4") as video:
@@ -117,17 +117,6 @@ class VideoWriter:
 
     def _unwritable(self, error: BaseException) -> SuperPointError:
         return SuperPointError(f"{self.path} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}.")
-
-    def __enter__(self) -> VideoWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
 
 
 def _even_size(picture: Picture) -> tuple[int, int]:

@@ -21,13 +21,15 @@ from superpoint_trt.core.image_file import MOST_PIXELS, ReadOptions, read_image_
 from superpoint_trt.core.memory import ran_out_of_memory
 from superpoint_trt.core.orientation import UPRIGHT, stored_size, to_stored
 from superpoint_trt.core.types import Keypoints, SuperPointError
+from superpoint_trt.pipeline.contexts import Closes
 from superpoint_trt.pipeline.feature_files import DETECTION_NOISE_PX, FeatureWriter, is_hdf5_name
 from superpoint_trt.pipeline.inputs import Item
+from superpoint_trt.pipeline.packed import PackedWriter
 from superpoint_trt.pipeline.shards import Settings, Shard, ShardFolder, ShardReport
 from superpoint_trt.pipeline.video import Frame, VideoReader
 from superpoint_trt.run.extractor import SuperPoint
 from superpoint_trt.run.runner import run_key
-from superpoint_trt.run.stream import MOST_LOADERS, PreparedOrError
+from superpoint_trt.run.stream import MOST_LOADERS, PreparedOrError, StreamOptions
 
 _MOST_WRITES_WAITING = 64
 _MOST_SHARDS_FINISHING = 2
@@ -55,10 +57,28 @@ class WorkOptions:
         """Opens the model.
 
         Raises:
-            SuperPointError: the model or a setting cannot be used.
+            SuperPointError: the model or a setting cannot be used, or a number is out of range.
         """
         half = {"half_descriptors": self.dtype == "float16"}
-        return SuperPoint(self.model, **{**half, **self.settings})
+        superpoint = SuperPoint(self.model, **{**half, **self.settings})
+        most = superpoint.description.max_batch_size
+        try:
+            self.stream(most).check(most)
+        except BaseException:
+            superpoint.close()
+            raise
+        return superpoint
+
+    def stream(self, most_batch: int) -> StreamOptions:
+        """How many images are read and run at once.
+
+        Args:
+            most_batch: the model's largest batch.
+        """
+        return StreamOptions(
+            batch_size=most_batch if self.batch_size is None else self.batch_size,
+            loaders=min(usable_cpus(), MOST_LOADERS) if self.loaders is None else self.loaders,
+        )
 
     def reading(self) -> ReadOptions:
         """Which image files are read."""
@@ -102,7 +122,7 @@ class Launcher(Protocol):
         """Extracts shards; `advance` is called with the number of images that were done since the last call."""
 
 
-class LocalLauncher:
+class LocalLauncher(Closes):
     """Extracts in this process. A context manager."""
 
     def __init__(self, options: WorkOptions) -> None:
@@ -115,12 +135,8 @@ class LocalLauncher:
         """Extracts shards one after another."""
         extract_shards(self._superpoint, shards, folder, self._options, advance)
 
-    def __enter__(self) -> LocalLauncher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Closes the model."""
         self._superpoint.close()
 
 
@@ -146,8 +162,8 @@ def extract_shards(
     Raises:
         SuperPointError: the shards cannot be written. An image that cannot be read or run is counted as failed.
     """
-    most = superpoint.description.max_batch_size
-    batch_size = most if options.batch_size is None else options.batch_size
+    stream = options.stream(superpoint.description.max_batch_size)
+    batch_size = stream.batch_size
     waiting: deque[list[_Source]] = deque()
     """The groups that were given to the model and have not come back."""
 
@@ -157,7 +173,7 @@ def extract_shards(
                 waiting.append([_Source(shard, image.item, image.orientation, image.scale) for image in group])
                 yield [image.prepared for image in group]
 
-    with _Reader(superpoint, options, batch_size) as reader, _Writer(folder, options, superpoint) as writer:
+    with _Reader(superpoint, options, stream) as reader, _Writer(folder, options, superpoint) as writer:
         with closing(superpoint.extract_groups(groups(reader), batch_size)) as found:
             for results in found:
                 for source, result in zip(waiting.popleft(), results):
@@ -224,17 +240,14 @@ class _Reader:
     Args:
         superpoint: makes the network's inputs.
         options: how to read.
-        batch_size: images in a run.
+        stream: how many at once.
     """
 
-    def __init__(self, superpoint: SuperPoint, options: WorkOptions, batch_size: int) -> None:
-        threads = usable_cpus() if options.loaders is None else options.loaders
-        if not 1 <= threads <= MOST_LOADERS:
-            raise SuperPointError(f"loaders is {threads}; expected 1 to {MOST_LOADERS}.")
+    def __init__(self, superpoint: SuperPoint, options: WorkOptions, stream: StreamOptions) -> None:
         self._superpoint, self._reading = superpoint, options.reading()
         self._side_px = needed_side_px(superpoint.description, options.settings.get("max_side_px"))
-        self._ahead = threads + batch_size
-        self._files = ThreadPoolExecutor(threads, thread_name_prefix="superpoint-reader")
+        self._ahead = stream.loaders + stream.batch_size
+        self._files = ThreadPoolExecutor(stream.loaders, thread_name_prefix="superpoint-reader")
         self._frames = ThreadPoolExecutor(1, thread_name_prefix="superpoint-video")
         self._video: VideoReader | None = None
 
@@ -401,9 +414,12 @@ class _OpenShard:
         self._shard, self._folder, self._ran_on = shard, folder, ran_on
         self._failed: list[tuple[str, str]] = []
         self._done = 0
-        self._path = folder.features(shard.number) if is_hdf5_name(folder.output) else folder.output
         folder.clean(f".{shard.number:05d}.*")
-        self._features = FeatureWriter(self._path, dtype)
+        self._features: PackedWriter | FeatureWriter = (
+            PackedWriter(folder.packed(shard.number), dtype)
+            if is_hdf5_name(folder.output)
+            else FeatureWriter(folder.output, dtype)
+        )
 
     def add(self, source: _Source, result: Keypoints | SuperPointError) -> bool:
         """Writes one result; whether it was the shard's last."""
@@ -417,9 +433,9 @@ class _OpenShard:
     def finish(self) -> None:
         """Makes the shard finished."""
         self._features.close()
-        digest = file_sha256(self._path) if is_hdf5_name(self._folder.output) and self._done else None
-        report = ShardReport(self._done, tuple(self._failed), digest, self._ran_on)
-        self._folder.finish(self._shard.number, report)
+        number, is_packed = self._shard.number, isinstance(self._features, PackedWriter)
+        digest = file_sha256(self._folder.packed(number)) if is_packed and self._done else None
+        self._folder.finish(number, ShardReport(self._done, tuple(self._failed), digest, self._ran_on))
 
     def abandon(self) -> None:
         """Leaves nothing of the shard."""
