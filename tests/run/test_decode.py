@@ -67,6 +67,15 @@ def test_the_threshold_is_strict():
     assert len(found) == 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_number_is_no_keypoint_and_suppresses_none():
+    scores = score_map("random")
+    without, broken = scores.copy(), scores.copy()
+    without[20:24, 30:50], broken[20:24, 30:50] = 0, np.nan
+    for expected, found in zip(*(decode.select(one, DecodeOptions()) for one in (without, broken))):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_the_border_goes_on_all_four_sides_after_the_suppression():
     scores = np.zeros((32, 48), np.float32)
     inside = [(4, 4), (43, 4), (4, 27), (43, 27)]  # x, y: the outermost allowed
@@ -135,6 +144,15 @@ def test_what_is_not_finite_stays_so_in_silence(value):
     broken = np.full((1, 65, 2, 2), value, np.float32)
     assert np.isnan(decode.normalize(broken, axis=1)).all()
     assert np.isnan(decode.scores_from_logits(broken)).all()
+
+
+def test_between_cells():
+    """Four cells with a unit vector each; their centers lie at 3.5 and 11.5 px."""
+    descriptors = np.eye(4, dtype=np.float32).reshape(4, 2, 2)
+    xy = np.array([[7.5, 7.5], [5.5, 3.5], [11.5, 9.5], [0, 15]], np.float32)
+    sampled = decode.sample_descriptors(xy, descriptors, 8, Sampling.HALF_PIXEL)
+    expected = np.array([[1, 1, 1, 1], [3, 1, 0, 0], [0, 1, 0, 3], [0, 0, 1, 0]], np.float32)
+    np.testing.assert_allclose(sampled, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
 
 
 def test_one_cell():
