@@ -189,7 +189,7 @@ class HostRunner(Runner):
         return [replace(one, descriptors=one.descriptors.astype(self._descriptor_type, copy=False)) for one in found]
 
     def slots(self, count: int) -> _HostSlots:
-        """Slots whose runs go on side by side if the backend has threads of its own; else they run when collected."""
+        """Slots whose runs go on while others are decoded, if the backend can; else they run when collected."""
         backend = self._backend
         if count > 1 and isinstance(backend, AsyncBackend):
             return _HostSlots([_AsyncSlot(self, backend) for _ in range(count)])
@@ -233,7 +233,7 @@ class _HostSlot:
 
 
 class _AsyncSlot:
-    """Begins a batch's run in the runtime's own threads."""
+    """Begins a batch's run, which goes on in other threads."""
 
     def __init__(self, runner: HostRunner, backend: AsyncBackend) -> None:
         self._runner, self._backend = runner, backend
