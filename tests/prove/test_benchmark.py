@@ -76,7 +76,10 @@ class Clock:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_each_step_counts_in_its_stage_and_the_stages_make_up_the_whole(batch, models, monkeypatch):
-    """By a clock on which preparing an image takes 1 ms, a run of the network 20 ms, decoding a batch 400 ms."""
+    """By a clock on which preparing an image takes 1 ms, a run of the network 20 ms, decoding a batch 400 ms.
+
+    3 ms of the call that is made step by step lie in no stage.
+    """
     clock = Clock()
 
     def slowed(honest, cost_ms):
@@ -86,7 +89,12 @@ def test_each_step_counts_in_its_stage_and_the_stages_make_up_the_whole(batch, m
 
         return step
 
-    for owner, step, cost_ms in ((STEPS, "prepare", 1), (OnnxRuntimeBackend, "_infer", 20), (STEPS, "decode", 400)):
+    for owner, step, cost_ms in (
+        (STEPS, "prepare", 1),
+        (OnnxRuntimeBackend, "_infer", 20),
+        (STEPS, "decode", 400),
+        (SuperPoint, "extract_timed", 3),
+    ):
         monkeypatch.setattr(owner, step, slowed(getattr(owner, step), cost_ms))
     monkeypatch.setattr(time, "perf_counter", clock)
     report = bench(models[1:], BenchOptions(batch=batch, iterations=6, warm_up=1))
@@ -96,6 +104,7 @@ def test_each_step_counts_in_its_stage_and_the_stages_make_up_the_whole(batch, m
         "network": pytest.approx(20),
         "decode": pytest.approx(400),
         "device_to_host": None,
+        "other": pytest.approx(3),
         "wall": pytest.approx(batch + 420),
     }
     assert report.images_per_s(report.models[0]) == pytest.approx(batch * 1e3 / (batch + 420))

@@ -90,7 +90,7 @@ def test_bench(exported, monkeypatch):
     assert list(report["options"]) == keys("batch size_hw iterations warm_up")
     (model,) = report["models"]
     assert list(model) == keys("model runtime description size_hw keypoints stages_ms images_per_s")
-    assert list(model["stages_ms"]) == keys("preprocess host_to_device network decode device_to_host wall")
+    assert list(model["stages_ms"]) == keys("preprocess host_to_device network decode device_to_host other wall")
     assert list(model["stages_ms"]["wall"]) == keys("median p95 p99")
 
 

@@ -42,18 +42,21 @@ def test_select_equals_the_reference(kind, radius, border, number):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("radius", [0, 1, 4, 16, 17, 90])
-def test_both_ways_to_the_maximum_of_a_window_agree(monkeypatch, kind, radius):
-    """OpenCV's, and the one for large windows; of an image smaller than the window too."""
-    for shape in ((64, 96), (8, 40), (8, 8)):
-        scores = (
-            score_map(kind, radius, *shape) if shape == (64, 96) else score_map(kind, radius)[: shape[0], : shape[1]]
-        )
-        found = []
-        for most in (-1, 1000):
-            monkeypatch.setattr(decode, "_DILATED_UP_TO_PX", most)
-            found.append(decode.suppress(scores, radius))
-        np.testing.assert_array_equal(*found)
+@pytest.mark.parametrize("radius", [0, 1, 4, 17, 90])
+def test_suppression_equals_the_reference_where_the_window_is_larger_than_the_image(kind, radius):
+    for height, width in ((64, 96), (8, 40), (8, 8)):
+        scores = score_map(kind, radius)[:height, :width]  # rows of a larger array, as padding is cut off
+        survive = decode.suppress(scores, radius)
+        expected = network.suppress(torch.from_numpy(scores.copy())[None], radius)[0].numpy()
+        np.testing.assert_array_equal(np.where(survive, scores, 0), expected)
+
+
+def test_suppression_takes_three_looks():
+    """Points 3 px apart in a row, by falling score: each look finds the next one that is not near those found."""
+    scores = np.zeros((8, 40), np.float32)
+    scores[4, 4:40:3] = np.linspace(1.2, 0.1, 12)
+    found = [np.flatnonzero(decode.suppress(scores, radius)[4] & (scores[4] > 0)).tolist() for radius in (2, 3, 6)]
+    assert found == [list(range(4, 40, 3)), [4, 10, 16], [4, 13, 22]]  # a fourth look would find 22 and 31
 
 
 def test_the_threshold_is_strict():
@@ -62,6 +65,15 @@ def test_the_threshold_is_strict():
     xy, found = decode.select(scores, DecodeOptions(nms_radius_px=1, threshold=0.25))
     assert xy.tolist() == [[11, 5]]
     assert len(found) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_number_is_no_keypoint_and_suppresses_none():
+    scores = score_map("random")
+    without, broken = scores.copy(), scores.copy()
+    without[20:24, 30:50], broken[20:24, 30:50] = 0, np.nan
+    for expected, found in zip(*(decode.select(one, DecodeOptions()) for one in (without, broken))):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_the_border_goes_on_all_four_sides_after_the_suppression():
@@ -132,6 +144,15 @@ def test_what_is_not_finite_stays_so_in_silence(value):
     broken = np.full((1, 65, 2, 2), value, np.float32)
     assert np.isnan(decode.normalize(broken, axis=1)).all()
     assert np.isnan(decode.scores_from_logits(broken)).all()
+
+
+def test_between_cells():
+    """Four cells with a unit vector each; their centers lie at 3.5 and 11.5 px."""
+    descriptors = np.eye(4, dtype=np.float32).reshape(4, 2, 2)
+    xy = np.array([[7.5, 7.5], [5.5, 3.5], [11.5, 9.5], [0, 15]], np.float32)
+    sampled = decode.sample_descriptors(xy, descriptors, 8, Sampling.HALF_PIXEL)
+    expected = np.array([[1, 1, 1, 1], [3, 1, 0, 0], [0, 1, 0, 3], [0, 0, 1, 0]], np.float32)
+    np.testing.assert_allclose(sampled, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
 
 
 def test_one_cell():

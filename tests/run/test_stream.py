@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from superpoint_trt import SuperPoint, SuperPointError
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.core.types import OutputType
 from superpoint_trt.run import runner as runner_module
+from superpoint_trt.run.backends.onnxruntime import OnnxRuntimeBackend
 
 SIZE = (96, 128)
 
@@ -45,6 +47,29 @@ def test_in_order_with_a_ragged_tail(model, batch_size, in_flight):
     assert len(found) == len(images)
     for one, other in zip(found, expected):
         assert_same(one, other)
+
+
+def test_the_next_batch_runs_while_one_is_decoded(model, monkeypatch):
+    """The first batch's keypoints are held back until the second batch's run has begun."""
+    begun, honest_infer = [], OnnxRuntimeBackend._infer
+    second_begun = threading.Event()
+
+    def infer(self, image):
+        begun.append(threading.current_thread())
+        if len(begun) == 2:
+            second_begun.set()
+        return honest_infer(self, image)
+
+    def finish(self, outputs, batch, honest=runner_module.HostRunner.finish):
+        assert second_begun.wait(timeout=60)
+        return honest(self, outputs, batch)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "_infer", infer)
+    monkeypatch.setattr(runner_module.HostRunner, "finish", finish)
+    with SuperPoint(model) as superpoint:
+        assert len(list(superpoint.extract_many(different(3), batch_size=1))) == 3
+    assert len(begun) == 3 and threading.current_thread() not in begun
+    assert not any(thread.is_alive() for thread in begun), "a closed model leaves no thread"
 
 
 def test_files_and_sizes_mixed(model, tmp_path):
@@ -91,7 +116,7 @@ def test_a_run_that_fails_costs_only_its_own_image(model, monkeypatch):
     images = different(5)
     with SuperPoint(model) as superpoint:
         poison = superpoint.prepare(images[2])[0].sum()
-        infer = superpoint._backend.infer
+        infer = superpoint._backend._infer
 
         def fails(inputs):
             if any(
@@ -100,7 +125,7 @@ def test_a_run_that_fails_costs_only_its_own_image(model, monkeypatch):
                 raise SuperPointError("the runtime failed")
             return infer(inputs)
 
-        monkeypatch.setattr(superpoint._backend, "infer", fails)
+        monkeypatch.setattr(superpoint._backend, "_infer", fails)
         found = list(superpoint.extract_many(images, batch_size=4))
     assert [str(one) if isinstance(one, SuperPointError) else "" for one in found] == [
         "",
@@ -122,23 +147,26 @@ def test_memory_that_runs_out_costs_only_its_own_image(model, monkeypatch, step)
 
     with SuperPoint(model) as superpoint:
         runner = superpoint._runner
-        prepare, slot, run_now = runner.prepare, runner_module._HostSlot, runner.run_now
 
-        def failing(work):
-            def wrapped(first, *rest):
-                if any(map(is_large, first if isinstance(first, list) else [first])):
+        def failing(work, place=0):
+            """Fails where the argument at that place is the large image, or a batch with it."""
+
+            def wrapped(*given):
+                if any(map(is_large, given[place] if isinstance(given[place], list) else [given[place]])):
                     raise MemoryError
-                return work(first, *rest)
+                return work(*given)
 
             return wrapped
 
         if step == "prepare":
-            monkeypatch.setattr(runner, "prepare", failing(prepare))
+            monkeypatch.setattr(runner, "prepare", failing(runner.prepare))
         elif step == "collect":
-            monkeypatch.setattr(runner, "run_now", failing(run_now))
+            monkeypatch.setattr(runner, "finish", failing(runner.finish, place=1))
         else:
-            submit = slot.submit
-            monkeypatch.setattr(slot, "submit", lambda self, *given: failing(lambda *two: submit(self, *two))(*given))
+            for slot in (runner_module._AsyncSlot, runner_module._HostSlot):  # of the stream; of an image run again
+                monkeypatch.setattr(
+                    slot, "submit", lambda self, *given, submit=slot.submit: failing(partial(submit, self))(*given)
+                )
         found = list(superpoint.extract_many(images, batch_size=4))
     assert [isinstance(one, SuperPointError) for one in found] == [False, False, True, False, False]
     assert "memory ran out" in str(found[2])

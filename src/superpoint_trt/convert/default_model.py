@@ -10,7 +10,7 @@ from superpoint_trt.core.files import PathLike, cache_folder, read_bytes, sha256
 from superpoint_trt.core.networks import packaged_network
 from superpoint_trt.core.types import SuperPointError
 
-_FORMAT = 2
+_FORMAT = 3
 """Part of the file's name. Raise it when the same weights should be exported anew."""
 
 

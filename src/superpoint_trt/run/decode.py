@@ -29,13 +29,14 @@ def scores_from_logits(logits: NDArray[Any]) -> Float32:
     Returns:
         (B, H, W) float32.
     """
-    x = np.moveaxis(logits.astype(np.float32), 1, -1)
+    logits = logits.astype(np.float32, copy=False)
     with np.errstate(invalid="ignore"):  # infinity - infinity: the scores are NaN, as they should be
-        x = np.exp(x - x.max(axis=-1, keepdims=True))
-        cells = x[..., :-1] / x.sum(axis=-1, keepdims=True)
-    batch, rows, columns, pixels = cells.shape
+        cells = logits - logits.max(axis=1, keepdims=True)
+        np.exp(cells, out=cells)
+        cells = cells[:, :-1] / cells.sum(axis=1, keepdims=True)
+    batch, pixels, rows, columns = cells.shape
     stride = round(pixels**0.5)
-    cells = cells.reshape(batch, rows, columns, stride, stride).transpose(0, 1, 3, 2, 4)
+    cells = cells.reshape(batch, stride, stride, rows, columns).transpose(0, 3, 1, 4, 2)
     scores: Float32 = cells.reshape(batch, rows * stride, columns * stride)
     return scores
 
@@ -58,7 +59,7 @@ def _length(vectors: Float32, axis: int) -> Float32:
     return length
 
 
-def suppress(scores: Float32, radius_px: int) -> Float32:
+def suppress(scores: Float32, radius_px: int) -> NDArray[np.bool_]:
     """Non-maximum suppression in two rounds; pixels of equal score within reach of each other all survive.
 
     Args:
@@ -66,14 +67,31 @@ def suppress(scores: Float32, radius_px: int) -> Float32:
         radius_px: half side of the square window.
 
     Returns:
-        (H, W): survivors keep their score, the rest is 0.
+        (H, W) bool: the survivors. A score of 0 survives where no higher one is near.
     """
-    kept = scores == _window_max(scores, radius_px)
+    survive: NDArray[np.bool_] = scores == _window_max(scores, radius_px)
     for _ in range(2):
-        near_kept = _window_max(kept, radius_px)
-        rest = np.where(near_kept, np.float32(0), scores)
-        kept |= (rest == _window_max(rest, radius_px)) & ~near_kept
-    return np.where(kept, scores, np.float32(0))
+        is_far = ~_window_max(survive.view(np.uint8), radius_px).view(np.bool_)
+        rest = _masked(scores, is_far)
+        survive |= (rest == _window_max(rest, radius_px)) & is_far
+    return survive
+
+
+def _masked(scores: Float32, mask: NDArray[np.bool_]) -> Float32:
+    """The scores where the mask holds, 0 elsewhere. OpenCV takes a fifth of np.where's time."""
+    import cv2  # here, because the package's own import costs numpy alone
+
+    masked: Any = cv2.copyTo(scores, mask.view(np.uint8))
+    return np.asarray(masked)
+
+
+def _window_max(values: NDArray[Any], radius_px: int) -> NDArray[Any]:
+    """Maximum over the window of (2 r + 1)^2 pixels around each pixel, cut off at the edges; uint8 or float32."""
+    import cv2
+
+    # OpenCV walks over a window's rows, then over its columns. No window needs to be larger than the image.
+    height, width = (2 * min(radius_px, side - 1) + 1 for side in values.shape)
+    return np.asarray(cv2.dilate(values, np.ones((height, width), np.uint8)))
 
 
 def select(scores: Float32, options: DecodeOptions) -> tuple[Float32, Float32]:
@@ -89,13 +107,18 @@ def select(scores: Float32, options: DecodeOptions) -> tuple[Float32, Float32]:
     """
     height, width = scores.shape
     border = options.remove_borders_px
+    above = scores > options.threshold
+    candidates = _masked(scores, above)
+    kept = suppress(candidates, options.nms_radius_px) & above
     # As in the reference, the border is cut off after the suppression: its points still suppress their neighbors.
-    candidates = np.where(scores > options.threshold, scores, np.float32(0))
-    inside = suppress(candidates, options.nms_radius_px)[border : height - border, border : width - border]
-    y, x = np.nonzero(inside > 0)
-    found = inside[y, x]
+    within = (slice(border, height - border), slice(border, width - border))
+    inside = np.zeros_like(kept)
+    inside[within] = kept[within]
+    pixels = np.flatnonzero(inside)
+    found = candidates.take(pixels)
     order = np.argsort(-found, kind="stable")[: options.max_keypoints]
-    xy = np.stack([x[order], y[order]], axis=1) + border
+    y, x = np.divmod(pixels[order], width)
+    xy = np.stack([x, y], axis=1)
     return refine(xy, scores) if options.subpixel else xy.astype(np.float32), found[order]
 
 
@@ -121,13 +144,18 @@ def refine(xy: NDArray[np.int64], scores: Float32) -> Float32:
     Returns:
         (N, 2) float32.
     """
-    reach = SUBPIXEL_REACH_PX
+    reach, side = SUBPIXEL_REACH_PX, 2 * SUBPIXEL_REACH_PX + 1
     padded = np.pad(scores, reach)
-    dy, dx = np.indices((2 * reach + 1, 2 * reach + 1)).reshape(2, -1)
-    weights = padded[xy[:, 1, None] + dy, xy[:, 0, None] + dx]
-    offsets = np.stack([dx, dy], axis=1).astype(np.float32) - reach
-    shift = weights @ offsets / np.maximum(weights.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    refined: Float32 = (xy + shift).astype(np.float32)
+    x, y = xy.T
+    steps = np.arange(side)[:, None]
+    rows, columns = ((steps + y) * padded.shape[1])[:, None], steps + x
+    around = padded.take(rows + columns)  # (5, 5, N): y, x, point
+    by_column, by_row = around.sum(axis=0), around.sum(axis=1)
+    offsets = np.arange(-reach, reach + 1, dtype=np.float32)[:, None]
+    # No matrix product: for one this small, BLAS would wake threads.
+    moments = np.stack([(by_column * offsets).sum(axis=0), (by_row * offsets).sum(axis=0)], axis=1)
+    total = np.maximum(by_row.sum(axis=0), np.finfo(np.float32).tiny)
+    refined: Float32 = (xy + moments / total[:, None]).astype(np.float32)
     return refined
 
 
@@ -146,16 +174,22 @@ def sample_descriptors(xy: Float32, descriptors: Float32, stride_px: int, sampli
     Returns:
         (N, D) float32, unit length.
     """
+    import cv2
+
     dim, rows, columns = descriptors.shape
     cells = np.array([columns, rows], dtype=np.float32)
     position = np.clip(cell_position(xy, cells, stride_px, sampling), 0, cells - 1)
     corner = np.minimum(position.astype(np.int64), np.maximum(cells.astype(np.int64) - 2, 0))
     (fx, fy), (x0, y0) = (position - corner).T[..., None].astype(np.float32), corner.T
     x1, y1 = np.minimum(x0 + 1, columns - 1), np.minimum(y0 + 1, rows - 1)
-    table = np.ascontiguousarray(descriptors.reshape(dim, -1).T)
-    upper = table[y0 * columns + x0] * (1 - fx) + table[y0 * columns + x1] * fx
-    lower = table[y1 * columns + x0] * (1 - fx) + table[y1 * columns + x1] * fx
-    return normalize(upper * (1 - fy) + lower * fy, axis=1)
+    table = cv2.transpose(descriptors.reshape(dim, -1))  # a row for each cell
+    sampled = np.zeros((len(xy), dim), np.float32)
+    for row, down in ((y0, 1 - fy), (y1, fy)):
+        for column, across in ((x0, 1 - fx), (x1, fx)):
+            cell = table.take(row * columns + column, axis=0)
+            cell *= down * across  # in place: fresh memory costs more than the arithmetic
+            sampled += cell
+    return normalize(sampled, axis=1)
 
 
 def cell_position(xy: Float32, cells: Float32, stride_px: int, sampling: Sampling) -> Float32:
@@ -171,38 +205,3 @@ def cell_position(xy: Float32, cells: Float32, stride_px: int, sampling: Samplin
     else:
         position = (xy - stride / 2 + half) / (cells * stride - stride / 2 - half) * (cells - 1)
     return position
-
-
-_DILATED_UP_TO_PX = 16
-"""The largest radius at which a dilation is faster than doubling windows."""
-
-
-def _window_max(values: NDArray[Any], radius_px: int) -> NDArray[Any]:
-    """Maximum over the window of (2 r + 1)^2 pixels around each pixel, cut off at the edges; bool or float32.
-
-    OpenCV's dilation is the fastest for small windows. For large ones the window's length doubles along each axis, 1,
-    2, 4, ..., and the last two windows overlap: about log2 passes.
-    """
-    if radius_px <= _DILATED_UP_TO_PX:
-        import cv2  # here, because the package's own import costs numpy alone
-
-        window = np.ones((2 * radius_px + 1, 2 * radius_px + 1), np.uint8)
-        if values.dtype == np.bool_:
-            return np.asarray(cv2.dilate(values.view(np.uint8), window)).view(np.bool_)
-        return np.asarray(cv2.dilate(np.ascontiguousarray(values), window))
-    for axis in (0, 1):
-        width = 2 * radius_px + 1
-        length = values.shape[axis]
-        padding = [(radius_px, radius_px) if a == axis else (0, 0) for a in (0, 1)]
-        run = np.pad(values, padding)  # zeros: no score is lower
-        span = 1
-        while span < width:
-            step = min(span, width - span)
-            run = np.maximum(_take(run, axis, step, None), _take(run, axis, 0, -step))
-            span += step
-        values = _take(run, axis, 0, length)
-    return values
-
-
-def _take(values: NDArray[Any], axis: int, start: int, stop: int | None) -> NDArray[Any]:
-    return values[start:stop] if axis == 0 else values[:, start:stop]

@@ -163,8 +163,8 @@ class SuperPoint:
         """The keypoints of a stream of images, in its order, as fast as the machine goes.
 
         Threads read and decode files ahead of the runs. On a GPU with a `heads` engine several batches are under way
-        at once, each on a stream of its own. No more than `(in_flight + 1) * batch_size` images are held: the stream
-        is read on only as results are taken.
+        at once, each on a stream of its own. On a CPU a batch runs while the keypoints of the one before are found. No
+        more than `(in_flight + 1) * batch_size` images are held: the stream is read on only as results are taken.
 
         Args:
             images: as `extract` takes them, of one size or many; neighbors of one size share a run.

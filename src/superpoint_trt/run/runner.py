@@ -25,6 +25,7 @@ from superpoint_trt.core.image import (
     placed_gray,
 )
 from superpoint_trt.core.image_file import ReadOptions
+from superpoint_trt.core.memory import keep_freed_memory
 from superpoint_trt.core.types import DecodeOptions, Float32, Keypoints, ModelDescription, OutputType, SuperPointError
 from superpoint_trt.run.backends import AsyncBackend, Backend, Outputs, PendingRun, RuntimeInfo
 from superpoint_trt.run.decode import inside_border, normalize, sample_descriptors, scores_from_logits, select
@@ -141,6 +142,7 @@ class HostRunner(Runner):
         self._model: ModelDescription = backend.description
         self._options, self._max_side_px, self._reading = options, max_side_px, reading
         self._descriptor_type = np.dtype(np.float16 if half else np.float32)
+        keep_freed_memory()
 
     def prepare(self, image: ImageLike) -> PreparedImage:
         """The network's input (H, W) float32 in [0, 1], padded, and where the image lies in it."""
@@ -187,7 +189,7 @@ class HostRunner(Runner):
         return [replace(one, descriptors=one.descriptors.astype(self._descriptor_type, copy=False)) for one in found]
 
     def slots(self, count: int) -> _HostSlots:
-        """Slots whose runs go on side by side if the backend has threads of its own; else they run when collected."""
+        """Slots whose runs go on while others are decoded, if the backend can; else they run when collected."""
         backend = self._backend
         if count > 1 and isinstance(backend, AsyncBackend):
             return _HostSlots([_AsyncSlot(self, backend) for _ in range(count)])
@@ -201,8 +203,7 @@ class HostRunner(Runner):
         spans = {"preprocess": time.perf_counter() - started}
         outputs, steps = self._backend.infer_timed(inputs)
         started = time.perf_counter()
-        check_finite(outputs)
-        self.decode(outputs, [image.placement for image in batch])
+        self.finish(outputs, batch)
         return {**spans, **steps, "decode": time.perf_counter() - started}
 
     def run_on_device(self, image: ImageLike) -> DeviceKeypoints:
@@ -232,7 +233,7 @@ class _HostSlot:
 
 
 class _AsyncSlot:
-    """Begins a batch's run in the runtime's own threads."""
+    """Begins a batch's run, which goes on in other threads."""
 
     def __init__(self, runner: HostRunner, backend: AsyncBackend) -> None:
         self._runner, self._backend = runner, backend
@@ -255,6 +256,8 @@ class _AsyncSlot:
 
 def _stacked(batch: Sequence[PreparedImage]) -> Float32:
     """The network's input (B, 1, H, W)."""
+    if len(batch) == 1:
+        return batch[0].pixels[None, None]
     return np.stack([image.pixels for image in batch])[:, None]
 
 

@@ -161,7 +161,7 @@ class PendingRun(abc.ABC):
 
 
 class AsyncBackend(Backend):
-    """A backend whose runtime has threads of its own, so that several runs may be under way at once."""
+    """A backend that can begin a run without waiting for it: its caller decodes one while the next is under way."""
 
     def begin(self, image: Image) -> PendingRun:
         """Begins a run, as `infer`, without waiting for it.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from superpoint_trt.core.files import PathLike, one_line, read_bytes
 from superpoint_trt.core.onnx_runtime import import_onnxruntime
 from superpoint_trt.core.onnx_weights import refuse_bytes_with_weights_elsewhere
 from superpoint_trt.core.types import INPUT_NAME, ModelDescription, Precision, SuperPointError
-from superpoint_trt.run.backends.base import Backend, Image, Outputs, RuntimeInfo, as_unit_range
+from superpoint_trt.run.backends.base import AsyncBackend, Image, Outputs, PendingRun, RuntimeInfo, as_unit_range
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _UNFAITHFUL = ["ReluQuantRewrite", "WeightBiasQuantization"]
@@ -25,7 +27,7 @@ _FATAL_ONLY = 4
 """onnxruntime's log level. Its errors also come as exceptions, so the log would say them twice."""
 
 
-class OnnxRuntimeBackend(Backend):
+class OnnxRuntimeBackend(AsyncBackend):
     """One .onnx file in an onnxruntime session.
 
     Args:
@@ -67,10 +69,17 @@ class OnnxRuntimeBackend(Backend):
             precision=_precision(self.description, provider),
         )
         self._outputs = list(REQUIRED_RANKS[self.description.type])
+        # One thread: runs share the session's threads, so they follow each other. It starts with the first `begin`.
+        self._begun = ThreadPoolExecutor(1, thread_name_prefix="superpoint-onnxruntime")
+
+    def _begin(self, image: Image) -> PendingRun:
+        if self._session is None:
+            raise _closed()
+        return _Run(self._begun.submit(self._infer, image))
 
     def _infer(self, image: Image) -> Outputs:
         if self._session is None:
-            raise SuperPointError("this model was closed; open it again.")
+            raise _closed()
         try:
             values = self._session.run(self._outputs, {INPUT_NAME: as_unit_range(image)})
         except Exception as error:  # onnxruntime's exceptions share no public base
@@ -84,8 +93,28 @@ class OnnxRuntimeBackend(Backend):
         return {name: value.astype(np.float32, copy=False) for name, value in zip(self._outputs, values)}
 
     def close(self) -> None:
-        """Ends the session."""
+        """Ends the session, once the runs that were begun are over."""
+        self._begun.shutdown()
         self._session = None
+
+
+class _Run(PendingRun):
+    """A run in another thread, so that its caller can decode the one before."""
+
+    def __init__(self, outputs: Future[Outputs]) -> None:
+        self._outputs = outputs
+
+    def result(self) -> Outputs:
+        return self._outputs.result()
+
+    def abandon(self) -> None:
+        with suppress(CancelledError, SuperPointError, MemoryError):
+            self._outputs.cancel()
+            self._outputs.result()
+
+
+def _closed() -> SuperPointError:
+    return SuperPointError("this model was closed; open it again.")
 
 
 def _precision(model: ModelDescription, provider: str) -> str:
