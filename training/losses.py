@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from superpoint_trt.core.types import CELL_PX
-from training.geometry import uniform, warp
+from training.geometry import constant, uniform, warp
 
 # ------------------------------------------------------------------------------------------------------------ detector
 
@@ -90,7 +90,7 @@ def correspondences(
         (B, count, 2) in the first view, the same in the second, and (B, count) bool: which are real.
     """
     height, width = inside[0].shape[2:]
-    anywhere = uniform((len(xy), RANDOM_POINTS, 2), 0, 1, xy.device) * xy.new_tensor([width - 1, height - 1])
+    anywhere = uniform((len(xy), RANDOM_POINTS, 2), 0, 1, xy.device) * constant((width - 1, height - 1), xy.device)
     first = torch.cat([xy, anywhere], dim=1)
     second = warp(first, homography)
     wanted = torch.cat([(worth > 0) * 2.0, torch.ones_like(anywhere[..., 0])], dim=1)
@@ -164,7 +164,7 @@ def _apart(xy: Tensor, group: int) -> Tensor:
 
 def sample(coarse: Tensor, xy: Tensor) -> Tensor:
     """(B, N, D) unit descriptors at (B, N, 2) px: network.sample_descriptors of every image at once."""
-    cells = xy.new_tensor([coarse.shape[3], coarse.shape[2]])
+    cells = constant((coarse.shape[3], coarse.shape[2]), xy.device)
     unit = (xy + 0.5) / (cells * CELL_PX) * 2 - 1
     dense = F.normalize(coarse.float(), dim=1)
     return F.normalize(F.grid_sample(dense, unit[:, None], align_corners=False)[:, :, 0], dim=1).transpose(1, 2)
