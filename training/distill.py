@@ -350,9 +350,7 @@ class School:
 @click.option("--minutes", default=math.inf, help="The call trains no longer, compiling included.")
 @click.option("--steps", default=100000, show_default=True, help="The call trains no more.")
 @click.option("--seed", default=Plan.seed, show_default=True)
-@click.option(
-    "--set", "changes", multiple=True, metavar="NAME=NUMBER", help="A value of Course's or train.Plan's."
-)
+@click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="A value of Course's or train.Plan's.")
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--smoke", is_flag=True, help="Tiny views, two steps.")
 def main(

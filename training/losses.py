@@ -34,13 +34,21 @@ def detector_targets(xy: Tensor, worth: Tensor, inside: Tensor) -> tuple[Tensor,
     flat = torch.where(seen, nearest[..., 1] * width + nearest[..., 0], 0)
     points = torch.zeros(len(xy), height * width, device=xy.device)
     points = points.scatter_reduce(1, flat, worth * seen, "amax").view(-1, 1, height, width)
-    points = points * (points == F.max_pool2d(points, 2 * LABEL_NMS_PX + 1, stride=1, padding=LABEL_NMS_PX))
+    points = points * (points == largest_near(points, LABEL_NMS_PX))
     last = points.flatten(1).topk(max(1, height * width // AREA_PER_LABEL_PX2), dim=1).values[:, -1]
     cells = F.pixel_unshuffle(points * (points >= last[:, None, None, None]), CELL_PX)
     total = cells.sum(dim=1, keepdim=True)
     cells = cells / total.clamp(min=1)
     whole = F.avg_pool2d(inside, CELL_PX)[:, 0] > 0.999
     return torch.cat([cells, (1 - total).clamp(min=0)], dim=1), whole
+
+
+def largest_near(scores: Tensor, reach_px: int) -> Tensor:
+    """(B, 1, H, W) the largest score at most `reach_px` away along either axis."""
+    side = 2 * reach_px + 1
+    # Rows, then columns: 18 values a pixel instead of 81, and a window that torch.compile fuses.
+    rows = F.max_pool2d(scores, (1, side), stride=1, padding=(0, reach_px))
+    return F.max_pool2d(rows, (side, 1), stride=1, padding=(reach_px, 0))
 
 
 def detector_loss(logits: Tensor, target: Tensor, counts: Tensor, placing: float = 1.0) -> Tensor:
