@@ -184,8 +184,10 @@ class School:
     course: Course
     folder: Path
     device: torch.device
-    fast: bool = False
-    """torch.compile, and CUDA graphs."""
+    compiled: bool = False
+    """By torch.compile, with a fused optimizer; needs a GPU."""
+    graphed: bool = False
+    """A whole step is one CUDA graph (capture.captured)."""
 
     def __post_init__(self) -> None:
         self.teacher.eval()
@@ -194,12 +196,12 @@ class School:
         # Rates that stay where they are on the device: a CUDA graph reads them anew at each replay.
         groups = [{**group, "lr": torch.zeros((), device=self.device)} for group in groups]
         self.optimizer = torch.optim.AdamW(
-            groups, weight_decay=WEIGHT_DECAY, foreach=False, fused=self.fast, capturable=self.fast
+            groups, weight_decay=WEIGHT_DECAY, foreach=False, fused=self.compiled, capturable=self.graphed
         )
         self.index = self.bank.sample(self.plan.pairs)
         self.done = 0.0
         self._look, self._teach, self._lesson, self._found = look, self._taught, lesson, found_losses
-        if self.fast:
+        if self.compiled:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
             self._look, self._teach, self._lesson, self._found = (
@@ -282,10 +284,11 @@ class School:
 
     def _ready(self, finishing: bool) -> Callable[[], None]:
         """One step, compiled; what that takes changes no weight, since the learning rate is 0."""
-        if not self.fast:
+        if not self.compiled:
             return lambda: self.step(finishing)
         self._set_rate(0.0)
-        one = captured(lambda: self.step(finishing))
+        one = captured(lambda: self.step(finishing)) if self.graphed else lambda: self.step(finishing)
+        one()
         for each in self.students:
             each.sums.zero_()
         return one
@@ -299,6 +302,10 @@ class School:
         for each in self.students:
             means = (each.sums / window).tolist()
             each.sums.zero_()
+            if not math.isfinite(sum(means)):
+                raise SuperPointError(
+                    f"{each.name}: a loss is not finite after {step} steps: lower learning_rate (--set)."
+                )
             figures = {name: round(value, 4) for name, value in zip((*LESSONS, *FOUND_FIGURES), means)}
             entry = {"s": round(seconds, 1), "net": each.name, "done": round(self.done, 4), "step": step, **figures}
             lines.append(json.dumps({**entry, "ms_a_step": round(step_s * 1e3, 2)}))
@@ -352,6 +359,7 @@ class School:
 @click.option("--seed", default=Plan.seed, show_default=True)
 @click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="A value of Course's or train.Plan's.")
 @click.option("--device", default="cuda", show_default=True)
+@click.option("--graph/--no-graph", default=True, show_default=True, help="On a GPU a step is one CUDA graph.")
 @click.option("--smoke", is_flag=True, help="Tiny views, two steps.")
 def main(
     folders: tuple[str, ...],
@@ -365,6 +373,7 @@ def main(
     seed: int,
     changes: tuple[str, ...],
     device: str,
+    graph: bool,
     smoke: bool,
 ) -> None:
     """Trains small networks, and judges them on photographs kept out."""
@@ -382,7 +391,8 @@ def main(
     bank = join([bank, collages], [1 - plan.collage_share, plan.collage_share])
     expert = SuperPointNet.from_checkpoint(layouts.load(teacher)).to(where, memory_format=torch.channels_last)
     students = [student(name, where) for name in names]
-    school = School(expert, students, bank, plan, course, out, where, fast=where.type == "cuda")
+    fast = where.type == "cuda", where.type == "cuda" and graph
+    school = School(expert, students, bank, plan, course, out, where, *fast)
     if go_on:
         school.load(Path(go_on) / "state.pt")
     school.run(2 if smoke else steps, minutes * 60, until)
