@@ -72,7 +72,9 @@ class Course:
     """Of `alike`."""
     cells: int = 4096
     """Of all views of a batch, drawn anew each step, that `alike` compares."""
-    found_share: float = 0.3
+    found: float = 0.2
+    """Weight of `train.found_losses` in the last part of a run."""
+    last_share: float = 0.25
     """Of the run, its last part: the points that the network finds, and int8's rounding, count too."""
 
 
@@ -240,9 +242,9 @@ class School:
             learnt = self._lesson(self.course, heads, taught, seen.lost)
             loss = self.course.scores * learnt[0] + self.course.aligned * learnt[1] + self.course.alike * learnt[2]
             figures = learnt.new_zeros(len(FOUND_FIGURES))
-            if finishing:
+            if finishing and self.course.found:
                 found, figures = self._found(self.plan, *heads, seen.inside, seen.homography)
-                loss = loss + found
+                loss = loss + self.course.found * found
             loss.backward()
             torch.nn.utils.clip_grad_norm_(each.net.parameters(), MOST_GRADIENT)
             each.sums += torch.cat([learnt.detach(), figures])
@@ -260,7 +262,7 @@ class School:
         for each in self.students:
             each.net.train()
         started = time.perf_counter()
-        begin, switch = self.done, 1 - self.course.found_share
+        begin, switch = self.done, 1 - self.course.last_share
         stages = [(min(until, switch), False)] * (begin < switch) + [(until, True)] * (until > switch)
         ready = [(end, self._ready(finishing)) for end, finishing in stages]
         trained = since = time.perf_counter()

@@ -117,13 +117,13 @@ def test_a_step_neither_waits_for_the_gpu_nor_copies_from_the_host(bank, tmp_pat
 
 
 def test_a_run_goes_on_where_it_stopped(bank, tmp_path):
-    first = school(bank, tmp_path / "first", found_share=0.5)
+    first = school(bank, tmp_path / "first", last_share=0.5)
     first.run(3, 1e6, until=0.5)
     assert first.done == 0.5
     lines = (tmp_path / "first/log.jsonl").read_text().splitlines()
     assert '"choice": 0.0' in lines[-1]
 
-    second = school(bank, tmp_path / "second", found_share=0.5)
+    second = school(bank, tmp_path / "second", last_share=0.5)
     second.load(tmp_path / "first/state.pt")
     assert second.done == 0.5
     assert torch.equal(second.directions, first.directions)
