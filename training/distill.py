@@ -67,7 +67,7 @@ class Course:
     scores: float = 1.0
     """Weights of `LESSONS`."""
     aligned: float = 1.0
-    alike: float = 0.5
+    alike: float = 1.0
     temperature: float = 0.07
     """Of `alike`."""
     cells: int = 4096

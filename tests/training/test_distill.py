@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from conftest import photograph
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import distill, losses
 from training.bank import Bank
+from training.capture import captured
 from training.distill import Course, School, lesson, look, principal_directions, student
 from training.fold import fold
 from training.train import SMOKE
@@ -114,6 +116,35 @@ def test_a_step_neither_waits_for_the_gpu_nor_copies_from_the_host(bank, tmp_pat
     monkeypatch.setattr(both.optimizer, "step", lambda: None)  # on a CPU it reads its own counter
     with Forbidden():
         both.step(finishing)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_captured_step_reads_its_inputs_and_draws_new_numbers_at_each_replay():
+    given, noise = torch.zeros(4, device="cuda"), torch.zeros(4, device="cuda")
+    seen = torch.zeros(4, device="cuda")
+
+    def step() -> None:
+        seen.copy_(given)
+        noise.copy_(torch.rand(4, device="cuda"))
+
+    one = captured(step)
+    given.fill_(3)
+    one()
+    before = noise.clone()
+    one()
+    assert (seen == 3).all()
+    assert (noise != before).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_captured_run_learns(bank, tmp_path):
+    cuda = torch.device("cuda")
+    on_gpu = Bank(bank.images.to(cuda), bank.sizes.to(cuda), bank.draw.to(cuda))
+    teacher = SuperPointNet((8, 8, 16, 16, 24), 32, NormPlacement.NONE).to(cuda)
+    one = School(teacher, [student("smoke", cuda)], on_gpu, SMOKE, Course(cells=64), tmp_path, cuda, True, True)
+    one.run(200, 1e6)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()[1:]]
+    assert lines[-1]["scores"] < lines[0]["scores"]
 
 
 def test_a_run_goes_on_where_it_stopped(bank, tmp_path):
