@@ -105,8 +105,8 @@ def look(plan: Plan, colour: Tensor, sizes: Tensor) -> Seen:
 
 def principal_directions(descriptors: Tensor) -> Tensor:
     """(N, T) descriptors -> (T, T) orthonormal columns, those along which the descriptors are longest first."""
-    long = descriptors.double().cpu()
-    return torch.linalg.eigh(long.T @ long)[1].flip(1).float().to(descriptors.device)
+    moments = descriptors.double().T @ descriptors.double()
+    return torch.linalg.eigh(moments.cpu())[1].flip(1).float().to(descriptors.device)
 
 
 def lesson(course: Course, heads: tuple[Tensor, Tensor], taught: tuple[Tensor, Tensor], lost: Tensor) -> Tensor:
