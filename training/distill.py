@@ -71,7 +71,7 @@ class Course:
     aligned: float = 1.0
     alike: float = 1.0
     temperature: float = 0.07
-    """Of `alike`."""
+    """Of `alike`: what similarities are divided by."""
     cells: int = 4096
     """Of all views of a batch, drawn anew each step, that `alike` compares."""
     found: float = 0.2
@@ -216,12 +216,14 @@ class School:
 
     @torch.no_grad()
     def _survey(self) -> Tensor:
+        """(T, D): from the teacher's descriptors to the longest of the students' ones."""
+        widest = max(SHAPES[each.name].descriptor_dim for each in self.students)
         batches = []
         for _ in range(SURVEYED_BATCHES):
             index = self.bank.sample(self.plan.pairs)
             known = self._answers(look(self.plan, self.bank.images[index], self.bank.sizes[index]).clean)[1]
             batches.append(F.normalize(known.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2))
-        return principal_directions(torch.cat(batches))
+        return principal_directions(torch.cat(batches))[:, :widest].contiguous()
 
     def _answers(self, clean: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):

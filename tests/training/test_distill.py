@@ -151,6 +151,7 @@ def test_a_run_goes_on_where_it_stopped(bank, tmp_path):
     first = school(bank, tmp_path / "first", last_share=0.5)
     first.run(3, 1e6, until=0.5)
     assert first.done == 0.5
+    assert first.directions.shape == (32, 16)
     lines = (tmp_path / "first/log.jsonl").read_text().splitlines()
     assert '"choice": 0.0' in lines[-1]
 
