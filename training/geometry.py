@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(N,) float32, filled on the device: `torch.tensor` copies from the host, which a CUDA graph cannot hold."""
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
+
+
 def translation(xy: Tensor) -> Tensor:
     """(B, 2) -> (B, 3, 3)."""
     matrix = torch.eye(3, device=xy.device).repeat(len(xy), 1, 1)
@@ -83,7 +88,7 @@ def random_motions(count: int, view_hw: tuple[int, int], motion: Motion, device:
     angle = torch.randn(count, device=device) * math.radians(motion.angle_deg)
     wide = uniform((count,), -1, 1, device) * math.radians(motion.wide_angle_deg)
     angle = torch.where(uniform((count,), 0, 1, device) < motion.wide_angle_share, wide, angle)
-    half = torch.tensor([(width - 1) / 2, (height - 1) / 2], device=device)
+    half = constant(((width - 1) / 2, (height - 1) / 2), device)
     tilt = torch.eye(3, device=device).repeat(count, 1, 1)
     tilt[:, 2, :2] = uniform((count, 2), -motion.perspective, motion.perspective, device) / half
     ratio = 2 ** (uniform((count,), -motion.stretch_octaves, motion.stretch_octaves, device) / 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from superpoint_trt.core.types import CELL_PX
 from training.geometry import inverse, pixel_grid, warp
-from training.losses import TEMPERATURE, sample, shown
+from training.losses import TEMPERATURE, largest_near, sample, shown
 
 NMS_PX = 4
 BORDER_PX = 4
@@ -74,7 +74,7 @@ def detect(scores: Tensor, inside: Tensor, count: int) -> Found:
     height, width = scores.shape[2:]
     allowed = F.pad(torch.ones_like(inside[..., BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX]), (BORDER_PX,) * 4)
     known = scores.detach() * ((inside > 0.999) & (allowed > 0))
-    peak = known == F.max_pool2d(known, 2 * NMS_PX + 1, stride=1, padding=NMS_PX)
+    peak = known == largest_near(known, NMS_PX)
     score, flat = (known * peak).flatten(1).topk(min(count, height * width), dim=1)
     pixel = torch.stack([flat % width, flat // width], dim=-1)
     xy, spread = refine(scores, pixel)

@@ -162,7 +162,8 @@ class Batch(NamedTuple):
     """(2 B,) octaves of detail that `image` has lost to strong blur."""
 
 
-FIGURES = ("detector", "descriptor", "known", "apart_px", "spread_px", "choice", "missed", "strayed", "chance")
+FOUND_FIGURES = ("apart_px", "spread_px", "choice", "missed", "strayed", "chance")
+FIGURES = ("detector", "descriptor", "known", *FOUND_FIGURES)
 """What each step reports: losses, and the shares of points whose partner is nearest and would be matched."""
 
 
@@ -334,7 +335,7 @@ def prepare(plan: Plan, colour: Tensor, sizes: Tensor, xy: Tensor, worth: Tensor
     """Fresh pairs of views of some images of a bank, and what is true of them."""
     first, second, homography = pair(colour, sizes, plan.view_hw, plan.far_share, plan.tilted_share)
     clean = torch.cat([first.image, second.image])
-    image, lost = _spoil(clean, plan.blurred_share, plan.night_share)
+    image, lost = spoil(clean, plan.blurred_share, plan.night_share)
     seen, worths = zip(*(_seen(view, xy, worth, octaves) for view, octaves in zip((first, second), lost.chunk(2))))
     inside = torch.cat([first.inside, second.inside])
     target, counts = losses.detector_targets(torch.cat(seen), torch.cat(worths), inside)
@@ -353,27 +354,37 @@ def objective(plan: Plan, logits: Tensor, coarse: Tensor, batch: Batch, descript
     points = (batch.first_xy, batch.second_xy, batch.real)
     descriptor, known = losses.descriptor_loss(*coarse.chunk(2), points, plan.group, plan.same_place_px)
     loss = detector + plan.descriptor_weight * descriptor
-    apart = spread = choice = missed = strayed = chance = nothing
     if plan.looks_at_found:
-        wrong, apart, spread, choice, missed, strayed, chance = _of_found(plan, logits, coarse, batch)
-        loss = loss + plan.place_weight * wrong + plan.spread_weight * spread
-        loss = loss + plan.choice_weight * choice + plan.match_weight * missed
-        loss = loss + plan.stray_weight * strayed
-    return loss, torch.stack([detector, descriptor, known, apart, spread, choice, missed, strayed, chance])
+        found, figures = found_losses(plan, logits, coarse, batch.inside, batch.homography)
+        return loss + found, torch.cat([torch.stack([detector, descriptor, known]), figures])
+    return loss, torch.stack([detector, descriptor, known, *[nothing] * len(FOUND_FIGURES)])
 
 
-def _of_found(plan: Plan, logits: Tensor, coarse: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-    """What both views say of the points that the detector finds: places.place_losses and places.choice_loss."""
+def found_losses(
+    plan: Plan, logits: Tensor, coarse: Tensor, inside: Tensor, homography: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss of what both views say of the points that the detector finds, and `FOUND_FIGURES`.
+
+    Args:
+        plan: its weights of places.place_losses and places.choice_loss.
+        logits: (2 B, 65, H/8, W/8), the first views of all pairs, then the second ones.
+        coarse: (2 B, D, H/8, W/8).
+        inside: (2 B, 1, H, W): where the views show their image.
+        homography: (B, 3, 3) from the first views to the second.
+    """
     scores = places.score_map(logits)
-    inside = batch.inside.chunk(2)
-    views = [places.detect(part, shown, plan.found) for part, shown in zip(scores.chunk(2), inside)]
-    there = places.partners(views[0], views[1], batch.homography, (inside[0], inside[1]))
-    back = places.partners(views[1], views[0], inverse(batch.homography), (inside[1], inside[0]))
-    placed = places.place_losses(views[0], views[1], there, batch.homography)
-    return *placed, *places.choice_loss(views[0], views[1], coarse.chunk(2), there, back)
+    seen = inside.chunk(2)
+    views = [places.detect(part, shown, plan.found) for part, shown in zip(scores.chunk(2), seen)]
+    there = places.partners(views[0], views[1], homography, (seen[0], seen[1]))
+    back = places.partners(views[1], views[0], inverse(homography), (seen[1], seen[0]))
+    wrong, apart, spread = places.place_losses(views[0], views[1], there, homography)
+    choice, missed, strayed, chance = places.choice_loss(views[0], views[1], coarse.chunk(2), there, back)
+    loss = plan.place_weight * wrong + plan.spread_weight * spread + plan.choice_weight * choice
+    loss = loss + plan.match_weight * missed + plan.stray_weight * strayed
+    return loss, torch.stack([apart, spread, choice, missed, strayed, chance]).detach()
 
 
-def _spoil(image: Tensor, blurred_share: float, night_share: float) -> tuple[Tensor, Tensor]:
+def spoil(image: Tensor, blurred_share: float, night_share: float) -> tuple[Tensor, Tensor]:
     """Strong blur and night, each in one view of some pairs.
 
     The first pairs of a batch, since batches are drawn at random; of those half in the first view, half in the second.
@@ -388,7 +399,10 @@ def _spoil(image: Tensor, blurred_share: float, night_share: float) -> tuple[Ten
     """
     pairs = len(image) // 2
     blurred, dark = round(blurred_share * pairs), round(night_share * pairs)
-    rows = _in_one_view(0, blurred, pairs), _in_one_view(blurred, blurred + dark, pairs)
+    rows = (
+        _in_one_view(0, blurred, pairs, image.device),
+        _in_one_view(blurred, blurred + dark, pairs, image.device),
+    )
     lost = image.new_zeros(len(image))
     if blurred:
         image, lost = image.clone(), lost.clone()
@@ -399,9 +413,10 @@ def _spoil(image: Tensor, blurred_share: float, night_share: float) -> tuple[Ten
     return image, lost
 
 
-def _in_one_view(start: int, stop: int, pairs: int) -> list[int]:
+def _in_one_view(start: int, stop: int, pairs: int, device: torch.device) -> Tensor:
     """Rows of the pairs from `start` to before `stop`: of every other pair the first view, of the rest the second."""
-    return [row + pairs * (row % 2) for row in range(start, stop)]
+    row = torch.arange(start, stop, device=device)
+    return row + pairs * (row % 2)
 
 
 def _seen(view: Views, xy: Tensor, worth: Tensor, lost: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
@@ -434,12 +449,16 @@ def _last(net: SuperPointNet | CompactNet) -> nn.BatchNorm2d:
 
 
 def optimizer_of(net: SuperPointNet | CompactNet, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW; the detector's last scale and shift at a pace of their own."""
+    """AdamW on `paced`."""
+    return torch.optim.AdamW(paced(net), weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
+
+
+def paced(net: SuperPointNet | CompactNet) -> list[dict[str, Any]]:
+    """Parameters for an optimizer; the detector's last scale and shift at a pace of their own."""
     quick = list(_last(net).parameters())
     known = {id(parameter) for parameter in quick}
     others = [parameter for parameter in net.parameters() if id(parameter) not in known]
-    groups = [{"params": others, "pace": 1.0}, {"params": quick, "pace": DETECTOR_PACE, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
+    return [{"params": others, "pace": 1.0}, {"params": quick, "pace": DETECTOR_PACE, "weight_decay": 0.0}]
 
 
 def schedule(done: float) -> float:
@@ -465,8 +484,8 @@ def _save(path: Path, state: dict[str, Any]) -> None:
     beside.replace(path)
 
 
-def change(plan: Plan, text: str) -> tuple[str, float]:
-    """`NAME=NUMBER` as a field of the plan and its value."""
+def change(plan: Any, text: str) -> tuple[str, float]:
+    """`NAME=NUMBER` as a field of a plan and its value."""
     name, _, value = text.partition("=")
     now = getattr(plan, name, None)
     if not isinstance(now, (int, float)):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.geometry import Motion, inverse, pixel_grid, random_motions, scaling, translation, uniform, warp
+from training.geometry import Motion, constant, inverse, pixel_grid, random_motions, scaling, translation, uniform, warp
 
 SUPERSAMPLE = 2
 """Each view's pixel is the mean of 2 x 2 samples, so that a view that shrinks its image does not alias."""
@@ -31,7 +31,7 @@ class Views:
     def octaves(self) -> Tensor:
         """(B,) log2 of canvas pixels along one pixel in the middle of the view: from how far it looks."""
         height, width = self.image.shape[2:]
-        middle = self.to_canvas.new_tensor([(width - 1) / 2, (height - 1) / 2, 1])
+        middle = constant(((width - 1) / 2, (height - 1) / 2, 1), self.to_canvas.device)
         # The determinant of a homography's Jacobian at x is det(H) / (h3 x)^3.
         a, b, c = self.to_canvas.unbind(dim=1)
         area = (torch.linalg.cross(a, b) * c).sum(dim=1).abs() / (c @ middle).abs() ** 3
@@ -74,7 +74,7 @@ def pair(
     far, tilted = kind < far_share, kind > 1 - tilted_share
     back = uniform((count, 1), 0, FAR_OCTAVES, device) * far[:, 0]
     first = _first(sizes, view_hw, (back[:, 0] - FAR_ROOM_OCTAVES).clamp(min=0))
-    centre = first.new_tensor([[(view_hw[1] - 1) / 2, (view_hw[0] - 1) / 2]])
+    centre = constant(((view_hw[1] - 1) / 2, (view_hw[0] - 1) / 2), device)[None]
     usual, beside, other = (random_motions(count, view_hw, motion, device) for motion in (SECOND, TILTED, FAR))
     motion = torch.where(far, other, torch.where(tilted, beside, usual))
     second = first @ translation(centre) @ scaling(2 ** back.expand(-1, 2)) @ motion
@@ -90,7 +90,7 @@ def _first(sizes: Tensor, view_hw: tuple[int, int], nearer: Tensor) -> Tensor:
     nearer: (B,) octaves by which the widest of views must come nearer.
     """
     device, sizes = sizes.device, sizes.flip(1)  # width, height
-    view = sizes.new_tensor([view_hw[1], view_hw[0]])
+    view = constant((view_hw[1], view_hw[0]), device)
     low, high = ZOOM_OCTAVES
     widest = ((sizes / view).amin(dim=1).log2() + 0.1 - nearer).clamp(low, high)
     zoom = 2 ** (low + (widest - low) * uniform((len(sizes),), 0, 1, device))[:, None]
@@ -132,7 +132,7 @@ def look(
 def _mix(colour: Tensor) -> Tensor:
     """(B, 3, S, S) uint8 -> gray in [0, 1]: half of them BT.601, the others in random proportions."""
     count = len(colour)
-    usual = torch.tensor(GRAY, device=colour.device).expand(count, 3)
+    usual = constant(GRAY, colour.device).expand(count, 3)
     other = uniform((count, 3), 0.02, 1, colour.device) ** 2
     other = other / other.sum(dim=1, keepdim=True)
     weights = torch.where(uniform((count, 1), 0, 1, colour.device) < 0.5, usual, other) / 255

@@ -126,11 +126,11 @@ def test_night_is_dark_uneven_and_grainy():
 
 def test_every_other_pair_is_spoilt_in_its_second_view():
     image = torch.rand(12, 1, 32, 32)
-    spoilt, lost = train._spoil(image, 0.5, 1 / 3)
+    spoilt, lost = train.spoil(image, 0.5, 1 / 3)
     changed = (spoilt != image).flatten(1).any(dim=1)
     assert changed.tolist() == [row in (0, 7, 2, 9, 4) for row in range(12)]
     assert (lost > 0).tolist() == [row in (0, 7, 2) for row in range(12)]
-    assert train._spoil(image, 0, 0)[0] is image
+    assert train.spoil(image, 0, 0)[0] is image
 
 
 # --------------------------------------------------------------------------------------------------------------- places
