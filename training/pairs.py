@@ -34,7 +34,7 @@ OTHER_PX = 5.0
 class Plan:
     """Everything a run depends on, besides the photographs and the network that finds the points."""
 
-    pairs: int = 64
+    pairs: int = 32
     """A step."""
     layered_share: float = 0.4
     """Of pairs, those of scenes with parallax."""
@@ -57,19 +57,19 @@ class Plan:
     canvas_px: int = 960
     uses: int = 4
     """Steps for each batch of new pairs."""
-    kept_batches: int = 16
+    kept_batches: int = 32
     """The pool's size: a step's pairs come from so many batches."""
     matcher_width: int = 128
     heads: int = 4
     layers: int = 6
-    learning_rate: float = 6e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 0.01
     unmatched_weight: float = 0.5
     """Of points without a partner in the loss; the rest is for the matches."""
     min_score: float = 0.1
     """Least probability of a match, where matches are judged."""
     seed: int = 1
-    judged_batches: int = 4
+    judged_batches: int = 8
     """For the curve."""
     judge_every_s: float = 120.0
     save_every_s: float = 60.0

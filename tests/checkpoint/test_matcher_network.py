@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from matchers import SMALL, plain_matcher, points, random_matcher, shuffled
 from safetensors.numpy import save_file
 
 from superpoint_trt.checkpoint.matcher import MatcherShape, load_matcher, save_matcher
-from superpoint_trt.checkpoint.matcher_network import MatcherNet, PointSets, matches
+from superpoint_trt.checkpoint.matcher_network import ATTENDED, MatcherNet, PointSets, _turn, matches
 from superpoint_trt.core.types import SuperPointError
 
 
@@ -77,6 +78,26 @@ def test_the_plain_matcher_finds_every_point_again():
     found, scores = matches(MatcherNet.from_weights(plain_matcher())(as_sets(first, 40), as_sets(second, 40))[-1], 0.1)
     np.testing.assert_array_equal(found[0], there)
     assert (scores > 0.5).all()
+
+
+def test_attention_begins_where_there_is_something_to_see():
+    """Before any training: a point looks at its like in the other image, and the last head at the points nearby."""
+    torch.manual_seed(3)
+    net = MatcherNet(MatcherShape((64,), 64, 4, 1))
+    layer = net.layers[0]
+    descriptors = F.normalize(torch.randn(1, 40, 64), dim=-1)
+    state = net.project["64"](torch.cat([descriptors, torch.zeros(1, 40, 1)], dim=-1))
+    asked = layer.cross.read(state)[..., :64]
+    likeness = (asked @ asked.transpose(1, 2))[0].detach()
+    assert torch.equal(likeness.argmax(dim=1), torch.arange(40))
+    assert likeness.diagonal().mean() / 4 / 16**0.5 == pytest.approx(ATTENDED, rel=0.2), "of each head"
+    xy, size = torch.rand(1, 40, 2) * torch.tensor([640.0, 480]), torch.tensor([[640.0, 480]])
+    constant = layer.get_submodule("self").read.bias[:64].expand(1, 40, 64)
+    asked = _turn(constant.view(1, 40, 4, 16).transpose(1, 2), net._angles(xy, size))
+    looks = (asked @ asked.transpose(2, 3))[0].detach() / 4
+    assert looks.diagonal(dim1=1, dim2=2).mean(dim=1).tolist() == pytest.approx([0, 2, 4, 6], abs=1e-3)
+    apart = torch.cdist(xy, xy)[0]
+    assert looks[3][apart < 20].mean() > 2 * looks[3][apart > 100].mean()
 
 
 def test_filling_up_changes_nothing():

@@ -25,6 +25,13 @@ HIDDEN = -1e4
 
 SHARPNESS = 14.0
 """To begin with, the similarity of two points whose descriptors are equal."""
+ATTENDED = 11.0
+"""To begin with, what the points of two images with equal descriptors get in the cross-attention's softmax."""
+NEARBY = 6.0
+"""To begin with, what a point itself gets in the self-attention of the head that looks nearest; the first head looks
+everywhere."""
+FREQUENCIES = (1.0, 32.0)
+"""Least and largest of the angles by which positions turn, along half the image's longer side; rad."""
 
 
 class PointSets(NamedTuple):
@@ -163,16 +170,31 @@ class MatcherNet(nn.Module):
 
     @torch.no_grad()
     def _begin_as_nearest(self) -> None:
-        """Weights that give nearly the dual softmax of the descriptors themselves: training begins from there."""
-        width = self.shape.width
-        nn.init.normal_(self.positions.weight)
-        for dim, project in zip(self.shape.descriptor_dims, self.project.values()):
+        """Weights that give nearly the dual softmax of the descriptors themselves: training begins from there.
+
+        Attention begins where there is something to see: at points nearby, and at alike ones of the other image.
+        """
+        shape = self.shape
+        width, heads, half = shape.width, shape.heads, shape.head_width // 2
+        low, high = map(math.log2, FREQUENCIES)
+        way = torch.rand(half) * 2 * math.pi
+        turns = torch.stack([way.cos(), way.sin()], dim=1)
+        self.positions.weight.copy_(2 ** torch.linspace(low, high, half)[:, None] * turns)
+        for dim, project in zip(shape.descriptor_dims, self.project.values()):
             assert isinstance(project, nn.Linear)
             turned = nn.init.orthogonal_(torch.empty(width, dim)) * math.sqrt(max(dim, width))
             project.weight.copy_(torch.cat([turned, torch.zeros(width, 1)], dim=1))
             nn.init.zeros_(project.bias)
+        # Half of each query and key is constant: turned by positions, their product is largest where these agree.
+        nearby = torch.linspace(0, NEARBY, heads).sqrt() * math.sqrt(math.sqrt(shape.head_width) / half)
+        constant = torch.stack([nearby, torch.zeros(heads)], dim=1).repeat_interleave(half, dim=1).flatten()
         for layer in self.layers:
             assert isinstance(layer, Layer)
+            own = layer.get_submodule("self")
+            assert isinstance(own, Update)
+            own.read.bias[: 2 * width] = constant.repeat(2)
+            sharpness = ATTENDED / math.sqrt(shape.head_width)
+            layer.cross.read.weight[:width] = nn.init.orthogonal_(torch.empty(width, width)) * math.sqrt(sharpness)
             layer.head.project.weight.copy_(torch.eye(width) * math.sqrt(SHARPNESS / math.sqrt(width)))
             nn.init.zeros_(layer.head.project.bias)
 
