@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from conftest import photograph
-from training import layered, photos
+from training import layered, matcher, photos
 from training.bank import Bank
 from training.layered import Worlds
 from training.matcher import SMOKE, average, begin_with, main
 from training.matching import _as_many, _together, area, figures, log_probability_of, loss_of, nearest, summary
 from training.pairs import Batch, Plan, Pool, Truth, _different, _spoil, choose, draw, find, label, vary
+from training.train import schedule
 
 from superpoint_trt import packaged
 from superpoint_trt.checkpoint.matcher import MatcherShape, load_matcher
@@ -326,9 +327,11 @@ def test_averaged_weights_follow():
     assert slow.weight.item() == slow.bias.item() == pytest.approx(0.25)
 
 
-def call(folder, output, *words):
+def call(folder, output, *words, **options):
     words = ["--photos", str(folder), "--features", str(packaged.WEIGHTS), "--output", str(output), *words]
-    done = CliRunner().invoke(main, [*words, "--device", "cpu", "--smoke", "--set", "pairs=4", "--set", "points=32"])
+    done = CliRunner().invoke(
+        main, [*words, "--device", "cpu", "--smoke", "--set", "pairs=4", "--set", "points=32"], **options
+    )
     assert done.exit_code == 0, done.output + repr(done.exception)
     return done.output
 
@@ -352,16 +355,23 @@ def test_a_run_from_start_to_end_and_on(folder, tmp_path):
     call(folder, tmp_path / "more", "--steps", "1", "--go-on", str(tmp_path / "run" / "matcher.safetensors"))
 
 
-def test_a_run_in_two_sittings_equals_one(folder, tmp_path):
-    """State holds everything: the schedule, the averages, the optimizer."""
-    call(folder, tmp_path / "once", "--steps", "3")
-    call(folder, tmp_path / "twice", "--steps", "3", "--pause", "0")
-    call(folder, tmp_path / "twice", "--steps", "3")
-    logs = [(tmp_path / name / "state.pt") for name in ("once", "twice")]
-    states = [torch.load(path, weights_only=True) for path in logs]
-    assert [state["step"] for state in states] == [3, 3]
-    rates = [state["optimizer"]["param_groups"][0]["lr"] for state in states]
-    assert rates[0] == rates[1]
+def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, monkeypatch):
+    """Steps, learning rate, optimizer and averages go on; what was done after the last state is done again."""
+    steps = iter((average, average, None))
+    monkeypatch.setattr(matcher, "average", lambda *args: next(steps)(*args))
+    with pytest.raises(TypeError):
+        call(folder, tmp_path / "run", "--steps", "4", catch_exceptions=False)
+    monkeypatch.undo()
+    before = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert before["step"] == 2 and before["optimizer"]["state"][0]["step"] == 2
+    call(folder, tmp_path / "run", "--steps", "4")
+    after = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert after["step"] == 4 and after["optimizer"]["state"][0]["step"] == 4
+    assert after["optimizer"]["param_groups"][0]["lr"] == pytest.approx(SMOKE.learning_rate * schedule(3 / 4))
+    saved = load_matcher(tmp_path / "run" / "matcher.safetensors").arrays["layers.0.cross.hidden.weight"]
+    averaged, last = (after[name]["layers.0.cross.hidden.weight"].numpy() for name in ("average", "net"))
+    np.testing.assert_allclose(saved, averaged, atol=1e-3)
+    assert np.abs(averaged - last).max() > 0, "what is saved is the average"
 
 
 def test_a_run_says_when_it_ends(folder, tmp_path):

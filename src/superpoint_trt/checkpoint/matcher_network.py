@@ -193,8 +193,9 @@ class MatcherNet(nn.Module):
             own = layer.get_submodule("self")
             assert isinstance(own, Update)
             own.read.bias[: 2 * width] = constant.repeat(2)
-            sharpness = ATTENDED / math.sqrt(shape.head_width)
-            layer.cross.read.weight[:width] = nn.init.orthogonal_(torch.empty(width, width)) * math.sqrt(sharpness)
+            asked, *values = (nn.init.orthogonal_(torch.empty(width, width)) for _ in range(3))
+            asked *= math.sqrt(ATTENDED / math.sqrt(shape.head_width))
+            own.read.weight[2 * width :], layer.cross.read.weight[:] = values[0], torch.cat([asked, values[1]])
             layer.head.project.weight.copy_(torch.eye(width) * math.sqrt(SHARPNESS / math.sqrt(width)))
             nn.init.zeros_(layer.head.project.bias)
 
