@@ -30,10 +30,13 @@ def loss_of(said: Assignment, batch: Batch) -> tuple[Tensor, Tensor]:
     """One layer's negative log-likelihood: of the true matches, and of points that have none."""
     true = batch.partner[:, 0] >= 0
     chosen = log_probability_of(said, batch.partner[:, 0].clamp(min=0))
-    matched = -torch.where(true, chosen, 0).sum(dim=1) / true.sum(dim=1).clamp(min=1)
     lonely = F.logsigmoid(-torch.stack([said.matchable0, said.matchable1], dim=1))
-    alone = -torch.where(batch.alone, lonely, 0).sum(dim=2) / batch.alone.sum(dim=2).clamp(min=1)
-    return matched.sum() / true.any(dim=1).sum().clamp(min=1), alone.mean()
+    return _mean_of(-chosen, true), _mean_of(-lonely, batch.alone)
+
+
+def _mean_of(values: Tensor, counted: Tensor) -> Tensor:
+    """Over the points of all pairs: a mean over each pair first would let the few hardest matches decide."""
+    return torch.where(counted, values, 0).sum() / counted.sum().clamp(min=1)
 
 
 def log_probability_of(said: Assignment, partner: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Plan:
     matcher_width: int = 128
     heads: int = 4
     layers: int = 6
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     weight_decay: float = 0.01
     unmatched_weight: float = 0.5
     """Of points without a partner in the loss; the rest is for the matches."""
