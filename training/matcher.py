@@ -111,8 +111,8 @@ class Run:
             for pool in pools:
                 begin_with(self.net, pool.pairs.descriptors[: self.plan.pairs])
             self.average.load_state_dict(self.net.state_dict())
-        sums: Tensor | float = 0.0
-        first, trained, begun = step, before, entered
+        sums: Any = 0.0
+        first, logged, trained, begun = step, step, before, entered
         while True:
             now = time.perf_counter()
             if step == first + WARM_STEPS:
@@ -126,10 +126,11 @@ class Run:
                 group["lr"] = self.plan.learning_rate * schedule(spent)
             sums = sums + self._step(pools[step % len(pools)], step)
             step += 1
-            if step % LOG_EVERY == 0:
+            if step == logged + LOG_EVERY:
+                losses = _losses(sums / LOG_EVERY)
                 rate = LOG_EVERY * self.plan.pairs / (time.perf_counter() - since)
-                self._log(step=step, trained_s=round(trained), **_losses(sums), pairs_per_s=round(rate))
-                sums, since = 0.0, time.perf_counter()
+                self._log(step=step, trained_s=round(trained), **losses, pairs_per_s=round(rate))
+                sums, logged, since = 0.0, step, time.perf_counter()
             if now - saved > self.plan.save_every_s:
                 self._save_state(step, trained)
                 saved = now
@@ -196,9 +197,9 @@ class Run:
             log.write(line + "\n")
 
 
-def _losses(sums: Tensor) -> dict[str, Any]:
-    """Sums of what `Run._step` gives as means, to log."""
-    *losses, length = (sums / LOG_EVERY).tolist()
+def _losses(means: Tensor) -> dict[str, Any]:
+    """What `Run._step` gives, to log."""
+    *losses, length = means.tolist()
     rounded = [round(value, 3) for value in losses]
     return {"matched": rounded[::2], "alone": rounded[1::2], "gradient": round(length, 2)}
 

@@ -290,6 +290,16 @@ def test_the_loss_is_least_for_the_truth():
     assert loss_of(sure._replace(similarity=right.flip(2)), batch)[0] > 10
 
 
+def test_every_match_counts_alike():
+    """Of two pairs the first has two matches and the second one, and their losses are 0 and log 16."""
+    batch = Batch(*(part.repeat(2, *[1] * (part.ndim - 1)) for part in known_batch()))
+    batch.partner[1, :, 1] = -1
+    similarity = torch.zeros(2, 4, 4)
+    similarity[0, [0, 1], [1, 0]] = 40
+    sure = Assignment(similarity, torch.full((2, 4), 40.0), torch.full((2, 4), 40.0))
+    assert loss_of(sure, batch)[0].item() == pytest.approx(np.log(16) / 3, abs=1e-4)
+
+
 def test_the_probability_at_a_partner_is_the_assignments():
     said = Assignment(torch.randn(2, 5, 5), torch.randn(2, 5), torch.randn(2, 5))
     partner = torch.tensor([[4, 3, 2, 1, 0], [0, 0, 1, 1, 2]])
