@@ -25,9 +25,8 @@ from training.places import detect, score_map
 from training.views import blur_strongly, darken, disturb, pair
 
 SAME_PX = 3.0
-"""Points of two pictures are the same if this near, in px of the picture that sees less detail."""
-OTHER_PX = 5.0
-"""A point without another this near has no partner. Between the two distances nothing is learnt."""
+"""Points of two pictures are the same if this near, in px of the picture that sees less detail. A point without another
+this near has no partner: matches that are a little off pull a homography with them, so they must be learnt as wrong."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ def truths(plan: Plan, drawn: Pictures, xy: Tensor) -> tuple[Truth, Truth]:
 
 
 def label(xy: Tensor, real: Tensor, truth: tuple[Truth, Truth]) -> tuple[Tensor, Tensor]:
-    """Which points are the same: each other's nearest within `SAME_PX`; which have no partner within `OTHER_PX`.
+    """Which points are the same: each other's nearest within `SAME_PX`; which have none within that.
 
     Distances are those in the picture that sees less detail, in which the same distance is fewer px.
 
@@ -242,7 +241,7 @@ def label(xy: Tensor, real: Tensor, truth: tuple[Truth, Truth]) -> tuple[Tensor,
     for side, ((best, there), (_, back)) in enumerate((nearest, nearest[::-1])):
         same = (back.gather(1, there) == row) & (best < SAME_PX)
         partner.append(torch.where(same, there, -1))
-        alone.append(real[:, side] & (best > OTHER_PX) & ~truth[side].unsure)
+        alone.append(real[:, side] & (best > SAME_PX) & ~truth[side].unsure)
     return torch.stack(partner, dim=1), torch.stack(alone, dim=1)
 
 
