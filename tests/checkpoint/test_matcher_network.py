@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from matchers import SMALL, plain_matcher, points, random_matcher, shuffled
 from safetensors.numpy import save_file
 
 from superpoint_trt.checkpoint.matcher import MatcherShape, load_matcher, save_matcher
-from superpoint_trt.checkpoint.matcher_network import MatcherNet, PointSets, matches
+from superpoint_trt.checkpoint.matcher_network import ATTENDED, MatcherNet, PointSets, _turn, matches, neighborhoods
 from superpoint_trt.core.types import SuperPointError
 
 
@@ -77,6 +78,58 @@ def test_the_plain_matcher_finds_every_point_again():
     found, scores = matches(MatcherNet.from_weights(plain_matcher())(as_sets(first, 40), as_sets(second, 40))[-1], 0.1)
     np.testing.assert_array_equal(found[0], there)
     assert (scores > 0.5).all()
+
+
+def test_attention_begins_where_there_is_something_to_see():
+    """Before any training: a point looks at its like in the other image, and the last head at the points nearby."""
+    torch.manual_seed(3)
+    net = MatcherNet(MatcherShape((64,), 64, 4, 1))
+    layer = net.layers[0]
+    descriptors = F.normalize(torch.randn(1, 40, 64), dim=-1)
+    state = net.project["64"](torch.cat([descriptors, torch.zeros(1, 40, 1)], dim=-1))
+    asked = layer.cross.read(state)[..., :64]
+    likeness = (asked @ asked.transpose(1, 2))[0].detach()
+    assert torch.equal(likeness.argmax(dim=1), torch.arange(40))
+    assert likeness.diagonal().mean() / 4 / 16**0.5 == pytest.approx(ATTENDED, rel=0.2), "of each head"
+    xy, size = torch.rand(1, 40, 2) * torch.tensor([640.0, 480]), torch.tensor([[640.0, 480]])
+    constant = layer.get_submodule("self").read.bias[:64].expand(1, 40, 64)
+    asked = _turn(constant.view(1, 40, 4, 16).transpose(1, 2), net._angles(xy, size))
+    looks = (asked @ asked.transpose(2, 3))[0].detach() / 4
+    assert looks.diagonal(dim1=1, dim2=2).mean(dim=1).tolist() == pytest.approx([0, 2, 4, 6], abs=1e-3)
+    apart = torch.cdist(xy, xy)[0]
+    assert looks[3][apart < 20].mean() > 2 * looks[3][apart > 100].mean()
+
+
+def test_neighborhoods_grow_with_the_room_of_a_point():
+    """300 px^2 a point: the deviation is 1.75 sqrt(300) px. No point is near itself."""
+    xy = torch.tensor([[[0.0, 0], [30, 0], [0, 40]], [[0.0, 0], [60, 0], [0, 80]]])
+    near = neighborhoods(xy, torch.tensor([3, 3]), torch.tensor([[30.0, 30], [60.0, 60]]))
+    expected = np.exp(-np.array([900, 1600]) / (2 * 1.75**2 * 300))
+    np.testing.assert_allclose(near[0, 0], [0, *expected], rtol=1e-5)
+    np.testing.assert_allclose(near[1], near[0], rtol=1e-5, err_msg="zoom does not matter")
+    assert neighborhoods(xy[:1], torch.tensor([0]), torch.tensor([[30.0, 30]])).isfinite().all()
+
+
+def test_neighbors_decide_between_equal_points():
+    """Two points of the second image look like the first one's; the one whose neighbors fit is its partner."""
+    descriptors = torch.eye(32)[[0, 1, 2, 3]][None]
+    first = torch.tensor([[[100.0, 100], [110, 100], [100, 110], [300, 200]]])
+    second = torch.tensor([[[20.0, 200], [10.0, 190], [205, 50], [200, 55], [200.0, 50]]])
+    alike = descriptors[:, [3, 0, 1, 2, 0]]
+    size, rows = torch.tensor([[320.0, 240]]), torch.tensor([5])
+    pad = [F.pad(part, (0, 0, 0, 1)) for part in (first, descriptors)]
+    sets = [
+        PointSets(pad[0], torch.zeros(1, 5), pad[1], rows - 1, size),
+        PointSets(second, torch.zeros(1, 5), alike, rows, size),
+    ]
+    weights = plain_matcher()
+    for name, array in weights.arrays.items():
+        if name.endswith("support"):
+            array[:] = 4, 2
+    found, scores = matches(MatcherNet.from_weights(weights)(*sets)[-1], 0.1)
+    assert found.tolist() == [[4, 2, 3, 0, -1]] and scores[0, 0] > 0.65
+    undecided, chance = matches(MatcherNet.from_weights(plain_matcher())(*sets)[-1], 0.1)
+    assert chance[0, 0] < 0.55 and undecided[0, 1:].tolist() == [2, 3, 0, -1]
 
 
 def test_filling_up_changes_nothing():

@@ -13,13 +13,17 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from conftest import photograph
-from training import layered, photos
+from training import layered, matcher, photos
+from training.bank import Bank
 from training.layered import Worlds
-from training.matcher import SMOKE, Batch, Truth, _as_many, area, figures, label, loss_of, main, nearest
+from training.matcher import SMOKE, average, begin_with, main
+from training.matching import _as_many, _together, area, figures, log_probability_of, loss_of, nearest, summary
+from training.pairs import Batch, Plan, Pool, Truth, _different, _spoil, choose, draw, find, label, vary
+from training.train import schedule
 
 from superpoint_trt import packaged
-from superpoint_trt.checkpoint.matcher import load_matcher
-from superpoint_trt.checkpoint.matcher_network import Assignment, PointSets
+from superpoint_trt.checkpoint.matcher import MatcherShape, load_matcher
+from superpoint_trt.checkpoint.matcher_network import Assignment, MatcherNet, matches
 
 CPU = torch.device("cpu")
 VIEW_HW = (120, 160)
@@ -136,52 +140,123 @@ def truth(there, seen=None, unsure=None) -> Truth:
     )
 
 
+def labelled(first, second, real, there) -> tuple[list, list]:
+    """Of one pair: partners and lonely points of the first picture and of the second."""
+    both = torch.tensor([[real, real]]).bool()
+    partner, alone = label(torch.tensor([[first, second]]), both, there)
+    return partner[0].tolist(), alone[0].tolist()
+
+
 def test_labels_of_known_points():
-    """A partner within 3 px, none within 5 px, in between nothing; the padding never counts."""
-    first = torch.tensor([[[10.0, 10], [50, 50], [90, 90], [120, 20], [0, 0]]])
-    second = torch.tensor([[[52.0, 50], [11, 10], [94, 90], [150, 60], [0, 0]]])
-    real = (torch.tensor([[1, 1, 1, 1, 0]]).bool(), torch.tensor([[1, 1, 1, 1, 0]]).bool())
-    partner, alone0, alone1 = label(first, second, real, (truth(first[0].tolist()), truth(second[0].tolist())))
-    assert partner.tolist() == [[1, 0, -1, -1, -1]]
-    assert alone0.tolist() == [[False, False, False, True, False]], "the third lies 4 px away"
-    assert alone1.tolist() == [[False, False, False, True, False]]
+    """A partner within 3 px, or none; the padding never counts."""
+    first = [[10.0, 10], [50, 50], [90, 90], [120, 20], [0, 0]]
+    second = [[52.0, 50], [11, 10], [94, 90], [150, 60], [0, 0]]
+    partner, alone = labelled(first, second, [1, 1, 1, 1, 0], (truth(first), truth(second)))
+    assert partner == [[1, 0, -1, -1, -1]] * 2
+    assert alone == [[False, False, True, True, False]] * 2, "the third lies 4 px away"
 
 
 def test_hidden_points_have_no_partner():
-    first = second = torch.tensor([[[10.0, 10], [50, 50]]])
-    real = (torch.ones(1, 2).bool(),) * 2
-    same = first[0].tolist()
+    same = [[10.0, 10], [50, 50]]
     there = truth(same, [False, True]), truth(same)
-    partner, alone0, alone1 = label(first, second, real, there)
-    assert (partner.tolist(), alone0.tolist(), alone1.tolist()) == ([[-1, 1]], [[True, False]], [[True, False]])
+    assert labelled(same, same, [1, 1], there) == ([[-1, 1]] * 2, [[True, False]] * 2)
     there = truth(same, [False, True], [True, False]), truth(same)
-    assert not label(first, second, real, there)[1].any(), "near a silhouette nobody knows"
+    assert labelled(same, same, [1, 1], there)[1] == [[False, False], [True, False]], "near a silhouette nobody knows"
 
 
 def test_only_mutual_nearest_are_partners():
-    first = torch.tensor([[[10.0, 10], [12, 10]]])
-    second = torch.tensor([[[11.9, 10], [100, 100]]])
-    real = (torch.ones(1, 2).bool(),) * 2
-    partner, alone0, _ = label(first, second, real, (truth(first[0].tolist()), truth(second[0].tolist())))
-    assert partner.tolist() == [[-1, 0]]
-    assert alone0.tolist() == [[False, False]], "a point lies near, and is another's"
+    first, second = [[10.0, 10], [12, 10]], [[11.9, 10], [100, 100]]
+    partner, alone = labelled(first, second, [1, 1], (truth(first), truth(second)))
+    assert partner == [[-1, 0], [1, -1]]
+    assert alone == [[False, False], [False, True]], "a point lies near, and is another's"
+
+
+# ----------------------------------------------------------------------------------------------------------------- pool
+
+
+def test_different_photographs_and_how_often():
+    bank = Bank(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), torch.full((5, 2), 8.0), torch.tensor([1.0, 1, 1, 1, 4]))
+    index = _different(bank, 4000, 2)
+    assert (index[:, 0] != index[:, 1]).all()
+    assert abs((index[:, 0] == 4).float().mean() - 0.5) < 0.04
+    assert _different(bank, 3, 7).shape == (3, 7), "more than there are: some come twice"
+
+
+def test_every_so_many_pictures_are_spoiled():
+    image = torch.rand(14, 1, 64, 64)
+    changed = (_spoil(image, 5) != image).flatten(1).any(dim=1)
+    assert changed.nonzero().flatten().tolist() == [0, 2, 5, 7, 10, 12]
+    assert _spoil(image, 0) is image
+
+
+def numbered(number: float) -> Batch:
+    return Batch(*(torch.full(part.shape, number).to(part.dtype) for part in known_batch()))
+
+
+def test_the_pool_replaces_its_oldest_batch():
+    pool = Pool((numbered(i) for i in range(6)), 3)
+    assert pool.pairs.rows[:, 0].tolist() == [0, 1, 2] and pool.pairs.descriptors.dtype is torch.float16
+    pool.renew()
+    pool.renew()
+    assert pool.pairs.rows[:, 0].tolist() == [3, 4, 2]
+    drawn = pool.sample(60)
+    assert set(drawn.rows[:, 0].tolist()) == {2, 3, 4} and (drawn.xy[:, 0, 0, 0] == drawn.rows[:, 0]).all()
+
+
+def test_varied_pairs_stay_true():
+    """Half of them are mirrored, both pictures alike; a point whose partner is cut off is without one."""
+    plan = Plan(points=4, fewer_share=0.0)
+    batch = Batch(*(part.repeat(400, *[1] * (part.ndim - 1)) for part in known_batch()))
+    varied = vary(plan, batch)
+    mirrored = varied.xy[:, 0, 0, 0] != batch.xy[:, 0, 0, 0]
+    assert 0.4 < mirrored.float().mean() < 0.6
+    assert torch.allclose(varied.xy[..., 0][mirrored], 159 - batch.xy[..., 0][mirrored])
+    assert torch.equal(varied.xy[~mirrored], batch.xy[~mirrored]) and torch.equal(varied.xy[..., 1], batch.xy[..., 1])
+    assert torch.equal(varied.partner, batch.partner) and torch.equal(varied.alone, batch.alone)
+    fewer = vary(Plan(points=4, fewer_share=1.0), batch)
+    one = (fewer.rows[:, 0] >= 2) & (fewer.rows[:, 1] == 1)
+    assert one.any()
+    assert (fewer.partner[one, 0, :2] == torch.tensor([-1, 0])).all() and fewer.alone[one, 0, 0].all()
+    assert (fewer.partner[one, 1] == torch.tensor([1, -1, -1, -1])).all()
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
 
 
 def known_batch() -> Batch:
-    descriptors = F.one_hot(torch.tensor([[0, 1, 2, 3]]), 8).float()
-    xy, scores, size = torch.rand(1, 4, 2), torch.ones(1, 4), torch.tensor([[160.0, 120]])
-    first = PointSets(xy, scores, descriptors, torch.tensor([4]), size)
-    second = PointSets(xy, scores, descriptors[:, [1, 0, 3, 2]], torch.tensor([3]), size)
-    alone = torch.tensor([[False, False, True, False]])
-    return Batch(first, second, torch.tensor([[1, 0, -1, -1]]), alone, torch.zeros(1, 4, dtype=torch.bool))
+    """Points 0 and 1 of the first picture are 1 and 0 of the second, the next one is alone; the second has three."""
+    descriptors = F.one_hot(torch.tensor([[0, 1, 2, 3], [1, 0, 3, 2]]), 8).float()
+    alone = torch.zeros(1, 2, 4, dtype=torch.bool)
+    alone[0, 0, 2] = True
+    return Batch(
+        torch.rand(1, 2, 4, 2),
+        torch.ones(1, 2, 4),
+        descriptors[None],
+        torch.tensor([[4, 3]]),
+        torch.tensor([[[160.0, 120]] * 2]),
+        torch.tensor([[[1, 0, -1, -1]] * 2]),
+        alone,
+    )
 
 
 def test_nearest_neighbors_and_their_figures():
     batch = known_batch()
     found = nearest(batch)
     assert found[0].tolist() == [[1, 0, -1, 2]], "the last row of the second picture is padding"
-    got = {key: int(value) for key, value in figures(found, batch, slice(0, 1)).items() if value.ndim == 0}
-    assert got == {"true": 2, "hit": 2, "known": 2, "all": 3}
+    got = figures(found, batch, slice(0, 1))
+    assert (int(got["true"]), got["right"].tolist(), len(got["all"])) == (2, [True, True], 3)
+
+
+def test_a_summary_counts_sure_matches_alone():
+    """Two pairs of one photograph, the second found with too small a score; one layered, one unrelated."""
+    plan = Plan(pairs=4, layered_share=0.25, unrelated_share=0.25, min_score=0.1)
+    batch = Batch(*(part.repeat(4, *[1] * (part.ndim - 1)) for part in known_batch()))
+    there, score = nearest(batch)
+    score[1] = 0.05
+    rows = summary(plan, [batch], [(there, score)])
+    assert rows["nearest"]["changed_recall"] == 1 and rows["learned"]["changed_recall"] == 0.5
+    assert rows["learned"]["changed_precision_of_as_many"] == 1 and rows["learned"]["changed_score_of_as_many"] == 0.05
+    assert rows["learned"]["layered_precision"] == 1 and rows["learned"]["unrelated_matches"] == 3
 
 
 def test_the_area_is_average_precision():
@@ -192,13 +267,15 @@ def test_the_area_is_average_precision():
 
 
 def test_precision_of_as_many_right_matches_as_nearest_neighbors_find():
-    plain = [{"hit": torch.tensor(2)}]
-    learned = [{"hits": torch.tensor([True, True, False, True]), "scores": torch.tensor([0.3, 0.9, 0.8, 0.2])}]
+    plain = {"right": torch.tensor([True, True])}
+    learned = {"right": torch.tensor([True, True, False, True]), "scores": torch.tensor([0.3, 0.9, 0.8, 0.2])}
     found = _as_many("changed", learned, plain)
     assert found["changed_precision_of_as_many"] == pytest.approx(2 / 3, abs=1e-4)
     assert found["changed_score_of_as_many"] == pytest.approx(0.3)
-    fewer = _as_many("changed", learned, [{"hit": torch.tensor(4)}])
+    fewer = _as_many("changed", learned, {"right": torch.ones(4).bool()})
     assert fewer == {"changed_precision_of_as_many": 0, "changed_score_of_as_many": 0}
+    together = _together([{"true": torch.tensor(2), "right": plain["right"]}] * 2)
+    assert int(together["true"].sum()) == len(together["right"]) == 4
 
 
 def test_the_loss_is_least_for_the_truth():
@@ -213,12 +290,58 @@ def test_the_loss_is_least_for_the_truth():
     assert loss_of(sure._replace(similarity=right.flip(2)), batch)[0] > 10
 
 
+def test_every_match_counts_alike():
+    """Of two pairs the first has two matches and the second one, and their losses are 0 and log 16."""
+    batch = Batch(*(part.repeat(2, *[1] * (part.ndim - 1)) for part in known_batch()))
+    batch.partner[1, :, 1] = -1
+    similarity = torch.zeros(2, 4, 4)
+    similarity[0, [0, 1], [1, 0]] = 40
+    sure = Assignment(similarity, torch.full((2, 4), 40.0), torch.full((2, 4), 40.0))
+    assert loss_of(sure, batch)[0].item() == pytest.approx(np.log(16) / 3, abs=1e-4)
+
+
+def test_the_probability_at_a_partner_is_the_assignments():
+    said = Assignment(torch.randn(2, 5, 5), torch.randn(2, 5), torch.randn(2, 5))
+    partner = torch.tensor([[4, 3, 2, 1, 0], [0, 0, 1, 1, 2]])
+    expected = said.log_probability().gather(2, partner[..., None])[..., 0]
+    assert torch.allclose(log_probability_of(said, partner), expected, atol=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
-def call(folder, output, *words):
+def test_a_matcher_begins_as_the_descriptors_nearest_neighbors(folder):
+    """Descriptors that fill half of their dimensions lose nothing in the first map."""
+    plan = Plan(pairs=4, points=64, height=120, width=160, canvas_px=240)
+    bank = photos.load(sorted(folder.iterdir()), CPU, plan.canvas_px)
+    from training.matcher import extractor
+
+    batch = find(plan, extractor(str(packaged.WEIGHTS), CPU)[0], draw(plan, *choose(plan, bank)))
+    basis = torch.linalg.qr(torch.randn(256, 32))[0]
+    flat = F.normalize(batch.descriptors @ basis @ basis.T, dim=-1)
+    batch = batch._replace(descriptors=flat)
+    net = MatcherNet(MatcherShape((256,), 32, 2, 1))
+    begin_with(net, flat)
+    state = net.project["256"](torch.cat([flat, torch.zeros_like(flat[..., :1])], dim=-1))
+    assert torch.allclose(state @ state.transpose(-1, -2) / 32, flat @ flat.transpose(-1, -2), atol=1e-4)
+    found, expected = matches(net(*batch.sides())[-1], 0.0)[0], nearest(batch)[0]
+    assert ((found == expected) | (expected < 0)).float().mean() > 0.9
+
+
+def test_averaged_weights_follow():
+    slow, quick = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for net, value in ((slow, 0.0), (quick, 1.0)):
+        for parameter in net.parameters():
+            torch.nn.init.constant_(parameter, value)
+    average(slow, quick, 0.75)
+    assert slow.weight.item() == slow.bias.item() == pytest.approx(0.25)
+
+
+def call(folder, output, *words, **options):
     words = ["--photos", str(folder), "--features", str(packaged.WEIGHTS), "--output", str(output), *words]
-    done = CliRunner().invoke(main, [*words, "--device", "cpu", "--smoke", "--set", "pairs=4", "--set", "points=32"])
+    done = CliRunner().invoke(
+        main, [*words, "--device", "cpu", "--smoke", "--set", "pairs=4", "--set", "points=32"], **options
+    )
     assert done.exit_code == 0, done.output + repr(done.exception)
     return done.output
 
@@ -239,7 +362,26 @@ def test_a_run_from_start_to_end_and_on(folder, tmp_path):
         *(f"{kind}_{what}" for kind in ("changed", "layered") for what in ("precision", "recall", "area")),
         "unrelated_matches",
     }
-    call(folder, tmp_path / "more", "--steps", "1", "--go-on", str(tmp_path / "run"))
+    call(folder, tmp_path / "more", "--steps", "1", "--go-on", str(tmp_path / "run" / "matcher.safetensors"))
+
+
+def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, monkeypatch):
+    """Steps, learning rate, optimizer and averages go on; what was done after the last state is done again."""
+    steps = iter((average, average, None))
+    monkeypatch.setattr(matcher, "average", lambda *args: next(steps)(*args))
+    with pytest.raises(TypeError):
+        call(folder, tmp_path / "run", "--steps", "4", catch_exceptions=False)
+    monkeypatch.undo()
+    before = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert before["step"] == 2 and before["optimizer"]["state"][0]["step"] == 2
+    call(folder, tmp_path / "run", "--steps", "4")
+    after = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert after["step"] == 4 and after["optimizer"]["state"][0]["step"] == 4
+    assert after["optimizer"]["param_groups"][0]["lr"] == pytest.approx(SMOKE.learning_rate * schedule(3 / 4))
+    saved = load_matcher(tmp_path / "run" / "matcher.safetensors").arrays["layers.0.cross.hidden.weight"]
+    averaged, last = (after[name]["layers.0.cross.hidden.weight"].numpy() for name in ("average", "net"))
+    np.testing.assert_allclose(saved, averaged, atol=1e-3)
+    assert np.abs(averaged - last).max() > 0, "what is saved is the average"
 
 
 def test_a_run_says_when_it_ends(folder, tmp_path):
@@ -252,18 +394,20 @@ def test_a_run_says_when_it_ends(folder, tmp_path):
 
 @pytest.mark.exhaustive
 def test_everything_compiles_in_one_graph(folder):
-    """torch.compile takes each of the three parts whole, and once."""
-    from training.matcher import Run, draw, extractor, find, objective
+    """torch.compile takes each of the four parts whole, and once."""
+    from training.matcher import Run, extractor, objective
 
     plan = replace(SMOKE, pairs=4, points=32)
     bank = photos.load(sorted(folder.iterdir()), CPU, plan.canvas_px)
     net, dim, digest = extractor(str(packaged.WEIGHTS), CPU)
     run = Run(plan, folder / "run", bank, bank, [net], {dim: digest}, CPU, 60.0)
     torch._dynamo.reset()
-    run._draw, run._find, run._objective = (
-        torch.compile(part, backend="aot_eager", dynamic=False, fullgraph=True) for part in (draw, find, objective)
+    run._draw, run._find, run._vary, run._objective = (
+        torch.compile(part, backend="aot_eager", dynamic=False, fullgraph=True)
+        for part in (draw, find, vary, objective)
     )
-    for number in range(3):
-        run._step(number)
+    pool = Pool(run._batches(bank, net), 2)
+    for number in range(5):
+        run._step(pool, number)
     run.judge()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4

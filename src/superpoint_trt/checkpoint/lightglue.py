@@ -78,6 +78,7 @@ def lightglue_weights(arrays: Arrays, source: str = "the checkpoint") -> Matcher
     made[f"project.{dim}.weight"] = np.concatenate([weight, np.zeros((width, 1))], axis=1)
     made[f"project.{dim}.bias"] = own.get("input_proj.bias", np.zeros(width))
     for layer in range(layers):
+        made[f"layers.{layer}.head.support"] = np.zeros(2)
         made.update(_self_attention(own, layer, half_head))
         made.update(_cross_attention(own, layer))
         for part in ("weight", "bias"):

@@ -1,7 +1,9 @@
 """Files of the learned matcher's weights: safetensors, names and shapes checked. The network is `matcher_network.py`.
 
 Names: `project.D.weight` for descriptors of D numbers, `positions.weight`, then for each layer n `layers.n.self.*`,
-`layers.n.cross.*` and `layers.n.head.*`. Linear weights are (out, in). The metadata hold the shape.
+`layers.n.cross.*` and `layers.n.head.*`. Linear weights are (out, in). `layers.n.head.support` holds two factors: of
+what a match's support by its neighborhood adds to its similarity, and to the logits of both points being matchable.
+The metadata hold the shape.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ MOST_WIDTH = 1024
 
 NORM_EPS = 1e-5
 """Epsilon of the layer norms, torch's default."""
+
+NEIGHBORHOOD = 1.75
+"""Standard deviation of a point's neighborhood, in sides of the square that one point has to itself in its image."""
 
 
 class Activation(str, enum.Enum):
@@ -87,6 +92,7 @@ class MatcherShape:
                 linear(f"{block}.write", 2 * width, width)
             linear(f"layers.{layer}.head.project", width, width)
             linear(f"layers.{layer}.head.matchable", width, 1)
+            found[f"layers.{layer}.head.support"] = (2,)
         return found
 
 

@@ -4,7 +4,8 @@ After LightGlue (Lindenberger et al. 2023, arXiv 2306.13643): points attend to t
 positions, then to those of the other image (section 3.1); each layer can end with an assignment, a dual softmax times
 how matchable both points are (section 3.2); every layer's assignment is supervised (section 3.4). Different here: half
 the width; the attention's output goes straight into the update's hidden layer, since two linear maps in a row are one;
-the detection score is an input; and both images are one batch.
+the detection score is an input; both images are one batch; and a match is more probable the more its neighborhood
+supports it, by matches between points near both of its ends (the idea of Rocco et al. 2018, arXiv 1810.10510).
 """
 
 from __future__ import annotations
@@ -16,15 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from superpoint_trt.checkpoint.matcher import NORM_EPS, Activation, MatcherShape, MatcherWeights
+from superpoint_trt.checkpoint.matcher import NEIGHBORHOOD, NORM_EPS, Activation, MatcherShape, MatcherWeights
 from superpoint_trt.core.types import Float32
 
 HIDDEN = -1e4
 """Added to the similarity with a row that only fills up: its share of a softmax is 0."""
 
 
-SHARPNESS = 14.0
+SHARPNESS = 17.0
 """To begin with, the similarity of two points whose descriptors are equal."""
+SUPPORT = (4.0, 2.0)
+"""To begin with, a head's `support`."""
+ATTENDED = 11.0
+"""To begin with, what the points of two images with equal descriptors get in the cross-attention's softmax."""
+NEARBY = 6.0
+"""To begin with, what a point itself gets in the self-attention of the head that looks nearest; the first head looks
+everywhere."""
+FREQUENCIES = (1.0, 32.0)
+"""Least and largest of the angles by which positions turn, along half the image's longer side; rad."""
 
 
 class PointSets(NamedTuple):
@@ -46,7 +56,7 @@ class Assignment(NamedTuple):
     """What one layer says."""
 
     similarity: Tensor
-    """(B, N, N) float32; `HIDDEN` where a row of either image only fills up."""
+    """(B, N, N) float32, support included; `HIDDEN` where a row of either image only fills up."""
     matchable0: Tensor
     """(B, N) float32 logits: whether a point of the first image has a partner at all."""
     matchable1: Tensor
@@ -80,23 +90,44 @@ class Update(nn.Module):
 
 
 class Head(nn.Module):
-    """A layer's assignment (section 3.2)."""
+    """A layer's assignment (section 3.2), with the support of neighborhoods."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.project = nn.Linear(width, width)
         self.matchable = nn.Linear(width, 1)
+        self.support = nn.Parameter(torch.tensor(SUPPORT))
 
-    def forward(self, state: Tensor, real: Tensor) -> Assignment:
-        """state: (2 B, N, W), the first images, then the second. real: (2 B, N) bool."""
+    def forward(self, state: Tensor, real: Tensor, near: Tensor) -> Assignment:
+        """state: (2 B, N, W), the first images, then the second. real: (2 B, N) bool. near: of `neighborhoods`."""
         scaled = self.project(state) / state.shape[-1] ** 0.25
+        matchable = self.matchable(state)[..., 0].float()
         first, second = scaled.float().chunk(2)
         real0, real1 = real.chunk(2)
-        both = real0[..., None] & real1[:, None]
+        near0, near1 = near.chunk(2)
+        filling = ~(real0[..., None] & real1[:, None])
         with torch.autocast(state.device.type, enabled=False):  # bfloat16 has too few digits for similarities of 100
-            similarity = (first @ second.transpose(1, 2)).masked_fill(~both, HIDDEN)
-        matchable = self.matchable(state)[..., 0].float().masked_fill(~real, HIDDEN)
-        return Assignment(similarity, *matchable.chunk(2))
+            alike = (first @ second.transpose(1, 2)).masked_fill(filling, HIDDEN)
+            support = (near0 @ dual_softmax(alike).masked_fill(filling, 0) @ near1).log1p()
+            similarity = (alike + self.support[0] * support).masked_fill(filling, HIDDEN)
+            supported = dual_softmax(similarity) * support
+            matchable = matchable + self.support[1] * torch.cat([supported.sum(dim=2), supported.sum(dim=1)])
+        return Assignment(similarity, *matchable.masked_fill(~real, HIDDEN).chunk(2))
+
+
+def dual_softmax(similarity: Tensor) -> Tensor:
+    """(B, N, N): how probable it is that two points choose each other."""
+    return similarity.softmax(dim=2) * similarity.softmax(dim=1)
+
+
+def neighborhoods(xy: Tensor, rows: Tensor, size: Tensor) -> Tensor:
+    """(B, N, N) float32: how near points of an image are to each other, 1 at most; 0 for a point and itself.
+
+    A neighborhood is as large as so and so many of the image's points need (`NEIGHBORHOOD`), so zoom does not matter.
+    """
+    area = size.prod(dim=1) / rows.clamp(min=1) * NEIGHBORHOOD**2
+    apart = (xy[:, :, None] - xy[:, None]).square().sum(dim=-1)
+    return torch.where(apart > 0, (-apart / (2 * area[:, None, None])).exp(), 0.0)
 
 
 class Layer(nn.Module):
@@ -163,18 +194,36 @@ class MatcherNet(nn.Module):
 
     @torch.no_grad()
     def _begin_as_nearest(self) -> None:
-        """Weights that give nearly the dual softmax of the descriptors themselves: training begins from there."""
-        width = self.shape.width
-        nn.init.normal_(self.positions.weight)
-        for dim, project in zip(self.shape.descriptor_dims, self.project.values()):
+        """Weights that give nearly the dual softmax of the descriptors, with support: training begins from there.
+
+        Attention begins where there is something to see: at points nearby, and at alike ones of the other image.
+        """
+        shape = self.shape
+        width, heads, half = shape.width, shape.heads, shape.head_width // 2
+        low, high = map(math.log2, FREQUENCIES)
+        way = torch.rand(half) * 2 * math.pi
+        turns = torch.stack([way.cos(), way.sin()], dim=1)
+        self.positions.weight.copy_(2 ** torch.linspace(low, high, half)[:, None] * turns)
+        for dim, project in zip(shape.descriptor_dims, self.project.values()):
             assert isinstance(project, nn.Linear)
             turned = nn.init.orthogonal_(torch.empty(width, dim)) * math.sqrt(max(dim, width))
             project.weight.copy_(torch.cat([turned, torch.zeros(width, 1)], dim=1))
             nn.init.zeros_(project.bias)
+        # Half of each query and key is constant: turned by positions, their product is largest where these agree.
+        nearby = torch.linspace(0, NEARBY, heads).sqrt() * math.sqrt(math.sqrt(shape.head_width) / half)
+        constant = torch.stack([nearby, torch.zeros(heads)], dim=1).repeat_interleave(half, dim=1).flatten()
         for layer in self.layers:
             assert isinstance(layer, Layer)
+            own = layer.get_submodule("self")
+            assert isinstance(own, Update)
+            own.read.bias[: 2 * width] = constant.repeat(2)
+            asked, *values = (nn.init.orthogonal_(torch.empty(width, width)) for _ in range(3))
+            asked *= math.sqrt(ATTENDED / math.sqrt(shape.head_width))
+            own.read.weight[2 * width :], layer.cross.read.weight[:] = values[0], torch.cat([asked, values[1]])
             layer.head.project.weight.copy_(torch.eye(width) * math.sqrt(SHARPNESS / math.sqrt(width)))
             nn.init.zeros_(layer.head.project.bias)
+            nn.init.zeros_(layer.head.matchable.weight)
+            nn.init.constant_(layer.head.matchable.bias, -1.0)
 
     @classmethod
     def from_weights(cls, weights: MatcherWeights) -> MatcherNet:
@@ -198,7 +247,7 @@ class MatcherNet(nn.Module):
         xy, scores, descriptors, rows, size = (torch.cat(pair) for pair in zip(first, second))
         real = torch.arange(xy.shape[1], device=xy.device) < rows[:, None]
         mask = torch.zeros_like(scores).masked_fill(~real, HIDDEN)[:, None, None]
-        angle = self._angles(xy, size)
+        angle, near = self._angles(xy, size), neighborhoods(xy, rows, size)
         project = self.project[str(descriptors.shape[-1])]
         # The state stays float32 under autocast: what the layers add to it is small.
         state = project(torch.cat([descriptors, scores.clamp(min=0).sqrt()[..., None]], dim=-1)).float()
@@ -206,7 +255,7 @@ class MatcherNet(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, Layer)
             state = layer(state, angle, mask)
-            said.append(layer.head(state, real))
+            said.append(layer.head(state, real, near))
         return said
 
     def _angles(self, xy: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,9 +278,8 @@ def matches(said: Assignment, min_score: float) -> tuple[Tensor, Tensor]:
         (B, N) int32 rows of the second image, -1 for none; and (B, N) float32 probabilities, 0 for none.
     """
     # float32 throughout, as the exported graph computes it.
-    similarity = said.similarity
     matchable = said.matchable0.sigmoid()[..., None] * said.matchable1.sigmoid()[:, None]
-    probability = similarity.softmax(dim=2) * similarity.softmax(dim=1) * matchable
+    probability = dual_softmax(said.similarity) * matchable
     best, there = probability.max(dim=2)
     back = probability.argmax(dim=1)
     row = torch.arange(best.shape[1], device=best.device)

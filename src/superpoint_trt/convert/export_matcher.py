@@ -1,7 +1,7 @@
 """A matcher's weights -> one .onnx, written node by node, in fp32 or with fp16 where it is safe.
 
 No NonZero, no loops, no data-dependent shapes: a match is a row number or -1. In fp16, softmaxes, rotary positions,
-layer norms, and the assignment with its similarities stay float32.
+layer norms, and the assignment with its similarities stay float32; sums over neighborhoods do not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from superpoint_trt._version import __version__
-from superpoint_trt.checkpoint.matcher import NORM_EPS, Activation, MatcherWeights, load_matcher
+from superpoint_trt.checkpoint.matcher import NEIGHBORHOOD, NORM_EPS, Activation, MatcherWeights, load_matcher
 from superpoint_trt.convert.graph_writer import GraphWriter
 from superpoint_trt.core.files import PathLike, check_distinct, check_writable, write_atomically
 from superpoint_trt.core.matcher import INPUTS, MIN_SCORE, MOST_ROWS, OUTPUTS, MatcherDescription
@@ -136,7 +136,8 @@ class _Writer(GraphWriter):
         state = self._linear(self._low(points), f"project.{self._dim}")
         for layer in range(self._shape.layers):
             state = self._layer(state, f"layers.{layer}", angle, masks)
-        self._assign(state, f"layers.{self._shape.layers - 1}.head", real, rows)
+        near = self._halves(self._neighborhoods(xy, count, size))
+        self._assign(state, f"layers.{self._shape.layers - 1}.head", real, rows, near)
 
     # ------------------------------------------------------------------------------------------------------- numbers
 
@@ -177,6 +178,17 @@ class _Writer(GraphWriter):
         frequencies = self.constant("positions.weight", self._arrays["positions.weight"].T.astype(np.float32))
         angle = self.unsqueeze(self.node("MatMul", [unit, frequencies]), 1)
         return self.node("Cos", [angle], "cos"), self.node("Sin", [angle], "sin")
+
+    def _neighborhoods(self, xy: str, count: str, size: str) -> str:
+        """(2 B, N, N): `matcher_network.neighborhoods`."""
+        points = self.node("Max", [self.node("Cast", [count], to=TensorProto.FLOAT), self._float(1.0)])
+        pixels = self.reduce("ReduceProd", size, 1, keepdims=0)
+        area = self.node("Mul", [self.node("Div", [pixels, points]), self._float(-2 * NEIGHBORHOOD**2)])
+        vector = self.node("Sub", [self.unsqueeze(xy, 2), self.unsqueeze(xy, 1)])
+        apart = self.reduce("ReduceSum", self.node("Mul", [vector, vector]), 3, keepdims=0)
+        near = self.node("Exp", [self.node("Div", [apart, self.unsqueeze(self.unsqueeze(area, 1), 2)])])
+        zero = self._float(0.0)
+        return self._low(self.node("Where", [self.node("Greater", [apart, zero]), near, zero], "near"))
 
     def _layer(self, state: str, name: str, angle: tuple[str, str], masks: tuple[str, str]) -> str:
         width, head = self._shape.width, self._shape.head_width
@@ -236,21 +248,29 @@ class _Writer(GraphWriter):
         product = self.node("Mul", [x, self.node("Add", [erf, self._float(1.0)])])
         return self.node("Mul", [product, self._float(0.5)])
 
-    def _assign(self, state: str, name: str, real: str, rows: str) -> None:
-        """`matcher_network.matches` of the last layer."""
+    def _assign(self, state: str, name: str, real: str, rows: str, near: list[str]) -> None:
+        """`matcher_network.Head` and `matcher_network.matches` of the last layer."""
         scaled = self._full(self._linear(state, f"{name}.project", self._shape.width**-0.25))
         first, second = self._halves(scaled)
         # TensorRT 8.6 does not split booleans.
         real0, real1 = (self.node("Less", [rows, self.unsqueeze(f"count{image}", 1)]) for image in (0, 1))
         both = self.node("And", [self.unsqueeze(real0, 2), self.unsqueeze(real1, 1)])
         alike = self.node("MatMul", [first, self.node("Transpose", [second], perm=[0, 2, 1])])
-        alike = self.node("Where", [both, alike, self._float(HIDDEN)], "similarity")
+        zero, hidden = self._float(0.0), self._float(HIDDEN)
+        alike = self.node("Where", [both, alike, hidden])
+        weights = [self.constant(f"{name}.support_{i}", w) for i, w in enumerate(self._arrays[f"{name}.support"])]
+        chosen = self._low(self.node("Where", [both, self._dual_softmax(alike), zero]))
+        around = self._full(self.node("MatMul", [self.node("MatMul", [near[0], chosen]), near[1]]))
+        support = self.node("Log", [self.node("Add", [around, self._float(1.0)])], "support")
+        alike = self.node("Add", [alike, self.node("Mul", [support, weights[0]])])
+        pairs = self._dual_softmax(self.node("Where", [both, alike, hidden], "similarity"))
+        supported = self.node("Mul", [self.node("Mul", [pairs, support]), weights[1]])
+        gained = self.node("Concat", [self.reduce("ReduceSum", supported, axis, keepdims=0) for axis in (2, 1)], axis=0)
         logit = self.node("Squeeze", [self._full(self._linear(state, f"{name}.matchable"))], axes=[2])
-        logit = self.node("Where", [real, logit, self._float(HIDDEN)])
+        logit = self.node("Where", [real, self.node("Add", [logit, gained]), hidden])
         chance0, chance1 = self._halves(self.node("Sigmoid", [logit], "matchable"))
-        chosen = [self.node("Softmax", [alike], axis=axis) for axis in (2, 1)]
         matchable = self.node("Mul", [self.unsqueeze(chance0, 2), self.unsqueeze(chance1, 1)])
-        probability = self.node("Mul", [self.node("Mul", chosen), matchable], "probability")
+        probability = self.node("Mul", [pairs, matchable], "probability")
         best, there = self._largest(probability, 2)
         _, back = self._largest(probability, 1)
         # TensorRT sorts out one number faster by TopK than by ArgMax, and finds nothing by NonZero without waiting.
@@ -260,6 +280,9 @@ class _Writer(GraphWriter):
         good = self.node("And", [mutual, sure])
         self.node("Where", [good, there, self.constant("none", np.array(-1, np.int32))], OUTPUTS[0])
         self.node("Where", [good, best, self._float(0.0)], OUTPUTS[1])
+
+    def _dual_softmax(self, alike: str) -> str:
+        return self.node("Mul", [self.node("Softmax", [alike], axis=axis) for axis in (2, 1)])
 
     def _largest(self, x: str, axis: int) -> tuple[str, str]:
         """The largest value along an axis of (B, N, N), and its row as int32: (B, N) each."""
