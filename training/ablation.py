@@ -35,6 +35,7 @@ PLAIN: Settings = {
     "choice_weight": 0,
     "match_weight": 0,
     "stray_weight": 0,
+    "wrong_weight": 0,
 }
 """Every ingredient switched off."""
 
@@ -54,6 +55,8 @@ VARIANTS: dict[str, Settings] = {
     "match": _only("match_weight"),
     "stray": _only("stray_weight"),
     "match-stray": _only("match_weight", "stray_weight"),
+    "wrong": _only("wrong_weight"),
+    "match-wrong": _only("match_weight", "wrong_weight"),
     "group": _only("group"),
     "close": {**PLAIN, "same_place_px": 4},
     "all": {},

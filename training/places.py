@@ -27,6 +27,8 @@ RIGHT_PX = 1.0
 NEAR_PX = 3.0
 """Two views found the same point if it is this near, in px of the view that sees less detail."""
 AROUND_PX = 32.0
+SHARP = 0.03
+"""Temperature of matches in `wrong_share`: at that of descriptor_loss, a point nearest by little is half a match."""
 FADING_PX = 4.0
 """What lies this much farther away counts 1/e of what is nearer."""
 
@@ -189,6 +191,32 @@ def choice_loss(
         parts.append(((score * (1 - right)).sum(dim=1) / score.sum(dim=1).clamp(min=1e-3), right, pairs.shared))
     lost, right, shared = (torch.cat(part) for part in zip(*parts))
     return lost.mean(), missed, (strayed[0] + strayed[1]) / 2, (right * shared).sum() / shared.sum().clamp(min=1)
+
+
+def wrong_share(first: Found, second: Found, coarse: tuple[Tensor, Tensor], homography: Tensor) -> Tensor:
+    """The share of matches that are wrong, 1 - MMA@3, made smooth, so that descriptors learn it.
+
+    Two points are a match as far as they choose each other: by the product of both softmaxes over the points found. So
+    points without a partner learn to choose nobody who chooses them, which the losses of points with a partner do not
+    ask for.
+
+    Args:
+        first: points of the first views.
+        second: of the second views.
+        coarse: (B, D, H/8, W/8) of both views.
+        homography: (B, 3, 3) from the first views to the second.
+
+    Returns:
+        the mean over the pairs, in [0, 1].
+    """
+    a, b = (sample(part, points.xy.detach()) for part, points in zip(coarse, (first, second)))
+    both = first.real[..., None] & second.real[:, None]
+    similarity = (a @ b.transpose(1, 2) / SHARP).masked_fill(~both, -1e4)
+    match = (similarity.log_softmax(dim=2) + similarity.log_softmax(dim=1)).exp() * both
+    there = warp(first.xy.detach(), homography)
+    near = _distance(there, second.xy.detach(), first.real, second.real) < NEAR_PX
+    right = (match * near).sum(dim=(1, 2)) / match.sum(dim=(1, 2)).clamp(min=1e-3)
+    return 1 - right.mean()
 
 
 def _mean_of(values: Tensor, counted: Tensor) -> Tensor:

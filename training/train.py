@@ -96,6 +96,8 @@ class Plan:
     """Of how unlikely right matches are among the points found (the second of places.choice_loss)."""
     stray_weight: float = 0.5
     """Of points without a partner that do not choose their neighbours (the third of places.choice_loss)."""
+    wrong_weight: float = 3.0
+    """Of the share of matches that are wrong (places.wrong_share)."""
     seed: int = 1
     validation_pairs: int = 16
     canvas_px: int = photos.CANVAS_PX
@@ -105,7 +107,8 @@ class Plan:
     @property
     def looks_at_found(self) -> bool:
         """Whether any loss needs the detector's own points."""
-        return max(self.place_weight, self.spread_weight, self.choice_weight, self.match_weight, self.stray_weight) > 0
+        weights = self.place_weight, self.spread_weight, self.choice_weight, self.match_weight, self.stray_weight
+        return max(*weights, self.wrong_weight) > 0
 
 
 SMOKE = Plan(
@@ -162,7 +165,7 @@ class Batch(NamedTuple):
     """(2 B,) octaves of detail that `image` has lost to strong blur."""
 
 
-FOUND_FIGURES = ("apart_px", "spread_px", "choice", "missed", "strayed", "chance")
+FOUND_FIGURES = ("apart_px", "spread_px", "choice", "missed", "strayed", "wrong", "chance")
 FIGURES = ("detector", "descriptor", "known", *FOUND_FIGURES)
 """What each step reports: losses, and the shares of points whose partner is nearest and would be matched."""
 
@@ -377,11 +380,12 @@ def found_losses(
     views = [places.detect(part, shown, plan.found) for part, shown in zip(scores.chunk(2), seen)]
     there = places.partners(views[0], views[1], homography, (seen[0], seen[1]))
     back = places.partners(views[1], views[0], inverse(homography), (seen[1], seen[0]))
-    wrong, apart, spread = places.place_losses(views[0], views[1], there, homography)
+    displaced, apart, spread = places.place_losses(views[0], views[1], there, homography)
     choice, missed, strayed, chance = places.choice_loss(views[0], views[1], coarse.chunk(2), there, back)
-    loss = plan.place_weight * wrong + plan.spread_weight * spread + plan.choice_weight * choice
-    loss = loss + plan.match_weight * missed + plan.stray_weight * strayed
-    return loss, torch.stack([apart, spread, choice, missed, strayed, chance]).detach()
+    wrong = places.wrong_share(views[0], views[1], coarse.chunk(2), homography)
+    loss = plan.place_weight * displaced + plan.spread_weight * spread + plan.choice_weight * choice
+    loss = loss + plan.match_weight * missed + plan.stray_weight * strayed + plan.wrong_weight * wrong
+    return loss, torch.stack([apart, spread, choice, missed, strayed, wrong, chance]).detach()
 
 
 def spoil(image: Tensor, blurred_share: float, night_share: float) -> tuple[Tensor, Tensor]:

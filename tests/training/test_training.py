@@ -195,6 +195,27 @@ def test_a_point_without_a_partner_learns_to_choose_what_lies_around_it():
     assert (a @ b.T)[2].argmax() == 1  # the last point chooses the only one around it
 
 
+def test_the_share_of_wrong_matches():
+    """Two points; the second has no partner, and looks like a point that has none either."""
+    centers = torch.tensor([[[11.5, 11.5], [43.5, 11.5]]])
+    first = places.Found(centers, torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 2) > 0)
+    second = first._replace(xy=torch.tensor([[[11.5, 11.5], [27.5, 35.5]]]))
+    coarse, other = torch.zeros(1, 3, 6, 8), torch.zeros(1, 3, 6, 8)
+    coarse[0, 0, 1, 1] = coarse[0, 1, 1, 5] = other[0, 0, 1, 1] = other[0, 1, 4, 3] = 1
+
+    def share():
+        return places.wrong_share(first, second, (coarse, other), torch.eye(3)[None])
+
+    assert share().item() == pytest.approx(0.5, abs=1e-3)
+    coarse[0, :, 1, 5] = torch.tensor([0.8, 0.6, 0.0])  # chooses the right pair's point, which does not choose it
+    assert share().item() < 0.01
+    far = torch.eye(3)[None].clone()
+    far[0, 0, 2] = 4.0  # now the first match is 4 px off
+    assert places.wrong_share(first, second, (coarse, other), far).item() > 0.99
+    nothing = first._replace(real=torch.zeros(1, 2) > 0)
+    assert places.wrong_share(nothing, second, (coarse, other), far).item() == 1
+
+
 def test_points_outside_their_image_are_not_found():
     first, _, _ = two_views((0, 0))
     inside = torch.ones_like(first)
