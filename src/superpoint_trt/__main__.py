@@ -17,16 +17,22 @@ def main() -> None:
     if interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _take_closed_streams()
-    from superpoint_trt.core.memory import OUT_OF_MEMORY, ran_out_of_memory
+    from superpoint_trt.core.memory import OUT_OF_MEMORY, ran_out_of_memory, reached_limit
 
     try:
+        import logging
+
+        silent = logging.NullHandler()  # hashlib logs tracebacks if there is too little memory for its library
+        logging.root.addHandler(silent)
         from superpoint_trt.cli.main import cli, run
         from superpoint_trt.cli.terminal import INTERRUPTED
+
+        logging.root.removeHandler(silent)
     except Exception as error:
-        if not ran_out_of_memory(error):
+        if not ran_out_of_memory(error) and not reached_limit():
             raise
         os.write(2, f"error: {OUT_OF_MEMORY}\n".encode())
-        sys.exit(2)
+        os._exit(2)  # without memory, Python's own end may fail, too
     if interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     code = run(cli)

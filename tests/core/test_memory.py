@@ -20,6 +20,7 @@ from superpoint_trt.core.memory import address_space_left, ran_out_of_memory, re
         OSError(12, "Cannot allocate memory"),
         ImportError("libtorch.so: failed to map segment from shared object"),
         ImportError("ITopKLayer: PyType_Ready failed: MemoryError: <EMPTY MESSAGE>"),
+        SystemError("<built-in function compile> returned NULL without setting an exception"),
         RuntimeError("std::bad_alloc"),
     ],
 )

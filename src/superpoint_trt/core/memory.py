@@ -9,8 +9,8 @@ OUT_OF_MEMORY = "memory ran out: close other programs, or give smaller images, a
 
 MAYBE_OUT_OF_MEMORY = "the limit of this shell's memory (ulimit -v) was reached, maybe therefore"
 
-NEARLY_NOTHING = 32 << 20
-"""Bytes: what a library asks for at once is seldom more, if it does not say that there is too little memory."""
+NEARLY_NOTHING = 160 << 20
+"""Bytes. A new thread asks for up to 128 MiB, its heap in glibc; what asks for more at once names the reason itself."""
 
 _SIGNS = (
     "failed to map segment",
@@ -23,9 +23,11 @@ _SIGNS = (
     "bad allocation",
     "can't start new thread",
     "cannot create thread",
+    "posixthread",
     "resource temporarily unavailable",
     "unable to create type object",
     "error return without exception set",
+    "without setting an exception",
     "memoryerror",
 )
 """What libraries, pybind11 and Python say in an ImportError, an OSError or another exception."""
