@@ -120,7 +120,7 @@ def abilities() -> Iterator[Finding]:
     yield Finding("the same on an NVIDIA GPU", on_cuda, "superpoint infer --device cuda" if on_cuda else _ADD_CUDA)
     yield from _engines()
     lacking = [finding for finding in _bulk() if not finding.present]
-    how = "superpoint reconstruct" if not lacking else "; ".join(finding.detail for finding in lacking)
+    how = "superpoint reconstruct" if not lacking else "; ".join(dict.fromkeys(finding.detail for finding in lacking))
     yield Finding("map photographs and videos", not lacking, how)
 
 

@@ -262,8 +262,8 @@ class EngineBuilder:
         left = address_space_left()
         if left is not None and left < BUILD_BYTES:
             raise SuperPointError(
-                f"too little memory to build an engine: {left >> 20} MB of address space are left; "
-                f"expected at least {BUILD_BYTES >> 20} MB (ulimit -v unlimited)."
+                f"too little memory to build an engine: this shell's limit leaves {left >> 20} MB; expected at least "
+                f"{BUILD_BYTES >> 20} MB. Raise the limit: ulimit -v unlimited."
             )
         # The bindings do not keep alive what they depend on, so the builder is kept until the plan is made.
         self._builder = tensorrt.module.Builder(tensorrt.logger)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 OUT_OF_MEMORY = "memory ran out: close other programs, or give smaller images, a smaller batch or fewer --threads."
 
-MAYBE_OUT_OF_MEMORY = "the limit of this shell's memory (ulimit -v) was reached, maybe therefore"
+MAYBE_OUT_OF_MEMORY = "this shell limits memory (ulimit -v), and too little was left, which may be the reason"
 
 NEARLY_NOTHING = 160 << 20
 """Bytes. A new thread asks for up to 128 MiB, its heap in glibc; what asks for more at once names the reason itself."""
