@@ -36,6 +36,7 @@ PLAIN: Settings = {
     "match_weight": 0,
     "stray_weight": 0,
     "wrong_weight": 0,
+    "repeat_weight": 0,
 }
 """Every ingredient switched off."""
 
@@ -57,6 +58,7 @@ VARIANTS: dict[str, Settings] = {
     "match-stray": _only("match_weight", "stray_weight"),
     "wrong": _only("wrong_weight"),
     "match-wrong": _only("match_weight", "wrong_weight"),
+    "repeat": _only("repeat_weight"),
     "group": _only("group"),
     "close": {**PLAIN, "same_place_px": 4},
     "all": {},

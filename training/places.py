@@ -219,5 +219,23 @@ def wrong_share(first: Found, second: Found, coarse: tuple[Tensor, Tensor], homo
     return 1 - right.mean()
 
 
+def lone_share(first: Found, second: Found, there: Partners, back: Partners) -> Tensor:
+    """The share of the scores that goes to points which the other view shows and its detector does not find.
+
+    Within each view, as in `choice_loss`; descriptors have no say here. Its mean over all views, in [0, 1].
+
+    Args:
+        first: points of the first views.
+        second: of the second views.
+        there: partners of the first view's points.
+        back: of the second view's.
+    """
+    parts = []
+    for points, pairs in ((first, there), (second, back)):
+        score = points.score * pairs.shared
+        parts.append((score * ~pairs.same).sum(dim=1) / score.sum(dim=1).clamp(min=1e-3))
+    return torch.cat(parts).mean()
+
+
 def _mean_of(values: Tensor, counted: Tensor) -> Tensor:
     return torch.where(counted, values, 0).sum() / counted.sum().clamp(min=1)

@@ -98,6 +98,8 @@ class Plan:
     """Of points without a partner that do not choose their neighbours (the third of places.choice_loss)."""
     wrong_weight: float = 3.0
     """Of the share of matches that are wrong (places.wrong_share)."""
+    repeat_weight: float = 1.0
+    """Of the share of the scores that goes to points which the other view does not find (places.lone_share)."""
     seed: int = 1
     validation_pairs: int = 16
     canvas_px: int = photos.CANVAS_PX
@@ -108,7 +110,7 @@ class Plan:
     def looks_at_found(self) -> bool:
         """Whether any loss needs the detector's own points."""
         weights = self.place_weight, self.spread_weight, self.choice_weight, self.match_weight, self.stray_weight
-        return max(*weights, self.wrong_weight) > 0
+        return max(*weights, self.wrong_weight, self.repeat_weight) > 0
 
 
 SMOKE = Plan(
@@ -165,7 +167,7 @@ class Batch(NamedTuple):
     """(2 B,) octaves of detail that `image` has lost to strong blur."""
 
 
-FOUND_FIGURES = ("apart_px", "spread_px", "choice", "missed", "strayed", "wrong", "chance")
+FOUND_FIGURES = ("apart_px", "spread_px", "choice", "missed", "strayed", "wrong", "lone", "chance")
 FIGURES = ("detector", "descriptor", "known", *FOUND_FIGURES)
 """What each step reports: losses, and the shares of points whose partner is nearest and would be matched."""
 
@@ -369,7 +371,7 @@ def found_losses(
     """The loss of what both views say of the points that the detector finds, and `FOUND_FIGURES`.
 
     Args:
-        plan: its weights of places.place_losses and places.choice_loss.
+        plan: its weights of the losses of `places`.
         logits: (2 B, 65, H/8, W/8), the first views of all pairs, then the second ones.
         coarse: (2 B, D, H/8, W/8).
         inside: (2 B, 1, H, W): where the views show their image.
@@ -384,8 +386,10 @@ def found_losses(
     choice, missed, strayed, chance = places.choice_loss(views[0], views[1], coarse.chunk(2), there, back)
     wrong = places.wrong_share(views[0], views[1], coarse.chunk(2), homography)
     loss = plan.place_weight * displaced + plan.spread_weight * spread + plan.choice_weight * choice
-    loss = loss + plan.match_weight * missed + plan.stray_weight * strayed + plan.wrong_weight * wrong
-    return loss, torch.stack([apart, spread, choice, missed, strayed, wrong, chance]).detach()
+    lone = places.lone_share(views[0], views[1], there, back)
+    loss = loss + plan.match_weight * missed + plan.stray_weight * strayed
+    loss = loss + plan.wrong_weight * wrong + plan.repeat_weight * lone
+    return loss, torch.stack([apart, spread, choice, missed, strayed, wrong, lone, chance]).detach()
 
 
 def spoil(image: Tensor, blurred_share: float, night_share: float) -> tuple[Tensor, Tensor]:

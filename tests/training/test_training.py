@@ -216,6 +216,22 @@ def test_the_share_of_wrong_matches():
     assert places.wrong_share(nothing, second, (coarse, other), far).item() == 1
 
 
+def test_scores_move_to_points_that_both_views_find():
+    """Three points of 0.6, 0.3 and 0.1 in each view; the first is found in both, the third lies where nobody looks."""
+    xy = torch.tensor([[[11.5, 11.5], [43.5, 11.5], [59.5, 43.5]]])
+    score = torch.tensor([[0.6, 0.3, 0.1]], requires_grad=True)
+    first = places.Found(xy, score, torch.ones(1, 3), torch.ones(1, 3) > 0)
+    second = first._replace(xy=torch.tensor([[[11.5, 13.5], [27.5, 35.5], [59.5, 43.5]]]), score=score.detach())
+    inside = torch.ones(1, 1, 48, 64)
+    inside[..., 40:, :] = 0
+    there = places.partners(first, second, torch.eye(3)[None], (inside, inside))
+    back = places.partners(second, first, torch.eye(3)[None], (inside, inside))
+    lone = places.lone_share(first, second, there, back)
+    assert lone.item() == pytest.approx(1 / 3)
+    lone.backward()
+    assert score.grad[0, 0] < 0 < score.grad[0, 1] and score.grad[0, 2] == 0
+
+
 def test_points_outside_their_image_are_not_found():
     first, _, _ = two_views((0, 0))
     inside = torch.ones_like(first)
