@@ -12,7 +12,7 @@ import torch
 from superpoint_trt.checkpoint import layouts
 from superpoint_trt.core.types import SuperPointError
 from training import photos
-from training.train import SMOKE, Plan, Run, change
+from training.train import SMOKE, Plan, Run, change, device_of
 
 
 @click.command()
@@ -39,13 +39,8 @@ def main(
     steps_scale: float,
 ) -> None:
     """Trains a SuperPoint from nothing, or on from one of ours."""
-    try:
-        where = torch.device(device)
-    except RuntimeError:
-        raise click.UsageError(f"--device {device}: expected cuda, cuda:1 or cpu.") from None
+    where = device_of(device)
     if where.type == "cuda":
-        if not torch.cuda.is_available():
-            raise click.UsageError("PyTorch sees no GPU here; --device cpu --smoke tries every stage in seconds.")
         where = torch.device("cuda", where.index or 0)
         torch.cuda.set_device(where)
     plan = replace(SMOKE if smoke else Plan(), seed=seed)

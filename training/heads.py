@@ -12,6 +12,7 @@ import copy
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +27,14 @@ from superpoint_trt.checkpoint.layouts import Checkpoint, Layer, NormPlacement
 from superpoint_trt.checkpoint.reference import Network, network
 from superpoint_trt.checkpoint.topology import DESCRIPTORS, LOGITS
 from superpoint_trt.cli.progress import phase_bar
-from superpoint_trt.core.progress import PhaseProgress
+from superpoint_trt.core.progress import PhaseProgress, Progress
 from superpoint_trt.core.types import CELL_PX, Sampling, SuperPointError
 from training import photos, places
 from training.distill import look
 from training.geometry import inverse, warp
-from training.losses import sample
+from training.losses import sample, shown
 from training.places import Found
-from training.train import FOUND_FIGURES, Plan, change, found_losses, schedule
+from training.train import FOUND_FIGURES, Plan, change, device_of, found_losses, schedule
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,20 @@ class HeadsPlan(Plan):
     found: int = 180
     far_share: float = 0.1
     tilted_share: float = 0.3
+    place_weight: float = 0.5
+    spread_weight: float = 0.1
     choice_weight: float = 0.0
+    match_weight: float = 0.5
     stray_weight: float = 0.0
     wrong_weight: float = 5.0
+    repeat_weight: float = 1.0
     judged_pairs: int = 64
     """Of held-out photographs."""
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "kept_pairs", "steps", "found", "judged_pairs"):
+            if getattr(self, name) < 1:
+                raise SuperPointError(f"{name} is {getattr(self, name)}; expected 1 or more.")
 
 
 SMOKE = HeadsPlan(pairs=2, kept_pairs=4, steps=2, judged_pairs=2, found=24, view_hw=(64, 80), canvas_px=128)
@@ -84,7 +94,7 @@ COMPACT_LAYERS = {LOGITS: LOGITS, DESCRIPTORS: DESCRIPTORS}
 """Last layers of the detector and the descriptor: the checkpoint's name, and the block of the torch network."""
 
 
-class Seen(NamedTuple):
+class Kept(NamedTuple):
     """What is kept of a pair of views, the first one before the second; or of B pairs, all first views first."""
 
     detector: Tensor
@@ -97,10 +107,10 @@ class Seen(NamedTuple):
     """(B, 3, 3) from the first views to the second."""
 
 
-def together(pairs: list[Seen]) -> Seen:
+def together(pairs: list[Kept]) -> Kept:
     """One batch of pairs, float32."""
     parts = (torch.stack(part, dim=1).flatten(0, 1).float() for part in list(zip(*pairs))[:-1])
-    return Seen(*parts, torch.cat([pair.homography for pair in pairs]))
+    return Kept(*parts, torch.cat([pair.homography for pair in pairs]))
 
 
 class Heads(nn.Module):
@@ -110,7 +120,7 @@ class Heads(nn.Module):
         super().__init__()
         self.detector, self.descriptor = (net.get_submodule(block).conv for block in layers.values())
 
-    def forward(self, seen: Seen) -> tuple[Tensor, Tensor]:
+    def forward(self, seen: Kept) -> tuple[Tensor, Tensor]:
         """Logits (2 B, 65, H/8, W/8) and coarse descriptors (2 B, D, H/8, W/8)."""
         return self.detector(seen.detector), self.descriptor(seen.descriptor)
 
@@ -119,20 +129,20 @@ class Heads(nn.Module):
 
 
 @torch.no_grad()
-def draw(net: Network, heads: Heads, paths: list[Path], count: int, plan: Plan, progress: PhaseProgress) -> list[Seen]:
+def draw(net: Network, heads: Heads, paths: list[Path], count: int, plan: Plan, progress: PhaseProgress) -> list[Kept]:
     """Pairs of views of photographs, in an order drawn at random, as the last convolutions of the heads see them."""
     device = heads.detector.weight.device
     order = torch.randperm(len(paths)).tolist()
-    kept: list[Seen] = []
+    kept: list[Kept] = []
     while len(kept) < count:
-        progress("views", len(kept), count)
+        progress(len(kept), count)
         rows = range(len(kept), min(len(kept) + plan.pairs, count))
         bank = photos.load([paths[order[row % len(order)]] for row in rows], device, plan.canvas_px)
         views = look(plan, bank.images, bank.sizes)
         entering = _entering(net, heads, views.image)
         parts = (*entering, views.inside > 0.999)
         kept += [
-            Seen(*(part[[row, row + len(rows)]] for part in parts), views.homography[row : row + 1])
+            Kept(*(part[[row, row + len(rows)]] for part in parts), views.homography[row : row + 1])
             for row in range(len(rows))
         ]
     return kept
@@ -152,7 +162,7 @@ def _entering(net: Network, heads: Heads, image: Tensor) -> tuple[Tensor, Tensor
 # ------------------------------------------------------------------------------------------------------------- learning
 
 
-def learn(heads: Heads, kept: list[Seen], plan: HeadsPlan, log: Path, progress: PhaseProgress) -> None:
+def learn(heads: Heads, kept: list[Kept], plan: HeadsPlan, log: Path, progress: Progress) -> None:
     """All steps.
 
     Args:
@@ -169,7 +179,7 @@ def learn(heads: Heads, kept: list[Seen], plan: HeadsPlan, log: Path, progress: 
     paces = ((heads.descriptor, 1.0), (heads.detector, plan.detector_pace))
     groups = [{"params": list(head.parameters()), "pace": pace} for head, pace in paces]
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
-    names = ("loss", *FOUND_FIGURES, "kept")
+    names = ("loss", *FOUND_FIGURES, "drift")
     window: list[Tensor] = []
     for step in range(1, plan.steps + 1):
         for group in optimizer.param_groups:
@@ -188,10 +198,10 @@ def learn(heads: Heads, kept: list[Seen], plan: HeadsPlan, log: Path, progress: 
             means = torch.stack(window).mean(dim=0).tolist()
             _append(log, {"step": step, **{name: round(value, 4) for name, value in zip(names, means)}})
             window.clear()
-        progress("learning", step, plan.steps)
+        progress(step, plan.steps)
 
 
-def objective(heads: Heads, first: nn.Conv2d, batch: Seen, plan: HeadsPlan) -> tuple[Tensor, Tensor]:
+def objective(heads: Heads, first: nn.Conv2d, batch: Kept, plan: HeadsPlan) -> tuple[Tensor, Tensor]:
     """The loss to descend, and what it is made of.
 
     Args:
@@ -208,8 +218,8 @@ def objective(heads: Heads, first: nn.Conv2d, batch: Seen, plan: HeadsPlan) -> t
     loss, figures = found_losses(plan, logits, coarse, batch.inside, batch.homography)
     with torch.no_grad():
         told = first(batch.detector).log_softmax(dim=1)
-    kept = F.kl_div(logits.log_softmax(dim=1), told, log_target=True, reduction="none").sum(dim=1).mean()
-    return loss + plan.keep_weight * kept, torch.cat([figures, kept.detach()[None]])
+    drift = F.kl_div(logits.log_softmax(dim=1), told, log_target=True, reduction="none").sum(dim=1).mean()
+    return loss + plan.keep_weight * drift, torch.cat([figures, drift.detach()[None]])
 
 
 def _append(log: Path, entry: dict[str, Any]) -> None:
@@ -221,7 +231,7 @@ def _append(log: Path, entry: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def judge(heads: Heads, kept: list[Seen]) -> dict[str, float]:
+def judge(heads: Heads, kept: list[Kept]) -> dict[str, float]:
     """`FIGURES`, means over pairs of views."""
     rows = []
     for begin in range(0, len(kept), JUDGED_AT_ONCE):
@@ -229,7 +239,7 @@ def judge(heads: Heads, kept: list[Seen]) -> dict[str, float]:
         logits, coarse = heads(batch)
         inside = batch.inside.chunk(2)
         scores = places.score_map(logits).chunk(2)
-        first, second = (places.detect(part, shown, JUDGED_POINTS) for part, shown in zip(scores, inside))
+        first, second = (places.detect(part, seen, JUDGED_POINTS) for part, seen in zip(scores, inside))
         unit = [sample(part, points.xy) for part, points in zip(coarse.chunk(2), (first, second))]
         matched = matching(first, second, (unit[0], unit[1]), batch.homography)
         there = found_again(first, second, batch.homography, inside[1])
@@ -277,9 +287,9 @@ def found_again(first: Found, second: Found, homography: Tensor, inside: Tensor)
         (B, 2): shares within 3 and 1 px of the points that the others show; NaN if they show none.
     """
     first, second = (Found(*(part[:, :FEW] for part in points)) for points in (first, second))
-    shared = places.partners(first, second, homography, (inside, inside)).shared
-    apart_px = torch.cdist(warp(first.xy, homography), second.xy)
-    nearest_px = apart_px.masked_fill(~second.real[:, None], math.inf).amin(dim=2)
+    there = warp(first.xy, homography)
+    shared = first.real & (shown(there, inside) > 0)
+    nearest_px = torch.cdist(there, second.xy).masked_fill(~second.real[:, None], math.inf).amin(dim=2)
     again = [((nearest_px < limit) & shared).sum(dim=1) / shared.sum(dim=1) for limit in (3.0, 1.0)]
     return torch.stack(again, dim=1)
 
@@ -328,10 +338,11 @@ def run(
     heads = Heads(net, layers)
     torch.manual_seed(JUDGED_SEED)
     usual = Plan(pairs=JUDGED_AT_ONCE, view_hw=plan.view_hw, canvas_px=plan.canvas_px)
-    judged = draw(net, heads, held_out, plan.judged_pairs, usual, progress)
+    judged = draw(net, heads, held_out, plan.judged_pairs, usual, partial(progress, "held-out pairs"))
     figures = {"before": judge(heads, judged)}
     torch.manual_seed(plan.seed)
-    learn(heads, draw(net, heads, train, plan.kept_pairs, plan, progress), plan, log, progress)
+    kept = draw(net, heads, train, plan.kept_pairs, plan, partial(progress, "pairs to learn from"))
+    learn(heads, kept, plan, log, partial(progress, "steps"))
     path = layouts.save(with_heads(checkpoint, heads, layers), output / "heads.safetensors", half=True)
     figures["after"] = judge(Heads(network(layouts.load(path)).to(device), layers), judged)
     (output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -364,14 +375,10 @@ def with_heads(checkpoint: Checkpoint, heads: Heads, layers: dict[str, str]) -> 
     learnt = {}
     for name, conv in zip(layers, (heads.detector, heads.descriptor)):
         weight, bias = (part.detach().cpu().numpy() for part in (conv.weight, conv.bias))
-        if not all(np.isfinite(part).all() and np.abs(part).max() <= HALF_MAX for part in (weight, bias)):
+        if not all(np.abs(part).max() <= HALF_MAX for part in (weight, bias)):  # no NaN is
             raise SuperPointError(f"layer {name} has learnt values that float16 cannot hold: lower --learning-rate.")
         learnt[name] = Layer(weight, bias)
     return replace(checkpoint, layers={**checkpoint.layers, **learnt})
-
-
-def _given(**values: float | None) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 @click.command()
@@ -398,13 +405,15 @@ def main(
     smoke: bool,
 ) -> None:
     """Only the last convolutions of both heads learn on, on points that the network itself finds."""
-    given = _given(kept_pairs=pairs, steps=steps, learning_rate=learning_rate)
-    plan = replace(SMOKE if smoke else HeadsPlan(), seed=seed, **given)
-    plan = replace(plan, **dict(change(plan, text) for text in changes))
+    given = {"kept_pairs": pairs, "steps": steps, "learning_rate": learning_rate, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    base = SMOKE if smoke else HeadsPlan()
+    changed = dict(change(base, text) for text in changes)
+    where = [Path(folder) for folder in folders]
     try:
+        plan = replace(base, **{**given, **changed})
         with phase_bar() as progress:
-            where = [Path(folder) for folder in folders]
-            path, figures = run(Path(start), where, Path(output), plan, torch.device(device), progress)
+            path, figures = run(Path(start), where, Path(output), plan, device_of(device), progress)
     except SuperPointError as error:
         raise click.UsageError(str(error)) from None
     print(table(figures))

@@ -503,3 +503,14 @@ def change(plan: Any, text: str) -> tuple[str, float]:
         return name, type(now)(value)
     except ValueError:
         raise click.UsageError(f"--set {text}: {value!r} is no {type(now).__name__}.") from None
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `--device` names."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise click.UsageError(f"--device {name}: expected cuda, cuda:1 or cpu.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("PyTorch sees no GPU here; --device cpu --smoke tries every stage in seconds.")
+    return device
