@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from superpoint_trt.checkpoint.matcher import MatcherShape, MatcherWeights
-from superpoint_trt.checkpoint.matcher_network import MatcherNet
 from superpoint_trt.core.types import Keypoints
 
 SMALL = MatcherShape((32,), 32, 2, 2)
 
 SHARPNESS = 20.0
 """Of `plain_matcher`: similarity of two equal descriptors."""
+
+SPREAD = {"self.read.weight": 4.5, "cross.read.weight": 8.0, "self.hidden.weight": 0.6, "cross.hidden.weight": 0.6}
+"""Of `random_matcher`'s weights of a layer, times the root of their inputs' number."""
 
 
 def plain_matcher(shape: MatcherShape = SMALL) -> MatcherWeights:
@@ -30,19 +31,24 @@ def plain_matcher(shape: MatcherShape = SMALL) -> MatcherWeights:
 
 
 def random_matcher(shape: MatcherShape = SMALL, seed: int = 0) -> MatcherWeights:
-    """The plain matcher with layers that change every point a little, by its own image's points and by the other's."""
-    torch.manual_seed(seed)
-    arrays = MatcherNet(shape).weights().arrays
-    plain = plain_matcher(shape).arrays
+    """The plain matcher with layers that change every point a little, by its own image's points and by the other's.
+
+    Without torch, so that GPU tests need nothing but the package.
+    """
     rng = np.random.default_rng(seed)
-    made = {}
-    for name, array in arrays.items():
-        if name.endswith("read.weight"):
-            array = array * 6
+    plain, made = plain_matcher(shape).arrays, {}
+    for name, size in shape.arrays().items():
+        array = rng.normal(0, SPREAD.get(name.split(".", 2)[-1], 0.0) / size[-1] ** 0.5, size)
+        if name == "positions.weight":
+            array = rng.normal(0, 10, size)
+        elif name.endswith("norm.weight"):
+            array = np.ones(size)
         elif name.endswith("write.weight"):
-            array = rng.normal(0, 0.02, array.shape)
+            array = rng.normal(0, 0.02, size)
+        elif name.endswith("support"):
+            array = np.array([1.0, 2.0])
         elif ".head." in name or name.startswith("project."):
-            array = plain[name] + array * 0.5
+            array = plain[name] + rng.normal(0, 0.1, size)
         made[name] = array.astype(np.float32)
     return MatcherWeights(shape, made, {})
 

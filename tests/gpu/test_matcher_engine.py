@@ -1,4 +1,4 @@
-"""A matcher's engine on the GPU here gives the matches of its weights in PyTorch."""
+"""A matcher's engine on the GPU here gives the matches that onnxruntime finds with the same weights."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def engine_of(weights, folder: Path, **options) -> Path:
 @pytest.mark.parametrize(
     ("precision", "half_softmax", "least"), [("fp32", False, 0.999), ("fp16", False, 0.97), ("fp16", True, 0.95)]
 )
-def test_engine_and_torch_agree(tmp_path, precision, half_softmax, least):
+def test_engine_and_onnxruntime_agree(tmp_path, precision, half_softmax, least):
     weights = save_matcher(random_matcher(USUAL), tmp_path / "w.safetensors", half=False)
+    plain = export_matcher(weights, tmp_path / "fp32.onnx", MatcherExportOptions(256))
     path = engine_of(weights, tmp_path, precision=Precision(precision), half_softmax=half_softmax)
-    with LearnedMatcher(path) as matcher, LearnedMatcher(weights, "cpu") as reference:
+    with LearnedMatcher(path) as matcher, LearnedMatcher(plain, "cpu") as reference:
         for count, seed in ((256, 0), (100, 1), (3, 2), (200, 3)):  # the second run is recorded, later ones replayed
             first = points(count, seed, 256)
             second = shuffled(first, noise=0.05)[0].rows(slice(0, max(1, count - 20)))
