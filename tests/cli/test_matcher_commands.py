@@ -96,8 +96,10 @@ def test_evaluate_sets_the_matcher_beside_neighbors(matcher_file, tmp_path):
         "--descriptor-size",
         "240x320",
     ]
-    done = run(*words, "--matcher", matcher_file, "--json", tmp_path / "r.json", "--descriptor-keypoints", 200)
+    words += ["--descriptor-keypoints", 200, "--pictures", tmp_path / "p", "--worst", 1]
+    done = run(*words, "--matcher", matcher_file, "--json", tmp_path / "r.json")
     assert done.exit_code == 0, done.output
+    assert sorted(path.parent.name for path in (tmp_path / "p").rglob("*.jpg")) == ["full", "full_learned"]
     report = json.loads((tmp_path / "r.json").read_text())
     nearest = report["baselines"]["nearest"]
     assert report["matcher"] == "learned" and nearest["matcher"] == "nearest"

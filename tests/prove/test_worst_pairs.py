@@ -27,7 +27,9 @@ NOTHING = Keypoints(np.zeros((0, 2), np.float32), np.zeros(0, np.float32), np.ze
 
 def judged(name: str, *errors_px: float) -> JudgedPair:
     pair = Pair(name, "other", Path(f"{name}/1.ppm"), Path(f"{name}/2.ppm"), SAME)
-    return JudgedPair(PairResult(pair, None, None, [], list(errors_px), 0.0, 0.0, 0, 0), NOTHING, NOTHING, SAME)
+    return JudgedPair(
+        PairResult(pair, None, None, [], list(errors_px), 0.0, 0.0, 0, 0), NOTHING, NOTHING, SAME, np.zeros((0, 2), int)
+    )
 
 
 def test_the_worst_are_kept_in_order():

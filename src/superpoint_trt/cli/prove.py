@@ -44,6 +44,7 @@ from superpoint_trt.prove.tables import Column, check_table_name, write_table
 from superpoint_trt.prove.tables import Table as FigureTable
 
 if TYPE_CHECKING:
+    from superpoint_trt.match.learned import LearnedMatcher
     from superpoint_trt.prove.evaluate import Evaluation, Summary
     from superpoint_trt.prove.verify import Verification
     from superpoint_trt.prove.worst_pairs import WorstPairs
@@ -235,10 +236,10 @@ class WorstArgs(OptionGroup):
         return None if self.pictures is None else WorstPairs(self.worst)
 
     def draw(self, evaluation: Evaluation, worst: WorstPairs, is_alone: bool) -> None:
-        """Draws them; of several models each into a folder of its own."""
+        """Draws them; of several evaluations each into a folder of its own."""
         from superpoint_trt.prove.worst_pairs import draw_worst_pairs, folder_of
 
-        folder = str(self.pictures) if is_alone else folder_of(str(self.pictures), evaluation.model)
+        folder = str(self.pictures) if is_alone else folder_of(str(self.pictures), evaluation.name)
         print_row("pictures", f"{len(draw_worst_pairs(evaluation, worst, folder))} in {folder}")
 
 
@@ -312,19 +313,19 @@ def evaluate(
         check_table_name(table)
     worst_arguments.check()
     evaluations = []
-    with matcher_arguments.opened(runtime) as matcher:
-        for name in dict.fromkeys(models if matcher else ()):
-            with progress_bar(f"evaluating {name} with {matcher_arguments.matcher}") as progress:
-                settings = (protocol, runtime.device, runtime.threads, progress, runtime.allow_host_code)
-                evaluations.append(run_evaluate(name, folder, *settings, matcher=matcher))
-    for name in dict.fromkeys((*models, *(BASELINES if baselines else ()))):
-        worst = worst_arguments.keeper() if name in models else None
-        with progress_bar(f"evaluating {name}") as progress:
+
+    def run(name: str, what: str, matcher: LearnedMatcher | None, worst: WorstPairs | None) -> None:
+        with progress_bar(f"evaluating {what}") as progress:
             settings = (protocol, runtime.device, runtime.threads, progress, runtime.allow_host_code)
-            found = run_evaluate(name, folder, *settings, worst)
-        evaluations.append(found)
+            evaluations.append(run_evaluate(name, folder, *settings, worst, matcher))
         if worst is not None:
-            worst_arguments.draw(found, worst, is_alone=len(set(models)) == 1)
+            worst_arguments.draw(evaluations[-1], worst, is_alone=len(set(models)) == 1 and learned is None)
+
+    with matcher_arguments.opened(runtime) as learned:
+        for name in dict.fromkeys(models if learned else ()):
+            run(name, f"{name} with {matcher_arguments.matcher}", learned, worst_arguments.keeper())
+        for name in dict.fromkeys((*models, *(BASELINES if baselines else ()))):
+            run(name, name, None, worst_arguments.keeper() if name in models else None)
     print_evaluations(evaluations)
     if table:
         print_row("table", write_table(table, comparison(evaluations)))

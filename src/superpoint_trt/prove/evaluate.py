@@ -99,6 +99,11 @@ class Evaluation:
     """Wall time of `read`, of `extract` (with the network in it), and of `match` (matching and scoring)."""
 
     @property
+    def name(self) -> str:
+        """The model, and the matcher if it is not nearest neighbors."""
+        return self.model if self.matcher == NEAREST else f"{self.model}, {self.matcher}"
+
+    @property
     def sequences(self) -> dict[str, Summary]:
         """A summary of each sequence, by name."""
         return self._grouped(lambda pair: pair.sequence)
@@ -226,8 +231,7 @@ def evaluate(
             evaluation.seconds["match"] += time.perf_counter() - started
             evaluation.pairs.append(result)
             if worst is not None:
-                views = _views(pair, described)
-                worst.add(JudgedPair(result, views.first, views.second, views.homography))
+                worst.add(_judged(result, _views(pair, described), protocol, matching))
         steps.advance()
     if not evaluation.pairs:
         raise SuperPointError(f"{dataset} holds no readable pair: {evaluation.problems[0]}")
@@ -323,6 +327,14 @@ def _views(pair: Pair, views: Mapping[Path, _View]) -> _PairViews:
     first, second = views[pair.first], views[pair.second]
     homography = second.to_view @ pair.homography @ np.linalg.inv(first.to_view)
     return _PairViews(first.keypoints, second.keypoints, homography)
+
+
+def _judged(result: PairResult, views: _PairViews, protocol: Protocol, matching: metrics.Matching) -> JudgedPair:
+    """The pair with the points that its homography was estimated from, and their matches."""
+    there, count = views.homography, protocol.descriptor_keypoints
+    first = metrics.shared(views.first, there, views.second.image_size, count)
+    second = metrics.shared(views.second, np.linalg.inv(there), views.first.image_size, count)
+    return JudgedPair(result, first, second, there, matching(first, second))
 
 
 def _rows_of(matcher: LearnedMatcher) -> metrics.Matching:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from superpoint_trt.core.files import PathLike, make_folder
 from superpoint_trt.core.image import load_image, to_picture
 from superpoint_trt.core.types import Keypoints, Matrix
-from superpoint_trt.match.nearest import match
-from superpoint_trt.prove.metrics import shared, warp
+from superpoint_trt.prove.metrics import warp
 from superpoint_trt.prove.protocol import resize_to_protocol
 from superpoint_trt.run.draw import WRONG, MatchDrawing, draw_matches, save_picture
 
@@ -31,10 +31,12 @@ class JudgedPair:
 
     result: PairResult
     first: Keypoints
-    """In pixels of the resized image, like `second`."""
+    """The points that the homography was estimated from, in pixels of the resized image, like `second`."""
     second: Keypoints
     homography: Matrix
     """(3, 3): pixels of the first resized image to pixels of the second."""
+    matches: NDArray[np.int64]
+    """(M, 2) rows of `first` and `second`."""
 
     @property
     def error_px(self) -> float:
@@ -80,17 +82,15 @@ def draw_worst_pairs(evaluation: Evaluation, worst: WorstPairs, folder: PathLike
     return paths
 
 
-def folder_of(folder: PathLike, model: str) -> str:
-    """A model's own folder of pictures: its path without what file names cannot have."""
-    return str(Path(folder) / (re.sub(r"[^\w.-]+", "_", str(model)).strip("_.") or "model"))
+def folder_of(folder: PathLike, name: str) -> str:
+    """An evaluation's own folder of pictures: its name without what file names cannot have."""
+    return str(Path(folder) / (re.sub(r"[^\w.-]+", "_", name).strip("_.") or "model"))
 
 
 def draw_pair(evaluation: Evaluation, pair: JudgedPair) -> Picture:
-    """Draws the matches of the best shared points: right ones from yellow to blue, wrong ones in vermilion."""
+    """Draws a pair's matches: right ones from yellow to blue, wrong ones in vermilion."""
     protocol, of = evaluation.protocol, pair.result.pair
-    a, b = best_shared_points(pair, protocol.descriptor_keypoints)
-    rows = match(a.descriptors, b.descriptors).rows
-    first_xy, second_xy = a.xy[rows[:, 0]], b.xy[rows[:, 1]]
+    first_xy, second_xy = pair.first.xy[pair.matches[:, 0]], pair.second.xy[pair.matches[:, 1]]
     away = np.linalg.norm(warp(first_xy, pair.homography) - second_xy, axis=1)
     right = away <= protocol.matching_px
     size, rule = protocol.descriptor_size_hw, protocol.resize
@@ -103,22 +103,13 @@ def draw_pair(evaluation: Evaluation, pair: JudgedPair) -> Picture:
         outlier_name="wrong",
         as_many_outliers=True,
     )
-    caption = pair_caption(evaluation.model, pair, int(right.sum()), len(right))
+    caption = pair_caption(evaluation.name, pair, int(right.sum()), len(right))
     return draw_matches(views[0], views[1], first_xy, second_xy, right, away, caption, options)
 
 
-def best_shared_points(pair: JudgedPair, count: int) -> tuple[Keypoints, Keypoints]:
-    """The points of both images that the homography is estimated from."""
-    back = np.linalg.inv(pair.homography)
-    return (
-        shared(pair.first, pair.homography, pair.second.image_size, count),
-        shared(pair.second, back, pair.first.image_size, count),
-    )
-
-
-def pair_caption(model: str, pair: JudgedPair, right: int, matches: int) -> str:
+def pair_caption(name: str, pair: JudgedPair, right: int, matches: int) -> str:
     """One line: the pair, the model, how many matches are right, and how far the homography is off."""
     of = pair.result.pair
     off = "no homography found" if np.isinf(pair.error_px) else f"homography off by {pair.error_px:.1f} px"
     names = f"{of.sequence} {of.first.stem} and {of.second.stem}"
-    return f"{names}, {Path(model).name}: {right} of {matches} matches right, {off}"
+    return f"{names}, {Path(name).name}: {right} of {matches} matches right, {off}"
