@@ -37,6 +37,7 @@ PLAIN: Settings = {
     "stray_weight": 0,
     "wrong_weight": 0,
     "repeat_weight": 0,
+    "steady_weight": 0,
 }
 """Every ingredient switched off."""
 
@@ -59,6 +60,7 @@ VARIANTS: dict[str, Settings] = {
     "wrong": _only("wrong_weight"),
     "match-wrong": _only("match_weight", "wrong_weight"),
     "repeat": _only("repeat_weight"),
+    "steady": _only("steady_weight"),
     "group": _only("group"),
     "close": {**PLAIN, "same_place_px": 4},
     "all": {},

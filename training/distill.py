@@ -35,6 +35,7 @@ from training.capture import captured
 from training.fold import fold
 from training.networks import SHAPES
 from training.rounding import forward
+from training.steady import LOST_OCTAVES, divergence
 from training.train import (
     FOUND_FIGURES,
     LOG_EVERY,
@@ -51,8 +52,6 @@ from training.train import (
 )
 from training.views import disturb, pair
 
-LOST_OCTAVES = 0.3
-"""A view that has lost more than this to blur cannot show what the teacher sees in the sharp one."""
 LESSONS = ("scores", "aligned", "alike")
 """What is learnt from the teacher, as `lesson` returns it."""
 PAIRS = 16
@@ -129,13 +128,13 @@ def lesson(course: Course, heads: tuple[Tensor, Tensor], taught: tuple[Tensor, T
     (logits, coarse), (told, known) = heads, taught
     counts = (lost < LOST_OCTAVES).float()[:, None, None].expand(-1, *logits.shape[2:])
     total = counts.sum().clamp(min=1)
-    cells = _divergence(told.float(), logits.float())
+    cells = divergence(told.float(), logits.float())
     mine, its = F.normalize(coarse.float(), dim=1), F.normalize(known[:, : coarse.shape[1]].float(), dim=1)
     away = 1 - (mine * its).sum(dim=1)
     rows = torch.randint(counts.numel(), (course.cells,), device=counts.device)
     chosen = counts.flatten()[rows]
     a, b = (x.permute(0, 2, 3, 1).flatten(0, 2)[rows] for x in (mine, its))
-    alike = _divergence(b @ b.T / course.temperature, a @ b.T / course.temperature)
+    alike = divergence(b @ b.T / course.temperature, a @ b.T / course.temperature)
     return torch.stack(
         [
             (cells * counts).sum() / total,
@@ -143,12 +142,6 @@ def lesson(course: Course, heads: tuple[Tensor, Tensor], taught: tuple[Tensor, T
             (alike * chosen).sum() / chosen.sum().clamp(min=1),
         ]
     )
-
-
-def _divergence(told: Tensor, said: Tensor) -> Tensor:
-    """Kullback-Leibler's, of logits along dimension 1."""
-    told = told.log_softmax(dim=1)
-    return (told.exp() * (told - said.log_softmax(dim=1))).sum(dim=1)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from training.bank import Bank, join
 from training.fold import fold, unfold
 from training.geometry import inverse, warp
 from training.rounding import forward
+from training.steady import steady_logits, unsteady
 from training.validate import validate
 from training.views import Views, blur_strongly, darken, disturb, pair
 
@@ -100,6 +101,8 @@ class Plan:
     """Of the share of matches that are wrong (places.wrong_share)."""
     repeat_weight: float = 1.0
     """Of the share of the scores that goes to points which the other view does not find (places.lone_share)."""
+    steady_weight: float = 1.0
+    """Of how far the detector is from the steady answers of the network it starts from (steady.unsteady)."""
     seed: int = 1
     validation_pairs: int = 16
     canvas_px: int = photos.CANVAS_PX
@@ -168,7 +171,7 @@ class Batch(NamedTuple):
 
 
 FOUND_FIGURES = ("apart_px", "spread_px", "choice", "missed", "strayed", "wrong", "lone", "chance")
-FIGURES = ("detector", "descriptor", "known", *FOUND_FIGURES)
+FIGURES = ("detector", "descriptor", "known", *FOUND_FIGURES, "unsteady")
 """What each step reports: losses, and the shares of points whose partner is nearest and would be matched."""
 
 
@@ -200,6 +203,7 @@ class Run:
         self.net.to(self.device, memory_format=torch.channels_last)
         if self.start:
             unfold(self.net, self.start, self._looks_at_photographs())
+        self._teacher = self._frozen(self.start) if self.start and self.plan.steady_weight else None
         if self.compiled:
             self._prepare = torch.compile(self._prepare, dynamic=False)  # type: ignore[method-assign]
             self._objective = torch.compile(self._objective, dynamic=False)  # type: ignore[method-assign]
@@ -216,6 +220,10 @@ class Run:
             self._stage(number, stage, bank, resumed)
             state = {}
         return self.folder / f"{self.plan.stages[-1].name}.safetensors"
+
+    def _frozen(self, checkpoint: Checkpoint) -> SuperPointNet:
+        net = SuperPointNet.from_checkpoint(checkpoint)
+        return net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def _looks_at_photographs(self) -> Tensor:
         """A batch of views such as the network will see."""
@@ -310,7 +318,16 @@ class Run:
         image = batch.image.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             logits, coarse = forward(self.net, image, self.plan.rounded_share if descriptors else 0.0)
-        return objective(self.plan, logits, coarse, batch, descriptors)
+            told = steady_logits(self._teach, batch.clean) if self._teacher else None
+        loss, figures = objective(self.plan, logits, coarse, batch, descriptors)
+        away = torch.zeros_like(loss) if told is None else unsteady(told, logits, batch.lost)
+        return loss + self.plan.steady_weight * away, torch.cat([figures, away.detach()[None]])
+
+    def _teach(self, image: Tensor) -> Tensor:
+        """The frozen network's logits."""
+        assert self._teacher
+        logits: Tensor = self._teacher(image.contiguous(memory_format=torch.channels_last))[0]
+        return logits
 
     def _restore(self) -> dict[str, Any]:
         path = self.folder / "state.pt"
@@ -351,11 +368,11 @@ def prepare(plan: Plan, colour: Tensor, sizes: Tensor, xy: Tensor, worth: Tensor
 
 
 def objective(plan: Plan, logits: Tensor, coarse: Tensor, batch: Batch, descriptors: bool) -> tuple[Tensor, Tensor]:
-    """The loss to descend of what a network says of a batch, and `FIGURES`."""
+    """The loss to descend of what a network says of a batch, and `FIGURES` but the last."""
     detector = losses.detector_loss(logits, batch.target, batch.counts, plan.placing)
     nothing = torch.zeros_like(detector)
     if not descriptors:
-        return detector, torch.stack([detector, *[nothing] * (len(FIGURES) - 1)])
+        return detector, torch.stack([detector, *[nothing] * (2 + len(FOUND_FIGURES))])
     points = (batch.first_xy, batch.second_xy, batch.real)
     descriptor, known = losses.descriptor_loss(*coarse.chunk(2), points, plan.group, plan.same_place_px)
     loss = detector + plan.descriptor_weight * descriptor

@@ -682,6 +682,11 @@ def test_the_command(tiny, folder, tmp_path):
     )
     assert done.exit_code == 0 and "trained: " in done.output
     assert layouts.load(tmp_path / "r/last.safetensors").norm is NormPlacement.NONE
+    words = ["--photos", str(folder), "--output", str(tmp_path / "on"), "--device", "cpu", "--smoke"]
+    done = CliRunner().invoke(main, [*words, "--start", str(tmp_path / "r/last.safetensors")])
+    assert done.exit_code == 0, done.output
+    steps = [json.loads(line) for line in (tmp_path / "on/log.jsonl").read_text().splitlines() if "unsteady" in line]
+    assert steps and all(0 < step["unsteady"] < 10 for step in steps)
 
 
 @pytest.mark.parametrize(
