@@ -9,32 +9,44 @@ right. Neither learns from the other's losses, so both learn in the same steps.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from superpoint_trt.checkpoint import layouts
-from superpoint_trt.checkpoint.layouts import Checkpoint, Layer, NormPlacement
 from superpoint_trt.checkpoint.reference import Network, network
 from superpoint_trt.checkpoint.topology import DESCRIPTORS, LOGITS
 from superpoint_trt.cli.progress import phase_bar
 from superpoint_trt.core.progress import PhaseProgress, Progress
-from superpoint_trt.core.types import CELL_PX, Sampling, SuperPointError
-from training import photos, places
-from training.distill import look
+from superpoint_trt.core.types import SuperPointError
+from training import places
 from training.geometry import inverse, warp
+from training.late import (
+    JUDGED_SEED,
+    VIEWS_AT_ONCE,
+    Descent,
+    Figures,
+    append,
+    at_least_one,
+    descend,
+    learnable,
+    learnt,
+    looks,
+    photographs,
+    rounded,
+    table,
+    write_figures,
+)
 from training.losses import sample, shown
 from training.places import Found
-from training.train import FOUND_FIGURES, Plan, change, device_of, found_losses, schedule
+from training.train import FOUND_FIGURES, Plan, change, device_of, found_losses
 
 
 @dataclass(frozen=True)
@@ -67,27 +79,20 @@ class HeadsPlan(Plan):
     """Of held-out photographs."""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "kept_pairs", "steps", "found", "judged_pairs"):
-            if getattr(self, name) < 1:
-                raise SuperPointError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        at_least_one(self, "pairs", "kept_pairs", "steps", "found", "judged_pairs")
 
 
 SMOKE = HeadsPlan(pairs=2, kept_pairs=4, steps=2, judged_pairs=2, found=24, view_hw=(64, 80), canvas_px=128)
 """Seconds on a CPU, to see that it runs."""
 
-JUDGED_SEED = 1000
-"""Held-out pairs are the same for every run, whatever its seed; `Plan` says how many of them are hard."""
 JUDGED_AT_ONCE = 8
+"""Pairs. `Plan` says how many of the judged ones are hard."""
 JUDGED_POINTS = 180
 FEW = 150
 """Points of each view that should be found again in the other one."""
 FIGURES = ("mma1", "mma3", "right", "matches", "again3", "again1")
 """Of `judge`: shares of matches that are right within 1 and 3 px; right matches (3 px) and matches of a pair; shares of
 the best points that the other view finds again within 3 and 1 px."""
-LOG_EVERY = 10
-HALF_MAX = float(np.finfo(np.float16).max)
-VIEWS_AT_ONCE = 4
-"""That the whole network sees: its first layers take 79 MB a view of 240x320."""
 
 VGG_LAYERS = {"convPb": "detector.1", "convDb": "descriptor.1"}
 COMPACT_LAYERS = {LOGITS: LOGITS, DESCRIPTORS: DESCRIPTORS}
@@ -129,21 +134,15 @@ class Heads(nn.Module):
 
 
 @torch.no_grad()
-def draw(net: Network, heads: Heads, paths: list[Path], count: int, plan: Plan, progress: PhaseProgress) -> list[Kept]:
+def draw(net: Network, heads: Heads, paths: list[Path], count: int, plan: Plan, progress: Progress) -> list[Kept]:
     """Pairs of views of photographs, in an order drawn at random, as the last convolutions of the heads see them."""
     device = heads.detector.weight.device
-    order = torch.randperm(len(paths)).tolist()
     kept: list[Kept] = []
-    while len(kept) < count:
-        progress(len(kept), count)
-        rows = range(len(kept), min(len(kept) + plan.pairs, count))
-        bank = photos.load([paths[order[row % len(order)]] for row in rows], device, plan.canvas_px)
-        views = look(plan, bank.images, bank.sizes)
-        entering = _entering(net, heads, views.image)
-        parts = (*entering, views.inside > 0.999)
+    for seen in looks(paths, count, plan, device, progress):
+        rows = len(seen.homography)
+        parts = (*_entering(net, heads, seen.image), seen.inside > 0.999)
         kept += [
-            Kept(*(part[[row, row + len(rows)]] for part in parts), views.homography[row : row + 1])
-            for row in range(len(rows))
+            Kept(*(part[[row, row + rows]] for part in parts), seen.homography[row : row + 1]) for row in range(rows)
         ]
     return kept
 
@@ -178,27 +177,17 @@ def learn(heads: Heads, kept: list[Kept], plan: HeadsPlan, log: Path, progress: 
     first = copy.deepcopy(heads.detector)
     paces = ((heads.descriptor, 1.0), (heads.detector, plan.detector_pace))
     groups = [{"params": list(head.parameters()), "pace": pace} for head, pace in paces]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
     names = ("loss", *FOUND_FIGURES, "drift")
-    window: list[Tensor] = []
-    for step in range(1, plan.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * group["pace"] * schedule((step - 0.5) / plan.steps)
+
+    def of_a_batch() -> tuple[Tensor, Tensor]:
         batch = together([kept[row] for row in torch.randperm(len(kept))[: plan.pairs].tolist()])
         loss, figures = objective(heads, first, batch, plan)
-        if not torch.isfinite(loss):
-            raise SuperPointError(f"the loss is not finite at step {step} of {plan.steps}: lower --learning-rate.")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for group in optimizer.param_groups:
-            nn.utils.clip_grad_norm_(group["params"], plan.most_gradient)
-        optimizer.step()
-        window.append(torch.cat([loss.detach()[None], figures]))
-        if step % LOG_EVERY == 0 or step == plan.steps:
-            means = torch.stack(window).mean(dim=0).tolist()
-            _append(log, {"step": step, **{name: round(value, 4) for name, value in zip(names, means)}})
-            window.clear()
-        progress(step, plan.steps)
+        return loss, torch.cat([loss.detach()[None], figures])
+
+    def write(step: int, means: list[float]) -> None:
+        append(log, {"step": step, **rounded(names, means)})
+
+    descend(Descent(plan.steps, plan.learning_rate, plan.most_gradient), groups, of_a_batch, write, progress)
 
 
 def objective(heads: Heads, first: nn.Conv2d, batch: Kept, plan: HeadsPlan) -> tuple[Tensor, Tensor]:
@@ -222,11 +211,6 @@ def objective(heads: Heads, first: nn.Conv2d, batch: Kept, plan: HeadsPlan) -> t
     return loss + plan.keep_weight * drift, torch.cat([figures, drift.detach()[None]])
 
 
-def _append(log: Path, entry: dict[str, Any]) -> None:
-    with log.open("a") as lines:
-        lines.write(json.dumps(entry) + "\n")
-
-
 # -------------------------------------------------------------------------------------------------------------- judging
 
 
@@ -245,8 +229,7 @@ def judge(heads: Heads, kept: list[Kept]) -> dict[str, float]:
         there = found_again(first, second, batch.homography, inside[1])
         back = found_again(second, first, inverse(batch.homography), inside[0])
         rows.append(torch.cat([matched, (there + back) / 2], dim=1))
-    means = torch.cat(rows).nanmean(dim=0).tolist()
-    return {name: round(value, 4) for name, value in zip(FIGURES, means)}
+    return rounded(FIGURES, torch.cat(rows).nanmean(dim=0).tolist())
 
 
 def matching(first: Found, second: Found, descriptors: tuple[Tensor, Tensor], homography: Tensor) -> Tensor:
@@ -294,19 +277,12 @@ def found_again(first: Found, second: Found, homography: Tensor, inside: Tensor)
     return torch.stack(again, dim=1)
 
 
-def table(figures: dict[str, dict[str, float]]) -> str:
-    """One line each."""
-    lines = [f"{'':8}" + "".join(f"{name:>9}" for name in FIGURES)]
-    lines += [f"{name:8}" + "".join(f"{row[key]:9.3f}" for key in FIGURES) for name, row in figures.items()]
-    return "\n".join(lines)
-
-
 # ------------------------------------------------------------------------------------------------------ the whole stage
 
 
 def run(
     start: Path, folders: list[Path], output: Path, plan: HeadsPlan, device: torch.device, progress: PhaseProgress
-) -> tuple[Path, dict[str, dict[str, float]]]:
+) -> tuple[Path, Figures]:
     """Draws pairs, learns, judges, and writes the checkpoint.
 
     Args:
@@ -323,14 +299,9 @@ def run(
     Raises:
         SuperPointError: the checkpoint is of another kind, the photographs cannot be used, or learning fails.
     """
-    checkpoint = _learnable(start)
+    checkpoint = learnable(start)
     layers = COMPACT_LAYERS if checkpoint.topology else VGG_LAYERS
-    train, held_out = photos.find(folders)
-    if not held_out:
-        raise SuperPointError(
-            f"no held-out photograph in {', '.join(map(str, folders))}: add a folder with one of "
-            f"{', '.join(photos.HELD_OUT)} (--photos)."
-        )
+    train, held_out = photographs(folders)
     output.mkdir(parents=True, exist_ok=True)
     log = output / "log.jsonl"
     log.write_text("")
@@ -343,42 +314,10 @@ def run(
     torch.manual_seed(plan.seed)
     kept = draw(net, heads, train, plan.kept_pairs, plan, partial(progress, "pairs to learn from"))
     learn(heads, kept, plan, log, partial(progress, "steps"))
-    path = layouts.save(with_heads(checkpoint, heads, layers), output / "heads.safetensors", half=True)
+    path = layouts.save(learnt(checkpoint, net), output / "heads.safetensors", half=True)
     figures["after"] = judge(Heads(network(layouts.load(path)).to(device), layers), judged)
-    (output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_figures(figures, output)
     return path, figures
-
-
-def _learnable(path: Path) -> Checkpoint:
-    """Reads the checkpoint to start from.
-
-    Raises:
-        SuperPointError: it cannot be read, or its heads are not what the losses expect.
-    """
-    checkpoint = layouts.load(path)
-    if checkpoint.norm is not NormPlacement.NONE:
-        raise SuperPointError(f"{path} has BatchNorm; expected it folded away, as the other stages write checkpoints.")
-    if checkpoint.sampling is not Sampling.HALF_PIXEL or checkpoint.stride_px != CELL_PX:
-        raise SuperPointError(
-            f"{path} has {checkpoint.sampling.value} sampling and cells of {checkpoint.stride_px} px; expected "
-            f"{Sampling.HALF_PIXEL.value} and {CELL_PX}, as this project trains."
-        )
-    return checkpoint
-
-
-def with_heads(checkpoint: Checkpoint, heads: Heads, layers: dict[str, str]) -> Checkpoint:
-    """The checkpoint with other last convolutions.
-
-    Raises:
-        SuperPointError: a value is not finite in float16.
-    """
-    learnt = {}
-    for name, conv in zip(layers, (heads.detector, heads.descriptor)):
-        weight, bias = (part.detach().cpu().numpy() for part in (conv.weight, conv.bias))
-        if not all(np.abs(part).max() <= HALF_MAX for part in (weight, bias)):  # no NaN is
-            raise SuperPointError(f"layer {name} has learnt values that float16 cannot hold: lower --learning-rate.")
-        learnt[name] = Layer(weight, bias)
-    return replace(checkpoint, layers={**checkpoint.layers, **learnt})
 
 
 @click.command()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import photograph
-from training import heads
+from training import heads, late
 from training.distill import look
 from training.fold import fold
 from training.geometry import translation
@@ -81,7 +81,7 @@ def test_the_last_layers_say_of_what_is_kept_what_the_network_says(kind, starts,
         shown.extend(views.image.unflatten(0, (2, -1)).unbind(dim=1))  # a pair each
         return views
 
-    monkeypatch.setattr(heads, "look", watched)
+    monkeypatch.setattr(late, "look", watched)
     checkpoint, last, kept = drawn(starts[kind], folder, 3)  # two pairs, then one
     assert len(shown) == len(kept) == 3
     with torch.no_grad():
@@ -244,11 +244,11 @@ def test_bad_values_are_refused_in_one_line_and_leave_no_checkpoint(more, words,
 @pytest.mark.parametrize("value", [float("nan"), 1e6])
 def test_weights_that_float16_cannot_hold_are_refused(value, starts):
     checkpoint = layouts.load(starts["vgg"])
-    last = Heads(network(checkpoint), VGG_LAYERS)
+    net = network(checkpoint)
     with torch.no_grad():
-        last.descriptor.weight[0, 0] = value
+        net.descriptor[1].conv.weight[0, 0] = value
     with pytest.raises(SuperPointError, match="layer convDb has learnt values that float16 cannot hold"):
-        heads.with_heads(checkpoint, last, VGG_LAYERS)
+        late.learnt(checkpoint, net)
 
 
 def test_checkpoints_of_another_kind_are_refused(starts, folder, tmp_path):
