@@ -26,24 +26,8 @@ from superpoint_trt.checkpoint.topology import DESCRIPTORS, LOGITS
 from superpoint_trt.cli.progress import phase_bar
 from superpoint_trt.core.progress import PhaseProgress, Progress
 from superpoint_trt.core.types import SuperPointError
-from training import places
+from training import late, places
 from training.geometry import inverse, warp
-from training.late import (
-    JUDGED_SEED,
-    VIEWS_AT_ONCE,
-    Descent,
-    Figures,
-    append,
-    at_least_one,
-    descend,
-    learnable,
-    learnt,
-    looks,
-    photographs,
-    rounded,
-    table,
-    write_figures,
-)
 from training.losses import sample, shown
 from training.places import Found
 from training.train import FOUND_FIGURES, Plan, change, device_of, found_losses
@@ -79,7 +63,7 @@ class HeadsPlan(Plan):
     """Of held-out photographs."""
 
     def __post_init__(self) -> None:
-        at_least_one(self, "pairs", "kept_pairs", "steps", "found", "judged_pairs")
+        late.at_least_one(self, "pairs", "kept_pairs", "steps", "found", "judged_pairs")
 
 
 SMOKE = HeadsPlan(pairs=2, kept_pairs=4, steps=2, judged_pairs=2, found=24, view_hw=(64, 80), canvas_px=128)
@@ -138,7 +122,7 @@ def draw(net: Network, heads: Heads, paths: list[Path], count: int, plan: Plan, 
     """Pairs of views of photographs, in an order drawn at random, as the last convolutions of the heads see them."""
     device = heads.detector.weight.device
     kept: list[Kept] = []
-    for seen in looks(paths, count, plan, device, progress):
+    for seen in late.looks(paths, count, plan, device, progress):
         rows = len(seen.homography)
         parts = (*_entering(net, heads, seen.image), seen.inside > 0.999)
         kept += [
@@ -151,7 +135,7 @@ def _entering(net: Network, heads: Heads, image: Tensor) -> tuple[Tensor, Tensor
     """What enters the heads' last convolutions, float16."""
     seen: dict[nn.Module, list[Tensor]] = {heads.detector: [], heads.descriptor: []}
     hooks = [conv.register_forward_pre_hook(lambda conv, read: seen[conv].append(read[0].half())) for conv in seen]
-    for part in image.split(VIEWS_AT_ONCE):
+    for part in image.split(late.VIEWS_AT_ONCE):
         net(part)
     for hook in hooks:
         hook.remove()
@@ -185,9 +169,9 @@ def learn(heads: Heads, kept: list[Kept], plan: HeadsPlan, log: Path, progress: 
         return loss, torch.cat([loss.detach()[None], figures])
 
     def write(step: int, means: list[float]) -> None:
-        append(log, {"step": step, **rounded(names, means)})
+        late.append(log, {"step": step, **late.rounded(names, means)})
 
-    descend(Descent(plan.steps, plan.learning_rate, plan.most_gradient), groups, of_a_batch, write, progress)
+    late.descend(late.Descent(plan.steps, plan.learning_rate, plan.most_gradient), groups, of_a_batch, write, progress)
 
 
 def objective(heads: Heads, first: nn.Conv2d, batch: Kept, plan: HeadsPlan) -> tuple[Tensor, Tensor]:
@@ -229,7 +213,7 @@ def judge(heads: Heads, kept: list[Kept]) -> dict[str, float]:
         there = found_again(first, second, batch.homography, inside[1])
         back = found_again(second, first, inverse(batch.homography), inside[0])
         rows.append(torch.cat([matched, (there + back) / 2], dim=1))
-    return rounded(FIGURES, torch.cat(rows).nanmean(dim=0).tolist())
+    return late.rounded(FIGURES, torch.cat(rows).nanmean(dim=0).tolist())
 
 
 def matching(first: Found, second: Found, descriptors: tuple[Tensor, Tensor], homography: Tensor) -> Tensor:
@@ -282,7 +266,7 @@ def found_again(first: Found, second: Found, homography: Tensor, inside: Tensor)
 
 def run(
     start: Path, folders: list[Path], output: Path, plan: HeadsPlan, device: torch.device, progress: PhaseProgress
-) -> tuple[Path, Figures]:
+) -> tuple[Path, late.Figures]:
     """Draws pairs, learns, judges, and writes the checkpoint.
 
     Args:
@@ -299,24 +283,24 @@ def run(
     Raises:
         SuperPointError: the checkpoint is of another kind, the photographs cannot be used, or learning fails.
     """
-    checkpoint = learnable(start)
+    checkpoint = late.learnable(start)
     layers = COMPACT_LAYERS if checkpoint.topology else VGG_LAYERS
-    train, held_out = photographs(folders)
+    train, held_out = late.photographs(folders)
     output.mkdir(parents=True, exist_ok=True)
     log = output / "log.jsonl"
     log.write_text("")
     net = network(checkpoint).to(device)
     heads = Heads(net, layers)
-    torch.manual_seed(JUDGED_SEED)
+    torch.manual_seed(late.JUDGED_SEED)
     usual = Plan(pairs=JUDGED_AT_ONCE, view_hw=plan.view_hw, canvas_px=plan.canvas_px)
     judged = draw(net, heads, held_out, plan.judged_pairs, usual, partial(progress, "held-out pairs"))
     figures = {"before": judge(heads, judged)}
     torch.manual_seed(plan.seed)
     kept = draw(net, heads, train, plan.kept_pairs, plan, partial(progress, "pairs to learn from"))
     learn(heads, kept, plan, log, partial(progress, "steps"))
-    path = layouts.save(learnt(checkpoint, net), output / "heads.safetensors", half=True)
+    path = layouts.save(late.learnt(checkpoint, net), output / "heads.safetensors", half=True)
     figures["after"] = judge(Heads(network(layouts.load(path)).to(device), layers), judged)
-    write_figures(figures, output)
+    late.write_figures(figures, output)
     return path, figures
 
 
@@ -355,7 +339,7 @@ def main(
             path, figures = run(Path(start), where, Path(output), plan, device_of(device), progress)
     except SuperPointError as error:
         raise click.UsageError(str(error)) from None
-    print(table(figures))
+    print(late.table(figures))
     print(f"learnt: {path}")
 
 

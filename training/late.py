@@ -154,7 +154,7 @@ def descend(
 
 def rounded(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
     """Figures as logs and tables have them."""
-    return {name: round(value, 4) for name, value in zip(names, values)}
+    return {name: round(value, 4) + 0.0 for name, value in zip(names, values)}  # 0.0, not -0.0
 
 
 def append(log: Path, entry: dict[str, Any]) -> None:

@@ -27,22 +27,7 @@ from superpoint_trt.checkpoint.reference import Network, network
 from superpoint_trt.cli.progress import phase_bar
 from superpoint_trt.core.progress import PhaseProgress, Progress
 from superpoint_trt.core.types import CELL_PX, SuperPointError
-from training.late import (
-    JUDGED_SEED,
-    VIEWS_AT_ONCE,
-    Descent,
-    Figures,
-    append,
-    at_least_one,
-    descend,
-    learnable,
-    learnt,
-    looks,
-    photographs,
-    rounded,
-    table,
-    write_figures,
-)
+from training import late
 from training.steady import MOST_TEACHERS, divergence, shared_logits
 from training.train import Plan, change, device_of
 
@@ -84,7 +69,7 @@ class SettlePlan:
     """What views look like."""
 
     def __post_init__(self) -> None:
-        at_least_one(self, "views", "head_batch", "steps", "batch", "judged_views")
+        late.at_least_one(self, "views", "head_batch", "steps", "batch", "judged_views")
         if self.head_steps < 0:
             raise SuperPointError(f"head_steps is {self.head_steps}; expected 0 or more.")
 
@@ -181,8 +166,8 @@ def keep(
     """
     kept: Kept | None = None
     done = 0
-    for seen in looks(paths, (count + 1) // 2, look, device, progress):
-        for image, inside in zip(seen.image.split(VIEWS_AT_ONCE), seen.inside.split(VIEWS_AT_ONCE)):
+    for seen in late.looks(paths, (count + 1) // 2, look, device, progress):
+        for image, inside in zip(seen.image.split(late.VIEWS_AT_ONCE), seen.inside.split(late.VIEWS_AT_ONCE)):
             some = _of_views(parts, teachers, image, inside)
             kept = kept or _room(some, count, most_bytes)
             for whole, new in zip(kept, some):
@@ -243,17 +228,19 @@ def learn(parts: Parts, kept: Kept, plan: SettlePlan, log: Path, progress: Phase
         figures = _mean(apart(parts, drawn(plan.batch)))
         return figures[0] + plan.keep_weight * figures[1], figures
 
-    def phase(name: str, descent: Descent, learning: list[nn.Parameter], loss: Callable) -> None:
+    def phase(name: str, descent: late.Descent, learning: list[nn.Parameter], loss: Callable) -> None:
         def write(step: int, means: list[float]) -> None:
-            append(log, {"phase": name, "step": step, **rounded(FIGURES, means)})
+            late.append(log, {"phase": name, "step": step, **late.rounded(FIGURES, means)})
 
         groups = [{"params": learning, "pace": 1.0}]
-        descend(descent, groups, loss, write, partial(progress, f"steps of {name}"))
+        late.descend(descent, groups, loss, write, partial(progress, f"steps of {name}"))
 
     if parts.detector:
-        descent = Descent(plan.head_steps, plan.head_learning_rate, plan.most_gradient, "head_learning_rate (--set)")
+        descent = late.Descent(
+            plan.head_steps, plan.head_learning_rate, plan.most_gradient, "head_learning_rate (--set)"
+        )
         phase("detector", descent, list(parts.detector.parameters()), partial(of_the_detector, parts.detector))
-    phase("all", Descent(plan.steps, plan.learning_rate, plan.most_gradient), parts.learning, of_all)
+    phase("all", late.Descent(plan.steps, plan.learning_rate, plan.most_gradient), parts.learning, of_all)
 
 
 def apart(parts: Parts, views: Kept) -> Tensor:
@@ -273,7 +260,7 @@ def judge(parts: Parts, kept: Kept) -> dict[str, float]:
     """`FIGURES` of a network over all cells of some views."""
     batches = zip(*(part.split(JUDGED_AT_ONCE) for part in kept))
     cells = torch.cat([apart(parts, Kept(*batch)) for batch in batches], dim=1)
-    return rounded(FIGURES, _mean(cells).tolist())
+    return late.rounded(FIGURES, _mean(cells).tolist())
 
 
 # -------------------------------------------------------------------------------------------------- the whole stage
@@ -287,7 +274,7 @@ def run(
     plan: SettlePlan,
     device: torch.device,
     progress: PhaseProgress,
-) -> tuple[Path, Figures]:
+) -> tuple[Path, late.Figures]:
     """Draws views, asks the teachers, learns, judges, and writes the checkpoint.
 
     Args:
@@ -307,15 +294,15 @@ def run(
     """
     if not 1 <= len(teachers) <= MOST_TEACHERS:
         raise SuperPointError(f"{len(teachers)} teachers are given; expected 1 to {MOST_TEACHERS} (--teacher).")
-    checkpoint = learnable(start)
-    told_by = [network(learnable(path)).to(device) for path in teachers]
-    train, held_out = photographs(folders)
+    checkpoint = late.learnable(start)
+    told_by = [network(late.learnable(path)).to(device) for path in teachers]
+    train, held_out = late.photographs(folders)
     output.mkdir(parents=True, exist_ok=True)
     log = output / "log.jsonl"
     log.write_text("")
     net = network(checkpoint).to(device)
     parts = parts_of(net)
-    torch.manual_seed(JUDGED_SEED)
+    torch.manual_seed(late.JUDGED_SEED)
     phase = partial(progress, "held-out views")
     judged = keep(parts, told_by, held_out, plan.judged_views, plan.look, device, phase)
     figures = {"before": judge(parts, judged)}
@@ -323,9 +310,9 @@ def run(
     phase = partial(progress, "views to learn from")
     kept = keep(parts, told_by, train, plan.views, plan.look, device, phase, MOST_BYTES - judged.bytes())
     learn(parts, kept, plan, log, progress)
-    path = layouts.save(learnt(checkpoint, net), output / "settled.safetensors", half=True)
+    path = layouts.save(late.learnt(checkpoint, net), output / "settled.safetensors", half=True)
     figures["after"] = judge(parts_of(network(layouts.load(path)).to(device)), judged)
-    write_figures(figures, output)
+    late.write_figures(figures, output)
     return path, figures
 
 
@@ -367,7 +354,7 @@ def main(
             path, figures = run(Path(start), told_by, where, Path(output), plan, device_of(device), progress)
     except SuperPointError as error:
         raise click.UsageError(str(error)) from None
-    print(table(figures))
+    print(late.table(figures))
     print(f"settled: {path}")
 
 
