@@ -25,6 +25,7 @@ for folder in (ROOT, ROOT / "src", ROOT / "scripts", ROOT / "benchmarks"):
 
 from superpoint_trt import packaged  # noqa: E402
 from superpoint_trt.core.image import load_image  # noqa: E402
+from superpoint_trt.core.networks import packaged_network  # noqa: E402
 from superpoint_trt.core.types import SuperPointError  # noqa: E402
 from superpoint_trt.run.captions import Picture, add_caption  # noqa: E402
 from superpoint_trt.run.draw import save_picture  # noqa: E402
@@ -106,7 +107,7 @@ def draw_stress_figure(output: Path, shared: Path) -> None:
 
     from superpoint_trt.prove.stress_plot import plot_stress
 
-    titles = {**NAMES, "v1": "packaged weights", "candidate": "candidate of version 2"}
+    titles = {**NAMES, "full": "full", "full-v1": "full, version 1"}
     plot_stress(list(models_of((IMAGES / "stress.json",)).values()), output, titles)
 
 
@@ -118,11 +119,11 @@ def draw_networks_figure(output: Path, shared: Path) -> None:
 
 
 def draw_training_figure(output: Path, shared: Path) -> None:
-    """The log of the packaged weights' training."""
+    """The log of the training from nothing: version 1 of the full network."""
     from training.plot import main as plot_log
 
     with redirect_stdout(sys.stderr):
-        plot_log.callback(str(packaged.TRAINING_LOG), str(output))
+        plot_log.callback(str(packaged_network("full-v1").log), str(output))
 
 
 def draw_map_figure(output: Path, shared: Path) -> None:

@@ -16,6 +16,7 @@ from superpoint_trt.cli.demo import match_with_warped_copy
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert import default_model
 from superpoint_trt.core.files import sha256
+from superpoint_trt.core.networks import packaged_network
 from superpoint_trt.core.types import Family, Sampling, SuperPointError
 from superpoint_trt.match.images import match_images
 
@@ -67,10 +68,28 @@ def test_names_are_names():
     assert layouts.load("full").sha256 == sha256(packaged.WEIGHTS.read_bytes())
 
 
-def test_the_log_is_the_full_network_s():
-    log = [json.loads(line) for line in packaged.TRAINING_LOG.read_text().splitlines()]
-    stages = list(dict.fromkeys(entry["stage"] for entry in log if "stage" in entry and "resumed" not in entry))
-    assert stages == ["shapes", "first", "second", "third", "fourth"]
+def stages_of(network):
+    """The stages of a log, in order."""
+    log = [json.loads(line) for line in network.log.read_text().splitlines()]
+    return list(dict.fromkeys(entry["stage"] for entry in log if "stage" in entry and "resumed" not in entry))
+
+
+@EVERY
+def test_cards_name_the_stages_of_their_logs(network):
+    stages = stages_of(network)
+    assert stages and all(f"| {stage} |" in network.card.read_text() for stage in stages)
+
+
+def test_logs_are_not_exchanged():
+    assert stages_of(packaged_network("full-v1")) == ["shapes", "first", "second", "third", "fourth"]
+    assert packaged_network("full").log == packaged.TRAINING_LOG
+    assert stages_of(packaged_network("full"))[:2] == ["first run", "second run"]
+
+
+def test_the_first_version_is_the_one_that_was_packaged():
+    """Results made with it can be repeated."""
+    assert layouts.load("full-v1").sha256 == "a8a54c981342f2e9109c8e001078207cd8263c00ddde086e4620967cdfa16b0e"
+    assert layouts.load("full-v1").sha256 != layouts.load("full").sha256
 
 
 def test_the_default_model_is_made_once(cache):

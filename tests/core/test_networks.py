@@ -19,7 +19,8 @@ from superpoint_trt.core.types import SuperPointError
 @pytest.fixture
 def small(checkpoint_file, monkeypatch, tmp_path):
     """One more network, as a line in `packaged` adds it, and a folder to work in."""
-    network = packaged.Network("toy", checkpoint_file("compact"), packaged.MODEL_CARD, "a test's")
+    files = checkpoint_file("compact"), packaged.MODEL_CARD, packaged.TRAINING_LOG
+    network = packaged.Network("toy", *files, "a test's")
     monkeypatch.setattr(packaged, "NETWORKS", (*packaged.NETWORKS, network))
     monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

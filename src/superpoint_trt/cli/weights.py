@@ -42,6 +42,7 @@ def list_weights() -> None:
                 "git blob": git_blob_id(data),
                 "file": f"{network.weights} ({len(data) / 1e6:.2f} MB)",
                 "card": network.card,
+                "log": network.log,
             }
         )
     for entry in PUBLIC:

@@ -18,27 +18,41 @@ class Network:
     """.safetensors."""
     card: Path
     """Data, protocol, figures, limits and licence."""
+    log: Path
+    """Of its training: one JSON object a line, as the runs wrote them."""
     about: str
     """In a few words, for `superpoint weights list`."""
 
 
-def _network(name: str, weights: str, card: str, about: str) -> Network:
-    return Network(name, _FOLDER / weights, _FOLDER / card, about)
+def _network(name: str, weights: str, card: str, log: str, about: str) -> Network:
+    return Network(name, _FOLDER / weights, _FOLDER / card, _FOLDER / log, about)
 
 
 NETWORKS = (
-    _network("full", "superpoint_trt_v1.safetensors", "MODEL_CARD.md", "the paper's network, trained from nothing"),
+    _network(
+        "full",
+        "superpoint_trt_v2.safetensors",
+        "MODEL_CARD.md",
+        "training_log.jsonl",
+        "the paper's network, trained from nothing, version 2",
+    ),
+    _network(
+        "full-v1",
+        "superpoint_trt_v1.safetensors",
+        "MODEL_CARD_v1.md",
+        "training_log_v1.jsonl",
+        "version 1 of full, to repeat earlier results",
+    ),
 )
-"""A further one is a line here and its two files."""
+"""A further one is an entry here and its three files."""
 
 DEFAULT = "full"
 """Name of the network that every command takes if it is told of none."""
 
-WEIGHTS, MODEL_CARD = next((network.weights, network.card) for network in NETWORKS if network.name == "full")
+WEIGHTS, MODEL_CARD, TRAINING_LOG = next(
+    (network.weights, network.card, network.log) for network in NETWORKS if network.name == "full"
+)
 """Files of the full network, whatever the default is."""
-
-TRAINING_LOG = _FOLDER / "training_log.jsonl"
-"""The full network's: one JSON object a line, as `python -m training` wrote them."""
 
 PHOTO = _FOLDER / "astronaut.jpg"
 """Eileen Collins, NASA, public domain; not among the training images. 512 x 512 px, RGB."""
