@@ -48,6 +48,13 @@ def test_outside_the_image_counts_nothing():
     np.testing.assert_allclose(xy, [[0.75, 0.75], [22.25, 14.25]], atol=1e-5)
 
 
+def test_beside_what_is_no_number_a_point_stays():
+    scores = np.zeros((32, 40), np.float32)
+    scores[10, 20], scores[10, 21], scores[20, 30] = 0.6, 0.2, 0.5
+    scores[8, 22] = np.nan
+    np.testing.assert_allclose(decode.refine(np.array([[20, 10], [30, 20]]), scores), [[20, 10], [30, 20]])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("radius", "border"), [(4, 4), (1, 0), (0, 2)])
 def test_numpy_equals_torch(kind, radius, border):

@@ -135,7 +135,8 @@ def refine(xy: NDArray[np.int64], scores: Float32) -> Float32:
     """Moves points to the center of the scores around them: p + sum(s_i o_i) / sum(s_i) over 5x5 pixels.
 
     s_i are scores before suppression, o_i offsets from p in px. Pixels outside the image count 0. It is the soft-argmax
-    of SuperPoint's successors (Zhao et al. 2023, arXiv 2304.03608) with the scores themselves as weights.
+    of SuperPoint's successors (Zhao et al. 2023, arXiv 2304.03608) with the scores themselves as weights. A point beside
+    a score that is no number stays where it is: nothing can be sampled at a place that is no number.
 
     Args:
         xy: (N, 2) whole pixels.
@@ -155,7 +156,8 @@ def refine(xy: NDArray[np.int64], scores: Float32) -> Float32:
     # No matrix product: for one this small, BLAS would wake threads.
     moments = np.stack([(by_column * offsets).sum(axis=0), (by_row * offsets).sum(axis=0)], axis=1)
     total = np.maximum(by_row.sum(axis=0), np.finfo(np.float32).tiny)
-    refined: Float32 = (xy + moments / total[:, None]).astype(np.float32)
+    shifts = np.nan_to_num(moments / total[:, None])
+    refined: Float32 = (xy + shifts).astype(np.float32)
     return refined
 
 
