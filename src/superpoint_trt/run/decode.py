@@ -135,8 +135,8 @@ def refine(xy: NDArray[np.int64], scores: Float32) -> Float32:
     """Moves points to the center of the scores around them: p + sum(s_i o_i) / sum(s_i) over 5x5 pixels.
 
     s_i are scores before suppression, o_i offsets from p in px. Pixels outside the image count 0. It is the soft-argmax
-    of SuperPoint's successors (Zhao et al. 2023, arXiv 2304.03608) with the scores themselves as weights. A point beside
-    a score that is no number stays where it is: nothing can be sampled at a place that is no number.
+    of SuperPoint's successors (Zhao et al. 2023, arXiv 2304.03608) with the scores themselves as weights. A point
+    beside a score that is no number stays where it is: nothing can be sampled at a place that is no number.
 
     Args:
         xy: (N, 2) whole pixels.
