@@ -107,7 +107,7 @@ def draw_stress_figure(output: Path, shared: Path) -> None:
 
     from superpoint_trt.prove.stress_plot import plot_stress
 
-    titles = {**NAMES, "full": "full", "full-v1": "full, version 1"}
+    titles = {**NAMES, "full-v1": "full, version 1"}
     plot_stress(list(models_of((IMAGES / "stress.json",)).values()), output, titles)
 
 

@@ -19,6 +19,7 @@ from superpoint_trt.core.files import sha256
 from superpoint_trt.core.networks import packaged_network
 from superpoint_trt.core.types import Family, Sampling, SuperPointError
 from superpoint_trt.match.images import match_images
+from superpoint_trt.match.matcher import HostMatcher
 
 
 @pytest.fixture
@@ -90,6 +91,30 @@ def test_the_first_version_is_the_one_that_was_packaged():
     """Results made with it can be repeated."""
     assert layouts.load("full-v1").sha256 == "a8a54c981342f2e9109c8e001078207cd8263c00ddde086e4620967cdfa16b0e"
     assert layouts.load("full-v1").sha256 != layouts.load("full").sha256
+
+
+def test_the_small_network_is_small():
+    """What its card and the pages say of it."""
+    small, full = layouts.load("small"), layouts.load("full")
+    assert small.topology and small.descriptor_dim == 64
+    assert small.gflop() <= 4 and full.gflop() / small.gflop() > 14
+    assert packaged.PAGE_NETWORK == "small"
+    card = packaged_network("small").card.read_text()
+    assert f"{small.parameters:,} parameters" in card and f"{small.gflop():.2f} GFLOP" in card
+
+
+def test_features_of_two_networks_are_not_matched(cache):
+    image = photograph(96, 128)
+    found = []
+    for name in ("full", "small"):
+        with SuperPoint(name, device="cpu", max_keypoints=50) as superpoint:
+            found.append(superpoint.extract(image))
+    with pytest.raises(SuperPointError, match=r"\(\d+, 256\) and \(\d+, 64\).*with one network\.$"):
+        match_images(*found)
+    with HostMatcher() as matcher:
+        prepared = tuple(matcher.prepare_keypoints(one) for one in found)
+        with pytest.raises(SuperPointError, match=r"256 and 64 numbers.*with one network\.$"):
+            matcher.match([prepared])
 
 
 def test_the_default_model_is_made_once(cache):

@@ -91,9 +91,7 @@ def test_a_packaged_network_has_its_name(page):
     with PageServer(WebOptions(port=0, page=page)) as server:
         assert server.description["name"] == packaged.PAGE_NETWORK
         assert server.address == f"http://127.0.0.1:{server.server_port}/"
-    names = [network.name for network in packaged.NETWORKS]
-    expected = "small" if "small" in names else packaged.DEFAULT
-    assert expected == packaged.PAGE_NETWORK
+    assert packaged.PAGE_NETWORK == "small"
 
 
 def test_models_that_the_page_cannot_run_are_refused(page, exported):

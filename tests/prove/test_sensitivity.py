@@ -1,6 +1,6 @@
-"""The full network in int8 on real photographs: what passes the gates, what must not, and which layers it costs.
+"""Networks in int8 on real photographs: what passes the gates, what must not, and which layers it costs.
 
-Which planted fault fails which gate belongs to the weights of version 1. Both versions have to pass by default.
+Which planted fault fails which gate belongs to the weights of version 1. All packaged networks have to pass by default.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from conftest import photograph
 from onnx import numpy_helper
 
-from superpoint_trt import int8
+from superpoint_trt import int8, packaged
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.export import ExportOptions, export
 from superpoint_trt.convert.onnx_file import convolutions, load_onnx
@@ -83,7 +83,7 @@ def test_the_weights_keep_their_points_in_int8(proven, sound):
     assert found.passed, values(found)
 
 
-@pytest.mark.parametrize("name", ["full", "full-v1"])
+@pytest.mark.parametrize("name", [network.name for network in packaged.NETWORKS])
 def test_packaged_networks_keep_their_points_by_default(folder, name, tmp_path, monkeypatch):
     """As `superpoint quantize` makes them: weights rounded with feedback, coarse layers in fp16."""
     monkeypatch.setattr(gptq, "POSITIONS", 300)

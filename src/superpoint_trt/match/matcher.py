@@ -76,7 +76,10 @@ class Matcher(abc.ABC):
         """
         for first, second in pairs:
             if first.dim != second.dim:
-                raise SuperPointError(f"descriptors have {first.dim} and {second.dim} numbers; expected equal lengths.")
+                raise SuperPointError(
+                    f"descriptors have {first.dim} and {second.dim} numbers; expected equal lengths: extract both "
+                    "images with one network."
+                )
         filled = [index for index, (first, second) in enumerate(pairs) if first.count and second.count]
         found = [NO_MATCHES] * len(pairs)
         for index, matches in zip(filled, self._match([pairs[index] for index in filled])):

@@ -64,7 +64,10 @@ def match(first: Float32, second: Float32, options: MatchOptions | None = None) 
     """
     options = options or MatchOptions()
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise SuperPointError(f"descriptors are {first.shape} and {second.shape}; expected (N, D) and (M, D), equal D.")
+        raise SuperPointError(
+            f"descriptors are {first.shape} and {second.shape}; expected (N, D) and (M, D), equal D: "
+            "extract both images with one network."
+        )
     if not len(first) or not len(second):
         return NO_MATCHES
     return select(_neighbors(first.astype(np.float32, copy=False), second.astype(np.float32, copy=False)), options)

@@ -37,6 +37,13 @@ NETWORKS = (
         "the paper's network, trained from nothing, version 2",
     ),
     _network(
+        "small",
+        "superpoint_trt_small.safetensors",
+        "MODEL_CARD_small.md",
+        "training_log_small.jsonl",
+        "a fifteenth of full's work, taught by it: for CPUs and browsers",
+    ),
+    _network(
         "full-v1",
         "superpoint_trt_v1.safetensors",
         "MODEL_CARD_v1.md",
