@@ -29,6 +29,7 @@ PAGES = {
     "training/README.md": "training.md",
     "training/states/README.md": "training-states.md",
     "src/superpoint_trt/packaged/MODEL_CARD.md": "model-card.md",
+    "src/superpoint_trt/packaged/MODEL_CARD_small.md": "model-card-small.md",
     "src/superpoint_trt/packaged/MODEL_CARD_v1.md": "model-card-v1.md",
     "src/superpoint_trt/packaged/PHOTOGRAPHS.md": "photographs.md",
 }
