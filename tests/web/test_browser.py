@@ -16,7 +16,7 @@ import pytest
 from page_tools import CHROMIUM, FIREFOX, WEB, needs_browser, needs_node
 from skimage import data
 
-from superpoint_trt import SuperPoint
+from superpoint_trt import SuperPoint, match_images
 from superpoint_trt.match.nearest import match
 
 pytestmark = pytest.mark.exhaustive
@@ -119,7 +119,8 @@ def test_the_page_finds_and_matches_what_the_package_does(network, serve, model,
     assert seen["complaints"] == [] and seen["problem"] == ""
     assert seen["desktop"]["over"] <= 0 and seen["phone"]["over"] <= 0, "the page is wider than its window"
     if network != "compact":
-        assert np.mean(seen["agree"]) > 0.8, "the second picture is the first, moved"
+        found = match_images(*package).geometry.inliers.mean()
+        assert np.mean(seen["agree"]) > max(0.7, found - 0.05), "the second picture is the first, moved"
 
 
 def set_orientation(path: Path, orientation: int) -> None:

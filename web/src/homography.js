@@ -39,9 +39,11 @@ export function apply(H, x, y) {
 const MOST_TRIES = 1000;
 const WITHIN_PX = 3;
 const FEWEST = 12; // chance alone makes about seven of 500 wrong matches agree
+const MOST_FITS = 5;
 
 /**
- * Which matches agree with one homography (RANSAC; Fischler and Bolles 1981).
+ * Which matches agree with one homography (RANSAC; Fischler and Bolles 1981). A homography of four matches is as inexact as their
+ * points, so the best ones are fitted to all that agree (Chum et al. 2003).
  *
  * @param xyA places in the first picture of all keypoints, x and y by turns; xyB in the second.
  * @param rows pairs of keypoints.
@@ -58,13 +60,74 @@ export function agreeing(xyA, xyB, rows) {
     const H = fromFour(place(xyA, 0), place(xyB, 1));
     if (!H.every(Number.isFinite)) continue;
     const agree = within(H, xyA, xyB, rows, WITHIN_PX);
-    const number = agree.reduce((sum, one) => sum + one, 0);
-    if (number <= most) continue;
-    [best, most] = [agree, number];
+    if (counted(agree) <= most) continue;
+    best = widened(agree, xyA, xyB, rows);
+    most = counted(best);
     // So many tries draw four agreeing matches at least once, but for one case in a thousand.
-    needed = Math.min(MOST_TRIES, Math.log(0.001) / Math.log(1 - Math.min((number / count) ** 4, 0.999)));
+    needed = Math.min(MOST_TRIES, Math.log(0.001) / Math.log(1 - Math.min((most / count) ** 4, 0.999)));
   }
   return most >= FEWEST ? best : null;
+}
+
+const counted = (agree) => agree.reduce((sum, one) => sum + one, 0);
+
+/** The matches that agree with the homography fitted to those that agree, as long as they become more. */
+function widened(agree, xyA, xyB, rows) {
+  for (let round = 0; round < MOST_FITS; round++) {
+    const H = fitted(xyA, xyB, rows, agree);
+    const more = H ? within(H, xyA, xyB, rows, WITHIN_PX) : agree;
+    if (counted(more) <= counted(agree)) break;
+    agree = more;
+  }
+  return agree;
+}
+
+/**
+ * The homography with the least algebraic error for some matches (Hartley and Zisserman 2004, sections 4.1 and 4.4.4).
+ *
+ * @param agree 1 for each match that counts, at least four.
+ * @returns 9 numbers, or null: the points do not determine one.
+ */
+export function fitted(xyA, xyB, rows, agree) {
+  const used = Array.from(agree.keys()).filter((k) => agree[k]);
+  const placed = (xy, side) => used.map((k) => [xy[2 * rows[2 * k + side]], xy[2 * rows[2 * k + side] + 1]]);
+  const [a, b] = [placed(xyA, 0), placed(xyB, 1)];
+  const [toA, toB] = [centred(a), centred(b)];
+  // Normal equations of eight unknowns; the ninth is 1, since the middle of the points is not taken to infinity.
+  const rowsOf8 = Array.from({ length: 8 }, () => new Float64Array(9));
+  for (let k = 0; k < used.length; k++) {
+    const [[x, y], [u, v]] = [apply(toA, ...a[k]), apply(toB, ...b[k])];
+    for (const line of [[x, y, 1, 0, 0, 0, -u * x, -u * y, u], [0, 0, 0, x, y, 1, -v * x, -v * y, v]]) {
+      for (let i = 0; i < 8; i++) for (let j = 0; j < 9; j++) rowsOf8[i][j] += line[i] * line[j];
+    }
+  }
+  const found = solved(rowsOf8);
+  const H = multiply(inverse(toB), multiply([...found, 1], toA));
+  return H.every(Number.isFinite) ? H : null;
+}
+
+/** The similarity that takes points to the middle 0 and the mean distance 1 from it, as a homography. */
+function centred(points) {
+  const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+  const [x, y] = [0, 1].map((axis) => mean(points.map((point) => point[axis])));
+  const scale = 1 / mean(points.map((point) => Math.hypot(point[0] - x, point[1] - y)));
+  return [scale, 0, -scale * x, 0, scale, -scale * y, 0, 0, 1];
+}
+
+/** Solves n equations [coefficients..., right side], which it overwrites, by Gauss's elimination with pivots. */
+function solved(equations) {
+  const n = equations.length;
+  for (let i = 0; i < n; i++) {
+    let pivot = i;
+    for (let k = i + 1; k < n; k++) if (Math.abs(equations[k][i]) > Math.abs(equations[pivot][i])) pivot = k;
+    [equations[i], equations[pivot]] = [equations[pivot], equations[i]];
+    for (let k = 0; k < n; k++) {
+      if (k === i) continue;
+      const factor = equations[k][i] / equations[i][i];
+      for (let j = i; j <= n; j++) equations[k][j] -= factor * equations[i][j];
+    }
+  }
+  return equations.map((equation, i) => equation[n] / equation[i]);
 }
 
 /** 1 for each match whose second point lies within some px of where a homography takes the first. */
