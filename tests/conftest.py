@@ -20,6 +20,7 @@ from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.layouts import Checkpoint, NormPlacement
 from superpoint_trt.checkpoint.topology import Convolution, to_json
 from superpoint_trt.convert.export import ExportOptions, export
+from superpoint_trt.core.networks import packaged_network
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WEIGHTS = SHARED / "data" / "weights"
@@ -191,13 +192,15 @@ def photo() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def checkpoint_file(tmp_path_factory) -> Callable[[str], Path]:
-    """Layout name -> a random checkpoint of it; "compact"; "packaged"; or one of shared/ ("real-v6", "real-amd")."""
+    """Name -> a random checkpoint of that layout or "compact"; "packaged", "small"; of shared/ "real-v6", "real-amd"."""
     folder = tmp_path_factory.mktemp("checkpoints")
     made: dict[str, Path] = {}
 
     def get(layout: str) -> Path:
         if layout == "packaged":
             return packaged.WEIGHTS
+        if layout == "small":
+            return packaged_network("small").weights
         if layout.startswith("real-"):
             path = REAL[layout[len("real-") :]]
             if not path.exists():

@@ -25,7 +25,7 @@ from superpoint_trt.core.types import DecodeOptions, ModelDescription, OutputTyp
 from superpoint_trt.run import decode
 
 OPSETS = sorted({11, 12, 13, 16, 17, 18, 20, NEWEST_OPSET})
-REAL = ("packaged", "real-v6", "real-amd")
+REAL = ("packaged", "small", "real-v6", "real-amd")
 
 
 def session(model: onnx.ModelProto | bytes) -> ort.InferenceSession:
@@ -71,7 +71,7 @@ def assert_same_points(outputs: dict[str, np.ndarray], index: int, expected: tup
 def every_layout_and_every_opset(layout, opset, dynamic):
     """Not their product: what an opset changes does not depend on the weights."""
     if opset == 17:
-        return layout in ("own", "packaged", "compact") or (layout != "real-amd" and not dynamic)
+        return layout in ("own", "packaged", "small", "compact") or (layout != "real-amd" and not dynamic)
     return layout in ("own", "compact") and not dynamic and opset in (11, 13, NEWEST_OPSET)
 
 
@@ -144,7 +144,7 @@ def test_a_layer_with_the_name_of_another_tensor_is_refused():
         to_onnx(random_compact(table=table), ExportOptions())
 
 
-@pytest.mark.parametrize("layout", cases(REAL, fast=lambda layout: layout == "packaged"))
+@pytest.mark.parametrize("layout", cases(REAL, fast=lambda layout: layout in ("packaged", "small")))
 def test_parity_at_full_size_with_more_slots_than_points(layout, checkpoint):
     found = checkpoint(layout)
     image = photographs(1, 480, 640)

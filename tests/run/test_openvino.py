@@ -62,6 +62,14 @@ def test_it_finds_the_references_points(openvino, exported, images, kind, dynami
     assert "OpenVINO" in found.model_runtime
 
 
+@pytest.mark.parametrize("device", ["openvino", "openvino:fp32"])
+@pytest.mark.parametrize("kind", ["dense", "heads"])
+def test_it_finds_the_small_networks_points(openvino, exported, checkpoint_file, images, kind, device):
+    model = exported("small", OutputType(kind), 240, 320, dynamic=True)
+    found = verify(model, checkpoint_file("small"), images, device=device, threads=1)
+    assert found.passed, [(gate.name, gate.value, gate.limit) for gate in found.failed]
+
+
 @pytest.mark.parametrize("size_hw", [(240, 320), (64, 72), (128, 200)])
 def test_score_map_and_descriptors_in_fp32(openvino, exported, size_hw):
     image = np.stack([photograph(*size_hw, name) for name in PHOTOGRAPHS[:2]])[:, None]

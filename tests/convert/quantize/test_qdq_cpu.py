@@ -19,6 +19,7 @@ from superpoint_trt.convert.quantize.options import FirstConvolution, Method, Pl
 from superpoint_trt.convert.quantize.qdq import quantize
 from superpoint_trt.convert.quantize.qdq_cpu import integer_convolutions
 from superpoint_trt.convert.quantize.ranges_file import Calibration
+from superpoint_trt.core.networks import packaged_network
 from superpoint_trt.core.types import ModelDescription, OutputType, Precision, SuperPointError
 from superpoint_trt.prove.verify import verify
 from superpoint_trt.run.backends import open_backend
@@ -164,6 +165,16 @@ def test_it_finds_the_references_points(quantized, images, kind, dynamic, device
         pytest.importorskip("openvino", reason="openvino is not installed")
     found = verify(quantized(kind, dynamic=dynamic), packaged.WEIGHTS, images, device=device, threads=1)
     assert found.passed, [(gate.name, gate.value, gate.limit) for gate in found.failed]
+
+
+def test_the_small_network_keeps_its_points(exported, images, tmp_path):
+    """Networks with a topology, too: an addition, a concatenation, an image that two convolutions read."""
+    source = exported("small", OutputType.HEADS, 240, 320)
+    found = quantize(onnx.load(source), calibrate(source, sorted(images.iterdir())), CPU)
+    (tmp_path / "int8.onnx").write_bytes(found.SerializeToString())
+    result = verify(tmp_path / "int8.onnx", packaged_network("small").weights, images, device="cpu", threads=1)
+    assert result.passed, [(gate.name, gate.value, gate.limit) for gate in result.failed]
+    assert operators(tmp_path / "int8.onnx", tmp_path).count("QLinearConv") > 8
 
 
 def test_a_range_cut_to_an_eighth_is_found(exported, calibration, images, tmp_path):
