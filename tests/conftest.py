@@ -192,7 +192,7 @@ def photo() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def checkpoint_file(tmp_path_factory) -> Callable[[str], Path]:
-    """Name -> a random checkpoint of that layout or "compact"; "packaged", "small"; of shared/ "real-v6", "real-amd"."""
+    """Name -> random weights of that layout or "compact"; "packaged", "small"; of shared/ "real-v6", "real-amd"."""
     folder = tmp_path_factory.mktemp("checkpoints")
     made: dict[str, Path] = {}
 
