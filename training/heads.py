@@ -47,7 +47,7 @@ class HeadsPlan(Plan):
     """The detector's learning rate, as a multiple."""
     most_gradient: float = 1.0
     """Length of each head's gradient at most."""
-    keep_weight: float = 0.5
+    keep_weight: float = 1.0
     """Of how far the detector's answers are from its first ones."""
     found: int = 180
     far_share: float = 0.1
@@ -55,10 +55,10 @@ class HeadsPlan(Plan):
     place_weight: float = 0.5
     spread_weight: float = 0.1
     choice_weight: float = 0.0
-    match_weight: float = 0.5
+    match_weight: float = 0.0
     stray_weight: float = 0.0
     wrong_weight: float = 5.0
-    repeat_weight: float = 1.0
+    repeat_weight: float = 0.0
     judged_pairs: int = 64
     """Of held-out photographs."""
 
