@@ -12,6 +12,7 @@ import torch
 from superpoint_trt.checkpoint import layouts
 from superpoint_trt.core.types import SuperPointError
 from training import photos
+from training.steady import MOST_TEACHERS
 from training.train import SMOKE, Plan, Run, change, device_of
 
 
@@ -24,6 +25,12 @@ from training.train import SMOKE, Plan, Run, change, device_of
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="torch.compile on a GPU.")
 @click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="Another value of one of train.Plan's.")
 @click.option("--start", help="Checkpoint to go on from: only the last stage runs, with labels by it.")
+@click.option(
+    "--teacher",
+    "teachers",
+    multiple=True,
+    help="Checkpoint whose answers, steadied over mirrored and turned copies, the detector learns.  [--start's]",
+)
 @click.option("--minutes", default=math.inf, help="A stage ends after so long, whatever its steps.")
 @click.option("--steps-scale", default=1.0, show_default=True, help="All stages' steps times this.")
 def main(
@@ -35,6 +42,7 @@ def main(
     compiled: bool,
     changes: tuple[str, ...],
     start: str | None,
+    teachers: tuple[str, ...],
     minutes: float,
     steps_scale: float,
 ) -> None:
@@ -43,19 +51,22 @@ def main(
     if where.type == "cuda":
         where = torch.device("cuda", where.index or 0)
         torch.cuda.set_device(where)
+    if len(teachers) > MOST_TEACHERS:
+        raise click.UsageError(f"{len(teachers)} --teacher were given; expected at most {MOST_TEACHERS}.")
     plan = replace(SMOKE if smoke else Plan(), seed=seed)
     stages = plan.stages[-1:] if start else plan.stages
     stages = tuple(replace(stage, steps=max(1, round(stage.steps * steps_scale))) for stage in stages)
     plan = replace(plan, stages=stages)
     plan = replace(plan, **dict(change(plan, text) for text in changes))
     try:
-        train, held_out = photos.find([Path(folder) for folder in folders])
         begin = layouts.load(start) if start else None
+        steady = tuple(layouts.load(path) for path in teachers)
+        train, held_out = photos.find([Path(folder) for folder in folders])
         banks = tuple(photos.load(paths, where, plan.canvas_px) for paths in (train, held_out or train[:1]))
     except SuperPointError as error:
         raise click.UsageError(str(error)) from None
     compiled = compiled and where.type == "cuda"
-    run = Run(plan, Path(output), *banks, where, compiled, start=begin, stage_limit_s=minutes * 60)
+    run = Run(plan, Path(output), *banks, where, compiled, start=begin, teachers=steady, stage_limit_s=minutes * 60)
     print(f"trained: {run.run()}")
 
 

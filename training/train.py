@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from training.bank import Bank, join
 from training.fold import fold, unfold
 from training.geometry import inverse, warp
 from training.rounding import forward
-from training.steady import steady_logits, unsteady
+from training.steady import shared_logits, unsteady
 from training.validate import validate
 from training.views import Views, blur_strongly, darken, disturb, pair
 
@@ -102,7 +103,7 @@ class Plan:
     repeat_weight: float = 1.0
     """Of the share of the scores that goes to points which the other view does not find (places.lone_share)."""
     steady_weight: float = 1.0
-    """Of how far the detector is from the steady answers of the network it starts from (steady.unsteady)."""
+    """Of how far the detector is from its teachers' steady answers (steady.unsteady)."""
     seed: int = 1
     validation_pairs: int = 16
     canvas_px: int = photos.CANVAS_PX
@@ -190,6 +191,8 @@ class Run:
     compiled: bool = False
     start: Checkpoint | None = None
     """Weights to go on from: Conv + ReLU, of the plan's shape."""
+    teachers: tuple[Checkpoint, ...] = ()
+    """Networks whose steady answers the detector learns (Plan.steady_weight); none: those of `start`."""
     stage_limit_s: float = math.inf
     """A stage ends by then whatever its steps, its learning rate having fallen to nothing: machines are lent."""
     started: float = field(default_factory=time.perf_counter)
@@ -203,7 +206,8 @@ class Run:
         self.net.to(self.device, memory_format=torch.channels_last)
         if self.start:
             unfold(self.net, self.start, self._looks_at_photographs())
-        self._teacher = self._frozen(self.start) if self.start and self.plan.steady_weight else None
+        steady = self.teachers or ((self.start,) if self.start else ())
+        self._teachers = [self._answers_of(each) for each in steady] if self.plan.steady_weight else []
         if self.compiled:
             self._prepare = torch.compile(self._prepare, dynamic=False)  # type: ignore[method-assign]
             self._objective = torch.compile(self._objective, dynamic=False)  # type: ignore[method-assign]
@@ -221,9 +225,11 @@ class Run:
             state = {}
         return self.folder / f"{self.plan.stages[-1].name}.safetensors"
 
-    def _frozen(self, checkpoint: Checkpoint) -> SuperPointNet:
+    def _answers_of(self, checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
+        """The logits of a frozen network."""
         net = SuperPointNet.from_checkpoint(checkpoint)
-        return net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        return lambda image: net(image.contiguous(memory_format=torch.channels_last))[0]
 
     def _looks_at_photographs(self) -> Tensor:
         """A batch of views such as the network will see."""
@@ -318,16 +324,10 @@ class Run:
         image = batch.image.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             logits, coarse = forward(self.net, image, self.plan.rounded_share if descriptors else 0.0)
-            told = steady_logits(self._teach, batch.clean) if self._teacher else None
+            told = shared_logits(self._teachers, batch.clean) if self._teachers else None
         loss, figures = objective(self.plan, logits, coarse, batch, descriptors)
         away = torch.zeros_like(loss) if told is None else unsteady(told, logits, batch.lost)
         return loss + self.plan.steady_weight * away, torch.cat([figures, away.detach()[None]])
-
-    def _teach(self, image: Tensor) -> Tensor:
-        """The frozen network's logits."""
-        assert self._teacher
-        logits: Tensor = self._teacher(image.contiguous(memory_format=torch.channels_last))[0]
-        return logits
 
     def _restore(self) -> dict[str, Any]:
         path = self.folder / "state.pt"
