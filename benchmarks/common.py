@@ -20,7 +20,7 @@ REST_S = 0.2
 
 def weights_option(function: Callable) -> Callable:
     """`--weights`, by default the packaged ones. Real weights find a usual number of points; speed depends on it."""
-    text = "Checkpoint.  [default: the packaged weights]"
+    text = "Checkpoint.  [default: the default network, full]"
     return click.option("--weights", default=str(packaged.WEIGHTS), help=text)(function)
 
 

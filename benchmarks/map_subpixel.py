@@ -113,7 +113,7 @@ def map_scene(images: Path, folder: Path, pinhole: str | None) -> dict[str, floa
 @click.command()
 @click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of one scene's images.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for files and maps.")
-@click.option("--model", help="[default: the packaged weights]")
+@click.option("--model", help="[default: the default network, full]")
 @click.option("--max-keypoints", default=2048, show_default=True)
 @click.option("--max-side", default=1024, show_default=True, help="px")
 @click.option("--pinhole", help="Intrinsics FX,FY,CX,CY in px, if they are known.")

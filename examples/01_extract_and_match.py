@@ -29,7 +29,7 @@ def main(paths: list[str]) -> None:
         turn = cv2.getRotationMatrix2D((width / 2, height / 2), 20, 1.0)
         second = cv2.warpAffine(first, turn, (width, height), borderValue=(255, 255, 255))
 
-    with SuperPoint(max_keypoints=1000) as superpoint:  # the packaged weights, with onnxruntime
+    with SuperPoint(max_keypoints=1000) as superpoint:  # the default network, full, with onnxruntime
         print(superpoint)
         a, b = superpoint.extract_batch([first, second])
     print(f"{len(a)} and {len(b)} keypoints; the best lies at x, y = {np.round(a.xy[0], 1)}, score {a.scores[0]:.3f}")

@@ -7,7 +7,7 @@ research only:
 
     superpoint weights fetch magicleap
 
-gives the CHECKPOINT. The packaged weights, which this script takes without an argument, show the tensors; no
+gives the CHECKPOINT. The default network, full, which this script takes without an argument, show the tensors; no
 LightGlue is trained for them. `small` has 64 numbers a descriptor, where `superpoint` matchers take 256.
 """
 

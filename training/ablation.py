@@ -36,10 +36,8 @@ PLAIN: Settings = {
     "match_weight": 0,
     "stray_weight": 0,
     "wrong_weight": 0,
-    "repeat_weight": 0,
-    "steady_weight": 0,
 }
-"""Every ingredient switched off."""
+"""Every ingredient switched off that is on in `Plan`."""
 
 
 def _only(*names: str) -> Settings:
@@ -59,8 +57,8 @@ VARIANTS: dict[str, Settings] = {
     "match-stray": _only("match_weight", "stray_weight"),
     "wrong": _only("wrong_weight"),
     "match-wrong": _only("match_weight", "wrong_weight"),
-    "repeat": _only("repeat_weight"),
-    "steady": _only("steady_weight"),
+    "repeat": {**PLAIN, "repeat_weight": 1},
+    "steady": {**PLAIN, "steady_weight": 1},
     "group": _only("group"),
     "close": {**PLAIN, "same_place_px": 4},
     "all": {},

@@ -2,8 +2,8 @@
 
 Only the last convolutions of the two heads learn, from `train.found_losses`; all other layers stay as they are. So the
 network runs once over some hundred pairs of views, and what enters its last convolutions is kept: a step costs no more
-than two 1x1 convolutions and the losses. Scores learn where points are found again; descriptors learn which matches are
-right. Neither learns from the other's losses, so both learn in the same steps.
+than two 1x1 convolutions and the losses. The detector learns exact places and stays near its first answers; descriptors
+learn which matches are wrong. Neither learns from the other's losses, so both learn in the same steps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ from training.train import FOUND_FIGURES, Plan, change, device_of, found_losses
 
 @dataclass(frozen=True)
 class HeadsPlan(Plan):
-    """What this stage depends on: `train.Plan`'s views and losses with values of its own, and how the heads learn."""
+    """What this stage depends on: `train.Plan`'s views and losses with values of its own, and how the heads learn.
+
+    What `train.Plan` says of rounds, collages, rounding and teachers has no effect.
+    """
 
     pairs: int = 8
     """A step."""
@@ -327,7 +330,7 @@ def main(
     seed: int,
     smoke: bool,
 ) -> None:
-    """Only the last convolutions of both heads learn on, on points that the network itself finds."""
+    """The last convolutions of both heads learn on, from points that the network itself finds."""
     given = {"kept_pairs": pairs, "steps": steps, "learning_rate": learning_rate, "seed": seed}
     given = {name: value for name, value in given.items() if value is not None}
     base = SMOKE if smoke else HeadsPlan()

@@ -94,6 +94,7 @@ def looks(paths: list[Path], count: int, plan: Plan, device: torch.device, progr
         rows = range(begin, min(begin + plan.pairs, count))
         bank = photos.load([paths[order[row % len(order)]] for row in rows], device, plan.canvas_px)
         yield look(plan, bank.images, bank.sizes)
+    progress(count, count)
 
 
 # --------------------------------------------------------------------------------------------------------- learning

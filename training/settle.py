@@ -69,9 +69,10 @@ class SettlePlan:
     """What views look like."""
 
     def __post_init__(self) -> None:
-        late.at_least_one(self, "views", "head_batch", "steps", "batch", "judged_views")
-        if self.head_steps < 0:
-            raise SuperPointError(f"head_steps is {self.head_steps}; expected 0 or more.")
+        late.at_least_one(self, "views", "head_batch", "batch", "judged_views")
+        for name in ("head_steps", "steps"):
+            if getattr(self, name) < 0:
+                raise SuperPointError(f"{name} is {getattr(self, name)}; expected 0 or more.")
 
 
 SMOKE = SettlePlan(
@@ -322,7 +323,7 @@ def run(
 @click.option("--teacher", "teachers", multiple=True, required=True, help="Checkpoint; may be given up to four times.")
 @click.option("--output", required=True, help="Folder of the run: log.jsonl, figures.json, settled.safetensors.")
 @click.option("--views", type=click.IntRange(1), help=f"That the steps draw from.  [{SettlePlan.views}]")
-@click.option("--steps", type=click.IntRange(1), help=f"Of all late layers.  [{SettlePlan.steps}]")
+@click.option("--steps", type=click.IntRange(0), help=f"Of all late layers.  [{SettlePlan.steps}]")
 @click.option("--learning-rate", type=click.FloatRange(0), help=f"Of those steps.  [{SettlePlan.learning_rate}]")
 @click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="Another value of one of SettlePlan's.")
 @click.option("--device", default="cpu", show_default=True)

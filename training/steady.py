@@ -51,7 +51,7 @@ def steady_logits(
 
 
 def dealt(teachers: int) -> list[list[Symmetry]]:
-    """The symmetries, dealt out in turn: turning a picture by a quarter, or mirroring it, leads to another teacher.
+    """The symmetries, dealt out in turn: with two teachers, turning by a quarter or mirroring leads to the other one.
 
     Args:
         teachers: how many, 1 to `MOST_TEACHERS`.

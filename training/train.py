@@ -87,7 +87,7 @@ class Plan:
     coarsest_step_octaves: float = -3.0
     """Of compression in views.disturb: -4.5 is about JPEG quality 65, -3 about 20."""
     found: int = 256
-    """Points of each view that the next three look at."""
+    """Points of each view that the losses of `places` look at."""
     place_weight: float = 0.5
     """Of how far apart two views place the same point (places.place_losses)."""
     spread_weight: float = 0.1
@@ -100,9 +100,9 @@ class Plan:
     """Of points without a partner that do not choose their neighbours (the third of places.choice_loss)."""
     wrong_weight: float = 3.0
     """Of the share of matches that are wrong (places.wrong_share)."""
-    repeat_weight: float = 1.0
+    repeat_weight: float = 0.0
     """Of the share of the scores that goes to points which the other view does not find (places.lone_share)."""
-    steady_weight: float = 1.0
+    steady_weight: float = 0.0
     """Of how far the detector is from its teachers' steady answers (steady.unsteady)."""
     seed: int = 1
     validation_pairs: int = 16
@@ -324,7 +324,7 @@ class Run:
         image = batch.image.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             logits, coarse = forward(self.net, image, self.plan.rounded_share if descriptors else 0.0)
-            told = shared_logits(self._teachers, batch.clean) if self._teachers else None
+            told = shared_logits(self._teachers, batch.clean) if self._teachers and descriptors else None
         loss, figures = objective(self.plan, logits, coarse, batch, descriptors)
         away = torch.zeros_like(loss) if told is None else unsteady(told, logits, batch.lost)
         return loss + self.plan.steady_weight * away, torch.cat([figures, away.detach()[None]])

@@ -112,7 +112,7 @@ def test_a_batch_has_all_first_views_before_the_second_ones():
 @KINDS
 def test_the_loss_falls(kind, starts, folder, tmp_path):
     easy = {"far_share": 0.0, "tilted_share": 0.0, "blurred_share": 0.0, "night_share": 0.0}
-    plan = replace(SMOKE, steps=80, learning_rate=1e-2, pairs=4, **easy)
+    plan = replace(SMOKE, steps=80, learning_rate=1e-2, pairs=4, match_weight=0.5, repeat_weight=1.0, **easy)
     _, last, kept = drawn(starts[kind], folder, 4, plan)
     heads.learn(last, kept, plan, tmp_path / "log.jsonl", lambda *_: None)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

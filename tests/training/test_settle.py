@@ -206,6 +206,16 @@ def test_the_command_writes_a_checkpoint_that_loads_and_exports(kind, paths, fol
     assert export(tmp_path / "run/settled.safetensors", tmp_path / "net.onnx", ExportOptions())
 
 
+def test_without_steps_the_detector_head_alone_learns(paths, folder, tmp_path):
+    done = CliRunner().invoke(settle.main, command(folder, paths, tmp_path / "run", "--steps", "0"))
+    assert done.exit_code == 0, done.output
+    before, after = layouts.load(paths["full"]), layouts.load(tmp_path / "run/settled.safetensors")
+    changed = {
+        name for name, layer in before.layers.items() if not np.array_equal(layer.weight, after.layers[name].weight)
+    }
+    assert changed == {"convPa", "convPb"}
+
+
 def test_a_seed_repeats_a_run(paths, folder, tmp_path):
     for name in "ab":
         done = CliRunner().invoke(settle.main, command(folder, paths, tmp_path / name, "--views", "5"))

@@ -683,7 +683,7 @@ def test_the_command(tiny, folder, tmp_path):
     assert done.exit_code == 0 and "trained: " in done.output
     assert layouts.load(tmp_path / "r/last.safetensors").norm is NormPlacement.NONE
     words = ["--photos", str(folder), "--output", str(tmp_path / "on"), "--device", "cpu", "--smoke"]
-    words += 2 * ["--teacher", str(tmp_path / "r/last.safetensors")]
+    words += ["--set", "steady_weight=1"] + 2 * ["--teacher", str(tmp_path / "r/last.safetensors")]
     done = CliRunner().invoke(main, [*words, "--start", str(tmp_path / "r/last.safetensors")])
     assert done.exit_code == 0, done.output
     steps = [json.loads(line) for line in (tmp_path / "on/log.jsonl").read_text().splitlines() if "unsteady" in line]

@@ -54,7 +54,7 @@ NETWORKS = (
 """A further one is an entry here and its three files."""
 
 DEFAULT = "full"
-"""Name of the network that every command takes if it is told of none."""
+"""Name of the network that every command but `web` takes if it is told of none."""
 
 WEIGHTS, MODEL_CARD, TRAINING_LOG = next(
     (network.weights, network.card, network.log) for network in NETWORKS if network.name == "full"
@@ -70,6 +70,5 @@ MATCHER = _FOLDER / "superpoint_trt_matcher.safetensors"
 PAGE = _FOLDER / "web"
 """The page that `superpoint web` serves, built by `make web` from web/; a copy may be without it."""
 
-_SMALL = "small"
-PAGE_NETWORK = _SMALL if any(network.name == _SMALL for network in NETWORKS) else DEFAULT
-"""The network that the page gets if it is told of none: the one that a browser runs live, if it is there."""
+PAGE_NETWORK = "small"
+"""The network that the page takes if it is told of none: a browser runs it live."""
