@@ -174,7 +174,7 @@ def test_commands_take_them_by_default(tmp_path, monkeypatch, capsys):
 def test_the_list_shows_them_first(capsys):
     assert run(cli, ["weights", "list"]) == 0
     out = capsys.readouterr().out
-    assert f"{packaged.DEFAULT} (packaged, the default of every command): " in out
+    assert f"{packaged.DEFAULT} (packaged, the default): " in out
     for network in packaged.NETWORKS:
         found = layouts.load(network.name)
         assert out.index(f"{network.name} (packaged") < out.index("v6: ")

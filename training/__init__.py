@@ -1,1 +1,1 @@
-"""Trains the packaged weights, from nothing: `python -m training`. Not installed with the package."""
+"""Trains the packaged networks. Not installed with the package."""

@@ -9,9 +9,10 @@ from pathlib import Path
 import click
 import torch
 
-from superpoint_trt.checkpoint import layouts
+from superpoint_trt.core.files import make_folder
 from superpoint_trt.core.types import SuperPointError
 from training import photos
+from training.fold import learnable
 from training.steady import MOST_TEACHERS
 from training.train import SMOKE, Plan, Run, change, device_of
 
@@ -29,7 +30,7 @@ from training.train import SMOKE, Plan, Run, change, device_of
     "--teacher",
     "teachers",
     multiple=True,
-    help="Checkpoint whose answers, steadied over mirrored and turned copies, the detector learns.  [--start's]",
+    help="Checkpoint whose answers, steadied over mirrored copies, the detector learns (steady_weight).  [--start's]",
 )
 @click.option("--minutes", default=math.inf, help="A stage ends after so long, whatever its steps.")
 @click.option("--steps-scale", default=1.0, show_default=True, help="All stages' steps times this.")
@@ -58,11 +59,19 @@ def main(
     stages = tuple(replace(stage, steps=max(1, round(stage.steps * steps_scale))) for stage in stages)
     plan = replace(plan, stages=stages)
     plan = replace(plan, **dict(change(plan, text) for text in changes))
+    if teachers and not plan.steady_weight:
+        raise click.UsageError("--teacher has no effect while steady_weight is 0: add --set steady_weight=1.")
+    if plan.steady_weight and not (start or teachers):
+        raise click.UsageError("steady_weight needs --start or --teacher: the detector learns their steady answers.")
     try:
-        begin = layouts.load(start) if start else None
-        steady = tuple(layouts.load(path) for path in teachers)
+        begin = learnable(Path(start)) if start else None
+        steady = tuple(learnable(Path(path)) for path in teachers)
+        if begin and (begin.topology or (begin.channels, begin.descriptor_dim) != (plan.channels, plan.descriptor_dim)):
+            shape = f"channels {plan.channels} and {plan.descriptor_dim}-dimensional descriptors"
+            raise SuperPointError(f"--start {start} has another shape; expected the full network: {shape}.")
         train, held_out = photos.find([Path(folder) for folder in folders])
         banks = tuple(photos.load(paths, where, plan.canvas_px) for paths in (train, held_out or train[:1]))
+        make_folder(output)
     except SuperPointError as error:
         raise click.UsageError(str(error)) from None
     compiled = compiled and where.type == "cuda"

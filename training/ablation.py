@@ -18,7 +18,7 @@ import torch
 
 from superpoint_trt.checkpoint import layouts
 from training import development, photos
-from training.train import SMOKE, Plan, Run
+from training.train import SMOKE, Plan, Run, device_of, in_one_line
 
 Settings = dict[str, float]
 
@@ -84,11 +84,12 @@ def table(figures: dict[str, dict[str, dict[str, float]]]) -> str:
 @click.option("--variant", "names", multiple=True, type=click.Choice(list(VARIANTS)), help="Only these.")
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--smoke", is_flag=True, help="A tiny network, a few steps.")
+@in_one_line()
 def main(
     folders: tuple[str, ...], start: str, output: str, steps: int, names: tuple[str, ...], device: str, smoke: bool
 ) -> None:
     """Trains and judges all variants."""
-    where, out = torch.device(device), Path(output)
+    where, out = device_of(device), Path(output)
     plan = SMOKE if smoke else Plan()
     plan = replace(plan, stages=plan.stages[-1:])
     found, held_out = photos.find([Path(folder) for folder in folders])

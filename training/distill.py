@@ -44,7 +44,9 @@ from training.train import (
     WEIGHT_DECAY,
     Plan,
     change,
+    device_of,
     found_losses,
+    in_one_line,
     paced,
     ready_detector,
     schedule,
@@ -360,6 +362,7 @@ class School:
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--graph/--no-graph", default=True, show_default=True, help="On a GPU a step is one CUDA graph.")
 @click.option("--smoke", is_flag=True, help="Tiny views, two steps.")
+@in_one_line()
 def main(
     folders: tuple[str, ...],
     teacher: str,
@@ -376,13 +379,13 @@ def main(
     smoke: bool,
 ) -> None:
     """Trains small networks, and judges them on photographs kept out."""
-    where, out = torch.device(device), Path(output)
     plan, course = replace(SMOKE if smoke else Plan(pairs=PAIRS), seed=seed), Course()
     for text in changes:
         if hasattr(course, text.partition("=")[0]):
             course = replace(course, **dict([change(course, text)]))
         else:
             plan = replace(plan, **dict([change(plan, text)]))
+    where, out = device_of(device), Path(output)
     found, held_out = photos.find([Path(folder) for folder in folders])
     torch.manual_seed(seed)
     bank = photos.load(found[:2] if smoke else found, where, plan.canvas_px)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.compact import CompactNet, ConvBlock
 from superpoint_trt.checkpoint.layouts import Checkpoint, NormPlacement
 from superpoint_trt.checkpoint.reference import Block, Network, network
-from superpoint_trt.core.types import Family, Sampling
+from superpoint_trt.core.types import CELL_PX, Family, Sampling, SuperPointError
 
 _BLOCK = re.compile(r"(?:backbone\.(\d+)|(detector|descriptor))\.([01])\.(conv|bn)\.(.+)")
 
@@ -41,6 +42,23 @@ def fold(net: Network) -> Checkpoint:
         "subpixel": "yes",
     }
     return layouts.without_batchnorm(layouts.from_arrays(arrays, metadata=metadata, source="the network"))
+
+
+def learnable(path: Path) -> Checkpoint:
+    """Reads a checkpoint as the other stages write it.
+
+    Raises:
+        SuperPointError: it cannot be read, or its heads are not what the losses expect.
+    """
+    checkpoint = layouts.load(path)
+    if checkpoint.norm is not NormPlacement.NONE:
+        raise SuperPointError(f"{path} has BatchNorm; expected it folded away, as the other stages write checkpoints.")
+    if checkpoint.sampling is not Sampling.HALF_PIXEL or checkpoint.stride_px != CELL_PX:
+        raise SuperPointError(
+            f"{path} has {checkpoint.sampling.value} sampling and cells of {checkpoint.stride_px} px; expected "
+            f"{Sampling.HALF_PIXEL.value} and {CELL_PX}, as this project trains."
+        )
+    return checkpoint
 
 
 @torch.no_grad()

@@ -24,9 +24,11 @@ from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.reference import Network, network
 from superpoint_trt.checkpoint.topology import DESCRIPTORS, LOGITS
 from superpoint_trt.cli.progress import phase_bar
+from superpoint_trt.core.files import make_folder
 from superpoint_trt.core.progress import PhaseProgress, Progress
 from superpoint_trt.core.types import SuperPointError
 from training import late, places
+from training.fold import learnable
 from training.geometry import inverse, warp
 from training.losses import sample, shown
 from training.places import Found
@@ -155,7 +157,7 @@ def learn(heads: Heads, kept: list[Kept], plan: HeadsPlan, log: Path, progress: 
         heads: learn in place.
         kept: pairs to draw from.
         plan: its steps, rates and weights.
-        log: file that gets a JSON line every `LOG_EVERY` steps: means since the line before.
+        log: file that gets a JSON line every `late.LOG_EVERY` steps: means since the line before.
         progress: called after each step.
 
     Raises:
@@ -286,10 +288,10 @@ def run(
     Raises:
         SuperPointError: the checkpoint is of another kind, the photographs cannot be used, or learning fails.
     """
-    checkpoint = late.learnable(start)
+    checkpoint = learnable(start)
     layers = COMPACT_LAYERS if checkpoint.topology else VGG_LAYERS
     train, held_out = late.photographs(folders)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     log = output / "log.jsonl"
     log.write_text("")
     net = network(checkpoint).to(device)

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from superpoint_trt.checkpoint import layouts
-from superpoint_trt.checkpoint.layouts import Checkpoint, Layer, NormPlacement
+from superpoint_trt.checkpoint.layouts import Checkpoint, Layer
 from superpoint_trt.checkpoint.reference import Network
 from superpoint_trt.core.progress import Progress
-from superpoint_trt.core.types import CELL_PX, Sampling, SuperPointError
+from superpoint_trt.core.types import SuperPointError
 from training import photos
 from training.distill import Seen, look
 from training.train import Plan, schedule
@@ -44,23 +43,6 @@ def at_least_one(plan: Any, *names: str) -> None:
     for name in names:
         if getattr(plan, name) < 1:
             raise SuperPointError(f"{name} is {getattr(plan, name)}; expected 1 or more.")
-
-
-def learnable(path: Path) -> Checkpoint:
-    """Reads a checkpoint as the other stages write it.
-
-    Raises:
-        SuperPointError: it cannot be read, or its heads are not what the losses expect.
-    """
-    checkpoint = layouts.load(path)
-    if checkpoint.norm is not NormPlacement.NONE:
-        raise SuperPointError(f"{path} has BatchNorm; expected it folded away, as the other stages write checkpoints.")
-    if checkpoint.sampling is not Sampling.HALF_PIXEL or checkpoint.stride_px != CELL_PX:
-        raise SuperPointError(
-            f"{path} has {checkpoint.sampling.value} sampling and cells of {checkpoint.stride_px} px; expected "
-            f"{Sampling.HALF_PIXEL.value} and {CELL_PX}, as this project trains."
-        )
-    return checkpoint
 
 
 def photographs(folders: list[Path]) -> tuple[list[Path], list[Path]]:

@@ -25,9 +25,11 @@ from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.compact import CompactNet
 from superpoint_trt.checkpoint.reference import Network, network
 from superpoint_trt.cli.progress import phase_bar
+from superpoint_trt.core.files import make_folder
 from superpoint_trt.core.progress import PhaseProgress, Progress
 from superpoint_trt.core.types import CELL_PX, SuperPointError
 from training import late
+from training.fold import learnable
 from training.steady import MOST_TEACHERS, divergence, shared_logits
 from training.train import Plan, change, device_of
 
@@ -295,10 +297,10 @@ def run(
     """
     if not 1 <= len(teachers) <= MOST_TEACHERS:
         raise SuperPointError(f"{len(teachers)} teachers are given; expected 1 to {MOST_TEACHERS} (--teacher).")
-    checkpoint = late.learnable(start)
-    told_by = [network(late.learnable(path)).to(device) for path in teachers]
+    checkpoint = learnable(start)
+    told_by = [network(learnable(path)).to(device) for path in teachers]
     train, held_out = late.photographs(folders)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     log = output / "log.jsonl"
     log.write_text("")
     net = network(checkpoint).to(device)

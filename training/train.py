@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.compact import CompactNet
 from superpoint_trt.checkpoint.layouts import Checkpoint, NormPlacement
-from superpoint_trt.checkpoint.reference import SuperPointNet
+from superpoint_trt.checkpoint.reference import SuperPointNet, network
 from superpoint_trt.checkpoint.topology import LOGITS
+from superpoint_trt.core.types import SuperPointError
 from training import leaves, losses, photos, places, shapes
 from training.adapt import VIEW_HW, adapt
 from training.bank import Bank, join
@@ -227,8 +229,7 @@ class Run:
 
     def _answers_of(self, checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
         """The logits of a frozen network."""
-        net = SuperPointNet.from_checkpoint(checkpoint)
-        net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        net = network(checkpoint).to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         return lambda image: net(image.contiguous(memory_format=torch.channels_last))[0]
 
     def _looks_at_photographs(self) -> Tensor:
@@ -512,7 +513,7 @@ def _save(path: Path, state: dict[str, Any]) -> None:
 def change(plan: Any, text: str) -> tuple[str, float]:
     """`NAME=NUMBER` as a field of a plan and its value."""
     name, _, value = text.partition("=")
-    now = getattr(plan, name, None)
+    now = vars(plan).get(name)
     if not isinstance(now, (int, float)):
         numbers = [key for key, other in vars(plan).items() if isinstance(other, (int, float))]
         raise click.UsageError(f"--set {text}: expected one of {', '.join(numbers)}, then = and a number.")
@@ -522,12 +523,23 @@ def change(plan: Any, text: str) -> tuple[str, float]:
         raise click.UsageError(f"--set {text}: {value!r} is no {type(now).__name__}.") from None
 
 
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """What a user gave wrong ends a command in one line."""
+    try:
+        yield
+    except SuperPointError as error:
+        raise click.UsageError(str(error)) from None
+
+
 def device_of(name: str) -> torch.device:
     """The device that `--device` names."""
     try:
         device = torch.device(name)
     except RuntimeError:
         raise click.UsageError(f"--device {name}: expected cuda, cuda:1 or cpu.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise click.UsageError("PyTorch sees no GPU here; --device cpu --smoke tries every stage in seconds.")
+    if device.type not in ("cuda", "cpu"):
+        raise click.UsageError(f"--device {name}: expected cuda, cuda:1 or cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise click.UsageError(f"--device {name}: PyTorch sees no such GPU here; take --device cpu (--smoke: seconds).")
     return device

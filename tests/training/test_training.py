@@ -24,6 +24,7 @@ from training.networks import SHAPES
 from training.rounding import _through, forward
 from training.train import SMOKE, Run
 
+from superpoint_trt import packaged
 from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.layouts import NormPlacement
 from superpoint_trt.checkpoint.reference import Block, SuperPointNet, network, sample_descriptors
@@ -35,6 +36,7 @@ from superpoint_trt.core.types import OutputType, Sampling, SuperPointError
 from superpoint_trt.run.backends import open_backend
 
 CPU = torch.device("cpu")
+PACKAGED = {one.name: one.weights for one in packaged.NETWORKS}
 SHAPE = ((8, 8, 16, 16, 24), 32, NormPlacement.BEFORE_RELU)
 """Of a tiny network."""
 
@@ -695,11 +697,20 @@ def test_the_command(tiny, folder, tmp_path):
     [
         (["--set", "pairs=many"], "'many' is no int"),
         (["--set", "nothing=1"], "expected one of pairs"),
+        (["--set", "looks_at_found=1"], "expected one of pairs"),
+        (["--set", "steady_weight=1"], "steady_weight needs --start or --teacher"),
+        (["--teacher", "none"], "--teacher has no effect while steady_weight is 0"),
+        (["--device", "meta"], "expected cuda, cuda:1 or cpu"),
         (["--photos", "empty"], "no photographs in"),
         (["--photos", "broken"], "is not a readable image"),
         (["--device", "tpus"], "expected cuda, cuda:1 or cpu"),
         (5 * ["--teacher", "none"], "expected at most 4"),
-        (["--teacher", "none.safetensors"], "none.safetensors does not exist"),
+        (["--set", "steady_weight=1", "--teacher", "none.safetensors"], "none.safetensors does not exist"),
+        (
+            ["--start", str(PACKAGED["full"])],
+            "has another shape; expected the full network: channels (8, 8, 16, 16, 24)",
+        ),
+        (["--start", str(PACKAGED["small"])], "has another shape"),
     ],
 )
 def test_bad_arguments_end_in_one_line(arguments, words, tmp_path, monkeypatch):

@@ -216,7 +216,7 @@ class WorstArgs(OptionGroup):
     pictures: str | None = option(
         "--pictures", metavar="FOLDER", help="Draw the pairs with the worst homographies to this folder."
     )
-    worst: int = option("--worst", type=click.IntRange(1), default=10, help="--pictures: so many of a model.")
+    worst: int = option("--worst", type=click.IntRange(1), default=10, help="--pictures: so many of each evaluation.")
 
     def check(self) -> None:
         """Makes the folder before the work.
@@ -230,7 +230,7 @@ class WorstArgs(OptionGroup):
             make_folder(self.pictures)
 
     def keeper(self) -> WorstPairs | None:
-        """What keeps the worst pairs of one model; None: nothing is drawn."""
+        """What keeps the worst pairs of one evaluation; None: nothing is drawn."""
         from superpoint_trt.prove.worst_pairs import WorstPairs
 
         return None if self.pictures is None else WorstPairs(self.worst)

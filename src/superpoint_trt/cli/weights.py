@@ -29,7 +29,7 @@ def list_weights() -> None:
     from superpoint_trt.core.files import git_blob_id, read_bytes
 
     for network in packaged.NETWORKS:
-        default = ", the default of every command" if network.name == packaged.DEFAULT else ""
+        default = ", the default" if network.name == packaged.DEFAULT else ""
         click.echo(f"{network.name} (packaged{default}): {network.about}")
         found = load(network.weights)
         data = read_bytes(network.weights, "packaged checkpoint")

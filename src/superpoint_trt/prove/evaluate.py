@@ -230,7 +230,7 @@ def evaluate(
             result = _score(pair, _views(pair, detected), _views(pair, described), protocol, matching)
             evaluation.seconds["match"] += time.perf_counter() - started
             evaluation.pairs.append(result)
-            if worst is not None:
+            if worst is not None and worst.wants(result):
                 worst.add(_judged(result, _views(pair, described), protocol, matching))
         steps.advance()
     if not evaluation.pairs:

@@ -41,7 +41,12 @@ class JudgedPair:
     @property
     def error_px(self) -> float:
         """Mean error of the estimated homography's corners; of several orders of the matches the median."""
-        return float(np.median(self.result.homography_errors_px))
+        return median_error_px(self.result)
+
+
+def median_error_px(result: PairResult) -> float:
+    """Mean error of the estimated homography's corners; of several orders of the matches the median."""
+    return float(np.median(result.homography_errors_px))
 
 
 class WorstPairs:
@@ -56,6 +61,10 @@ class WorstPairs:
         self.count = count
         self.pairs: list[JudgedPair] = []
         """The largest error first; of equal ones the earlier pair."""
+
+    def wants(self, result: PairResult) -> bool:
+        """Whether a pair with this result would be kept."""
+        return len(self.pairs) < self.count or median_error_px(result) > self.pairs[-1].error_px
 
     def add(self, pair: JudgedPair) -> None:
         """Looks at one more pair."""
@@ -83,7 +92,7 @@ def draw_worst_pairs(evaluation: Evaluation, worst: WorstPairs, folder: PathLike
 
 
 def folder_of(folder: PathLike, name: str) -> str:
-    """An evaluation's own folder of pictures: its name without what file names cannot have."""
+    """FOLDER/NAME, an evaluation's own folder of pictures; what file names cannot have becomes _."""
     return str(Path(folder) / (re.sub(r"[^\w.-]+", "_", name).strip("_.") or "model"))
 
 
@@ -108,7 +117,7 @@ def draw_pair(evaluation: Evaluation, pair: JudgedPair) -> Picture:
 
 
 def pair_caption(name: str, pair: JudgedPair, right: int, matches: int) -> str:
-    """One line: the pair, the model, how many matches are right, and how far the homography is off."""
+    """One line: the pair, the evaluation's name, how many matches are right, and how far the homography is off."""
     of = pair.result.pair
     off = "no homography found" if np.isinf(pair.error_px) else f"homography off by {pair.error_px:.1f} px"
     names = f"{of.sequence} {of.first.stem} and {of.second.stem}"
