@@ -45,12 +45,16 @@ def test_the_camera_moves_on_a_closed_path():
 
 def test_networks_are_read(tmp_path):
     rows = {row.name: row for row in network_chart.read_networks(IMAGES / "networks.csv")}
-    assert rows["full"].is_ours and rows["full"].gflop == 52.1 and rows["small"].gflop == 3.5
-    assert rows["RootSIFT"].gflop is None
-    assert all(0 < row.h3 < 1 and row.source for row in rows.values())
-    for line, words in (("a,no,1,1,0.5,,MIT,x", "expected name"), ("a,no,1,1,0.5,0.5,MIT,", "has no source")):
+    assert rows["full"].is_ours and not rows["XFeat"].is_ours
+    assert all(row.ms > 0 and 0 < row.h3 < 1 and row.source for row in rows.values())
+    bad = (
+        ("a,no,1,,MIT,x", "expected name"),
+        ("a,no,,0.5,MIT,x", "expected name"),
+        ("a,no,1,0.5,MIT,", "has no source"),
+    )
+    for line, words in bad:
         file = tmp_path / "bad.csv"
-        file.write_text(f"name,ours,gflop,parameters_m,mma3,h3,licence,source\n{line}\n")
+        file.write_text(f"name,ours,ms,h3,licence,source\n{line}\n")
         with pytest.raises(SuperPointError, match=f"line 2: .*{words}"):
             network_chart.read_networks(file)
 
@@ -59,7 +63,7 @@ def test_names_of_networks_do_not_cover_each_other():
     """Also if a still smaller one comes: its place is that of a first trial."""
     pytest.importorskip("matplotlib")
     rows = network_chart.read_networks(IMAGES / "networks.csv")
-    rows.append(network_chart.NetworkRow("tiny", True, 1.5, 0.75, "x"))
+    rows.append(network_chart.NetworkRow("tiny", True, 25, 0.66, "x"))
     boxes = network_chart.chart(rows)[1]
     assert len(boxes) == len(rows)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
