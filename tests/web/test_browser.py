@@ -9,14 +9,16 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from urllib.request import urlopen
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 from page_tools import CHROMIUM, FIREFOX, WEB, needs_browser, needs_node
 from skimage import data
 
-from superpoint_trt import SuperPoint, match_images
+from superpoint_trt import SuperPoint, match_images, packaged
 from superpoint_trt.match.nearest import match
 
 pytestmark = pytest.mark.exhaustive
@@ -66,9 +68,11 @@ def act_in_each(tmp_path, request):
     return partial(use_page, needs_browser(request.param), tmp_path)
 
 
-def use_page(browser: str, folder: Path, scenario: str, address: str, *flags: str) -> dict:
+def use_page(
+    browser: str, folder: Path, scenario: str, address: str, *flags: str, pictures: tuple[str, ...] = ()
+) -> dict:
     """What a browser saw; it has asked no other machine for anything."""
-    settings = {"browser": browser, "address": address, "folder": str(folder), "flags": flags}
+    settings = {"browser": browser, "address": address, "folder": str(folder), "flags": flags, "pictures": pictures}
     command = [needs_node(), WEB / "tests" / "browser.mjs", scenario, json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -158,7 +162,10 @@ def test_the_keyboard_is_enough(serve, act):
     seen = act("keyboard", serve("full"))
     right = re.search(r"(\d+)% lie within 3 px", seen["example"]["said"])
     assert int(right[1]) > 80
+    assert 100 < seen["example"]["drawn"] <= 150
     assert [len(seen["fewer"]["features"][slot]["scores"]) for slot in "ab"] == [50, 50]
+    assert [len(seen["strong"]["features"][slot]["scores"]) for slot in "ab"] < [50, 50]
+    assert min(seen["strong"]["features"]["a"]["scores"]) > 0.3, "the slider ends at 0.32"
     whole = np.array(seen["whole"]["features"]["a"]["xy"])
     np.testing.assert_array_equal(whole, np.round(whole))
     assert not np.array_equal(seen["fewer"]["features"]["a"]["xy"], whole)
@@ -201,12 +208,63 @@ def test_no_camera_is_said(serve, act, model):
     assert act("refusedCamera", serve(model), ALLOWED)["problem"] == "There is no camera on this computer."
 
 
-def test_a_broken_picture_is_said_and_the_page_goes_on(serve, act_in_each, model, tmp_path):
+def test_bad_pictures_are_said_and_the_page_goes_on(serve, act_in_each, model, tmp_path):
     write_pictures(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
-    seen = act_in_each("brokenPicture", serve(model))
-    assert seen["broken"]["problem"].startswith("broken.png is no picture that this browser can read")
+    (tmp_path / "words.jpg").write_text("no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    cv2.imwrite(str(tmp_path / "dot.png"), np.full((1, 1, 3), 200, np.uint8))
+    cv2.imwrite(str(tmp_path / "black.png"), np.zeros((48, 64, 3), np.uint8))
+    bad = ("broken.png", "words.jpg", "empty.png", "dot.png", "black.png")
+    seen = act_in_each("badPictures", serve("small"), pictures=bad)
+    for name in bad[:3]:
+        assert seen["told"][name].startswith(f"{name} is no picture that this browser can read")
+    assert seen["told"]["dot.png"] == "dot.png is 1x1 px; the smallest usable is 8x8."
+    assert seen["told"]["black.png"].startswith("0 keypoints: lower the threshold")
+    assert seen["words"].startswith("What was dropped is no file")
     assert seen["mended"]["problem"] == "" and len(seen["mended"]["features"]["a"]["scores"]) > 50
+
+
+def test_large_and_transparent_pictures_are_taken(serve, act, tmp_path):
+    """12 and 30 megapixels; transparent pixels are white."""
+    photo = cv2.cvtColor(data.astronaut(), cv2.COLOR_RGB2BGR)
+    for name, size in (("large.jpg", (4000, 3000)), ("larger.jpg", (6400, 4800))):
+        cv2.imwrite(str(tmp_path / name), cv2.resize(photo, size))
+    clear = np.dstack([photo, np.zeros(photo.shape[:2], np.uint8)])
+    cv2.imwrite(str(tmp_path / "clear.png"), clear)
+    write_pictures(tmp_path)
+    seen = act("badPictures", serve("small"), pictures=("large.jpg", "larger.jpg", "clear.png"))
+    for name in ("large.jpg", "larger.jpg"):
+        assert seen["told"][name].startswith("500 keypoints."), name
+    assert seen["told"]["clear.png"].startswith("0 keypoints")
+    assert seen["complaints"] == []
+
+
+@pytest.mark.parametrize("head", ["detector", "descriptor"])
+def test_a_network_of_no_numbers_is_said(serve, act, model, tmp_path, head):
+    network = onnx.load(model)
+    weights = next(one for one in network.graph.initializer if one.name.startswith(f"{head}.") and "weight" in one.name)
+    weights.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weights) * np.nan, weights.name))
+    onnx.save(network, tmp_path / "nan.onnx")
+    write_pictures(tmp_path)
+    seen = act("noNumbers", serve(str(tmp_path / "nan.onnx")))
+    assert seen["problem"].startswith("The network's answer has values that are no numbers (NaN), on WASM")
+    assert seen["keypoints"] == "–" and seen["said"] == ""
+
+
+def test_wrong_settings_in_the_address_are_said(serve, act, model):
+    told = act("badAddress", serve(model))["told"]
+    assert told.pop("backend=gpu") == "?backend=gpu in the address: expected webgpu, wasm or auto."
+    assert len(told) == 3 and all("expected a whole number from 1 to 64" in text for text in told.values())
+
+
+def test_the_page_is_small(serve):
+    """Under 4 MB to load besides onnxruntime-web."""
+    needs_browser()
+    page = sum(file.stat().st_size for file in packaged.PAGE.rglob("*") if file.is_file() and "ort" not in file.parts)
+    with urlopen(serve(packaged.PAGE_NETWORK) + "model.json") as answer:
+        network = json.load(answer)["bytes"]
+    assert 1e6 < page + network < 4e6
 
 
 def test_a_missing_network_is_said(serve, act, model):

@@ -101,8 +101,7 @@ function drawMatches(pen, { features, match }, boxes) {
     pen.globalAlpha = opacity;
   };
   const most = Math.min(MOST_LINES, Math.round(pen.canvas.clientWidth / PX_PER_LINE));
-  const agree = spread(order.filter(isAgreeing), most);
-  const other = spread(order.filter((k) => !isAgreeing(k)), most / 3);
+  const { agree, other } = chosenLines(order.filter(isAgreeing), order.filter((k) => !isAgreeing(k)), most);
   ink(OTHER, 0.8, 0.6);
   other.forEach(line);
   ink(AGREE, 1.3, 0.9);
@@ -111,8 +110,15 @@ function drawMatches(pen, { features, match }, boxes) {
   return agree.length + other.length;
 }
 
+/** At most so many lines in all; a fifth may be of other matches, more where few agree. As run/draw.py's chosen_lines. */
+export function chosenLines(agreeing, others, most) {
+  const room = Math.max(Math.floor(most / 5), most - agreeing.length);
+  const other = spread(others, room);
+  return { agree: spread(agreeing, most - other.length), other };
+}
+
 /** At most so many of a list, taken evenly from its whole length. */
 function spread(list, most) {
   const step = Math.max(1, list.length / most);
-  return Array.from({ length: Math.min(list.length, Math.floor(most)) }, (_, i) => list[Math.floor(i * step)]);
+  return Array.from({ length: Math.min(list.length, most) }, (_, i) => list[Math.floor(i * step)]);
 }

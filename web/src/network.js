@@ -68,8 +68,8 @@ function runner(ort, session, backend, note) {
   async function infer(input, width, height) {
     const image = new ort.Tensor("float32", input, [1, 1, height, width]);
     const { scores, descriptors } = await session.run({ image });
-    if (!isFinite(scores.data.reduce((sum, score) => sum + score, 0))) {
-      throw new Error(`The network gave scores that are no numbers on ${backend}.`);
+    if (![scores, descriptors].every(({ data }) => isFinite(data.reduce((sum, value) => sum + value, 0)))) {
+      throw new Error(`The network's answer has values that are no numbers (NaN), on ${backend}: its weights may be broken.`);
     }
     const found = { scores: scores.data.slice(), descriptors: descriptors.data.slice(), dim: descriptors.dims[1] };
     scores.dispose();

@@ -38,19 +38,30 @@ function ask(message, transfer = []) {
 
 async function start() {
   setState("loading");
-  const query = new URLSearchParams(location.search);
+  const wish = wishOf(new URLSearchParams(location.search));
   const answer = await fetch("model.json").catch(() => null);
   if (!answer?.ok) throw new Error("There is no network here: open this page with superpoint web.");
   const model = await answer.json();
   byId("network").textContent = `${model.name}, ${(model.bytes / 1e6).toFixed(1)} MB`;
   byId("subpixel").checked = model.subpixel;
   model.url = new URL(model.file, location.href).href;
-  const wish = { backend: query.get("backend") ?? "auto", threads: Number(query.get("threads")) || null };
   const opened = await ask({ kind: "open", model, wish });
   byId("backend").textContent = opened.backend;
   byId("note").textContent = opened.note && `Why not WebGPU: ${opened.note}.`;
   setState("ready");
   say("Ready.");
+}
+
+/** What stands behind the address: ?backend=wasm&threads=2. */
+function wishOf(query) {
+  const [backend, threads] = [query.get("backend") ?? "auto", query.get("threads")];
+  if (!["auto", "webgpu", "wasm"].includes(backend)) {
+    throw new Error(`?backend=${backend} in the address: expected webgpu, wasm or auto.`);
+  }
+  if (threads !== null && !/^([1-9]|[1-5]\d|6[0-4])$/.test(threads)) {
+    throw new Error(`?threads=${threads} in the address: expected a whole number from 1 to 64.`);
+  }
+  return { backend, threads: threads && Number(threads) };
 }
 
 const started = start();
@@ -157,11 +168,18 @@ async function refresh() {
 async function runOnce() {
   setState("busy");
   if (!isLive) say("Looking for points…");
-  const images = Object.fromEntries([...changed].map((slot) => [slot, pictures[slot] ? pixelsOf(pictures[slot]) : null]));
+  const sent = changed;
+  const images = Object.fromEntries([...sent].map((slot) => [slot, pictures[slot] ? pixelsOf(pictures[slot]) : null]));
   changed = new Set();
   const buffers = Object.values(images).filter(Boolean).map((image) => image.rgba);
   const shown = { ...pictures };
-  result = await ask({ kind: "update", images, options: options() }, buffers);
+  try {
+    result = await ask({ kind: "update", images, options: options() }, buffers);
+  } catch (error) {
+    for (const slot of sent) changed.add(slot); // the worker has not seen these pictures
+    forgetResult();
+    throw error;
+  }
   window.superpoint = { result, options: options(), pictures: shown }; // for tests, and for the browser's console
   byId("problem").hidden = true;
   redraw(shown);
@@ -198,7 +216,16 @@ function showFacts() {
   else say(features.a ? "" : "Press Keep this frame, then move the camera: the live picture is matched with it.");
 }
 
+/** After an error: the figures of the pictures before would be taken for those of these. */
+function forgetResult() {
+  result = null;
+  redraw();
+  byId("legend").hidden = true;
+  for (const id of ["keypoints", "matches", "network-ms", "decode-ms", "match-ms"]) byId(id).textContent = "–";
+}
+
 function sentence(counts, match, total, agree) {
+  if (counts.includes(0)) return `${counts.join(" and ")} keypoints: lower the threshold, or take a picture that shows more.`;
   if (!match) return `${counts[0]} keypoints. A second picture gives matches.`;
   const found = `${counts.join(" and ")} keypoints, ${total} matches`;
   if (trueWarp) {
@@ -206,6 +233,7 @@ function sentence(counts, match, total, agree) {
     const share = total ? (100 * right.reduce((sum, one) => sum + one, 0)) / total : 0;
     return `${found}: ${share.toFixed(0)}% lie within ${CORRECT_PX} px of where the true warp puts them.`;
   }
+  if (!total) return `${found}.`;
   return agree ? `${found}: ${agree} agree with one homography.` : `${found}: they agree with no homography.`;
 }
 
@@ -282,6 +310,7 @@ document.addEventListener(
     event.preventDefault();
     byId("stage").classList.remove("over");
     const files = [...event.dataTransfer.files].slice(0, 2);
+    if (!files.length) throw new Error("What was dropped is no file: save the picture first, then drop its file.");
     const slots = files.length === 2 ? ["a", "b"] : [pictures.a ? "b" : "a"];
     await showFiles(files.map((file, i) => [slots[i], file]));
   }),

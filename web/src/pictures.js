@@ -2,6 +2,7 @@
 
 import { apply, fromUnitSquare, multiply } from "./homography.js";
 
+const SMALLEST_SIDE_PX = 8;
 const MOST_PIXELS = 1 << 24; // some browsers draw no larger canvas
 const CAMERA_SIDE_PX = 640;
 const EXPOSURE = 0.6;
@@ -10,12 +11,16 @@ const SEEN_BY_COPY = [[70, 40], [478, 96], [440, 470], [30, 380]]; // corners, i
 /** Reads an image file, upright, without its color profile, on white where it is transparent. */
 export async function readPicture(file) {
   const as = { imageOrientation: "from-image", colorSpaceConversion: "none" };
+  const name = file.name || "The picture";
   let bitmap;
   try {
     bitmap = await createImageBitmap(file, as);
     if (bitmap.width * bitmap.height > MOST_PIXELS) bitmap = await smaller(file, bitmap, as);
   } catch {
-    throw new Error(`${file.name || "The picture"} is no picture that this browser can read (JPEG, PNG or WebP, say).`);
+    throw new Error(`${name} is no picture that this browser can read (JPEG, PNG or WebP, say).`);
+  }
+  if (Math.min(bitmap.width, bitmap.height) < SMALLEST_SIDE_PX) {
+    throw new Error(`${name} is ${bitmap.width}x${bitmap.height} px; the smallest usable is 8x8.`);
   }
   return onCanvas(bitmap, bitmap.width, bitmap.height);
 }

@@ -6,7 +6,6 @@ import { place, toGray, toInput, toPicture } from "./image.js";
 import { mutualNearest } from "./match.js";
 import { openNetwork } from "./network.js";
 
-const SMALLEST_SIDE_PX = 8;
 let network = null;
 let model = null;
 const seen = {}; // "a", "b" -> placement, outputs of the network, milliseconds; kept so that sliders need no new run
@@ -37,9 +36,6 @@ async function update({ images, options }) {
 }
 
 async function run({ rgba, width, height }, { maxSidePx }) {
-  if (Math.min(width, height) < SMALLEST_SIDE_PX) {
-    throw new Error(`The picture is ${width}x${height} px; the smallest usable is 8x8.`);
-  }
   const placement = place(width, height, maxSidePx);
   const input = toInput(toGray(new Uint8ClampedArray(rgba), width * height), placement);
   const start = performance.now();

@@ -1,5 +1,5 @@
 // Uses the page as a person would, in a headless browser, and prints what it saw as JSON, for tests/web/test_browser.py:
-// node browser.mjs SCENARIO SETTINGS, settings {browser, address, folder, flags} as JSON; browser is an executable.
+// node browser.mjs SCENARIO SETTINGS, settings {browser, address, folder, flags, pictures} as JSON; browser is an executable.
 
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -19,7 +19,7 @@ const DESKTOP = { width: 1280, height: 900, deviceScaleFactor: 1 };
 const PHONE = { width: 400, height: 800, deviceScaleFactor: 2 }; // isMobile would load the page again
 
 const scenario = process.argv[2];
-const { browser: executablePath, address, folder, flags = [] } = JSON.parse(process.argv[3]);
+const { browser: executablePath, address, folder, flags = [], pictures: names = [] } = JSON.parse(process.argv[3]);
 const file = (name) => join(folder, name);
 
 const seen = { requests: [], complaints: [] };
@@ -36,7 +36,7 @@ page.on("pageerror", (error) => seen.complaints.push(error.message));
 page.on("console", (line) => line.type() === "error" && seen.complaints.push(line.text()));
 await page.setViewport(DESKTOP);
 
-const scenarios = { pictures, dropped, keyboard, camera, refusedCamera, brokenPicture, missingNetwork, speed };
+const scenarios = { pictures, dropped, keyboard, camera, refusedCamera, badPictures, noNumbers, badAddress, missingNetwork, speed };
 try {
   Object.assign(seen, await scenarios[scenario]());
 } finally {
@@ -86,6 +86,10 @@ async function keyboard() {
   await page.focus("#count");
   await afterwards(() => page.keyboard.press("Home"));
   const fewer = await found();
+  await page.focus("#threshold");
+  await afterwards(() => page.keyboard.press("End"));
+  const strong = await found();
+  await afterwards(() => page.keyboard.press("Home"));
   await page.focus("#subpixel");
   await afterwards(() => page.keyboard.press("Space"));
   const whole = await found();
@@ -95,7 +99,7 @@ async function keyboard() {
     reached.push(await page.evaluate(() => document.activeElement.id));
     await page.keyboard.press("Tab");
   }
-  return { example, fewer, whole, reached };
+  return { example, fewer, strong, whole, reached };
 }
 
 async function camera() {
@@ -119,14 +123,42 @@ async function refusedCamera() {
   return found();
 }
 
-async function brokenPicture() {
+/** Each file of settings.pictures as the first picture, then something dropped that is no file, then a good picture. */
+async function badPictures() {
   await open();
-  await (await page.$("#file-a")).uploadFile(file("broken.png"));
-  await page.waitForSelector("#problem:not([hidden])", WAIT);
-  const broken = await found();
+  const told = {};
+  for (const name of names) {
+    await afterwards(async () => (await page.$("#file-a")).uploadFile(file(name)));
+    const { problem, said } = await found();
+    told[name] = problem || said;
+  }
   await look("problem.png");
+  await afterwards(() =>
+    page.evaluate(() => {
+      const dataTransfer = new DataTransfer();
+      dataTransfer.setData("text/plain", "words");
+      document.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true }));
+    }),
+  );
+  const words = (await found()).problem;
   await afterwards(async () => (await page.$("#file-a")).uploadFile(file("a.png")));
-  return { broken, mended: await found() };
+  return { told, words, mended: await found() };
+}
+
+async function noNumbers() {
+  await open();
+  await afterwards(async () => (await page.$("#file-a")).uploadFile(file("a.png")));
+  return { ...(await found()), keypoints: await page.$eval("#keypoints", (one) => one.textContent) };
+}
+
+async function badAddress() {
+  const told = {};
+  for (const query of ["backend=gpu", "threads=-3", "threads=many", "threads=1000"]) {
+    await page.goto(`${address}?${query}`);
+    await page.waitForSelector("#problem:not([hidden])", WAIT);
+    told[query] = (await found()).problem;
+  }
+  return { told };
 }
 
 async function missingNetwork() {
@@ -206,6 +238,7 @@ async function found(withPictures = false) {
       backend: text("backend"),
       network: text("network"),
       note: text("note"),
+      drawn: parseInt(text("drawn")) || 0,
       urls: withPictures ? Object.entries(pictures).map(([slot, canvas]) => [slot, canvas.toDataURL("image/png")]) : [],
     };
   }, withPictures);
