@@ -26,7 +26,7 @@ test: $(VENV)/.ready
 
 # The page is tested in a browser where Node.js and Chromium or Firefox are; elsewhere its tests are skipped, and say so.
 test-all: $(VENV)/.ready
-	-$(if $(shell command -v npm),@$(MAKE) -s web)
+	-$(if $(shell command -v npm),@$(MAKE) -s web web/node_modules/puppeteer-core)
 	$(VENV)/bin/python $(PYTEST)
 
 # Mutated files at every parser: FUZZ_INPUTS a target (tests/fuzz/README.md).
@@ -58,8 +58,13 @@ web: web/node_modules/.ready
 	rm -rf $(PAGE) && cp -r web/dist $(PAGE)
 
 web/node_modules/.ready: web/package-lock.json
-	cd web && npm ci --no-audit --no-fund
+	cd web && npm ci --omit=dev --no-audit --no-fund
 	@touch $@
+
+# What the tests drive browsers with; the page is built without it.
+web/node_modules/puppeteer-core: web/node_modules/.ready
+	cd web && npm ci --no-audit --no-fund
+	@touch web/node_modules/.ready $@
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/extract_overhead.py $(if $(WEIGHTS),--weights $(WEIGHTS))

@@ -1,6 +1,6 @@
 """How long the page of `superpoint web` takes on 640x480, in headless Chromium: network, decoding, matching.
 
-make web && python benchmarks/page.py --model full --threads 1
+make web web/node_modules/puppeteer-core && python benchmarks/page.py --model full --threads 1
 """
 
 from __future__ import annotations

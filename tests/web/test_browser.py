@@ -193,7 +193,7 @@ def test_the_camera_is_matched_with_a_kept_frame(serve, act, model, tmp_path):
     with SuperPoint(model, device="cpu", max_keypoints=500) as superpoint:
         for slot in "ab":
             assert_same(seen["both"]["features"][slot], superpoint.extract(tmp_path / f"seen-{slot}.png"))
-    assert len(seen["both"]["rows"]) > 50 and seen["isClosed"]
+    assert len(seen["both"]["rows"]) > 50 and seen["isClosed"] and seen["streams"] == 1
     assert seen["complaints"] == [] and seen["both"]["problem"] == ""
 
 

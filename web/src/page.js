@@ -95,7 +95,12 @@ async function showFiles(chosen) {
 
 async function toggleCamera() {
   if (isLive) return stopCamera();
-  await openCamera(byId("video"));
+  byId("camera").disabled = true; // a second press would open a second stream, and nobody would close the first
+  try {
+    await openCamera(byId("video"));
+  } finally {
+    byId("camera").disabled = false;
+  }
   isLive = true;
   if (trueWarp) setPicture("a", null); // the example's; a picture that was chosen is matched with the camera's
   trueWarp = null;

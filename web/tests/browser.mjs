@@ -6,7 +6,7 @@ import { join } from "node:path";
 
 import puppeteer from "puppeteer-core";
 
-const WAIT = { timeout: 120_000 };
+const WAIT = { timeout: 120_000 }; // a busy machine takes its time to start a browser
 const CHROMIUM = [
   "--no-sandbox",
   "--disable-quic",
@@ -28,9 +28,12 @@ const browser = await puppeteer.launch({
   browser: isFirefox ? "firefox" : "chrome",
   executablePath,
   headless: true,
+  ...WAIT,
   args: isFirefox ? flags : [...CHROMIUM, ...flags],
 });
 const page = await browser.newPage();
+page.setDefaultTimeout(WAIT.timeout);
+page.setDefaultNavigationTimeout(WAIT.timeout);
 page.on("request", (request) => seen.requests.push(request.url()));
 page.on("pageerror", (error) => seen.complaints.push(error.message));
 page.on("console", (line) => line.type() === "error" && seen.complaints.push(line.text()));
@@ -102,9 +105,21 @@ async function keyboard() {
   return { example, fewer, strong, whole, reached };
 }
 
+/** The button is pressed twice: one stream is opened. */
 async function camera() {
   await open();
-  await afterwards(() => page.click("#camera"));
+  await page.evaluate(() => {
+    const { mediaDevices } = navigator;
+    const openStream = mediaDevices.getUserMedia.bind(mediaDevices);
+    window.streams = 0;
+    mediaDevices.getUserMedia = (wish) => openStream(wish, ++window.streams);
+  });
+  await afterwards(() =>
+    page.$eval("#camera", (button) => {
+      button.click();
+      button.click();
+    }),
+  );
   const alone = await found();
   await page.click("#keep");
   await page.waitForFunction(() => window.superpoint?.result.match, WAIT);
@@ -113,7 +128,7 @@ async function camera() {
   await page.click("#camera");
   await settled();
   const isClosed = await page.evaluate(() => document.getElementById("video").srcObject === null);
-  return { alone, both, isClosed };
+  return { alone, both, isClosed, streams: await page.evaluate(() => window.streams) };
 }
 
 async function refusedCamera() {
