@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from superpoint_trt import Keypoints, SuperPointError
 from superpoint_trt.run.captions import LETTERS_SHARE, PAPER, Sign, add_caption, letters_px, text_width
 from superpoint_trt.run.draw import (
     BEST,
+    BLUES,
     OUTLIER,
     WORST,
     WRONG,
@@ -59,6 +61,31 @@ def test_the_ramp_is_told_apart_without_colors():
     light = luminance(colors.astype(float))
     assert (np.diff(light) < 0).all()
     assert (light[0] + 0.05) / (light[-1] + 0.05) > 3
+
+
+# How linear RGB looks to people without red, green or blue cones (Machado, Oliveira and Fernandes 2009, severity 1).
+CONES_MISSING = {
+    "red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def seen_without(cones: str, rgb) -> np.ndarray:
+    """Colors (N, 3) in CIE L*a*b*, as seen without one kind of cones."""
+    linear = (np.asarray(rgb, float) / 255) ** 2.2
+    seen = np.clip(linear @ np.array(CONES_MISSING[cones]).T, 0, 1) ** (1 / 2.2)
+    return cv2.cvtColor(seen[None].astype(np.float32), cv2.COLOR_RGB2LAB)[0]
+
+
+@pytest.mark.parametrize("cones", CONES_MISSING)
+def test_lines_are_told_apart_by_color_blind_people(cones):
+    """A difference of 2 in L*a*b* is seen side by side; lines are thin and apart, so ten times as much is asked for."""
+    right, wrong = seen_without(cones, ramp(50, BLUES)), seen_without(cones, [WRONG])
+    assert np.linalg.norm(right - wrong, axis=1).min() > 40, "pictures of failures"
+    best, worst = seen_without(cones, [BEST, WORST])
+    assert np.linalg.norm(best - worst) > 40, "the ramp's ends"
+    assert np.linalg.norm(seen_without(cones, [BEST, WORST]) - seen_without(cones, [OUTLIER]), axis=1).min() > 20
 
 
 # ----------------------------------------------------------------------------------------------------------- keypoints

@@ -28,5 +28,7 @@ def needs_browser(commands: tuple[str, ...] = CHROMIUM) -> str:
     if not browser:
         pytest.skip(f"none of {', '.join(commands)} is here (Debian's packages chromium, firefox-esr)")
     if not (WEB / "node_modules" / "puppeteer-core").is_dir() or not (packaged.PAGE / "index.html").is_file():
-        pytest.skip("the page is not built here, or puppeteer-core is missing (make web web/node_modules/puppeteer-core)")
+        pytest.skip(
+            "the page is not built here, or puppeteer-core is missing (make web web/node_modules/puppeteer-core)"
+        )
     return browser

@@ -15,7 +15,7 @@ from superpoint_trt.core.image import load_image, to_picture
 from superpoint_trt.core.types import Keypoints, Matrix
 from superpoint_trt.prove.metrics import warp
 from superpoint_trt.prove.protocol import resize_to_protocol
-from superpoint_trt.run.draw import WRONG, MatchDrawing, draw_matches, save_picture
+from superpoint_trt.run.draw import BLUES, WRONG, MatchDrawing, draw_matches, save_picture
 
 MOST_LINES = 100
 """Wrong lines cross each other, so fewer are drawn than of a good pair."""
@@ -97,7 +97,7 @@ def folder_of(folder: PathLike, name: str) -> str:
 
 
 def draw_pair(evaluation: Evaluation, pair: JudgedPair) -> Picture:
-    """Draws a pair's matches: right ones from yellow to blue, wrong ones in vermilion."""
+    """Draws a pair's matches: right ones from light to dark blue, wrong ones in vermilion."""
     protocol, of = evaluation.protocol, pair.result.pair
     first_xy, second_xy = pair.first.xy[pair.matches[:, 0]], pair.second.xy[pair.matches[:, 1]]
     away = np.linalg.norm(warp(first_xy, pair.homography) - second_xy, axis=1)
@@ -106,6 +106,7 @@ def draw_pair(evaluation: Evaluation, pair: JudgedPair) -> Picture:
     views = [resize_to_protocol(to_picture(load_image(path)), size, rule)[0] for path in (of.first, of.second)]
     options = MatchDrawing(
         most_lines=MOST_LINES,
+        inlier_ramp=BLUES,
         far_px=protocol.matching_px,
         outlier_rgb=WRONG,
         inlier_name="right",

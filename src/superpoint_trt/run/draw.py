@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ Points = NDArray[np.floating]
 BEST, MIDDLE, WORST = (240, 228, 66), (86, 180, 233), (0, 114, 178)
 """The ramp, light to dark: yellow, sky blue and blue, told apart by color-blind people (Okabe and Ito, "Color Universal
 Design", 2008)."""
+RAMP, BLUES = (BEST, MIDDLE, WORST), (MIDDLE, WORST)
+"""Stops of ramps. Beside vermilion lines there are blue ones alone: who sees no red or green sees vermilion as a dark
+yellow."""
 OUTLIER, WRONG = (170, 170, 170), (213, 94, 0)
 """Lines that do not agree: grey where nobody knows the truth, vermilion (Okabe and Ito) where they are wrong."""
 
@@ -101,6 +104,8 @@ class MatchDrawing:
     most_lines: int = 150
     """Lines drawn at most, spread over the first picture. A fifth of them may be outliers; more, where inliers are
     few."""
+    inlier_ramp: Sequence[Color] = RAMP
+    """Stops of the inliers' colors, from the best agreement to the worst."""
     far_px: float = 3.0
     """Distance from the geometry at which an inlier's line has the ramp's last color."""
     outlier_rgb: Color = OUTLIER
@@ -129,7 +134,7 @@ def draw_matches(
     caption: str = "",
     options: MatchDrawing | None = None,
 ) -> Picture:
-    """Draws both images and lines between matches: yellow to blue for inliers, thin and grey for outliers.
+    """Draws both images and lines between matches: by default yellow to blue for inliers, thin and grey for outliers.
 
     The images are side by side; one above the other if that would be wider than 3 to 1.
 
@@ -139,7 +144,7 @@ def draw_matches(
         first_xy: (M, 2) matched points in the first image's pixels.
         second_xy: (M, 2) matched points in the second image's pixels.
         inliers: (M,) bool, which matches the geometry keeps.
-        distances_px: (M,) how far the matches are from the geometry; None: all inliers are yellow.
+        distances_px: (M,) how far the matches are from the geometry; None: all inliers have the ramp's first color.
         caption: written below the picture, with a legend; empty: neither.
         options: how many lines, and in which colors.
 
@@ -156,8 +161,8 @@ def draw_matches(
     width = max(1, round(max(picture.shape[:2]) / 640))
     pale = [options.outlier_rgb] * len(outliers)
     _lines(picture, starts[outliers], ends[outliers], pale, max(1, width // 2), rim=False)
-    levels = np.clip(away[kept] / options.far_px, 0, 1)
-    _lines(picture, starts[kept], ends[kept], ramp(_LEVELS)[np.round(levels * (_LEVELS - 1)).astype(int)], width, True)
+    levels = np.round(np.clip(away[kept] / options.far_px, 0, 1) * (_LEVELS - 1)).astype(int)
+    _lines(picture, starts[kept], ends[kept], ramp(_LEVELS, options.inlier_ramp)[levels], width, True)
     if not caption:
         return picture
     drawn = "" if len(rows) == len(inliers) else f"{len(rows)} of {len(inliers)} lines drawn"
@@ -233,9 +238,11 @@ def _lines(picture: Picture, starts: Points, ends: Points, colors: Iterable[Colo
 def _signs(options: MatchDrawing, by_distance: bool, drawn: str) -> list[Sign]:
     """The legend of a picture of matches."""
     if by_distance:
-        good = Sign(f"{options.inlier_name}, 0 to {options.far_px:g} px off", ramp(_LEVELS).tolist())
+        good = Sign(
+            f"{options.inlier_name}, 0 to {options.far_px:g} px off", ramp(_LEVELS, options.inlier_ramp).tolist()
+        )
     else:
-        good = Sign(options.inlier_name, [BEST])
+        good = Sign(options.inlier_name, [options.inlier_ramp[0]])
     signs = [good, Sign(options.outlier_name, [options.outlier_rgb])]
     return [*signs, Sign(drawn, [])] if drawn else signs
 
@@ -297,11 +304,11 @@ def _scaled(image_rgb: NDArray[Any], scale: float) -> Picture:
     return np.asarray(cv2.resize(np.ascontiguousarray(image_rgb), size, interpolation=method), dtype=np.uint8)
 
 
-def ramp(count: int) -> NDArray[np.uint8]:
-    """Colors (count, 3) RGB from bright to dark: yellow, sky blue, blue."""
-    stops = np.array([BEST, MIDDLE, WORST], np.float64)
+def ramp(count: int, stops: Sequence[Color] = RAMP) -> NDArray[np.uint8]:
+    """Colors (count, 3) RGB between stops; by default from bright to dark: yellow, sky blue, blue."""
     at = np.linspace(0, len(stops) - 1, max(count, 1))
-    colors = np.stack([np.interp(at, np.arange(len(stops)), channel) for channel in stops.T], axis=1)
+    channels = np.array(stops, np.float64).T
+    colors = np.stack([np.interp(at, np.arange(len(stops)), channel) for channel in channels], axis=1)
     return np.round(colors).astype(np.uint8)
 
 
