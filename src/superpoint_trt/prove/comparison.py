@@ -125,9 +125,6 @@ class Comparison:
         score_error_max: largest score error over all images so far; None before the first.
         proving_points: reference keypoints in images that are not blank. Those of a blank image prove nothing: on
             black a network sees only its own padding.
-
-    Raises:
-        SuperPointError: the two are not the same network.
     """
 
     def __init__(self, superpoint: SuperPoint, reference: Reference) -> None:
@@ -135,11 +132,7 @@ class Comparison:
         self._samples: dict[str, list[NDArray[np.floating]]] = {}
         self.score_error_max: float | None = None
         self.proving_points = 0
-        model, expected = superpoint.description, reference.description
-        for name in ("stride_px", "descriptor_dim"):
-            got, wanted = getattr(model, name), getattr(expected, name)
-            if got != wanted:
-                raise SuperPointError(f"the model's {name} is {got}, the reference's {wanted}: not the same network.")
+        model = superpoint.description
         limit = superpoint.options.max_keypoints or model.max_keypoints
         self._options: DecodeOptions = replace(superpoint.options, max_keypoints=limit)
         self._decodes_in_graph = model.type is OutputType.KEYPOINTS

@@ -128,6 +128,7 @@ def verify(
         model, device=device, threads=threads, subpixel=subpixel, allow_host_code=allow_host_code
     ) as superpoint:
         reference = open_reference(weights)
+        _check_same_network(model, superpoint.description, weights, reference.description)
         comparison = Comparison(superpoint, reference)
         for done, (name, path) in enumerate(named_images, start=1):
             try:
@@ -162,6 +163,18 @@ def verify(
             *([reference.note] if reference.note else []),
         ],
     )
+
+
+def _check_same_network(
+    model: PathLike, description: ModelDescription, weights: PathLike, reference: ModelDescription
+) -> None:
+    for name in ("stride_px", "descriptor_dim"):
+        got, wanted = getattr(description, name), getattr(reference, name)
+        if got != wanted:
+            raise SuperPointError(
+                f"{model} has {name} {got}, the reference {weights} {wanted}: not the same network. Name the checkpoint "
+                "that the model was made from: --weights."
+            )
 
 
 def _computed_note(model: ModelDescription, precision: Precision) -> str:
