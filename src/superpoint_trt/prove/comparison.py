@@ -18,7 +18,6 @@ from superpoint_trt.core.types import (
     Matrix,
     ModelDescription,
     OutputType,
-    SuperPointError,
 )
 from superpoint_trt.match.nearest import match
 from superpoint_trt.prove import known_faults

@@ -172,8 +172,8 @@ def _check_same_network(
         got, wanted = getattr(description, name), getattr(reference, name)
         if got != wanted:
             raise SuperPointError(
-                f"{model} has {name} {got}, the reference {weights} {wanted}: not the same network. Name the checkpoint "
-                "that the model was made from: --weights."
+                f"{model} has {name} {got}, the reference {weights} {wanted}: not the same network. Name the "
+                "checkpoint that the model was made from: --weights."
             )
 
 
