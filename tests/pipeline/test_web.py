@@ -12,7 +12,7 @@ import pytest
 from superpoint_trt import packaged
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.core.types import OutputType, SuperPointError
-from superpoint_trt.pipeline.web import HOST, PageServer, WebOptions
+from superpoint_trt.pipeline.web import HOST, PageServer, WebOptions, save_page
 
 
 @pytest.fixture
@@ -92,6 +92,20 @@ def test_a_packaged_network_has_its_name(page):
         assert server.description["name"] == packaged.PAGE_NETWORK
         assert server.address == f"http://127.0.0.1:{server.server_port}/"
     assert packaged.PAGE_NETWORK == "small"
+
+
+def test_the_saved_page_holds_what_the_server_sends(page, ask, exported, tmp_path):
+    model = str(exported("compact", dynamic=True))
+    for _ in range(2):  # an older copy is replaced
+        folder = save_page(tmp_path / "site", WebOptions(model, page=page))
+        assert {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} == {
+            *("index.html", "worker.js", "ort/runtime.wasm", "ort/runtime.mjs", "model.json", "model.onnx")
+        }
+        for name in ("index.html", "ort/runtime.wasm", "model.json", "model.onnx"):
+            assert (folder / name).read_bytes() == ask(f"/{name}")[2], name
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(SuperPointError, match="taken"):
+        save_page(tmp_path / "taken", WebOptions(model, page=page))
 
 
 def test_models_that_the_page_cannot_run_are_refused(page, exported):

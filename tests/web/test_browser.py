@@ -8,7 +8,9 @@ import struct
 import subprocess
 import sys
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from urllib.request import urlopen
 
 import cv2
@@ -20,6 +22,7 @@ from skimage import data
 
 from superpoint_trt import SuperPoint, match_images, packaged
 from superpoint_trt.match.nearest import match
+from superpoint_trt.pipeline.web import WebOptions, save_page
 
 pytestmark = pytest.mark.exhaustive
 
@@ -256,6 +259,21 @@ def test_wrong_settings_in_the_address_are_said(serve, act, model):
     told = act("badAddress", serve(model))["told"]
     assert told.pop("backend=gpu") == "?backend=gpu in the address: expected webgpu, wasm or auto."
     assert len(told) == 3 and all("expected a whole number from 1 to 64" in text for text in told.values())
+
+
+def test_the_saved_page_works_on_a_plain_server(act, model, tmp_path):
+    """Below another page, without the headers that allow threads."""
+    parts = write_pictures(tmp_path)
+    save_page(tmp_path / "site" / "points", WebOptions(model))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "site"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        seen = act("pictures", f"http://127.0.0.1:{server.server_port}/points/?backend=wasm&threads=2")
+        server.shutdown()
+    assert seen["backend"] == "WASM, 1 thread" and not seen["isolated"] and seen["complaints"] == []
+    with SuperPoint(model, device="cpu", max_keypoints=500) as superpoint:
+        for slot, part in zip("ab", parts):
+            assert_same(seen["features"][slot], superpoint.extract(part))
 
 
 def test_the_page_is_small(serve):

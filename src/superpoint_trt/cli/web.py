@@ -18,15 +18,19 @@ from superpoint_trt.cli.terminal import print_row
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0: any free one.")
 @click.option("--open/--no-open", "open_page", default=True, show_default=True, help="Open the page in the browser.")
-def web(model: str, port: int, open_page: bool) -> None:
+@click.option("--save", metavar="FOLDER", help="Write page and network there instead, for any web server.")
+def web(model: str, port: int, open_page: bool, save: str | None) -> None:
     """Serve a page that finds and matches points in pictures and in the camera.
 
     The browser computes everything; the page is reached from this machine alone. Ctrl-C ends it.
     """
     import webbrowser
 
-    from superpoint_trt.pipeline.web import PageServer, WebOptions
+    from superpoint_trt.pipeline.web import PageServer, WebOptions, save_page
 
+    if save is not None:
+        print_row("page", save_page(save, WebOptions(model)))
+        return
     with PageServer(WebOptions(model, port)) as server:
         print_row("model", f"{server.description['name']} ({server.description['bytes'] / 1e6:.1f} MB)")
         print_row("page", f"{server.address} (Ctrl-C ends it)")

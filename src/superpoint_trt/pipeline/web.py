@@ -1,4 +1,4 @@
-"""Serves the page of web/ on this machine: points and matches in a browser, computed there."""
+"""Serves the page of web/ on this machine, or writes it for other servers: points and matches in a browser."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from superpoint_trt import packaged
 from superpoint_trt.convert.default_model import model_path
 from superpoint_trt.convert.onnx_file import read_onnx
+from superpoint_trt.core.files import PathLike, make_folder, write_atomically
 from superpoint_trt.core.networks import packaged_network
 from superpoint_trt.core.types import CELL_PX, OutputType, SuperPointError
 
@@ -66,10 +67,7 @@ class PageServer(ThreadingHTTPServer):
             SuperPointError: the page is not built, the model is not fit for it, or the port cannot be had.
         """
         options = options or WebOptions()
-        self.page = _built(options.page)
-        self.model = model_path(options.model)
-        network = packaged_network(options.model)
-        self.description = _describe(self.model, network.name if network else self.model.name)
+        self.page, self.model, self.description = _page_and_network(options)
         try:
             super().__init__((HOST, options.port), _Handler)
         except (OSError, OverflowError) as error:
@@ -81,6 +79,33 @@ class PageServer(ThreadingHTTPServer):
     def address(self) -> str:
         """Where a browser on this machine finds the page."""
         return f"http://{HOST}:{self.server_port}/"
+
+
+def save_page(folder: PathLike, options: WebOptions | None = None) -> Path:
+    """Writes the page and its network to a folder, as plain files that any web server can send.
+
+    Args:
+        folder: made if it is not there; files of the same names are replaced.
+        options: the port is not used.
+
+    Raises:
+        SuperPointError: the page is not built, the model is not fit for it, or the folder cannot be written.
+    """
+    page, model, description = _page_and_network(options or WebOptions())
+    target = make_folder(folder)
+    for file in filter(Path.is_file, page.rglob("*")):
+        make_folder((target / file.relative_to(page)).parent)
+        write_atomically(target / file.relative_to(page), file.read_bytes())
+    write_atomically(target / _MODEL, model.read_bytes())
+    write_atomically(target / _DESCRIPTION, json.dumps(description).encode())
+    return target
+
+
+def _page_and_network(options: WebOptions) -> tuple[Path, Path, dict[str, Any]]:
+    """The page's folder, its network's file, and what the page must know about the network."""
+    page, model = _built(options.page), model_path(options.model)
+    network = packaged_network(options.model)
+    return page, model, _describe(model, network.name if network else model.name)
 
 
 def _built(page: Path) -> Path:
