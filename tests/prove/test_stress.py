@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from dataclasses import replace
@@ -256,18 +257,23 @@ def test_the_command_has_the_defaults_of_the_function():
 def test_the_command(quick, photos, tmp_path, capsys, exported):
     pytest.importorskip("matplotlib")
     model = exported("v6", dynamic=True)
-    outputs = ("--json", tmp_path / "s.json", "--plot", tmp_path / "s.png")
+    outputs = ("--json", tmp_path / "s.json", "--plot", tmp_path / "s.png", "--table", tmp_path / "s.csv")
     told = command(
         capsys, "--stress", photos, "--model", model, "--model", "orb", "--no-subpixel", "--max-keypoints", 99, *outputs
     )
     assert "3, 2 left out" in told.out
     assert told.err.count("left out: ") == 2 and "torn.jpg" in told.err and "small.png" in told.err
-    assert told.out.count("turned 90 degrees and shrunk to 0.5") == told.out.count("against none") == 3
+    assert told.out.count("turned 90 degrees and shrunk to 0.5") == told.out.count("against none") == 4
     data = json.loads((tmp_path / "s.json").read_text())
     assert [one["model"] for one in data["models"]] == [str(model), "orb", "rootsift"]
     assert data["models"][0]["subpixel"] is False
     assert data["options"]["max_keypoints"] == 99 >= data["models"][0]["keypoints"]
     assert cv2.imread(str(tmp_path / "s.png")) is not None
+    names, *rows = csv.reader((tmp_path / "s.csv").read_text().splitlines())
+    assert names == ["right", str(model), "orb", "rootsift"] and rows[0][0] == "none" and rows[-1][0] == "against none"
+    for column, one in enumerate(data["models"], start=1):
+        assert float(rows[0][column]) == pytest.approx(one["curves"]["rotation_deg"][0]["right"], abs=1e-5)
+        assert float(rows[-1][column]) == pytest.approx(one["turned_90_zoom_0.5"]["right_of_unturned"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +286,8 @@ def test_the_command(quick, photos, tmp_path, capsys, exported):
         ([], "one of --dataset FOLDER, --stress PHOTOS or --poses SCENE"),
         (["--stress", "{}", "--resize", "fit"], "--resize has no effect with --stress"),
         (["--dataset", "{}", "--plot", "s.png"], "--plot has no effect with --dataset"),
-        (["--stress", "{}", "--table", "t.md"], "--table has no effect with --stress"),
+        (["--stress", "{}", "--table", "t.xls"], "a table's name ends in"),
+        (["--poses", "{}", "--table", "t.md"], "--table has no effect with --poses"),
         (["--stress", "{}", "--worst", "3"], "--worst has no effect with --stress"),
         (["--stress", "{}", "--plot", "s.txt"], "a plot's name ends in"),
         (["--stress", "{}", "--json", "{}/coffee.png"], "would overwrite"),

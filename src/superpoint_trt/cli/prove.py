@@ -301,7 +301,7 @@ def evaluate(
         run_poses(scene, models[0], pose_arguments, matcher_arguments, arguments.subpixel, json_path, runtime)
         return
     if photos:
-        run_stress(photos, models, stress_arguments, arguments.subpixel, baselines, json_path, runtime)
+        run_stress(photos, models, stress_arguments, arguments.subpixel, baselines, table, json_path, runtime)
         return
     from superpoint_trt.prove.datasets import input_files
     from superpoint_trt.prove.evaluate import BASELINES, report_with_baselines
@@ -353,7 +353,7 @@ def _check_evaluate(models: Sequence[str], dataset: str | None, photos: Sequence
     every = {ProtocolArgs, WorstArgs, StressArgs, PoseArgs, MatcherArgs}
     others = [entry.name for group in every - set(groups[way]) for entry in fields(group)]
     names = sorted(name for name in others if name != "subpixel")
-    lost = given_flags((*names, *(() if dataset else ("table",))))
+    lost = given_flags((*names, *(("table",) if scene else ())))
     if lost:
         raise click.UsageError(f"{', '.join(lost)} has no effect with {way}.")
 

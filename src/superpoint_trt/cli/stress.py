@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -15,20 +15,23 @@ from superpoint_trt.cli.terminal import (
     keypoints_at,
     print_aside,
     print_row,
+    print_table,
     write_json,
 )
 from superpoint_trt.core.image import find_images
+from superpoint_trt.prove.changes import Change
 from superpoint_trt.prove.stress import (
     BASELINE,
     TURNED_AND_SHRUNK,
     UNCHANGED,
-    Figures,
     ModelStress,
     StressOptions,
     StressReport,
     stress,
 )
 from superpoint_trt.prove.stress_plot import check_stress_plot, plot_stress
+from superpoint_trt.prove.tables import Cell, Column, check_table_name, write_table
+from superpoint_trt.prove.tables import Table as FigureTable
 
 _STRESS = StressOptions()
 _WORDS = {
@@ -66,13 +69,16 @@ def run_stress(
     arguments: StressArgs,
     subpixel: bool | None,
     baselines: bool,
+    table: str | None,
     json_path: str | None,
     runtime: RuntimeArgs,
 ) -> None:
     """Judges models on changed photographs; prints, draws and writes the figures."""
     judged = [*models]
     judged += [BASELINE] if baselines and BASELINE not in judged else []
-    check_outputs((json_path, arguments.plot), (*models, *(path for one in photos for path in find_images(one))))
+    check_outputs((table, json_path, arguments.plot), (*models, *(path for one in photos for path in find_images(one))))
+    if table:
+        check_table_name(table)
     if arguments.plot:
         check_stress_plot(arguments.plot, len(judged))
     with progress_bar("stress: pictures") as progress:
@@ -86,6 +92,8 @@ def run_stress(
             runtime.allow_host_code,
         )
     print_stress(report)
+    if table:
+        print_row("table", write_table(table, stress_table(report)))
     if json_path:
         write_json(json_path, report.to_json())
     if arguments.plot:
@@ -106,23 +114,39 @@ def print_stress(report: StressReport) -> None:
         print_row("ran on", f"{stressed.backend}, {stressed.device}, {stressed.precision}")
         print_row("keypoints at", keypoints_at(stressed.subpixel))
         console().print(_table(stressed, report.options))
+    if len(report.models) > 1:
+        print_table(stress_table(report))
+
+
+def stress_table(report: StressReport) -> FigureTable:
+    """Right matches of several models: a row for each change, a column for each model."""
+    rows: list[list[Cell]] = [
+        [words, *(stressed.figures[change].right for stressed in report.models)]
+        for section in _sections(report.options)
+        for words, change in section.items()
+    ]
+    rows.append([_AGAINST_NONE, *(stressed.of_unturned for stressed in report.models)])
+    return FigureTable([Column("right"), *(Column(stressed.model) for stressed in report.models)], rows)
 
 
 def _table(stressed: ModelStress, options: StressOptions) -> Table:
-    """One row a change, with the unchanged picture once."""
-    rows = stressed.figures
+    """All figures of one model: a row for each change."""
     table = Table("change", "right", "MMA@1", "MMA@3", "rep.")
-    _add(table, "none", rows[UNCHANGED])
-    for name, curve in options.curves.items():
+    for section in _sections(options):
+        for words, change in section.items():
+            row = stressed.figures[change]
+            table.add_row(words, *(f"{figure:.3f}" for figure in (row.right, row.mma1, row.mma3, row.repeatability)))
         table.add_section()
-        for at, change in curve.items():
-            if change != UNCHANGED:
-                _add(table, _WORDS[name].format(at), rows[change])
-    table.add_section()
-    _add(table, "turned 90 degrees and shrunk to 0.5", rows[TURNED_AND_SHRUNK])
-    table.add_row("  against none", f"{stressed.of_unturned:.3f}")
+    table.add_row(_AGAINST_NONE, f"{stressed.of_unturned:.3f}")
     return table
 
 
-def _add(table: Table, change: str, row: Figures) -> None:
-    table.add_row(change, *(f"{figure:.3f}" for figure in (row.right, row.mma1, row.mma3, row.repeatability)))
+_AGAINST_NONE = "against none"
+
+
+def _sections(options: StressOptions) -> Iterator[dict[str, Change]]:
+    """The changes by what a row says of them, with the unchanged picture once."""
+    yield {"none": UNCHANGED}
+    for name, curve in options.curves.items():
+        yield {_WORDS[name].format(at): change for at, change in curve.items() if change != UNCHANGED}
+    yield {"turned 90 degrees and shrunk to 0.5": TURNED_AND_SHRUNK}
