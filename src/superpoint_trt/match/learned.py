@@ -83,7 +83,7 @@ class LearnedMatcher:
         min_score: float | None = None,
     ) -> None:
         if min_score is not None and not 0 <= min_score < 1:
-            raise SuperPointError(f"least score is {min_score:g}; expected 0 <= score < 1 (0.1 is usual).")
+            raise SuperPointError(f"least score is {min_score:g}; expected 0 <= score < 1 ({MIN_SCORE:g} is usual).")
         self._path = _packaged() if path is None else Path(path)
         self._runner: _Runner | None = _open(self._path, DeviceChoice.parse(device), threads, min_score)
         self.description = self._runner.description
@@ -145,7 +145,7 @@ class LearnedMatcher:
         if dim != self.description.descriptor_dim:
             raise SuperPointError(
                 f"descriptors have {dim} numbers; the matcher {self._path} takes {self.description.descriptor_dim}: it "
-                "belongs to another network."
+                "belongs to another network. Take its own features, or nearest neighbors."
             )
 
     def close(self) -> None:
