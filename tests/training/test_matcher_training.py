@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -22,7 +24,7 @@ from training.pairs import Batch, Plan, Pool, Truth, _different, _spoil, choose,
 from training.train import schedule
 
 from superpoint_trt import packaged
-from superpoint_trt.checkpoint.matcher import MatcherShape, load_matcher
+from superpoint_trt.checkpoint.matcher import MatcherShape, load_matcher, save_matcher
 from superpoint_trt.checkpoint.matcher_network import Assignment, MatcherNet, matches
 
 CPU = torch.device("cpu")
@@ -387,27 +389,65 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, monkeypatch):
 def test_a_run_says_when_it_ends(folder, tmp_path):
     words = ["--photos", str(folder), "--features", str(packaged.WEIGHTS), "--output", str(tmp_path), "--device", "cpu"]
     done = CliRunner().invoke(main, words)
-    assert done.exit_code == 2 and "--minutes or --steps says when" in done.output
+    assert done.exit_code == 2 and "--minutes, --within or --steps says when" in done.output
     done = CliRunner().invoke(main, [*words, "--smoke", "--set", "colour=1"])
     assert done.exit_code == 2 and "expected one of pairs" in done.output
+    done = CliRunner().invoke(main, [*words, "--minutes", "1", "--within", "1"])
+    assert done.exit_code == 2 and "--within is for a training of one call" in done.output
+
+
+def test_a_training_of_one_call_ends_with_it(folder, tmp_path, monkeypatch):
+    """On a clock that moves one second at each look: the learning rate falls to nothing in what ten steps leave."""
+    clock = itertools.count()
+    monkeypatch.setattr(matcher, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    rates = []
+    monkeypatch.setattr(matcher, "schedule", lambda spent: rates.append(spent) or schedule(spent))
+    assert "trained: " in call(folder, tmp_path / "run", "--within", "0.5", "--steps", "1000")
+    rates = rates[::2]  # of both groups of parameters
+    assert rates[:10] == pytest.approx([step / 1000 for step in range(10)]), "they compile: no time is counted"
+    assert 0.85 < rates[-1] < 1 and len(rates) < 30
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["step"] == len(rates) and state["optimizer"]["param_groups"][0]["lr"] < 0.1 * SMOKE.learning_rate
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, monkeypatch):
+    call(folder, tmp_path / "run", "--steps", "1")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("state.pt", "matcher.safetensors")}
+    broken = lambda averaged, net, kept: next(averaged.parameters()).fill_(float("nan"))  # noqa: E731
+    monkeypatch.setattr(matcher, "average", broken)
+    words = ["--photos", str(folder), "--features", str(packaged.WEIGHTS), "--output", str(tmp_path / "run")]
+    done = CliRunner().invoke(main, [*words, "--device", "cpu", "--smoke", "--steps", "2"])
+    assert done.exit_code == 2 and "a weight is not finite after 2 steps: lower learning_rate" in done.output
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
+
+
+def test_each_network_needs_an_input_of_its_own(folder, tmp_path):
+    words = ["--photos", str(folder), "--output", str(tmp_path), "--device", "cpu", "--smoke"]
+    done = CliRunner().invoke(main, [*words, "--features", "full", "--features", "full-v1"])
+    assert done.exit_code == 2 and "two networks have descriptors of 256 numbers" in done.output
+    start = save_matcher(MatcherNet(MatcherShape((256,), 16, 2, 1)).weights(), tmp_path / "start.safetensors")
+    done = CliRunner().invoke(main, [*words, "--features", "small", "--go-on", str(start)])
+    assert done.exit_code == 2 and "takes descriptors of 256 numbers; --features gives 64" in done.output
 
 
 @pytest.mark.exhaustive
-def test_everything_compiles_in_one_graph(folder):
-    """torch.compile takes each of the four parts whole, and once."""
+@pytest.mark.parametrize("names", [("full",), ("small",), ("full", "small")])
+def test_everything_compiles_in_one_graph(folder, names):
+    """torch.compile takes each of the four parts whole; pictures once, the others once for each network."""
     from training.matcher import Run, extractor, objective
 
     plan = replace(SMOKE, pairs=4, points=32)
     bank = photos.load(sorted(folder.iterdir()), CPU, plan.canvas_px)
-    net, dim, digest = extractor(str(packaged.WEIGHTS), CPU)
-    run = Run(plan, folder / "run", bank, bank, [net], {dim: digest}, CPU, 60.0)
+    nets, dims, digests = zip(*(extractor(name, CPU) for name in names))
+    run = Run(plan, folder / "run", bank, bank, list(nets), dict(zip(dims, digests)), CPU, 60.0)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     run._draw, run._find, run._vary, run._objective = (
         torch.compile(part, backend="aot_eager", dynamic=False, fullgraph=True)
         for part in (draw, find, vary, objective)
     )
-    pool = Pool(run._batches(bank, net), 2)
-    for number in range(5):
-        run._step(pool, number)
+    pools = [Pool(run._batches(bank, net), 2) for net in nets]
+    for number in range(9):
+        run._step(pools[number % len(pools)], number)
     run.judge()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + 3 * len(names)
