@@ -12,7 +12,7 @@ arrays   `extract_many` from gray arrays (the fastest way there is), and from RG
 files    `extract`: JPEG files to features.h5. The first rate is that of the extraction, as the command prints it; the
          second one also counts the merge
 
-Medians of the repeats. `CPUs busy` is CPU seconds over wall seconds.
+The ways take turns; medians of the repeats. `CPUs busy` is CPU seconds over wall seconds.
 """
 
 from __future__ import annotations
@@ -101,57 +101,67 @@ def measure(args: argparse.Namespace, work: Path, report: dict[str, Any]) -> Non
             tell(report, "CPU ms an image", steps(superpoint, paths[:MOST_STEPS], work))
         if "alone" in wanted:
             tell(report, "alone, images/s", alone(superpoint, paths, found, work))
+        arrays: dict[str, list[Any]] = {}
         if "arrays" in wanted:
             gray = in_threads(lambda image: np.round(to_gray(image) * 255).astype(np.uint8), some)
-            for name, arrays in (("gray arrays", gray), ("RGB arrays", some)):
-                tell(report, name, arrays_rate(superpoint, arrays, args))
-    if "files" in wanted:
-        tell(report, "files", files_rate(paths, work, options, args.repeats, opening["cpu"]))
-    for name in ("gray arrays", "RGB arrays"):
-        if name in report and "files" in report:
-            tell(report, f"files against {name}, %", compared(report["files"], report[name]))
+            arrays = {"gray arrays": gray, "RGB arrays": some}
+        rounds: dict[str, list[Spent]] = {name: [] for name in (*arrays, "files")}
+        for _ in range(args.repeats):
+            for name, images in arrays.items():
+                rounds[name].append(run_arrays(superpoint, images, args))
+            if "files" in wanted:
+                rounds["files"].append(run_files(paths, work, options, opening["cpu"]))
+    for name, spent in rounds.items():
+        if spent:
+            tell(report, name, summed_up(args.images, spent))
+    for name in arrays if "files" in wanted else ():
+        tell(report, f"files against {name}, %", compared(report["files"], report[name]))
 
 
-def arrays_rate(superpoint: SuperPoint, arrays: list[Any], args: argparse.Namespace) -> Spent:
+def run_arrays(superpoint: SuperPoint, arrays: list[Any], args: argparse.Namespace) -> Spent:
     """`extract_many` from arrays."""
-    rounds = []
-    for _ in range(args.repeats):
-        with timed() as spent:
-            for _ in superpoint.extract_many((arrays[i % len(arrays)] for i in range(args.images)), args.batch_size):
-                pass
-        rounds.append(spent)
-    return {"images/s": rate(args.images, rounds), "CPU ms an image": cpu_ms(args.images, rounds), **busy(rounds)}
+    with timed() as spent:
+        for _ in superpoint.extract_many((arrays[i % len(arrays)] for i in range(args.images)), args.batch_size):
+            pass
+    return spent
 
 
-def files_rate(paths: list[Path], work: Path, options: ExtractOptions, repeats: int, opening_cpu: float) -> Spent:
+def run_files(paths: list[Path], work: Path, options: ExtractOptions, opening_cpu: float) -> Spent:
     """`extract` from files."""
-    output, rounds, whole = work / "features.h5", [], []
-    for _ in range(repeats):
-        merge_begins: Spent = {}
+    output, merge_begins = work / "features.h5", Spent()
 
-        def progress(phase: str, done: int, total: int, merge_begins: Spent = merge_begins) -> None:
-            if phase == "extracting" and done == total:
-                merge_begins.update(wall=time.perf_counter(), cpu=time.process_time())
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == "extracting" and done == total:
+            merge_begins.update(wall=time.perf_counter(), cpu=time.process_time())
 
-        cpu = time.process_time()
-        with timed() as took:
-            summary = extract([paths[0].parent], output, options, progress)
-        merging = time.perf_counter() - merge_begins["wall"]
-        assert summary.done == len(paths), summary
-        rounds.append({"wall": summary.seconds, "cpu": merge_begins["cpu"] - cpu - opening_cpu})
-        whole.append({"wall": summary.seconds + merging, "cpu": took["cpu"] - opening_cpu, "merging": merging})
-        nbytes = output.stat().st_size
-        output.unlink()
-    count = len(paths)
+    cpu = time.process_time()
+    with timed() as whole:
+        summary = extract([paths[0].parent], output, options, progress)
+    merging = time.perf_counter() - merge_begins["wall"]
+    assert summary.done == len(paths), summary
+    output.unlink()
     return {
-        "images/s": rate(count, rounds),
-        "images/s with the merge": rate(count, whole),
-        "merge, s": round(statistics.median(one["merging"] for one in whole), 2),
-        "CPU ms an image": cpu_ms(count, rounds),
-        "CPU ms an image with the merge": cpu_ms(count, whole),
-        **busy(rounds),
-        "features.h5 MB": round(nbytes / 1e6, 1),
+        "wall": summary.seconds,
+        "cpu": merge_begins["cpu"] - cpu - opening_cpu,
+        "merging": merging,
+        "whole wall": summary.seconds + merging,
+        "whole cpu": whole["cpu"] - opening_cpu,
     }
+
+
+def summed_up(count: int, rounds: list[Spent]) -> Spent:
+    """Medians of the rounds."""
+    median = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+    found = {
+        "images/s": count / median["wall"],
+        "CPU ms an image": 1e3 * median["cpu"] / count,
+        "CPUs busy": statistics.median(one["cpu"] / one["wall"] for one in rounds),
+    }
+    if "merging" in median:
+        found["images/s with the merge"] = count / median["whole wall"]
+        found["CPU ms an image with the merge"] = 1e3 * median["whole cpu"] / count
+        found["merge, s"] = median["merging"]
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- profile
@@ -301,21 +311,6 @@ def tell(report: dict[str, Any], name: str, value: Any) -> None:
 def kept(results: Iterable[Any]) -> list[Keypoints]:
     """The results that are no errors."""
     return [one for one in results if isinstance(one, Keypoints)]
-
-
-def rate(count: int, rounds: list[Spent]) -> float:
-    """Images a second."""
-    return round(count / statistics.median(one["wall"] for one in rounds), 2)
-
-
-def cpu_ms(count: int, rounds: list[Spent]) -> float:
-    """CPU ms an image."""
-    return round(1e3 * statistics.median(one["cpu"] for one in rounds) / count, 3)
-
-
-def busy(rounds: list[Spent]) -> Spent:
-    """How many CPUs were busy."""
-    return {"CPUs busy": round(statistics.median(one["cpu"] / one["wall"] for one in rounds), 2)}
 
 
 def compared(files: Spent, arrays: Spent) -> Spent:
