@@ -145,7 +145,7 @@ def truth(there, seen=None, unsure=None) -> Truth:
 def labelled(first, second, real, there) -> tuple[list, list]:
     """Of one pair: partners and lonely points of the first picture and of the second."""
     both = torch.tensor([[real, real]]).bool()
-    partner, alone = label(torch.tensor([[first, second]]), both, there)
+    partner, alone, _ = label(torch.tensor([[first, second]]), both, there)
     return partner[0].tolist(), alone[0].tolist()
 
 
@@ -156,6 +156,27 @@ def test_labels_of_known_points():
     partner, alone = labelled(first, second, [1, 1, 1, 1, 0], (truth(first), truth(second)))
     assert partner == [[1, 0, -1, -1, -1]] * 2
     assert alone == [[False, False, True, True, False]] * 2, "the third lies 4 px away"
+
+
+def test_partners_that_are_a_little_off_are_worth_less():
+    first = [[10.0, 10], [50, 50], [90, 90], [120, 20]]
+    second = [[10.5, 10], [52, 50], [92.9, 90], [150, 60]]
+    batch = known_batch()
+    labels = label(torch.tensor([[first, second]]), torch.ones(1, 2, 4).bool(), (truth(first), truth(second)))
+    worth = batch._replace(**dict(zip(("partner", "alone", "apart"), labels))).worth(0.5)
+    assert torch.allclose(worth, torch.tensor([[[1, 0.75, 0.525, 0]] * 2]))
+
+
+def test_what_a_partner_is_not_worth_counts_as_alone():
+    """At 3 px half of a point is a match, whose loss is log 16, and half has no partner, of which it is told 40."""
+    batch = known_batch()
+    batch.partner[0, :, 1] = -1
+    batch.apart[0, :, 0] = 3
+    plain = Assignment(torch.zeros(1, 4, 4), torch.full((1, 4), 40.0), torch.full((1, 4), 40.0))
+    matched, alone = loss_of(plain, batch._replace(alone=torch.zeros_like(batch.alone)), batch.worth(0.5))
+    assert matched.item() == pytest.approx(np.log(16) / 2, abs=1e-4), "weights below 1 in all are not blown up"
+    assert alone.item() == pytest.approx(40)
+    assert loss_of(plain, batch, batch.worth(1.0))[0].item() == pytest.approx(np.log(16), abs=1e-4)
 
 
 def test_hidden_points_have_no_partner():
@@ -238,6 +259,7 @@ def known_batch() -> Batch:
         torch.tensor([[[160.0, 120]] * 2]),
         torch.tensor([[[1, 0, -1, -1]] * 2]),
         alone,
+        torch.zeros(1, 2, 4),
     )
 
 
@@ -285,11 +307,11 @@ def test_the_loss_is_least_for_the_truth():
     right = torch.full((1, 4, 4), -20.0)
     right[0, [0, 1], [1, 0]] = 20
     sure = Assignment(right, torch.tensor([[20.0, 20, -20, 0]]), torch.full((1, 4), 20.0))
-    matched, alone = loss_of(sure, batch)
+    matched, alone = loss_of(sure, batch, batch.worth(0.5))
     assert matched < 0.01 and alone < 0.01
     wrong = sure._replace(matchable0=-sure.matchable0)
-    assert all(part > 4 for part in loss_of(wrong, batch))
-    assert loss_of(sure._replace(similarity=right.flip(2)), batch)[0] > 10
+    assert all(part > 4 for part in loss_of(wrong, batch, batch.worth(0.5)))
+    assert loss_of(sure._replace(similarity=right.flip(2)), batch, batch.worth(0.5))[0] > 10
 
 
 def test_every_match_counts_alike():
@@ -299,7 +321,7 @@ def test_every_match_counts_alike():
     similarity = torch.zeros(2, 4, 4)
     similarity[0, [0, 1], [1, 0]] = 40
     sure = Assignment(similarity, torch.full((2, 4), 40.0), torch.full((2, 4), 40.0))
-    assert loss_of(sure, batch)[0].item() == pytest.approx(np.log(16) / 3, abs=1e-4)
+    assert loss_of(sure, batch, batch.worth(0.5))[0].item() == pytest.approx(np.log(16) / 3, abs=1e-4)
 
 
 def test_the_probability_at_a_partner_is_the_assignments():
