@@ -7,7 +7,7 @@ Random unit descriptors, half of each image's from the image before.
 
 1. kernel: GPU time of one launch of 64 pairs, by events around 20 launches in a row; TFLOP/s counts 2 N M D
 2. matcher: host arrays of matches for pairs of images that are on the GPU, 64 at a time
-3. with --files (needs h5py): `match_pairs` from a feature file to a match file, parts and all
+3. with --files (needs h5py): `match_pairs` from a feature file to a match file, shards and all
 
 Medians of five rounds.
 """
@@ -75,7 +75,7 @@ def matcher_rate(matcher: Matcher, images: list, pairs: list[tuple[int, int]]) -
 
 
 def file_rates(folder: Path, images: list, pairs: list[tuple[int, int]], device: str) -> dict[str, float]:
-    """Pairs a second of `match_pairs`: of matching and writing parts, and with the match file."""
+    """Pairs a second of `match_pairs`: until all shards are finished, and until the match file is."""
     from superpoint_trt.pipeline.feature_files import FeatureWriter
     from superpoint_trt.pipeline.match_pairs import PairMatchOptions, match_pairs
 
@@ -88,7 +88,16 @@ def file_rates(folder: Path, images: list, pairs: list[tuple[int, int]], device:
     started = time.perf_counter()
     options = PairMatchOptions(MatchOptions(), device, overwrite=True)
     found = match_pairs(folder / "features.h5", named, folder / "matches.h5", options)
-    return {"matching": found.pairs_per_second, "with the file": len(pairs) / (time.perf_counter() - started)}
+    return {
+        "shards": found.matched / found.seconds,
+        "with the match file": len(pairs) / (time.perf_counter() - started),
+    }
+
+
+def tell(report: dict[str, object], name: str, value: object) -> None:
+    """Prints a figure, and keeps it."""
+    report[name] = value
+    click.echo(f"{name}: {value}")
 
 
 @click.command()
@@ -102,24 +111,24 @@ def file_rates(folder: Path, images: list, pairs: list[tuple[int, int]], device:
 def main(
     points: int, dim: int, images: int, count: int, device: str, files: Path | None, json_path: Path | None
 ) -> None:
-    """Measures and prints."""
+    """Measures, and prints each figure as soon as it is known."""
     every = list(itertools.combinations(range(images), 2))
     pairs = [every[index % len(every)] for index in range(count)]
     pairs = pairs if files is None else every[:count]
     arrays = views(images, points, dim)
     report: dict[str, object] = {"points": points, "dim": dim, "images": images, "pairs": len(pairs)}
     with open_matcher(device=device) as matcher:
-        report["runs on"] = matcher.runs_on
+        tell(report, "runs on", matcher.runs_on)
         if isinstance(matcher, DeviceMatcher):
             held = [matcher.prepare(array) for array in arrays]
             group = [(held[i], held[j]) for i, j in (every * PAIRS_A_LAUNCH)[:PAIRS_A_LAUNCH]]
             took = float(np.median([kernel_ms(matcher, group) for _ in range(ROUNDS)]))
-            report["kernel us a pair"] = took / len(group) * 1e3
-            report["kernel TFLOP/s"] = 2 * points * points * dim * len(group) / took / 1e9
-        report["matcher pairs/s"] = float(np.median([matcher_rate(matcher, arrays, pairs) for _ in range(ROUNDS)]))
+            tell(report, "kernel us a pair", took / len(group) * 1e3)
+            tell(report, "kernel TFLOP/s", 2 * points * points * dim * len(group) / took / 1e9)
+        rates = [matcher_rate(matcher, arrays, pairs) for _ in range(ROUNDS)]
+        tell(report, "matcher pairs/s", float(np.median(rates)))
     if files is not None:
-        report["match_pairs pairs/s"] = file_rates(files, arrays, pairs, device)
-    print(json.dumps(report, indent=1))
+        tell(report, "match_pairs pairs/s", file_rates(files, arrays, pairs, device))
     if json_path:
         json_path.write_text(json.dumps(report, indent=1) + "\n")
 

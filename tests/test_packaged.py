@@ -12,6 +12,7 @@ from conftest import photograph
 from superpoint_trt import SuperPoint, packaged
 from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.layouts import NormPlacement
+from superpoint_trt.checkpoint.matcher import load_matcher
 from superpoint_trt.cli.demo import match_with_warped_copy
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert import default_model
@@ -101,6 +102,19 @@ def test_the_small_network_is_small():
     assert packaged.PAGE_NETWORK == "small"
     card = packaged_network("small").card.read_text()
     assert f"{small.parameters:,} parameters" in card and f"{small.gflop():.2f} GFLOP" in card
+
+
+def test_a_packaged_matcher_has_its_card_and_log():
+    if not packaged.MATCHER.is_file():
+        assert not packaged.MATCHER_CARD.exists() and not packaged.MATCHER_LOG.exists()
+        pytest.skip("this version comes without a matcher")
+    found, card = load_matcher(packaged.MATCHER), packaged.MATCHER_CARD.read_text()
+    assert sha256(packaged.MATCHER.read_bytes()) in card and f"{found.parameters:,} parameters" in card
+    assert found.features[256] == sha256(packaged.WEIGHTS.read_bytes()), "it learned the points of full"
+    log = [json.loads(line) for line in packaged.MATCHER_LOG.read_text().splitlines()]
+    assert {entry["stage"] for entry in log} == {"from nothing"} and "| from nothing |" in card
+    assert f"{max(entry.get('step', 0) for entry in log):,}" in card
+    assert packaged.MATCHER.stat().st_size < 8e6
 
 
 def test_features_of_two_networks_are_not_matched(cache):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -163,6 +163,27 @@ class Student:
         image = image.contiguous(memory_format=torch.channels_last)
         with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=image.device.type == "cuda"):
             return forward(self.net, image, rounded_share)
+
+
+def grow(net: CompactNet, weights: Mapping[str, Tensor]) -> None:
+    """Begins with the weights of a network that lacks some layers: until those learn, both say the same.
+
+    Args:
+        net: its convolutions may read more channels than the other's; those come last.
+        weights: the other's state dict.
+
+    Raises:
+        SuperPointError: the other has layers or channels that `net` lacks.
+    """
+    state = net.state_dict()
+    for name, value in weights.items():
+        here = state.get(name)
+        if here is None or here.shape[:1] != value.shape[:1] or here.shape[2:] != value.shape[2:]:
+            raise SuperPointError(f"{name} {tuple(value.shape)} has no place in the network that is to grow from it.")
+        if here.shape != value.shape:
+            here.zero_()[:, : value.shape[1]] = value
+        else:
+            here.copy_(value)
 
 
 def student(name: str, device: torch.device) -> Student:
@@ -331,14 +352,24 @@ class School:
             each.net.eval()
             layouts.save(fold(each.net), self.folder / f"{each.name}.safetensors", half=True)
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path, smaller: str | None = None) -> None:
         """Goes on from a saved state: where its run stopped; or, if that run came to its end, with a new one.
+
+        Args:
+            path: the state.
+            smaller: the network of the state that the only student grows from, in a new run.
 
         Raises:
             SuperPointError: the state is of other networks.
         """
         state = torch.load(path, weights_only=True, map_location=self.device)
         names = [each.name for each in self.students]
+        if smaller:
+            if smaller not in state["nets"] or len(names) > 1:
+                raise SuperPointError(f"{path} is of {', '.join(state['nets'])}: one network grows from one of these.")
+            grow(self.students[0].net, state["nets"][smaller])
+            self.directions = state["directions"]
+            return
         if list(state["nets"]) != names:
             raise SuperPointError(f"{path} is of {', '.join(state['nets'])}, not of {', '.join(names)} (--network).")
         for each in self.students:
@@ -354,6 +385,7 @@ class School:
 @click.option("--output", required=True, help="Folder of the run.")
 @click.option("--network", "names", multiple=True, type=click.Choice(list(SHAPES)), default=("small",))
 @click.option("--go-on", help="Folder of another call, to go on from where it stopped.")
+@click.option("--grow-from", metavar="NAME", help="The network of --go-on's run that this one begins as.")
 @click.option("--until", default=1.0, show_default=True, help="Share of the whole run at which this call stops.")
 @click.option("--minutes", default=math.inf, help="The call trains no longer, compiling included.")
 @click.option("--steps", default=100000, show_default=True, help="The call trains no more.")
@@ -369,6 +401,7 @@ def main(
     output: str,
     names: tuple[str, ...],
     go_on: str | None,
+    grow_from: str | None,
     until: float,
     minutes: float,
     steps: int,
@@ -395,8 +428,10 @@ def main(
     students = [student(name, where) for name in names]
     fast = where.type == "cuda", where.type == "cuda" and graph
     school = School(expert, students, bank, plan, course, out, where, *fast)
+    if grow_from and not go_on:
+        raise click.UsageError("--grow-from has no effect without --go-on, the run that has that network.")
     if go_on:
-        school.load(Path(go_on) / "state.pt")
+        school.load(Path(go_on) / "state.pt", grow_from)
     school.run(2 if smoke else steps, minutes * 60, until)
     made = list(development.pairs(held_out[:1] if smoke else held_out))
     figures = {each.name: development.evaluate(development.Network(each.net, where), made) for each in students}

@@ -32,7 +32,16 @@ from training import photos
 from training.bank import Bank
 from training.matching import objective, summary
 from training.pairs import Batch, Plan, Pool, choose, draw, find, vary
-from training.train import LOG_EVERY, WARM_STEPS, _random_state, _save, _set_random_state, schedule
+from training.train import (
+    LOG_EVERY,
+    WARM_STEPS,
+    _random_state,
+    _save,
+    _set_random_state,
+    device_of,
+    in_one_line,
+    schedule,
+)
 
 MOST_GRADIENT = 1.0
 AVERAGED = 0.999
@@ -72,9 +81,10 @@ class Run:
     """Length of descriptors -> SHA-256 of the checkpoint."""
     device: torch.device
     limit_s: float
-    """Of all calls together: the learning rate falls to nothing by then."""
+    """Training time of all calls: the learning rate falls to zero by then. Infinite with a finite `pause_s`: what
+    compiling leaves of this call."""
     pause_s: float = math.inf
-    """This call ends after so long, with a state to go on from."""
+    """This call ends so long after `started`, with a state to go on from."""
     steps: int = 10**9
     compiled: bool = False
     start: Path | None = None
@@ -85,6 +95,7 @@ class Run:
         torch.manual_seed(self.plan.seed)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.enable_cudnn_sdp(False)  # the newest attention with a mask: others have run for years
         plan = self.plan
         self._draw, self._find, self._vary, self._objective = draw, find, vary, objective
         if self.compiled:
@@ -103,7 +114,7 @@ class Run:
 
     def run(self) -> bool:
         """Trains until the time or the steps are over, or this call's pause; whether the training is over."""
-        entered = saved = judged = since = time.perf_counter()
+        saved = judged = since = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
         step, before = self._restore()
         pools = [Pool(self._batches(self.train, net), self.plan.kept_batches) for net in self.extractors]
@@ -112,15 +123,17 @@ class Run:
                 begin_with(self.net, pool.pairs.descriptors[: self.plan.pairs])
             self.average.load_state_dict(self.net.state_dict())
         sums: Any = 0.0
-        first, logged, trained, begun = step, step, before, entered
+        first, logged, trained, begun, limit_s = step, step, before, since, self.limit_s
         while True:
             now = time.perf_counter()
             if step == first + WARM_STEPS:
                 begun = now  # compiled by now
+                if math.isinf(limit_s):
+                    limit_s = max(before + self.started + self.pause_s - now, 1.0)
             if step >= first + WARM_STEPS:
                 trained = before + now - begun
-            spent = max(step / self.steps, trained / self.limit_s)
-            if spent >= 1 or now - entered > self.pause_s:
+            spent = max(step / self.steps, trained / limit_s)
+            if spent >= 1 or now - self.started > self.pause_s:
                 break
             for group in self.optimizer.param_groups:
                 group["lr"] = self.plan.learning_rate * schedule(spent)
@@ -182,6 +195,16 @@ class Run:
         return int(state["step"]), float(state["trained_s"])
 
     def _save_state(self, step: int, trained_s: float) -> None:
+        """Keeps what the folder holds if training went wrong.
+
+        Raises:
+            SuperPointError: a weight is not finite.
+        """
+        if not all(bool(part.isfinite().all()) for part in self.average.parameters()):
+            raise SuperPointError(
+                f"a weight is not finite after {step} steps: lower learning_rate (--set). {self.folder} holds the "
+                "state and the weights of before."
+            )
         save_matcher(self.average.weights(self.features), self.folder / "matcher.safetensors")
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         random = _random_state(self.device)
@@ -241,6 +264,25 @@ def extractor(path: str, device: torch.device) -> tuple[nn.Module, int, str]:
     return net.requires_grad_(False), loaded.descriptor_dim, loaded.sha256 or ""
 
 
+def _check_dims(dims: list[int], start: str | None) -> None:
+    """Each network needs an input of its own in the matcher.
+
+    Raises:
+        SuperPointError: two networks have equally long descriptors, or the weights to begin with lack an input.
+    """
+    if len(set(dims)) < len(dims):
+        raise SuperPointError(
+            f"--features: two networks have descriptors of {max(dims, key=dims.count)} numbers; a matcher learns one "
+            "network for each length."
+        )
+    there = load_matcher(start).shape.descriptor_dims if start else tuple(dims)
+    if not set(dims) <= set(there):
+        raise SuperPointError(
+            f"--go-on {start} takes descriptors of {', '.join(map(str, there))} numbers; --features gives "
+            f"{', '.join(map(str, dims))}."
+        )
+
+
 def change(plan: Plan, text: str) -> Plan:
     """The plan with `NAME=NUMBER`."""
     name, _, value = text.partition("=")
@@ -262,18 +304,21 @@ def change(plan: Plan, text: str) -> Plan:
 @click.option("--output", required=True, help="Folder of the run. One that holds a state goes on from it.")
 @click.option("--minutes", default=math.inf, help="Of training, over all calls.")
 @click.option("--pause", "pause_minutes", default=math.inf, help="This call ends after so many minutes.")
+@click.option("--within", "within_minutes", type=float, help="All of it in one call of so many minutes, compiling too.")
 @click.option("--steps", type=int, help="It ends after so many.")
 @click.option("--go-on", help="Weights of another run (matcher.safetensors) to begin with.")
 @click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="Another value of one of Plan's.")
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="torch.compile on a GPU.")
 @click.option("--smoke", is_flag=True, help="Tiny pictures, two steps.")
+@in_one_line()
 def main(
     folders: tuple[str, ...],
     features: tuple[str, ...],
     output: str,
     minutes: float,
     pause_minutes: float,
+    within_minutes: float | None,
     steps: int | None,
     go_on: str | None,
     changes: tuple[str, ...],
@@ -282,19 +327,20 @@ def main(
     smoke: bool,
 ) -> None:
     """Trains a matcher, and judges it on photographs kept out."""
-    where, plan = torch.device(device), SMOKE if smoke else Plan()
+    started = time.perf_counter()
+    where, plan = device_of(device), SMOKE if smoke else Plan()
     for text in changes:
         plan = change(plan, text)
     if smoke and steps is None:
         steps = 2
-    if math.isinf(minutes) and steps is None:
-        raise click.UsageError("--minutes or --steps says when the training is over.")
-    try:
-        extractors = [extractor(path, where) for path in features]
-        found, held_out = photos.find([Path(folder) for folder in folders])
-        banks = [photos.load(paths, where, plan.canvas_px) for paths in (found, held_out or found)]
-    except SuperPointError as error:
-        raise click.UsageError(str(error)) from None
+    if within_minutes is not None and not math.isinf(min(minutes, pause_minutes)):
+        raise click.UsageError("--within is for a training of one call; --minutes and --pause are for several.")
+    if math.isinf(minutes) and steps is None and within_minutes is None:
+        raise click.UsageError("--minutes, --within or --steps says when the training is over.")
+    extractors = [extractor(path, where) for path in features]
+    _check_dims([dim for _, dim, _ in extractors], go_on)
+    found, held_out = photos.find([Path(folder) for folder in folders])
+    banks = [photos.load(paths, where, plan.canvas_px) for paths in (found, held_out or found)]
     run = Run(
         plan,
         Path(output),
@@ -303,10 +349,11 @@ def main(
         {dim: digest for _, dim, digest in extractors},
         where,
         minutes * 60,
-        pause_minutes * 60,
+        (within_minutes or pause_minutes) * 60,
         steps or 10**9,
         compiled and where.type == "cuda",
         Path(go_on) if go_on else None,
+        started,
     )
     over = run.run()
     judged = run.judge()

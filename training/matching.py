@@ -21,22 +21,26 @@ def objective(plan: Plan, net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]
     device = batch.rows.device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         said = net(*batch.sides())
-    parts = torch.stack([torch.stack(loss_of(each, batch)) for each in said])
+    worth = batch.worth(plan.least_worth)
+    parts = torch.stack([torch.stack(loss_of(each, batch, worth)) for each in said])
     matched, alone = parts.mean(dim=0)
     return (1 - plan.unmatched_weight) * matched + plan.unmatched_weight * alone, parts.detach()
 
 
-def loss_of(said: Assignment, batch: Batch) -> tuple[Tensor, Tensor]:
-    """One layer's negative log-likelihood: of the true matches, and of points that have none."""
-    true = batch.partner[:, 0] >= 0
+def loss_of(said: Assignment, batch: Batch, worth: Tensor) -> tuple[Tensor, Tensor]:
+    """One layer's negative log-likelihood: of the true matches, and of points that have none.
+
+    A partner that is less than wholly right counts as a match by its `Batch.worth`, and as none by the rest.
+    """
+    alone = torch.where(batch.partner >= 0, 1 - worth, batch.alone.float())
     chosen = log_probability_of(said, batch.partner[:, 0].clamp(min=0))
     lonely = F.logsigmoid(-torch.stack([said.matchable0, said.matchable1], dim=1))
-    return _mean_of(-chosen, true), _mean_of(-lonely, batch.alone)
+    return _mean_of(-chosen, worth[:, 0]), _mean_of(-lonely, alone)
 
 
-def _mean_of(values: Tensor, counted: Tensor) -> Tensor:
+def _mean_of(values: Tensor, weight: Tensor) -> Tensor:
     """Over the points of all pairs: a mean over each pair first would let the few hardest matches decide."""
-    return torch.where(counted, values, 0).sum() / counted.sum().clamp(min=1)
+    return torch.where(weight > 0, values * weight, 0).sum() / weight.sum().clamp(min=1)
 
 
 def log_probability_of(said: Assignment, partner: Tensor) -> Tensor:

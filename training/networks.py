@@ -29,6 +29,8 @@ class Shape:
     descriptor: int
     """Hidden channels of the heads."""
     descriptor_dim: int = 64
+    skip: int = 0
+    """Of the 2x2 / 2 convolution of the last features at a quarter that the detector reads, too; none: 0."""
 
     def layers(self) -> tuple[list[Convolution], Sizes]:
         """Topology, and channels and kernel of each layer."""
@@ -45,6 +47,7 @@ class Shape:
             last = add(f"stem{index}", [last], channels, kernel, stride)
         for index, channels in enumerate(self.quarter):
             last = add(f"quarter{index}", [last], channels, 3)
+        fine = last
         for index, channels in enumerate(self.eighth):
             last = add(f"eighth{index}", [last], channels, *((3, 1) if index else (2, 2)))
         if self.wide:
@@ -53,7 +56,8 @@ class Shape:
                 here = add(f"wide{index}", [here], channels, 3, 1 if index else 2)
             last = add("features", [here], self.eighth[-1], 1, relu=False, added_to=base)
         patches = add("patches", [IMAGE], self.patches, 8, 8)
-        hidden = add("detector_hidden", [last, patches], self.detector, 3)
+        read = [last, patches] + ([add("skip", [fine], self.skip, 2, 2)] if self.skip else [])
+        hidden = add("detector_hidden", read, self.detector, 3)
         add(LOGITS, [hidden], 65, 1, relu=False)
         hidden = add("descriptor_hidden", [last], self.descriptor, 3)
         add(DESCRIPTORS, [hidden], self.descriptor_dim, 1, relu=False)
@@ -69,6 +73,8 @@ SHAPES = {
     "small": Shape(((16, 4, 2), (32, 2, 2)), (32, 32), (64, 64, 64, 64), (128, 128), 32, 64, 64),
     # 3.46, 0.47 M: one layer less, no convolution at half the size
     "patchy": Shape(((32, 8, 4),), (32, 32), (64, 64, 64, 64), (128, 128), 32, 64, 64),
+    # 3.67, 0.49 M: patchy, and the detector reads features of a quarter
+    "sharp": Shape(((32, 8, 4),), (32, 32), (64, 64, 64, 64), (128, 128), 32, 64, 64, skip=32),
     # 3.66, 0.32 M: nothing at a sixteenth, two more layers at an eighth
     "narrow": Shape(((16, 4, 2), (32, 2, 2)), (32, 32), (64,) * 6, (), 32, 64, 64),
     # 1.44, 0.18 M

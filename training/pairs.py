@@ -27,6 +27,8 @@ from training.views import blur_strongly, darken, disturb, pair
 SAME_PX = 3.0
 """Points of two pictures are the same if this near, in px of the picture that sees less detail. A point without another
 this near has no partner: matches that are a little off pull a homography with them, so they must be learnt as wrong."""
+EXACT_PX = 1.0
+"""Partners this near are wholly right."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Plan:
     weight_decay: float = 0.01
     unmatched_weight: float = 0.5
     """Of points without a partner in the loss; the rest is for the matches."""
+    least_worth: float = 0.5
+    """How right a partner at `SAME_PX` is; the rest of it counts as being alone. 1: all partners are alike."""
     min_score: float = 0.1
     """Least probability of a match, where matches are judged."""
     seed: int = 1
@@ -102,6 +106,13 @@ class Batch(NamedTuple):
     """(B, 2, N) int64: row of the other picture's point that is the same; -1: none, or not known."""
     alone: Tensor
     """(B, 2, N) bool: surely without a partner."""
+    apart: Tensor
+    """(B, 2, N) float32: px from the partner, measured as for `SAME_PX`; of other points without a meaning."""
+
+    def worth(self, least: float) -> Tensor:
+        """(B, 2, N) how right the partners are: 1 up to `EXACT_PX`, `least` at `SAME_PX`; 0 without a partner."""
+        far = ((self.apart - EXACT_PX) / (SAME_PX - EXACT_PX)).clamp(0, 1)
+        return torch.where(self.partner >= 0, 1 - (1 - least) * far, 0.0)
 
     def sides(self) -> tuple[PointSets, PointSets]:
         """The points of the first pictures and of the second, as the matcher takes them."""
@@ -219,7 +230,7 @@ def truths(plan: Plan, drawn: Pictures, xy: Tensor) -> tuple[Truth, Truth]:
     return both[0], both[1]
 
 
-def label(xy: Tensor, real: Tensor, truth: tuple[Truth, Truth]) -> tuple[Tensor, Tensor]:
+def label(xy: Tensor, real: Tensor, truth: tuple[Truth, Truth]) -> tuple[Tensor, Tensor, Tensor]:
     """Which points are the same: each other's nearest within `SAME_PX`; which have none within that.
 
     Distances are those in the picture that sees less detail, in which the same distance is fewer px.
@@ -230,7 +241,7 @@ def label(xy: Tensor, real: Tensor, truth: tuple[Truth, Truth]) -> tuple[Tensor,
         truth: of the first pictures' points and of the second's.
 
     Returns:
-        (B, 2, N) partner and alone, as `Batch` has them.
+        (B, 2, N) partner, alone and apart, as `Batch` has them.
     """
     seen0, seen1 = (real[:, side] & truth[side].seen for side in (0, 1))
     apart = torch.minimum(_distance(truth[0].there, xy[:, 1]), _distance(xy[:, 0], truth[1].there))
@@ -242,7 +253,7 @@ def label(xy: Tensor, real: Tensor, truth: tuple[Truth, Truth]) -> tuple[Tensor,
         same = (back.gather(1, there) == row) & (best < SAME_PX)
         partner.append(torch.where(same, there, -1))
         alone.append(real[:, side] & (best > SAME_PX) & ~truth[side].unsure)
-    return torch.stack(partner, dim=1), torch.stack(alone, dim=1)
+    return torch.stack(partner, dim=1), torch.stack(alone, dim=1), torch.stack([best for best, _ in nearest], dim=1)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

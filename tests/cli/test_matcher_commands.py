@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -12,8 +14,10 @@ from conftest import photograph
 from helpers import write_sequence
 from matchers import plain_matcher, random_matcher
 
+from superpoint_trt import LearnedMatcher, packaged
 from superpoint_trt.checkpoint.matcher import MatcherShape, save_matcher
 from superpoint_trt.cli.main import cli
+from superpoint_trt.core.files import file_sha256
 from superpoint_trt.core.types import SuperPointError
 
 SHAPE = MatcherShape((256,), 256, 4, 1)
@@ -64,10 +68,45 @@ def test_options_that_do_not_go_together(matcher_file, images):
     assert done.exit_code == 2 and "--min-score has no effect" in done.output
 
 
-def test_learned_without_weights_is_one_clear_line(images):
+def test_learned_without_weights_is_one_clear_line(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged, "MATCHER", tmp_path / "none.safetensors")
     done = run("match", *images, "--matcher", "learned", "--device", "cpu")
     assert isinstance(done.exception, SuperPointError)
     assert "comes without weights of a learned matcher; name a file instead" in str(done.exception)
+
+
+@pytest.fixture
+def packaged_matcher(tmp_path, monkeypatch):
+    """A version that comes with a matcher, of the packaged network `full`."""
+    weights = replace(plain_matcher(SHAPE), features={256: file_sha256(packaged.WEIGHTS)})
+    monkeypatch.setattr(packaged, "MATCHER", save_matcher(weights, tmp_path / "packaged.safetensors"))
+    monkeypatch.setenv("SUPERPOINT_CACHE", str(tmp_path / "cache"))
+
+
+def test_learned_is_the_packaged_matcher(packaged_matcher, images, tmp_path):
+    """Exported once; a network whose descriptors are as long is named, one of others is refused."""
+    words = ["match", *images, "--device", "cpu", "--max-keypoints", 200, "--matcher", "learned"]
+    done = run(*words)
+    assert done.exit_code == 0 and "learned (1 layers, onnxruntime" in done.output, done.output
+    assert "supported" in done.output and "another network" not in done.output
+    kept = list((tmp_path / "cache").glob("superpoint_trt-matcher-*.onnx"))
+    assert len(kept) == 1
+    with LearnedMatcher(device="cpu") as matcher:
+        assert matcher.description.features_sha256 == file_sha256(packaged.WEIGHTS)
+    assert list((tmp_path / "cache").glob("superpoint_trt-matcher-*.onnx")) == kept
+    done = run(*words, "--model", "full-v1")
+    assert done.exit_code == 0 and "the matcher learned the descriptors of another network than full-v1" in done.output
+    done = run(*words, "--model", "small")
+    assert isinstance(done.exception, SuperPointError)
+    assert re.search("have 64 numbers; the matcher .* takes 256: it belongs to another network", str(done.exception))
+
+
+def test_weights_list_names_the_packaged_matcher(packaged_matcher, tmp_path, monkeypatch):
+    said = run("weights", "list").output
+    assert "learned (packaged matcher, --matcher learned): for the descriptors of full\n" in said
+    assert "256 a descriptor" in said and "packaged.safetensors" in said
+    monkeypatch.setattr(packaged, "MATCHER", tmp_path / "none.safetensors")
+    assert "learned" not in run("weights", "list").output
 
 
 def test_verify_passes_for_the_right_weights_and_fails_for_others(tmp_path):

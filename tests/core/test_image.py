@@ -70,6 +70,15 @@ def test_gray_of_a_large_image_is_the_same(monkeypatch, kind):
     np.testing.assert_array_equal(to_gray(pixels), at_once)
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_gray_of_colors_in_reverse_is_the_same_to_the_bit(kind):
+    """Image files give such arrays; a copy of them has its colors in order."""
+    bgra = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (37, 53, 4), kind)
+    for reverse in (bgra[..., 2::-1], bgra[::2, ::-1, 2::-1]):
+        assert reverse.strides[2] < 0
+        np.testing.assert_array_equal(to_gray(reverse), to_gray(np.ascontiguousarray(reverse)))
+
+
 def test_to_gray_keeps_pixels_where_they_are():
     image = np.zeros((9, 17, 3), np.uint8)
     image[2, 11] = 255

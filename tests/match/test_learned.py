@@ -9,6 +9,7 @@ from matchers import plain_matcher, points, shuffled
 from superpoint_trt import match_images
 from superpoint_trt.checkpoint.matcher import save_matcher
 from superpoint_trt.convert.export_matcher import MatcherExportOptions, export_matcher
+from superpoint_trt.core.matcher import MIN_SCORE
 from superpoint_trt.core.types import SuperPointError
 from superpoint_trt.match.learned import LearnedMatcher
 
@@ -37,7 +38,7 @@ def test_every_point_is_found_again(files, kind):
     np.testing.assert_array_equal(found.rows, np.stack([expected, there[expected]], axis=1))
     differences = first.descriptors[found.rows[:, 0]] - some.descriptors[found.rows[:, 1]]
     np.testing.assert_allclose(found.distances, np.linalg.norm(differences, axis=1), atol=1e-5)
-    assert (found.scores > 0.1).all() and len(found.scores) == len(found) == 30
+    assert (found.scores > MIN_SCORE).all() and len(found.scores) == len(found) == 30
 
 
 def test_a_matcher_of_n_rows_takes_the_best_n(files):
@@ -67,8 +68,8 @@ def test_a_higher_score_leaves_fewer_matches(files):
     with LearnedMatcher(files["free"], "cpu") as usual, LearnedMatcher(files["free"], "cpu", min_score=0.9) as strict:
         many, few = usual.match(first, second), strict.match(first, second)
     assert len(few) == (many.scores > 0.9).sum() < len(many)
-    with pytest.raises(SuperPointError, match=r"from 0.05 on were asked for, but .* gives those from 0.1 on"):
-        LearnedMatcher(files["free"], "cpu", min_score=0.05)
+    with pytest.raises(SuperPointError, match=rf"from 0.001 on were asked .* gives those from {MIN_SCORE:g} on"):
+        LearnedMatcher(files["free"], "cpu", min_score=0.001)
 
 
 def test_what_does_not_fit_is_refused(files, tmp_path):

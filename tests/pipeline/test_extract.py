@@ -113,6 +113,7 @@ def test_images_that_cannot_be_read_are_reported(photographs, options, tmp_path,
     (folder / "empty.png").unlink()
     assert run(cli, [*line, "--max-keypoints", "60"]) == 0
     assert f"skipped       {COUNT + 1} that were done before" in capsys.readouterr().out
+    assert not again.failures_file.exists()
 
 
 def test_a_decoder_may_raise_what_it_likes(photographs, options, tmp_path, monkeypatch):
@@ -130,6 +131,14 @@ def test_a_decoder_may_raise_what_it_likes(photographs, options, tmp_path, monke
     assert summary.done == COUNT - 2
     reasons = dict(summary.failed)
     assert "ZeroDivisionError: in a codec" in reasons["street/003.png"] and "memory ran out" in reasons["park/004.png"]
+
+
+def test_progress_begins_with_nothing_done(photographs, options, tmp_path):
+    """The time of the first images counts in the speed that is told."""
+    told = []
+    extract([photographs[0]], tmp_path / "f.h5", options, lambda *step: told.append(step))
+    assert told[0] == ("extracting", 0, COUNT)
+    assert told[-1][0] == "merging" and ("extracting", COUNT, COUNT) in told
 
 
 def test_nothing_but_failures(options, tmp_path):

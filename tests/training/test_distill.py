@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from training.bank import Bank
 from training.capture import captured
 from training.distill import Course, School, lesson, look, principal_directions, student
 from training.fold import fold
+from training.networks import SHAPES
 from training.train import SMOKE
 
 from superpoint_trt.checkpoint import layouts
@@ -178,6 +180,34 @@ def test_a_state_of_other_networks_is_refused(bank, tmp_path):
     first.run(1, 1e6)
     with pytest.raises(SuperPointError, match=r"state.pt is of smoke, not of tiny \(--network\)"):
         school(bank, tmp_path, ("tiny",)).load(tmp_path / "state.pt")
+
+
+def test_a_network_grows_from_a_smaller_one(bank, tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "grown", replace(SHAPES["smoke"], skip=4))
+    first = school(bank, tmp_path)
+    first.run(2, 1e6)
+    second = school(bank, tmp_path / "grown", ("grown",))
+    second.load(tmp_path / "state.pt", "smoke")
+    small, grown = first.students[0].net.eval(), second.students[0].net.eval()
+    image = torch.rand(1, 1, 32, 40)
+    with torch.no_grad():
+        for mine, its in zip(small(image), grown(image)):
+            torch.testing.assert_close(mine, its)
+    assert second.done == 0.0
+    assert torch.equal(second.directions, first.directions)
+    second.run(2, 1e6)
+    read = grown.get_submodule("detector_hidden").conv.weight
+    assert read.shape[1] == small.get_submodule("detector_hidden").conv.weight.shape[1] + 4
+    assert read[:, -4:].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("names", "smaller"), [(("tiny",), "smoke"), (("smoke",), "tiny"), (("smoke", "tiny"), "smoke")]
+)
+def test_a_network_does_not_grow_from_what_does_not_fit(bank, tmp_path, names, smaller):
+    school(bank, tmp_path).run(1, 1e6)
+    with pytest.raises(SuperPointError, match="grow"):
+        school(bank, tmp_path, names).load(tmp_path / "state.pt", smaller)
 
 
 def test_the_checkpoint_is_the_network(bank, tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -22,7 +24,7 @@ from training.pairs import Batch, Plan, Pool, Truth, _different, _spoil, choose,
 from training.train import schedule
 
 from superpoint_trt import packaged
-from superpoint_trt.checkpoint.matcher import MatcherShape, load_matcher
+from superpoint_trt.checkpoint.matcher import MatcherShape, load_matcher, save_matcher
 from superpoint_trt.checkpoint.matcher_network import Assignment, MatcherNet, matches
 
 CPU = torch.device("cpu")
@@ -143,7 +145,7 @@ def truth(there, seen=None, unsure=None) -> Truth:
 def labelled(first, second, real, there) -> tuple[list, list]:
     """Of one pair: partners and lonely points of the first picture and of the second."""
     both = torch.tensor([[real, real]]).bool()
-    partner, alone = label(torch.tensor([[first, second]]), both, there)
+    partner, alone, _ = label(torch.tensor([[first, second]]), both, there)
     return partner[0].tolist(), alone[0].tolist()
 
 
@@ -154,6 +156,27 @@ def test_labels_of_known_points():
     partner, alone = labelled(first, second, [1, 1, 1, 1, 0], (truth(first), truth(second)))
     assert partner == [[1, 0, -1, -1, -1]] * 2
     assert alone == [[False, False, True, True, False]] * 2, "the third lies 4 px away"
+
+
+def test_partners_that_are_a_little_off_are_worth_less():
+    first = [[10.0, 10], [50, 50], [90, 90], [120, 20]]
+    second = [[10.5, 10], [52, 50], [92.9, 90], [150, 60]]
+    batch = known_batch()
+    labels = label(torch.tensor([[first, second]]), torch.ones(1, 2, 4).bool(), (truth(first), truth(second)))
+    worth = batch._replace(**dict(zip(("partner", "alone", "apart"), labels))).worth(0.5)
+    assert torch.allclose(worth, torch.tensor([[[1, 0.75, 0.525, 0]] * 2]))
+
+
+def test_what_a_partner_is_not_worth_counts_as_alone():
+    """At 3 px half of a point is a match, whose loss is log 16, and half has no partner, of which it is told 40."""
+    batch = known_batch()
+    batch.partner[0, :, 1] = -1
+    batch.apart[0, :, 0] = 3
+    plain = Assignment(torch.zeros(1, 4, 4), torch.full((1, 4), 40.0), torch.full((1, 4), 40.0))
+    matched, alone = loss_of(plain, batch._replace(alone=torch.zeros_like(batch.alone)), batch.worth(0.5))
+    assert matched.item() == pytest.approx(np.log(16) / 2, abs=1e-4), "weights below 1 in all are not blown up"
+    assert alone.item() == pytest.approx(40)
+    assert loss_of(plain, batch, batch.worth(1.0))[0].item() == pytest.approx(np.log(16), abs=1e-4)
 
 
 def test_hidden_points_have_no_partner():
@@ -236,6 +259,7 @@ def known_batch() -> Batch:
         torch.tensor([[[160.0, 120]] * 2]),
         torch.tensor([[[1, 0, -1, -1]] * 2]),
         alone,
+        torch.zeros(1, 2, 4),
     )
 
 
@@ -283,11 +307,11 @@ def test_the_loss_is_least_for_the_truth():
     right = torch.full((1, 4, 4), -20.0)
     right[0, [0, 1], [1, 0]] = 20
     sure = Assignment(right, torch.tensor([[20.0, 20, -20, 0]]), torch.full((1, 4), 20.0))
-    matched, alone = loss_of(sure, batch)
+    matched, alone = loss_of(sure, batch, batch.worth(0.5))
     assert matched < 0.01 and alone < 0.01
     wrong = sure._replace(matchable0=-sure.matchable0)
-    assert all(part > 4 for part in loss_of(wrong, batch))
-    assert loss_of(sure._replace(similarity=right.flip(2)), batch)[0] > 10
+    assert all(part > 4 for part in loss_of(wrong, batch, batch.worth(0.5)))
+    assert loss_of(sure._replace(similarity=right.flip(2)), batch, batch.worth(0.5))[0] > 10
 
 
 def test_every_match_counts_alike():
@@ -297,7 +321,7 @@ def test_every_match_counts_alike():
     similarity = torch.zeros(2, 4, 4)
     similarity[0, [0, 1], [1, 0]] = 40
     sure = Assignment(similarity, torch.full((2, 4), 40.0), torch.full((2, 4), 40.0))
-    assert loss_of(sure, batch)[0].item() == pytest.approx(np.log(16) / 3, abs=1e-4)
+    assert loss_of(sure, batch, batch.worth(0.5))[0].item() == pytest.approx(np.log(16) / 3, abs=1e-4)
 
 
 def test_the_probability_at_a_partner_is_the_assignments():
@@ -387,27 +411,65 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, monkeypatch):
 def test_a_run_says_when_it_ends(folder, tmp_path):
     words = ["--photos", str(folder), "--features", str(packaged.WEIGHTS), "--output", str(tmp_path), "--device", "cpu"]
     done = CliRunner().invoke(main, words)
-    assert done.exit_code == 2 and "--minutes or --steps says when" in done.output
+    assert done.exit_code == 2 and "--minutes, --within or --steps says when" in done.output
     done = CliRunner().invoke(main, [*words, "--smoke", "--set", "colour=1"])
     assert done.exit_code == 2 and "expected one of pairs" in done.output
+    done = CliRunner().invoke(main, [*words, "--minutes", "1", "--within", "1"])
+    assert done.exit_code == 2 and "--within is for a training of one call" in done.output
+
+
+def test_a_training_of_one_call_ends_with_it(folder, tmp_path, monkeypatch):
+    """On a clock that moves one second at each look: the learning rate falls to nothing in what ten steps leave."""
+    clock = itertools.count()
+    monkeypatch.setattr(matcher, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    rates = []
+    monkeypatch.setattr(matcher, "schedule", lambda spent: rates.append(spent) or schedule(spent))
+    assert "trained: " in call(folder, tmp_path / "run", "--within", "0.5", "--steps", "1000")
+    rates = rates[::2]  # of both groups of parameters
+    assert rates[:10] == pytest.approx([step / 1000 for step in range(10)]), "they compile: no time is counted"
+    assert 0.85 < rates[-1] < 1 and len(rates) < 30
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["step"] == len(rates) and state["optimizer"]["param_groups"][0]["lr"] < 0.1 * SMOKE.learning_rate
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, monkeypatch):
+    call(folder, tmp_path / "run", "--steps", "1")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("state.pt", "matcher.safetensors")}
+    broken = lambda averaged, net, kept: next(averaged.parameters()).fill_(float("nan"))  # noqa: E731
+    monkeypatch.setattr(matcher, "average", broken)
+    words = ["--photos", str(folder), "--features", str(packaged.WEIGHTS), "--output", str(tmp_path / "run")]
+    done = CliRunner().invoke(main, [*words, "--device", "cpu", "--smoke", "--steps", "2"])
+    assert done.exit_code == 2 and "a weight is not finite after 2 steps: lower learning_rate" in done.output
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
+
+
+def test_each_network_needs_an_input_of_its_own(folder, tmp_path):
+    words = ["--photos", str(folder), "--output", str(tmp_path), "--device", "cpu", "--smoke"]
+    done = CliRunner().invoke(main, [*words, "--features", "full", "--features", "full-v1"])
+    assert done.exit_code == 2 and "two networks have descriptors of 256 numbers" in done.output
+    start = save_matcher(MatcherNet(MatcherShape((256,), 16, 2, 1)).weights(), tmp_path / "start.safetensors")
+    done = CliRunner().invoke(main, [*words, "--features", "small", "--go-on", str(start)])
+    assert done.exit_code == 2 and "takes descriptors of 256 numbers; --features gives 64" in done.output
 
 
 @pytest.mark.exhaustive
-def test_everything_compiles_in_one_graph(folder):
-    """torch.compile takes each of the four parts whole, and once."""
+@pytest.mark.parametrize("names", [("full",), ("small",), ("full", "small")])
+def test_everything_compiles_in_one_graph(folder, names):
+    """torch.compile takes each of the four parts whole; pictures once, the others once for each network."""
     from training.matcher import Run, extractor, objective
 
     plan = replace(SMOKE, pairs=4, points=32)
     bank = photos.load(sorted(folder.iterdir()), CPU, plan.canvas_px)
-    net, dim, digest = extractor(str(packaged.WEIGHTS), CPU)
-    run = Run(plan, folder / "run", bank, bank, [net], {dim: digest}, CPU, 60.0)
+    nets, dims, digests = zip(*(extractor(name, CPU) for name in names))
+    run = Run(plan, folder / "run", bank, bank, list(nets), dict(zip(dims, digests)), CPU, 60.0)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     run._draw, run._find, run._vary, run._objective = (
         torch.compile(part, backend="aot_eager", dynamic=False, fullgraph=True)
         for part in (draw, find, vary, objective)
     )
-    pool = Pool(run._batches(bank, net), 2)
-    for number in range(5):
-        run._step(pool, number)
+    pools = [Pool(run._batches(bank, net), 2) for net in nets]
+    for number in range(9):
+        run._step(pools[number % len(pools)], number)
     run.judge()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + 3 * len(names)

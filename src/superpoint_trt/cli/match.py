@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from superpoint_trt.cli.matcher import MatcherArgs
+from superpoint_trt.cli.matcher import MatcherArgs, note_another_network
 from superpoint_trt.cli.options import MODEL, ExtractArgs, OptionGroup, RuntimeArgs, given_flags, option
 from superpoint_trt.cli.terminal import check_outputs, open_model, print_row
 from superpoint_trt.core.types import Keypoints
@@ -98,6 +98,7 @@ def match(
     with matcher_args.opened(runtime) as matcher, open_model(model, runtime, extract) as superpoint:
         if matcher and given_flags(("ratio", "max_distance")):
             raise click.UsageError("--ratio and --max-distance are for --matcher nearest; use --min-score.")
+        note_another_network(matcher, superpoint.description.checkpoint_sha256, model)
         found = matching.match(superpoint.extract(first), superpoint.extract(second), matcher)
     print_matches(found)
     if output:

@@ -10,7 +10,7 @@ import click
 
 from superpoint_trt import packaged
 from superpoint_trt.cli.options import JSON, OptionGroup, RuntimeArgs, option
-from superpoint_trt.cli.terminal import check_outputs, print_info, print_row, write_json
+from superpoint_trt.cli.terminal import check_outputs, print_aside, print_info, print_row, write_json
 from superpoint_trt.core.matcher import MIN_SCORE
 from superpoint_trt.core.types import Precision
 from superpoint_trt.gpu.tensorrt_api import Flavor
@@ -75,6 +75,12 @@ def matcher_file(name: str) -> str:
     from superpoint_trt.convert.default_matcher import default_matcher
 
     return str(default_matcher())
+
+
+def note_another_network(matcher: LearnedMatcher | None, checkpoint_sha256: str | None, model: str) -> None:
+    """Says if the matcher learned the descriptors of another network: they may be as long."""
+    if matcher and matcher.is_of_another(checkpoint_sha256):
+        print_aside("note", f"the matcher learned the descriptors of another network than {model}: it may match badly")
 
 
 @click.group()

@@ -45,11 +45,36 @@ def list_weights() -> None:
                 "log": network.log,
             }
         )
+    _print_matcher()
     for entry in PUBLIC:
         click.echo(f"{entry.name}: {entry.about}")
         _print_rows(
             {"licence": entry.license, "layout": entry.family.value, "git blob": entry.git_blob, "url": entry.url}
         )
+
+
+def _print_matcher() -> None:
+    """The packaged matcher, if this version has one."""
+    from superpoint_trt import packaged
+    from superpoint_trt.checkpoint.matcher import load_matcher
+    from superpoint_trt.core.files import file_sha256
+
+    if not packaged.MATCHER.is_file():
+        return
+    found = load_matcher(packaged.MATCHER)
+    names = {file_sha256(network.weights): network.name for network in packaged.NETWORKS}
+    learned = ", ".join(names.get(digest, digest[:12]) for digest in found.features.values())
+    click.echo(f"learned (packaged matcher, --matcher learned): for the descriptors of {learned}")
+    _print_rows(
+        {
+            "licence": "MIT",
+            "network": f"{found.parameters:,} parameters, {found.shape.layers} layers",
+            "numbers": f"{' or '.join(map(str, found.shape.descriptor_dims))} a descriptor",
+            "file": f"{packaged.MATCHER} ({packaged.MATCHER.stat().st_size / 1e6:.2f} MB)",
+            "card": packaged.MATCHER_CARD,
+            "log": packaged.MATCHER_LOG,
+        }
+    )
 
 
 def _print_rows(rows: dict[str, object]) -> None:

@@ -57,7 +57,9 @@ class MatcherExportOptions:
         if not 1 <= self.batch <= LARGEST_BATCH:
             raise SuperPointError(f"a batch of {self.batch} pairs was asked for; expected 1 to {LARGEST_BATCH}.")
         if not 0 <= self.min_score < 1:
-            raise SuperPointError(f"least score is {self.min_score:g}; expected 0 <= score < 1 (0.1 is usual).")
+            raise SuperPointError(
+                f"least score is {self.min_score:g}; expected 0 <= score < 1 ({MIN_SCORE:g} is usual)."
+            )
         if self.precision not in (Precision.FP32, Precision.FP16):
             raise SuperPointError(f"precision {self.precision.value} is not for matchers; expected fp32 or fp16.")
 

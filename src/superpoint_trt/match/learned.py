@@ -62,7 +62,7 @@ class LearnedMatcher:
 
     Args:
         path: `.onnx` of `superpoint matcher export`, an engine of `superpoint matcher build`, or weights in
-            `.safetensors` (need torch).
+            `.safetensors` (need torch). None: the packaged matcher, exported to the user's cache at first use.
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads; None leaves the choice to the runtime.
         min_score: least probability of a match; None: the file's own, which a higher one can only narrow.
@@ -76,20 +76,24 @@ class LearnedMatcher:
     """
 
     def __init__(
-        self, path: PathLike, device: str = "auto", threads: int | None = None, min_score: float | None = None
+        self,
+        path: PathLike | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+        min_score: float | None = None,
     ) -> None:
         if min_score is not None and not 0 <= min_score < 1:
-            raise SuperPointError(f"least score is {min_score:g}; expected 0 <= score < 1 (0.1 is usual).")
-        self._runner: _Runner | None = _open(Path(path), DeviceChoice.parse(device), threads, min_score)
-        self._path = Path(path)
+            raise SuperPointError(f"least score is {min_score:g}; expected 0 <= score < 1 ({MIN_SCORE:g} is usual).")
+        self._path = _packaged() if path is None else Path(path)
+        self._runner: _Runner | None = _open(self._path, DeviceChoice.parse(device), threads, min_score)
         self.description = self._runner.description
         self.runs_on = self._runner.runs_on
         own = self.description.min_score
         self._min_score = own if min_score is None else min_score
         if self._min_score < own:
             raise SuperPointError(
-                f"matches from {self._min_score:g} on were asked for, but {path} gives those from {own:g} on: export "
-                f"it with --min-score {self._min_score:g}."
+                f"matches from {self._min_score:g} on were asked for, but {self._path} gives those from {own:g} on: "
+                f"export it with --min-score {self._min_score:g}."
             )
 
     def match(self, first: PointsLike, second: PointsLike) -> LearnedMatches:
@@ -131,12 +135,17 @@ class LearnedMatcher:
         distances = np.linalg.norm(a - b, axis=1).astype(np.float32)
         return LearnedMatches(pairs, distances, scores[chosen].astype(np.float32))
 
+    def is_of_another(self, checkpoint_sha256: str | None) -> bool:
+        """Whether it learned the descriptors of another network than the one of this checkpoint; False if unknown."""
+        own = self.description.features_sha256
+        return None not in (own, checkpoint_sha256) and own != checkpoint_sha256
+
     def _check(self, points: PointsLike) -> None:
         dim = points.descriptors.shape[1] if points.descriptors.ndim == 2 else 0
         if dim != self.description.descriptor_dim:
             raise SuperPointError(
                 f"descriptors have {dim} numbers; the matcher {self._path} takes {self.description.descriptor_dim}: it "
-                "belongs to another network."
+                "belongs to another network. Take its own features, or nearest neighbors."
             )
 
     def close(self) -> None:
@@ -152,6 +161,13 @@ class LearnedMatcher:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _packaged() -> Path:
+    # The only import of the conversion by the matchers: the packaged one is exported when it is opened.
+    from superpoint_trt.convert.default_matcher import default_matcher
+
+    return default_matcher()
 
 
 def _padded(points: PointsLike, count: int, rows: int) -> tuple[NDArray[Any], ...]:

@@ -65,7 +65,11 @@ PHOTO = _FOLDER / "astronaut.jpg"
 """Eileen Collins, NASA, public domain; not among the training images. 512 x 512 px, RGB."""
 
 MATCHER = _FOLDER / "superpoint_trt_matcher.safetensors"
-"""Weights of the learned matcher (`checkpoint.matcher`); not part of every version."""
+"""Weights of the learned matcher (`checkpoint.matcher`); not part of every version. Nor are its card and its log."""
+
+MATCHER_CARD = _FOLDER / "MODEL_CARD_matcher.md"
+
+MATCHER_LOG = _FOLDER / "training_log_matcher.jsonl"
 
 PAGE = _FOLDER / "web"
 """The page that `superpoint web` serves, built by `make web` from web/; a copy may be without it."""

@@ -17,7 +17,7 @@ from superpoint_trt.pipeline.feature_files import DTYPES, FeatureFile, is_hdf5_n
 from superpoint_trt.pipeline.hdf5_files import import_h5py
 from superpoint_trt.pipeline.inputs import InputOptions, Item, find_items
 from superpoint_trt.pipeline.locks import RangeLock
-from superpoint_trt.pipeline.merge import MadeBy, failures_path, merge_if_complete
+from superpoint_trt.pipeline.merge import MadeBy, failures_path, merge_if_complete, write_failures
 from superpoint_trt.pipeline.pairs import with_spaces
 from superpoint_trt.pipeline.shards import (
     MERGE_LOCK,
@@ -139,6 +139,7 @@ def extract(
     with _open_launcher(options) as launcher:
         run = _begin(path, items, launcher.settings, options)
         if run is None:
+            write_failures(path, ())  # those of an earlier run are not among these images
             return ExtractSummary(path, len(items), 0, len(items), (), 0, "", 0.0, _notes(items))
         return _extract_part(run, launcher, options, progress)
 
@@ -340,6 +341,8 @@ def _count(shards: Sequence[Shard], progress: PhaseProgress | None) -> Callable[
     """What to call with the number of images done since the last call."""
     total = sum(len(shard.items) for shard in shards)
     done = 0
+    if progress:
+        progress("extracting", done, total)  # the speed is counted from here on
 
     def advance(count: int) -> None:
         nonlocal done

@@ -165,7 +165,7 @@ def _merge(
             if progress:
                 progress("merging", count, len(reports))
         writer.describe(description)
-    _write_failures(folder.output, [row for report in reports.values() for row in report.failed])
+    write_failures(folder.output, [row for report in reports.values() for row in report.failed])
     folder.remove()
 
 
@@ -208,7 +208,13 @@ def _spoiled(folder: ShardFolder, number: int, what: str) -> SuperPointError:
     )
 
 
-def _write_failures(output: Path, rows: Sequence[tuple[str, str]]) -> None:
+def write_failures(output: Path, rows: Sequence[tuple[str, str]]) -> None:
+    """Writes the file of images that failed, or removes that of an earlier run if none did.
+
+    Args:
+        output: the feature file.
+        rows: (name, reason) of each image.
+    """
     path = failures_path(output)
     if rows:
         lines = ["name\treason", *("\t".join(" ".join(cell.split()) for cell in row) for row in rows)]

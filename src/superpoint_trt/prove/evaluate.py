@@ -218,7 +218,8 @@ def evaluate(
         matching: metrics.Matching = metrics.mutual_neighbors
         if matcher is not None:
             evaluation.matcher = "learned"
-            evaluation.runtime += f"; matcher: {matcher.runs_on}"
+            another = ", of another network" if matcher.is_of_another(opened.checkpoint_sha256) else ""
+            evaluation.runtime += f"; matcher: {matcher.runs_on}{another}"
             matching = _rows_of(matcher)
         # The second model is opened after the first stage: the idle threads of two sessions would slow each other.
         detected = _extract(opened.extract, paths, detector, evaluation, steps)
@@ -254,6 +255,8 @@ class _Opened:
     extract: Extractor
     runtime: str
     """What it runs on, and what it decides itself."""
+    checkpoint_sha256: str | None = None
+    """Of the checkpoint that the model was made of, if it is known."""
 
 
 def _open(
@@ -267,14 +270,13 @@ def _open(
         stack.enter_context(superpoint)
         options = superpoint.options
         own = f"NMS radius {options.nms_radius_px} px, threshold {options.threshold:g}"
-        return _Opened(
-            superpoint.extract, f"{superpoint.runtime}; decoded in its graph: {own} instead of the protocol's"
-        )
+        where = f"{superpoint.runtime}; decoded in its graph: {own} instead of the protocol's"
+        return _Opened(superpoint.extract, where, superpoint.description.checkpoint_sha256)
     superpoint.close()  # its type is known only now, and a keypoints model does not take the options below
     superpoint = open_model(threshold=protocol.threshold, nms_radius_px=stage.nms_radius_px, subpixel=protocol.subpixel)
     stack.enter_context(superpoint)
     places = "sub-pixel" if superpoint.options.subpixel else "whole pixels"
-    return _Opened(superpoint.extract, f"{superpoint.runtime}; {places}")
+    return _Opened(superpoint.extract, f"{superpoint.runtime}; {places}", superpoint.description.checkpoint_sha256)
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,7 @@ def evaluate_poses(
         seconds: dict[str, float] = defaultdict(float)
         with SuperPoint(model, device=device, threads=threads, subpixel=options.subpixel, **settings) as superpoint:
             runtime = str(superpoint.runtime)
+            checkpoint = superpoint.description.checkpoint_sha256
             for path in paths:
                 started = time.perf_counter()
                 try:
@@ -196,7 +197,9 @@ def evaluate_poses(
                 for name, matching in ways.items():
                     results[name].append(_judge(pair, found, matching, options, seconds))
             steps.advance()
-        runtime += f"; matcher: {learned.runs_on}" if learned else ""
+        if learned:
+            another = ", of another network" if learned.is_of_another(checkpoint) else ""
+            runtime += f"; matcher: {learned.runs_on}{another}"
     if not any(results.values()):
         raise SuperPointError(f"{scene} holds no readable pair: {problems[0]}")
     rows = [MatcherPoses(name, list_of) for name, list_of in results.items()]
