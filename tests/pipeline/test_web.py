@@ -8,9 +8,12 @@ import threading
 from http.client import HTTPConnection
 
 import pytest
+from matchers import plain_matcher
 
 from superpoint_trt import packaged
+from superpoint_trt.checkpoint.matcher import MatcherShape, save_matcher
 from superpoint_trt.cli.main import cli, run
+from superpoint_trt.convert.export_matcher import MatcherExportOptions, export_matcher
 from superpoint_trt.core.types import OutputType, SuperPointError
 from superpoint_trt.pipeline.web import HOST, PageServer, WebOptions, save_page
 
@@ -75,6 +78,7 @@ def test_the_model_is_sent_and_described(ask, exported):
         "sampling": "half-pixel",
         "stridePx": 8,
         "subpixel": True,
+        "matcher": None,
     }
     assert ask("/model.onnx")[2] == model.read_bytes()
 
@@ -114,6 +118,27 @@ def test_models_that_the_page_cannot_run_are_refused(page, exported):
             PageServer(WebOptions(str(model), 0, page))
     with pytest.raises(SuperPointError, match="no packaged network"):
         PageServer(WebOptions("tiny", 0, page))
+
+
+def test_a_matcher_is_sent_if_it_fits(page, exported, tmp_path):
+    model = str(exported("compact", dynamic=True))
+    fit, other = (
+        save_matcher(plain_matcher(MatcherShape((d,), 64, 1, 2)), tmp_path / f"{d}.safetensors") for d in (64, 32)
+    )
+    matcher = export_matcher(fit, tmp_path / "fit.onnx")
+    folder = save_page(tmp_path / "site", WebOptions(model, page=page, matcher=matcher))
+    assert (folder / "matcher.onnx").read_bytes() == matcher.read_bytes()
+    told = json.loads((folder / "model.json").read_text())["matcher"]
+    assert told == {"name": "fit", "file": "matcher.onnx", "bytes": matcher.stat().st_size, "minScore": 0.1}
+    fixed = export_matcher(fit, tmp_path / "fixed.onnx", MatcherExportOptions(50))
+    for bad, words in (
+        (fit, "superpoint matcher export"),
+        (fixed, "takes 1 x 50 keypoints"),
+        (export_matcher(other, tmp_path / "other.onnx"), "descriptors of 32 numbers; .* the network's 64"),
+        (model, "not a matcher of this package"),
+    ):
+        with pytest.raises(SuperPointError, match=words):
+            PageServer(WebOptions(model, 0, page, bad))
 
 
 def test_a_page_that_is_not_built_says_how(tmp_path):

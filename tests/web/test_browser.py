@@ -17,10 +17,14 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+from matchers import random_matcher
 from page_tools import CHROMIUM, FIREFOX, WEB, needs_browser, needs_node
 from skimage import data
 
 from superpoint_trt import SuperPoint, match_images, packaged
+from superpoint_trt.checkpoint.matcher import MatcherShape, save_matcher
+from superpoint_trt.convert.export_matcher import export_matcher
+from superpoint_trt.match.learned import LearnedMatcher
 from superpoint_trt.match.nearest import match
 from superpoint_trt.pipeline.web import WebOptions, save_page
 
@@ -37,8 +41,19 @@ def serve():
     """Model -> address of the page; the servers end with the module."""
     started = []
 
-    def start(model: str) -> str:
-        command = [sys.executable, "-m", "superpoint_trt", "web", "--no-open", "--port", "0", "--model", model]
+    def start(model: str, *options: str) -> str:
+        command = [
+            sys.executable,
+            "-m",
+            "superpoint_trt",
+            "web",
+            "--no-open",
+            "--port",
+            "0",
+            "--model",
+            model,
+            *options,
+        ]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         started.append(server)
         for line in server.stdout:
@@ -128,6 +143,25 @@ def test_the_page_finds_and_matches_what_the_package_does(network, serve, model,
     if network != "compact":
         found = match_images(*package).geometry.inliers.mean()
         assert np.mean(seen["agree"]) > max(0.7, found - 0.05), "the second picture is the first, moved"
+
+
+def test_a_learned_matcher_matches_as_in_the_package(serve, act_in_each, tmp_path):
+    """Random weights whose answers depend on places, scores and descriptors."""
+    parts = write_pictures(tmp_path)
+    weights = save_matcher(random_matcher(MatcherShape((64,), 64, 2, 2)), tmp_path / "m.safetensors")
+    path = export_matcher(weights, tmp_path / "random.onnx")
+    seen = act_in_each("pictures", serve("small", "--matcher", str(path)) + "?backend=wasm")
+    with SuperPoint("small", device="cpu", max_keypoints=500) as superpoint, LearnedMatcher(path, "cpu") as matcher:
+        expected = {tuple(row) for row in matcher.match(*map(superpoint.extract, parts)).rows}
+    nearest = {tuple(row) for row in match(*(superpoint_descriptors(seen, slot) for slot in "ab")).rows}
+    rows = {tuple(row) for row in np.reshape(seen["rows"], (-1, 2))}
+    assert len(rows) > 20 and len(rows ^ expected) <= 0.02 * len(expected) + 2 < len(rows ^ nearest)
+    assert seen["matcher"] == "random" and seen["complaints"] == []
+
+
+def superpoint_descriptors(seen: dict, slot: str) -> np.ndarray:
+    one = seen["features"][slot]
+    return np.array(one["descriptors"], np.float32).reshape(len(one["scores"]), -1)
 
 
 def set_orientation(path: Path, orientation: int) -> None:

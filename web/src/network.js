@@ -3,7 +3,8 @@
 /**
  * @param {{name: string, url: string}} model
  * @param {{backend: "auto" | "webgpu" | "wasm", threads: number | null}} wish
- * @returns {Promise<{infer: Function, backend: string, note: string}>} note: why WebGPU is not used, if it is not.
+ * @returns {Promise<{infer: Function, backend: string, note: string, ort: object}>} note: why WebGPU is not used, if it
+ *   is not; ort: onnxruntime-web as it is set up.
  */
 export async function openNetwork(model, wish) {
   const bytes = await download(model);
@@ -17,7 +18,8 @@ export async function openNetwork(model, wish) {
   }
 }
 
-async function download(model) {
+/** The bytes of a model {name, url}. */
+export async function download(model) {
   let answer;
   try {
     answer = await fetch(model.url);
@@ -76,7 +78,7 @@ function runner(ort, session, backend, note) {
     descriptors.dispose();
     return found;
   }
-  return { infer, backend, note };
+  return { infer, backend, note, ort };
 }
 
 function firstLine(error) {

@@ -44,7 +44,8 @@ async function start() {
   const model = await answer.json();
   byId("network").textContent = `${model.name}, ${(model.bytes / 1e6).toFixed(1)} MB`;
   byId("subpixel").checked = model.subpixel;
-  model.url = new URL(model.file, location.href).href;
+  byId("matcher").textContent = model.matcher?.name ?? "mutual nearest neighbors";
+  for (const one of [model, model.matcher]) if (one) one.url = new URL(one.file, location.href).href;
   const opened = await ask({ kind: "open", model, wish });
   byId("backend").textContent = opened.backend;
   byId("note").textContent = opened.note && `Why not WebGPU: ${opened.note}.`;

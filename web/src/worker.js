@@ -4,15 +4,18 @@ import { decode } from "./decode.js";
 import { agreeing } from "./homography.js";
 import { place, toGray, toInput, toPicture } from "./image.js";
 import { mutualNearest } from "./match.js";
+import { openMatcher } from "./matcher.js";
 import { openNetwork } from "./network.js";
 
 let network = null;
 let model = null;
+let matcher = null; // null: mutual nearest neighbors
 const seen = {}; // "a", "b" -> placement, outputs of the network, milliseconds; kept so that sliders need no new run
 
 async function open(message) {
   model = message.model;
   network = await openNetwork(model, message.wish);
+  matcher = model.matcher && (await openMatcher(network.ort, model.matcher));
   return { backend: network.backend, note: network.note };
 }
 
@@ -30,7 +33,7 @@ async function update({ images, options }) {
     decodeMs = performance.now() - start;
   }
   const start = performance.now();
-  const match = features.a && features.b ? matchBoth(features.a, features.b) : null;
+  const match = features.a && features.b ? await matchBoth(features) : null;
   const ms = { network: (seen.b ?? seen.a)?.ms, decode: decodeMs, match: match && performance.now() - start };
   return { features, match, ms };
 }
@@ -43,8 +46,8 @@ async function run({ rgba, width, height }, { maxSidePx }) {
   return { placement, outputs, ms: performance.now() - start };
 }
 
-function matchBoth(a, b) {
-  const { rows, distances } = mutualNearest(a, b);
+async function matchBoth({ a, b }) {
+  const { rows, distances } = matcher ? await matcher(a, b, seen.a.placement, seen.b.placement) : mutualNearest(a, b);
   return { rows, distances, agree: agreeing(a.xy, b.xy, rows) };
 }
 

@@ -252,6 +252,7 @@ async function found(withPictures = false) {
       problem: document.getElementById("problem").hidden ? "" : text("problem"),
       backend: text("backend"),
       network: text("network"),
+      matcher: text("matcher"),
       note: text("note"),
       drawn: parseInt(text("drawn")) || 0,
       urls: withPictures ? Object.entries(pictures).map(([slot, canvas]) => [slot, canvas.toDataURL("image/png")]) : [],

@@ -19,7 +19,7 @@ from superpoint_trt.core.types import CELL_PX, OutputType, SuperPointError
 HOST = "127.0.0.1"
 """No other machine reaches the page."""
 
-_MODEL, _DESCRIPTION = "model.onnx", "model.json"
+_MODEL, _MATCHER, _DESCRIPTION = "model.onnx", "matcher.onnx", "model.json"
 
 _HEADERS = {
     # A page that is isolated from other origins may use threads in WebAssembly.
@@ -53,6 +53,8 @@ class WebOptions:
     """0: any free one."""
     page: Path = packaged.PAGE
     """Folder of the built page."""
+    matcher: PathLike | None = None
+    """A learned matcher's .onnx for any number of keypoints; None: mutual nearest neighbors."""
 
 
 class PageServer(ThreadingHTTPServer):
@@ -64,10 +66,10 @@ class PageServer(ThreadingHTTPServer):
         """Exports the network if it must, and takes the port.
 
         Raises:
-            SuperPointError: the page is not built, the model is not fit for it, or the port cannot be had.
+            SuperPointError: the page is not built, model or matcher is not fit for it, or the port cannot be had.
         """
         options = options or WebOptions()
-        self.page, self.model, self.description = _page_and_network(options)
+        self.page, self.models, self.description = _page_and_models(options)
         try:
             super().__init__((HOST, options.port), _Handler)
         except (OSError, OverflowError) as error:
@@ -89,23 +91,29 @@ def save_page(folder: PathLike, options: WebOptions | None = None) -> Path:
         options: the port is not used.
 
     Raises:
-        SuperPointError: the page is not built, the model is not fit for it, or the folder cannot be written.
+        SuperPointError: the page is not built, model or matcher is not fit for it, or the folder cannot be written.
     """
-    page, model, description = _page_and_network(options or WebOptions())
+    page, models, description = _page_and_models(options or WebOptions())
     target = make_folder(folder)
     for file in filter(Path.is_file, page.rglob("*")):
         make_folder((target / file.relative_to(page)).parent)
         write_atomically(target / file.relative_to(page), file.read_bytes())
-    write_atomically(target / _MODEL, model.read_bytes())
+    for name, model in models.items():
+        write_atomically(target / name, model.read_bytes())
     write_atomically(target / _DESCRIPTION, json.dumps(description).encode())
     return target
 
 
-def _page_and_network(options: WebOptions) -> tuple[Path, Path, dict[str, Any]]:
-    """The page's folder, its network's file, and what the page must know about the network."""
+def _page_and_models(options: WebOptions) -> tuple[Path, dict[str, Path], dict[str, Any]]:
+    """The page's folder, the models' files by their names in the page, and what the page must know about them."""
     page, model = _built(options.page), model_path(options.model)
     network = packaged_network(options.model)
-    return page, model, _describe(model, network.name if network else model.name)
+    description = _describe(model, network.name if network else model.name)
+    if options.matcher is None:
+        return page, {_MODEL: model}, {**description, "matcher": None}
+    matcher = Path(options.matcher)
+    described = _describe_matcher(matcher, read_onnx(model).description.descriptor_dim)
+    return page, {_MODEL: model, _MATCHER: matcher}, {**description, "matcher": described}
 
 
 def _built(page: Path) -> Path:
@@ -146,6 +154,31 @@ def _describe(model: Path, name: str) -> dict[str, Any]:
     }
 
 
+def _describe_matcher(matcher: Path, descriptor_dim: int) -> dict[str, Any]:
+    """What the page must know about a matcher.
+
+    Raises:
+        SuperPointError: the page cannot run it, or it is for descriptors of another length.
+    """
+    from superpoint_trt.match.learned import LearnedMatcher
+
+    if matcher.suffix.lower() != ".onnx":
+        raise SuperPointError(f"{matcher}: the page takes a matcher's .onnx: superpoint matcher export.")
+    with LearnedMatcher(matcher, "cpu") as opened:
+        description = opened.description
+    if description.rows is not None or description.batch != 1 or description.descriptor_dim != descriptor_dim:
+        raise SuperPointError(
+            f"{matcher} takes {description.batch} x {description.rows or 'any'} keypoints with descriptors of "
+            f"{description.descriptor_dim} numbers; the page takes 1 x any with the network's {descriptor_dim}."
+        )
+    return {
+        "name": matcher.stem,
+        "file": _MATCHER,
+        "bytes": matcher.stat().st_size,
+        "minScore": description.min_score,
+    }
+
+
 class _Handler(SimpleHTTPRequestHandler):
     """Answers with the page's files, the model and its description."""
 
@@ -166,8 +199,9 @@ class _Handler(SimpleHTTPRequestHandler):
         return io.BytesIO(body)
 
     def translate_path(self, path: str) -> str:
-        """The file of an address: the model lies elsewhere than the page."""
-        return str(self.server.model) if path.partition("?")[0] == f"/{_MODEL}" else super().translate_path(path)
+        """The file of an address: the models lie elsewhere than the page."""
+        model = self.server.models.get(path.partition("?")[0].lstrip("/"))
+        return super().translate_path(path) if model is None else str(model)
 
     def guess_type(self, path: Any) -> str:
         """The type of a file, by its ending."""
