@@ -26,6 +26,7 @@ from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint.matcher import MatcherShape, load_matcher, save_matcher
 from superpoint_trt.checkpoint.matcher_network import MatcherNet, matches
 from superpoint_trt.checkpoint.reference import network
+from superpoint_trt.core.files import make_folder
 from superpoint_trt.core.networks import weights_path
 from superpoint_trt.core.types import SuperPointError
 from training import photos
@@ -43,6 +44,8 @@ from training.train import (
     schedule,
 )
 
+POSITIVE = click.FloatRange(min=0, min_open=True)
+"""Minutes."""
 MOST_GRADIENT = 1.0
 AVERAGED = 0.999
 """Of the averaged weights, what stays of them after a step."""
@@ -115,7 +118,7 @@ class Run:
     def run(self) -> bool:
         """Trains until the time or the steps are over, or this call's pause; whether the training is over."""
         saved = judged = since = time.perf_counter()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         step, before = self._restore()
         pools = [Pool(self._batches(self.train, net), self.plan.kept_batches) for net in self.extractors]
         if not step and not self.start:
@@ -302,10 +305,12 @@ def change(plan: Plan, text: str) -> Plan:
     help="Checkpoint, or packaged network, that finds the points; may be given again.",
 )
 @click.option("--output", required=True, help="Folder of the run. One that holds a state goes on from it.")
-@click.option("--minutes", default=math.inf, help="Of training, over all calls.")
-@click.option("--pause", "pause_minutes", default=math.inf, help="This call ends after so many minutes.")
-@click.option("--within", "within_minutes", type=float, help="All of it in one call of so many minutes, compiling too.")
-@click.option("--steps", type=int, help="It ends after so many.")
+@click.option("--minutes", type=POSITIVE, default=math.inf, help="Of training, over all calls.")
+@click.option("--pause", "pause_minutes", type=POSITIVE, default=math.inf, help="This call ends after so many minutes.")
+@click.option(
+    "--within", "within_minutes", type=POSITIVE, help="All of it in one call of so many minutes, compiling too."
+)
+@click.option("--steps", type=click.IntRange(min=1), help="It ends after so many.")
 @click.option("--go-on", help="Weights of another run (matcher.safetensors) to begin with.")
 @click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="Another value of one of Plan's.")
 @click.option("--device", default="cuda", show_default=True)

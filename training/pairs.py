@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from superpoint_trt.checkpoint.matcher_network import PointSets
+from superpoint_trt.core.types import CELL_PX, SuperPointError
 from training import layered
 from training.bank import Bank
 from training.geometry import inverse, uniform, warp
@@ -27,13 +28,18 @@ from training.views import blur_strongly, darken, disturb, pair
 SAME_PX = 3.0
 """Points of two pictures are the same if this near, in px of the picture that sees less detail. A point without another
 this near has no partner: matches that are a little off pull a homography with them, so they must be learnt as wrong."""
+SMALLEST_SIDE_PX = 64
 EXACT_PX = 1.0
 """Partners this near are wholly right."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run depends on, besides the photographs and the network that finds the points."""
+    """Everything a run depends on, besides the photographs and the network that finds the points.
+
+    Raises:
+        SuperPointError: a number cannot be used.
+    """
 
     pairs: int = 32
     """A step."""
@@ -77,6 +83,22 @@ class Plan:
     judge_every_s: float = 120.0
     save_every_s: float = 60.0
 
+    def __post_init__(self) -> None:
+        counts = ("points", "uses", "kept_batches", "judged_batches")
+        small = [name for name in counts if getattr(self, name) < 1]
+        if small or self.learning_rate <= 0:
+            raise SuperPointError(f"{small[0] if small else 'learning_rate'} is too small; expected more than 0.")
+        if self.kinds[0] < 1:
+            raise SuperPointError(
+                f"pairs are {self.pairs} a step, {self.kinds[1]} layered and {self.kinds[2]} unrelated; expected more, "
+                "so that some are of one photograph."
+            )
+        if min(self.view_hw) < SMALLEST_SIDE_PX or self.height % CELL_PX or self.width % CELL_PX:
+            raise SuperPointError(
+                f"pictures are {self.height} x {self.width} px; expected multiples of {CELL_PX}, at least "
+                f"{SMALLEST_SIDE_PX}."
+            )
+
     @property
     def view_hw(self) -> tuple[int, int]:
         """Size of the pictures."""
@@ -84,8 +106,12 @@ class Plan:
 
     @property
     def kinds(self) -> tuple[int, int, int]:
-        """How many pairs of a batch are of one photograph, layered and unrelated; they come in this order."""
-        layers, strangers = (max(1, round(self.pairs * s)) for s in (self.layered_share, self.unrelated_share))
+        """How many pairs of a batch are of one photograph, layered and unrelated; they come in this order.
+
+        Unrelated ones are two at least: they exchange their second pictures.
+        """
+        layers = max(1, round(self.pairs * self.layered_share))
+        strangers = max(2, round(self.pairs * self.unrelated_share))
         return self.pairs - layers - strangers, layers, strangers
 
 

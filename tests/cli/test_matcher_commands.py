@@ -38,6 +38,16 @@ def test_info_says_what_it_is(matcher_file):
     assert "any number of keypoints of each image, descriptors of 256 numbers" in done.output
 
 
+def test_info_says_what_weights_are(tmp_path):
+    weights = replace(plain_matcher(MatcherShape((256, 64), 256, 4, 2)), features={64: "b" * 64})
+    done = run("info", save_matcher(weights, tmp_path / "w.safetensors"))
+    assert done.exit_code == 0 and "weights of a learned matcher, 2 layers, width 256, 4 heads" in done.output
+    assert "descriptors of 256 numbers; unknown" in done.output
+    assert f"descriptors of 64 numbers; {'b' * 64}" in done.output
+    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    assert isinstance(run("info", tmp_path / "x.safetensors").exception, SuperPointError)
+
+
 def run(*words):
     return CliRunner().invoke(cli, [str(word) for word in words])
 

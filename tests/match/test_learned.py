@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matchers import plain_matcher, points, shuffled
 
 from superpoint_trt import match_images
-from superpoint_trt.checkpoint.matcher import save_matcher
+from superpoint_trt.checkpoint.matcher import MatcherShape, save_matcher
 from superpoint_trt.convert.export_matcher import MatcherExportOptions, export_matcher
 from superpoint_trt.core.matcher import MIN_SCORE
 from superpoint_trt.core.types import SuperPointError
@@ -46,6 +48,27 @@ def test_a_matcher_of_n_rows_takes_the_best_n(files):
     with LearnedMatcher(files["fixed"], "cpu") as matcher:
         found = matcher.match(first, first)
     np.testing.assert_array_equal(found.rows, np.stack([np.arange(50)] * 2, axis=1))
+
+
+def test_weights_for_two_networks_take_the_descriptors_of_both(tmp_path):
+    shape = MatcherShape((32, 16), 32, 2, 1)
+    both = replace(plain_matcher(shape), features={32: "a" * 64, 16: "b" * 64})
+    path = save_matcher(both, tmp_path / "both.safetensors")
+    with LearnedMatcher(path, "cpu", threads=1) as matcher:
+        for dim in (32, 16):
+            first = points(20, dim=dim)
+            second, there = shuffled(first)
+            assert matcher.match(first, second).rows[:, 1].tolist() == there.tolist()
+        assert [matcher.is_of_another(one) for one in ("a" * 64, "b" * 64, "c" * 64, None)] == [
+            False,
+            False,
+            True,
+            False,
+        ]
+        with pytest.raises(
+            SuperPointError, match=r"have 8 numbers; the matcher .* takes 32 or 16: it belongs to another"
+        ):
+            matcher.match(points(5, dim=8), points(5, dim=8))
 
 
 def test_no_points_no_matches(files):

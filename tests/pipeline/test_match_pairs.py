@@ -72,7 +72,7 @@ def test_a_learned_matcher_takes_the_place_of_neighbors(tmp_path):
         scores = learned.match(first, second).scores
         np.testing.assert_allclose(found["a.jpg", "b.jpg"].scores0, scores, atol=2e-3)
     assert match_pairs(features, wanted, tmp_path / "m.h5", options).done_before == 2
-    with pytest.raises(SuperPointError, match="was made with"):
+    with pytest.raises(SuperPointError, match="was made with another matcher; choose another"):
         match_pairs(features, wanted, tmp_path / "m.h5", ON_CPU)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from conftest import photograph
-from training import layered, matcher, photos
+from training import layered, matcher, pairs, photos
 from training.bank import Bank
 from training.layered import Worlds
 from training.matcher import SMOKE, average, begin_with, main
@@ -272,9 +272,9 @@ def test_nearest_neighbors_and_their_figures():
 
 
 def test_a_summary_counts_sure_matches_alone():
-    """Two pairs of one photograph, the second found with too small a score; one layered, one unrelated."""
-    plan = Plan(pairs=4, layered_share=0.25, unrelated_share=0.25, min_score=0.1)
-    batch = Batch(*(part.repeat(4, *[1] * (part.ndim - 1)) for part in known_batch()))
+    """Two pairs of one photograph, the second found with too small a score; one layered, two unrelated."""
+    plan = Plan(pairs=5, layered_share=0.2, unrelated_share=0.4, min_score=0.1)
+    batch = Batch(*(part.repeat(5, *[1] * (part.ndim - 1)) for part in known_batch()))
     there, score = nearest(batch)
     score[1] = 0.05
     rows = summary(plan, [batch], [(there, score)])
@@ -336,7 +336,7 @@ def test_the_probability_at_a_partner_is_the_assignments():
 
 def test_a_matcher_begins_as_the_descriptors_nearest_neighbors(folder):
     """Descriptors that fill half of their dimensions lose nothing in the first map."""
-    plan = Plan(pairs=4, points=64, height=120, width=160, canvas_px=240)
+    plan = Plan(pairs=5, points=64, height=120, width=160, canvas_px=240)
     bank = photos.load(sorted(folder.iterdir()), CPU, plan.canvas_px)
     from training.matcher import extractor
 
@@ -364,7 +364,7 @@ def test_averaged_weights_follow():
 def call(folder, output, *words, **options):
     words = ["--photos", str(folder), "--features", str(packaged.WEIGHTS), "--output", str(output), *words]
     done = CliRunner().invoke(
-        main, [*words, "--device", "cpu", "--smoke", "--set", "pairs=4", "--set", "points=32"], **options
+        main, [*words, "--device", "cpu", "--smoke", "--set", "pairs=5", "--set", "points=32"], **options
     )
     assert done.exit_code == 0, done.output + repr(done.exception)
     return done.output
@@ -452,13 +452,44 @@ def test_each_network_needs_an_input_of_its_own(folder, tmp_path):
     assert done.exit_code == 2 and "takes descriptors of 256 numbers; --features gives 64" in done.output
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("pairs=4", "pairs are 4 a step, 2 layered and 2 unrelated; expected more"),
+        ("height=100", "pictures are 100 x 128 px; expected multiples of 8"),
+        ("kept_batches=0", "kept_batches is too small"),
+        ("learning_rate=-1", "learning_rate is too small"),
+    ],
+)
+def test_numbers_that_cannot_be_used(folder, tmp_path, change, said):
+    words = ["--photos", str(folder), "--features", "full", "--output", str(tmp_path), "--device", "cpu", "--smoke"]
+    done = CliRunner().invoke(main, [*words, "--set", change])
+    assert done.exit_code == 2 and said in done.output
+
+
+def test_unrelated_pairs_are_of_two_photographs(monkeypatch):
+    """However few a batch has: a picture and another view of itself would be told to have nothing in common."""
+    plan = replace(SMOKE, pairs=5, unrelated_share=0.0)
+    assert plan.kinds[2] == 2
+    bank = Bank(torch.zeros(6, 3, 192, 192, dtype=torch.uint8), torch.full((6, 2), 190.0), torch.ones(6))
+    for number in range(6):
+        bank.images[number] = 40 * number + 20
+    monkeypatch.setattr(pairs, "disturb", lambda image, *_: image)
+    plain = replace(plan, spoiled_every=0)
+    pictures = draw(plain, *choose(plain, bank))
+    same = plan.kinds[0] + plan.kinds[1]
+    first, second = (part[same:] for part in pictures.image.chunk(2))
+    grays = [[round(float(view.median()) * 255) for view in side] for side in (first, second)]
+    assert grays[0] == grays[1][::-1] and grays[0][0] != grays[0][1]
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("names", [("full",), ("small",), ("full", "small")])
 def test_everything_compiles_in_one_graph(folder, names):
     """torch.compile takes each of the four parts whole; pictures once, the others once for each network."""
     from training.matcher import Run, extractor, objective
 
-    plan = replace(SMOKE, pairs=4, points=32)
+    plan = replace(SMOKE, pairs=5, points=32)
     bank = photos.load(sorted(folder.iterdir()), CPU, plan.canvas_px)
     nets, dims, digests = zip(*(extractor(name, CPU) for name in names))
     run = Run(plan, folder / "run", bank, bank, list(nets), dict(zip(dims, digests)), CPU, 60.0)

@@ -143,8 +143,22 @@ def load_matcher(path: PathLike) -> MatcherWeights:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise SuperPointError(f"matcher {path} is not a readable safetensors file: {one_line(error)}.") from error
+        raise SuperPointError(
+            f"matcher {path} is not a readable safetensors file: {one_line(error)}. "
+            "LightGlue's .pth: superpoint matcher convert."
+        ) from error
     return replace(matcher_from_arrays(arrays, metadata, str(path)), sha256=sha256(data))
+
+
+def is_matcher(path: PathLike) -> bool:
+    """Whether a file says that it holds a matcher's weights; False if it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError, ValueError, TypeError):
+        return False
 
 
 def matcher_from_arrays(
@@ -159,7 +173,7 @@ def matcher_from_arrays(
     if metadata.get("format") != FORMAT:
         raise SuperPointError(
             f"{source} is not a matcher: its metadata's format is {metadata.get('format')!r}, expected {FORMAT!r}. "
-            "Matchers come from python -m training.matcher."
+            "Matchers come from python -m training.matcher, or superpoint matcher convert."
         )
     try:
         dims = tuple(int(dim) for dim in metadata["descriptor_dims"].split())

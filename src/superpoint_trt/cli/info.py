@@ -20,6 +20,8 @@ from superpoint_trt.run.backends import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 if TYPE_CHECKING:
     from onnx import ValueInfoProto
 
+    from superpoint_trt.checkpoint.matcher import MatcherWeights
+
 Facts = Iterable[tuple[str, str]]
 """Rows of a label and a value."""
 
@@ -61,8 +63,12 @@ def facts(path: PathLike) -> Facts:
 
 def _checkpoint(path: Path) -> Iterator[tuple[str, str]]:
     from superpoint_trt.checkpoint.layouts import load
+    from superpoint_trt.checkpoint.matcher import is_matcher, load_matcher
     from superpoint_trt.checkpoint.public import PUBLIC
 
+    if is_matcher(path):
+        yield from _matcher_weights(path, load_matcher(path))
+        return
     checkpoint = load(path)
     blob = git_blob_id(read_bytes(path, "checkpoint"))
     published = [weights for weights in PUBLIC if weights.git_blob == blob]
@@ -119,6 +125,17 @@ def _matcher(description: MatcherDescription) -> Iterator[tuple[str, str]]:
     yield "what", f"learned matcher, {description.layers} layers, {description.precision.value}"
     yield "matches", f"{rows} keypoints of each image, descriptors of {description.descriptor_dim} numbers"
     yield "features", description.features_sha256 or "unknown: it does not name the checkpoint that it learned from"
+
+
+def _matcher_weights(path: Path, weights: MatcherWeights) -> Iterator[tuple[str, str]]:
+    shape = weights.shape
+    yield "file", f"{path} ({_size(path)})"
+    yield "what", f"weights of a learned matcher, {shape.layers} layers, width {shape.width}, {shape.heads} heads"
+    for dim in shape.descriptor_dims:
+        learned_from = weights.features.get(dim, "unknown: it does not name the checkpoint that it learned from")
+        yield "features", f"descriptors of {dim} numbers; {learned_from}"
+    yield "parameters", f"{weights.parameters:,}"
+    yield "sha256", str(weights.sha256)
 
 
 def _engine(path: Path) -> Iterator[tuple[str, str]]:

@@ -88,6 +88,7 @@ class LearnedMatcher:
         self._runner: _Runner | None = _open(self._path, DeviceChoice.parse(device), threads, min_score)
         self.description = self._runner.description
         self.runs_on = self._runner.runs_on
+        self._features = self._runner.features()
         own = self.description.min_score
         self._min_score = own if min_score is None else min_score
         if self._min_score < own:
@@ -137,15 +138,16 @@ class LearnedMatcher:
 
     def is_of_another(self, checkpoint_sha256: str | None) -> bool:
         """Whether it learned the descriptors of another network than the one of this checkpoint; False if unknown."""
-        own = self.description.features_sha256
-        return None not in (own, checkpoint_sha256) and own != checkpoint_sha256
+        known = [digest for digest in self._features.values() if digest]
+        return bool(known and checkpoint_sha256) and checkpoint_sha256 not in known
 
     def _check(self, points: PointsLike) -> None:
         dim = points.descriptors.shape[1] if points.descriptors.ndim == 2 else 0
-        if dim != self.description.descriptor_dim:
+        if dim not in self._features:
             raise SuperPointError(
-                f"descriptors have {dim} numbers; the matcher {self._path} takes {self.description.descriptor_dim}: it "
-                "belongs to another network. Take its own features, or nearest neighbors."
+                f"descriptors have {dim} numbers; the matcher {self._path} takes "
+                f"{' or '.join(map(str, self._features))}: it belongs to another network. Take its own features, or "
+                "nearest neighbors."
             )
 
     def close(self) -> None:
@@ -186,6 +188,10 @@ class _Runner(abc.ABC):
     description: MatcherDescription
     runs_on: str
 
+    def features(self) -> dict[int, str | None]:
+        """Each length of descriptors that it takes -> SHA-256 of the checkpoint that it learned from, if known."""
+        return {self.description.descriptor_dim: self.description.features_sha256}
+
     @abc.abstractmethod
     def infer(self, feed: Arrays) -> Arrays:
         """`INPUTS` of both images -> `OUTPUTS`."""
@@ -209,7 +215,10 @@ def _open(path: Path, choice: DeviceChoice, threads: int | None, min_score: floa
                 f"running the weights {path} themselves needs PyTorch: {install_hint('torch')}. Without: superpoint "
                 "matcher export makes an .onnx of them."
             ) from None
-    raise SuperPointError(f"{path}: a matcher's name ends in .onnx, .safetensors, {', '.join(ENGINE_SUFFIXES)}.")
+    raise SuperPointError(
+        f"{path}: a matcher's name ends in .onnx, .safetensors, {', '.join(ENGINE_SUFFIXES)}; commands also take "
+        "nearest and learned."
+    )
 
 
 class _OnnxRunner(_Runner):
@@ -265,7 +274,8 @@ class _TorchRunner(_Runner):
         if threads is not None:
             torch.set_num_threads(threads)
         self._net = MatcherNet.from_weights(weights).to(self._device)
-        dim = weights.shape.descriptor_dims[0]
+        dim, *_ = dims = weights.shape.descriptor_dims
+        self._features = {each: weights.features.get(each) for each in dims}
         self.description = MatcherDescription(
             dim,
             None,
@@ -275,6 +285,9 @@ class _TorchRunner(_Runner):
             weights_sha256=weights.sha256,
         )
         self.runs_on = f"torch {torch.__version__} eager, {self._device}, fp32"
+
+    def features(self) -> dict[int, str | None]:
+        return self._features
 
     def infer(self, feed: Arrays) -> Arrays:
         import torch

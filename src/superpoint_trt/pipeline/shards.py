@@ -301,10 +301,10 @@ def range_of(part: int, parts: int, shards: int) -> range:
 
 def difference(kept: Settings, asked: Settings) -> str | None:
     """In words, the first setting that differs; None: none does."""
-    for name in (*asked, *kept):
+    for name in ("matcher", *asked, *kept):
         if kept.get(name) != asked.get(name):
-            if name == "model":
-                return "another model"
+            if name in ("model", "matcher"):  # hashes tell nothing
+                return f"another {name}"
             return f"{name} {_shown(kept.get(name))}, not {_shown(asked.get(name))}"
     return None
 
