@@ -107,10 +107,14 @@ def measure(args: argparse.Namespace, work: Path, report: dict[str, Any]) -> Non
             arrays = {"gray arrays": gray, "RGB arrays": some}
         rounds: dict[str, list[Spent]] = {name: [] for name in (*arrays, "files")}
         for _ in range(args.repeats):
-            for name, images in arrays.items():
-                rounds[name].append(run_arrays(superpoint, images, args))
-            if "files" in wanted:
-                rounds["files"].append(run_files(paths, work, options, opening["cpu"]))
+            for name in rounds if "files" in wanted else arrays:
+                spent = (
+                    run_files(paths, work, options, opening["cpu"])
+                    if name == "files"
+                    else run_arrays(superpoint, arrays[name], args)
+                )
+                rounds[name].append(spent)
+                print(f"{name}: {args.images / spent['wall']:.1f} images/s in this round", flush=True)
     for name, spent in rounds.items():
         if spent:
             tell(report, name, summed_up(args.images, spent))
