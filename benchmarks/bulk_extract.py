@@ -45,7 +45,7 @@ from superpoint_trt.pipeline.shards import Manifest, Shard, ShardFolder
 from superpoint_trt.pipeline.workers import WorkOptions, _Source, _Writer, as_stored, usable_cpus
 
 JPEG_QUALITY = 92
-SHARD_SIZE = 64
+SHARD_SIZE, GROUP_SIZE = 64, 8
 MOST_ARRAYS = 1000
 """Arrays that are in memory at once; they are used again for more images."""
 MOST_STEPS = 64
@@ -224,8 +224,9 @@ def write_shards(superpoint: SuperPoint, folder: ShardFolder, names: list[str], 
         for number in range(len(names) // SHARD_SIZE):
             items = [Item(name, name) for name in names[number * SHARD_SIZE : (number + 1) * SHARD_SIZE]]
             shard = Shard(number, items)
-            for index, item in enumerate(items):
-                writer.add(_Source(shard, item, 1, 1.0), found[index % len(found)])
+            for start in range(0, SHARD_SIZE, GROUP_SIZE):
+                group = range(start, start + GROUP_SIZE)
+                writer.add([_Source(shard, items[i], 1, 1.0) for i in group], [found[i % len(found)] for i in group])
         writer.wait()
 
 
