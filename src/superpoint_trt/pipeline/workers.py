@@ -59,8 +59,9 @@ class WorkOptions:
         Raises:
             SuperPointError: the model or a setting cannot be used, or a number is out of range.
         """
-        half = {"half_descriptors": self.dtype == "float16"}
-        superpoint = SuperPoint(self.model, **{**half, **self.settings})
+        # Files are decoded and written on the CPUs that a network on a CPU would wait on.
+        of_bulk = {"half_descriptors": self.dtype == "float16", "busy_wait": False}
+        superpoint = SuperPoint(self.model, **{**of_bulk, **self.settings})
         most = superpoint.description.max_batch_size
         try:
             self.stream(most).check(most)
