@@ -45,7 +45,7 @@ from superpoint_trt.pipeline.shards import Manifest, Shard, ShardFolder
 from superpoint_trt.pipeline.workers import WorkOptions, _Source, _Writer, as_stored, usable_cpus
 
 JPEG_QUALITY = 92
-SHARD_SIZE = 64
+SHARD_SIZE, GROUP_SIZE = 64, 8
 MOST_ARRAYS = 1000
 """Arrays that are in memory at once; they are used again for more images."""
 MOST_STEPS = 64
@@ -107,10 +107,14 @@ def measure(args: argparse.Namespace, work: Path, report: dict[str, Any]) -> Non
             arrays = {"gray arrays": gray, "RGB arrays": some}
         rounds: dict[str, list[Spent]] = {name: [] for name in (*arrays, "files")}
         for _ in range(args.repeats):
-            for name, images in arrays.items():
-                rounds[name].append(run_arrays(superpoint, images, args))
-            if "files" in wanted:
-                rounds["files"].append(run_files(paths, work, options, opening["cpu"]))
+            for name in rounds if "files" in wanted else arrays:
+                spent = (
+                    run_files(paths, work, options, opening["cpu"])
+                    if name == "files"
+                    else run_arrays(superpoint, arrays[name], args)
+                )
+                rounds[name].append(spent)
+                print(f"{name}: {args.images / spent['wall']:.1f} images/s in this round", flush=True)
     for name, spent in rounds.items():
         if spent:
             tell(report, name, summed_up(args.images, spent))
@@ -220,8 +224,9 @@ def write_shards(superpoint: SuperPoint, folder: ShardFolder, names: list[str], 
         for number in range(len(names) // SHARD_SIZE):
             items = [Item(name, name) for name in names[number * SHARD_SIZE : (number + 1) * SHARD_SIZE]]
             shard = Shard(number, items)
-            for index, item in enumerate(items):
-                writer.add(_Source(shard, item, 1, 1.0), found[index % len(found)])
+            for start in range(0, SHARD_SIZE, GROUP_SIZE):
+                group = range(start, start + GROUP_SIZE)
+                writer.add([_Source(shard, items[i], 1, 1.0) for i in group], [found[i % len(found)] for i in group])
         writer.wait()
 
 

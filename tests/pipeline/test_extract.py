@@ -78,6 +78,13 @@ def test_entries_are_what_extract_finds(photographs, options, tmp_path, output):
             assert found.uncertainty == 2.0
 
 
+def test_a_networks_threads_leave_the_cpus_to_the_files(options):
+    """By default onnxruntime's threads wait for each other in a loop."""
+    with options.work().open() as superpoint:
+        session = superpoint._backend._session.get_session_options()
+        assert session.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
 def test_shrunk_images_are_less_certain(photographs, options, tmp_path):
     folder, names = photographs
     name = next(name for name in names if cv2.imread(str(folder / name)).shape[:2] == (96, 128))

@@ -59,8 +59,9 @@ class WorkOptions:
         Raises:
             SuperPointError: the model or a setting cannot be used, or a number is out of range.
         """
-        half = {"half_descriptors": self.dtype == "float16"}
-        superpoint = SuperPoint(self.model, **{**half, **self.settings})
+        # Files are decoded and written on the CPUs that a network on a CPU would wait on.
+        of_bulk = {"half_descriptors": self.dtype == "float16", "busy_wait": False}
+        superpoint = SuperPoint(self.model, **{**of_bulk, **self.settings})
         most = superpoint.description.max_batch_size
         try:
             self.stream(most).check(most)
@@ -176,8 +177,7 @@ def extract_shards(
     with _Reader(superpoint, options, stream) as reader, _Writer(folder, options, superpoint) as writer:
         with closing(superpoint.extract_groups(groups(reader), batch_size)) as found:
             for results in found:
-                for source, result in zip(waiting.popleft(), results):
-                    writer.add(source, result)
+                writer.add(waiting.popleft(), results)
                 if advance:
                     advance(len(results))
         writer.wait()
@@ -344,21 +344,34 @@ class _Writer:
         self._folder, self._dtype, self._ran_on = folder, np.dtype(options.dtype), str(superpoint.runtime)
         self._helpers = ThreadPoolExecutor(_WRITE_HELPERS, thread_name_prefix="superpoint-write-helper")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="superpoint-writer")
-        self._writing: deque[Future[None]] = deque()
+        self._writing: deque[tuple[int, Future[None]]] = deque()
+        """(images, when they are written) of each group."""
+        self._waiting = 0
         self._finishing: deque[Future[None]] = deque()
         self._open: _OpenShard | None = None
         self._is_broken = False
 
-    def add(self, source: _Source, result: Keypoints | SuperPointError) -> None:
-        """Writes one result, later.
+    def add(self, sources: Sequence[_Source], results: Sequence[Keypoints | SuperPointError]) -> None:
+        """Writes the results of a group of one shard, later. A task for each image would cost more than its writing.
 
         Raises:
             SuperPointError: an earlier result could not be written.
         """
-        while len(self._writing) >= _MOST_WRITES_WAITING:
-            self._writing.popleft().result()
-        prepared = self._helpers.submit(as_stored, result, source.orientation, self._dtype)
-        self._writing.append(self._thread.submit(self._write, source, prepared))
+        while self._waiting >= _MOST_WRITES_WAITING:
+            self._finish_oldest()
+        prepared = self._helpers.submit(self._as_stored, sources, results)
+        self._writing.append((len(sources), self._thread.submit(self._write, sources, prepared)))
+        self._waiting += len(sources)
+
+    def _finish_oldest(self) -> None:
+        count, written = self._writing.popleft()
+        self._waiting -= count
+        written.result()
+
+    def _as_stored(
+        self, sources: Sequence[_Source], results: Sequence[Keypoints | SuperPointError]
+    ) -> list[Keypoints | SuperPointError]:
+        return [as_stored(result, source.orientation, self._dtype) for source, result in zip(sources, results)]
 
     def wait(self) -> None:
         """Waits until everything is on disk.
@@ -366,21 +379,23 @@ class _Writer:
         Raises:
             SuperPointError: a result could not be written.
         """
-        for waiting in (self._writing, self._finishing):
-            while waiting:
-                waiting.popleft().result()
+        while self._writing:
+            self._finish_oldest()
+        while self._finishing:
+            self._finishing.popleft().result()
 
-    def _write(self, source: _Source, prepared: Future[Keypoints | SuperPointError]) -> None:
+    def _write(self, sources: Sequence[_Source], prepared: Future[list[Keypoints | SuperPointError]]) -> None:
         if self._is_broken:
             return
         try:
-            if self._open is None:
-                self._open = _OpenShard(source.shard, self._folder, self._dtype, self._ran_on)
-            if self._open.add(source, prepared.result()):
-                shard, self._open = self._open, None
-                while len(self._finishing) >= _MOST_SHARDS_FINISHING:
-                    self._finishing.popleft().result()
-                self._finishing.append(self._helpers.submit(shard.finish))
+            for source, result in zip(sources, prepared.result()):
+                if self._open is None:
+                    self._open = _OpenShard(source.shard, self._folder, self._dtype, self._ran_on)
+                if self._open.add(source, result):
+                    shard, self._open = self._open, None
+                    while len(self._finishing) >= _MOST_SHARDS_FINISHING:
+                        self._finishing.popleft().result()
+                    self._finishing.append(self._helpers.submit(shard.finish))
         except BaseException:
             self._is_broken = True  # what waits is not written, either
             raise

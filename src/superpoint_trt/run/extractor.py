@@ -56,6 +56,8 @@ class SuperPoint:
         half_descriptors: descriptors as float16, which halves their memory and their copy from a GPU.
         max_pixels: image files with more pixels are refused before they are decoded; default 2^28.
         allow_damaged: read what a decoder can still read of damaged image files; default no, they are an error.
+        busy_wait: whether onnxruntime's CPU threads wait for each other in a loop. That is up to 2 % faster alone, and
+            much slower beside other work, such as the decoding of files; default yes.
 
     Attributes:
         description: what the model is.
@@ -82,6 +84,7 @@ class SuperPoint:
         half_descriptors: bool = False,
         max_pixels: int = MOST_PIXELS,
         allow_damaged: bool = False,
+        busy_wait: bool = True,
     ) -> None:
         for name, value, most in (("max_side", max_side_px, MOST_SIDE_PX), ("threads", threads, MOST_THREADS)):
             if value is not None and not 1 <= value <= most:
@@ -94,7 +97,7 @@ class SuperPoint:
         self._name = str(Path(model))
         network = packaged_network(model)
         path = _exported(network.name) if network else model
-        self._backend = open_backend(path, device, threads, allow_host_code)
+        self._backend = open_backend(path, device, threads, allow_host_code, busy_wait)
         self.description: ModelDescription = self._backend.description
         self.options = _decode_options(self.description, asked)
         lanes, where = self._open_lanes(half_descriptors)

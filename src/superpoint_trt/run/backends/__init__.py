@@ -35,7 +35,11 @@ def devices_for(path: PathLike) -> list[str]:
 
 
 def open_backend(
-    path: PathLike, device: str = "auto", threads: int | None = None, allow_host_code: bool = False
+    path: PathLike,
+    device: str = "auto",
+    threads: int | None = None,
+    allow_host_code: bool = False,
+    busy_wait: bool = True,
 ) -> Backend:
     """Opens a model with the backend for its kind of file.
 
@@ -47,6 +51,7 @@ def open_backend(
             compute in float32.
         threads: CPU threads; None leaves the choice to the runtime.
         allow_host_code: run the code that a version-compatible engine carries.
+        busy_wait: whether onnxruntime's threads wait for each other in a loop.
 
     Raises:
         SuperPointError: unknown kind of file, missing runtime, unusable model or device.
@@ -65,7 +70,7 @@ def open_backend(
     if suffix in ONNX_SUFFIXES:
         from superpoint_trt.run.backends.onnxruntime import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(path, device, threads)
+        return OnnxRuntimeBackend(path, device, threads, busy_wait)
     if suffix in CHECKPOINT_SUFFIXES:
         try:
             from superpoint_trt.run.backends.torch import TorchBackend

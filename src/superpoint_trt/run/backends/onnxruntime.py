@@ -34,12 +34,15 @@ class OnnxRuntimeBackend(AsyncBackend):
         path: the model, made by this package or by another tool with the same inputs and outputs.
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads of the session; None for onnxruntime's default, the number of physical cores.
+        busy_wait: whether they wait for each other in a loop, which takes the CPU from everything else.
 
     Raises:
         SuperPointError: not such a model, or the device cannot be used.
     """
 
-    def __init__(self, path: PathLike, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self, path: PathLike, device: str = "auto", threads: int | None = None, busy_wait: bool = True
+    ) -> None:
         ort = import_onnxruntime()
 
         choice = DeviceChoice.parse(device)
@@ -49,6 +52,8 @@ class OnnxRuntimeBackend(AsyncBackend):
         options.log_severity_level = _FATAL_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
+        if not busy_wait:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers = _providers(choice)
         self._session: Any = None
         try:
