@@ -1,4 +1,4 @@
-"""What `heads` and `settle` share: stages of minutes on a CPU, where only late layers of a finished network learn."""
+"""What a stage of minutes on a CPU needs, where only late layers of a finished network learn (`heads`)."""
 
 from __future__ import annotations
 
