@@ -31,6 +31,7 @@ PAGES = {
     "src/superpoint_trt/packaged/MODEL_CARD.md": "model-card.md",
     "src/superpoint_trt/packaged/MODEL_CARD_small.md": "model-card-small.md",
     "src/superpoint_trt/packaged/MODEL_CARD_v1.md": "model-card-v1.md",
+    "src/superpoint_trt/packaged/MODEL_CARD_matcher.md": "model-card-matcher.md",
     "src/superpoint_trt/packaged/PHOTOGRAPHS.md": "photographs.md",
 }
 """Files of the repository -> pages of the site."""

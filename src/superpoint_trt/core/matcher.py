@@ -20,7 +20,7 @@ OUTPUTS = ("matches0", "scores0")
 MOST_ROWS = 8192
 """The largest N that is accepted: a similarity of 8192 x 8192 points takes 256 MB."""
 
-MIN_SCORE = 0.1
+MIN_SCORE = 0.2
 """Least probability of a match, unless asked otherwise."""
 
 METADATA_KEY = "superpoint_trt.matcher"
