@@ -89,7 +89,7 @@ _TIMED = "320x240, fastest of 4"
 
 
 def fastest_on_cpu(progress: Progress | None = None) -> list[Finding]:
-    """Times the packaged network in each runtime that is installed for this CPU; the fastest comes first.
+    """Times the network `full` in each runtime that is installed for this CPU; the fastest comes first.
 
     Args:
         progress: called with (calls done, all calls).

@@ -53,7 +53,7 @@ MOST_WORKSPACE_GIB = 1024.0
 HIGHEST_LEVEL = 5
 
 BUILD_BYTES = 512 << 20
-"""Address space that a build needs at least. Measured with TensorRT-RTX 1.7 and the packaged network: 380 MB."""
+"""Address space that a build needs at least. Measured with TensorRT-RTX 1.7 and the network `full`: 380 MB."""
 
 
 @dataclass(frozen=True)
