@@ -14,6 +14,7 @@ from superpoint_trt import packaged
 from superpoint_trt.checkpoint.matcher import MatcherShape, save_matcher
 from superpoint_trt.cli.main import cli, run
 from superpoint_trt.convert.export_matcher import MatcherExportOptions, export_matcher
+from superpoint_trt.core.matcher import MIN_SCORE
 from superpoint_trt.core.types import OutputType, SuperPointError
 from superpoint_trt.pipeline.web import HOST, PageServer, WebOptions, save_page
 
@@ -129,7 +130,7 @@ def test_a_matcher_is_sent_if_it_fits(page, exported, tmp_path):
     folder = save_page(tmp_path / "site", WebOptions(model, page=page, matcher=matcher))
     assert (folder / "matcher.onnx").read_bytes() == matcher.read_bytes()
     told = json.loads((folder / "model.json").read_text())["matcher"]
-    assert told == {"name": "fit", "file": "matcher.onnx", "bytes": matcher.stat().st_size, "minScore": 0.1}
+    assert told == {"name": "fit", "file": "matcher.onnx", "bytes": matcher.stat().st_size, "minScore": MIN_SCORE}
     fixed = export_matcher(fit, tmp_path / "fixed.onnx", MatcherExportOptions(50))
     for bad, words in (
         (fit, "superpoint matcher export"),

@@ -201,7 +201,8 @@ def test_the_keyboard_is_enough(serve, act):
     assert int(right[1]) > 80
     assert 100 < seen["example"]["drawn"] <= 150
     assert [len(seen["fewer"]["features"][slot]["scores"]) for slot in "ab"] == [50, 50]
-    assert [len(seen["strong"]["features"][slot]["scores"]) for slot in "ab"] < [50, 50]
+    for slot in "ab":
+        assert len(seen["strong"]["features"][slot]["scores"]) < len(seen["example"]["features"][slot]["scores"])
     assert min(seen["strong"]["features"]["a"]["scores"]) > 0.3, "the slider ends at 0.32"
     whole = np.array(seen["whole"]["features"]["a"]["xy"])
     np.testing.assert_array_equal(whole, np.round(whole))

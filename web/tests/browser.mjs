@@ -86,13 +86,13 @@ async function keyboard() {
   await page.setViewport(PHONE);
   await look("example-phone.png");
   await page.setViewport(DESKTOP);
-  await page.focus("#count");
-  await afterwards(() => page.keyboard.press("Home"));
-  const fewer = await found();
   await page.focus("#threshold");
   await afterwards(() => page.keyboard.press("End"));
   const strong = await found();
   await afterwards(() => page.keyboard.press("Home"));
+  await page.focus("#count");
+  await afterwards(() => page.keyboard.press("Home"));
+  const fewer = await found();
   await page.focus("#subpixel");
   await afterwards(() => page.keyboard.press("Space"));
   const whole = await found();

@@ -144,7 +144,7 @@ def test_it_computes_what_it_says(quantized, exported, device):
         exact = backend.infer(image)
     for name, expected in simulated(onnx.load(path), image).items():
         off, rounding = np.abs(found[name] - expected), np.abs(exact[name] - expected)
-        assert np.median(off) < 0.1 * np.median(rounding), "far closer to the simulation than to the fp32 network"
+        assert np.median(off) < 0.2 * np.median(rounding), "far closer to the simulation than to the fp32 network"
 
 
 def test_8_bit_images_are_exact_in_the_first_convolution(calibration, exported):
