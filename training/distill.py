@@ -178,7 +178,8 @@ def grow(net: CompactNet, weights: Mapping[str, Tensor]) -> None:
     state = net.state_dict()
     for name, value in weights.items():
         here = state.get(name)
-        if here is None or here.shape[:1] != value.shape[:1] or here.shape[2:] != value.shape[2:]:
+        fits = here is not None and here.shape[:1] == value.shape[:1] and here.shape[2:] == value.shape[2:]
+        if here is None or not fits or here.shape[1:2] < value.shape[1:2]:
             raise SuperPointError(f"{name} {tuple(value.shape)} has no place in the network that is to grow from it.")
         if here.shape != value.shape:
             here.zero_()[:, : value.shape[1]] = value

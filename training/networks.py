@@ -73,7 +73,7 @@ SHAPES = {
     "small": Shape(((16, 4, 2), (32, 2, 2)), (32, 32), (64, 64, 64, 64), (128, 128), 32, 64, 64),
     # 3.46, 0.47 M: one layer less, no convolution at half the size
     "patchy": Shape(((32, 8, 4),), (32, 32), (64, 64, 64, 64), (128, 128), 32, 64, 64),
-    # 3.67, 0.49 M: patchy, and the detector reads features of a quarter
+    # 3.68, 0.50 M: patchy, and the detector reads features of a quarter
     "sharp": Shape(((32, 8, 4),), (32, 32), (64, 64, 64, 64), (128, 128), 32, 64, 64, skip=32),
     # 3.66, 0.32 M: nothing at a sixteenth, two more layers at an eighth
     "narrow": Shape(((16, 4, 2), (32, 2, 2)), (32, 32), (64,) * 6, (), 32, 64, 64),
