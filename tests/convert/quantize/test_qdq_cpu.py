@@ -26,12 +26,13 @@ from superpoint_trt.run.backends import open_backend
 
 CPU = QuantizeOptions(placement=Placement.CPU)
 HEADS_LAST = {"convPb", "convDb"}
+PHOTOGRAPHS = "astronaut", "coffee", "camera", "chelsea"
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    for name in ("astronaut", "coffee", "camera", "chelsea"):
+    for name in PHOTOGRAPHS:
         assert cv2.imwrite(str(folder / f"{name}.png"), photograph(240, 320, name))
     return folder
 
@@ -133,18 +134,24 @@ def simulated(model: onnx.ModelProto, image: np.ndarray) -> dict[str, np.ndarray
 
 @pytest.mark.parametrize("device", ["cpu", "openvino:fp32"])
 def test_it_computes_what_it_says(quantized, exported, device):
-    """Against a simulation in numpy. A value on the edge of a step may fall to either side, so a share may differ."""
+    """Against a simulation in numpy. A value on the edge of a step may fall to either side, so a share may differ.
+
+    How large that share is depends on the photograph, so four count together.
+    """
     if device != "cpu":
         pytest.importorskip("openvino", reason="openvino is not installed")
     path = quantized()
-    image = photograph(240, 320)[None, None] / np.float32(255)
-    with open_backend(path, device) as backend:
-        found = backend.infer(image)
-    with open_backend(exported("packaged", OutputType.HEADS, 240, 320), "cpu") as backend:
-        exact = backend.infer(image)
-    for name, expected in simulated(onnx.load(path), image).items():
-        off, rounding = np.abs(found[name] - expected), np.abs(exact[name] - expected)
-        assert np.median(off) < 0.2 * np.median(rounding), "far closer to the simulation than to the fp32 network"
+    off, rounding = {"logits": [], "coarse_descriptors": []}, {"logits": [], "coarse_descriptors": []}
+    fp32 = exported("packaged", OutputType.HEADS, 240, 320)
+    with open_backend(path, device) as rounded, open_backend(fp32, "cpu") as exact:
+        for name in PHOTOGRAPHS:
+            image = photograph(240, 320, name)[None, None] / np.float32(255)
+            found, unrounded = rounded.infer(image), exact.infer(image)
+            for head, expected in simulated(onnx.load(path), image).items():
+                off[head].append(np.abs(found[head] - expected))
+                rounding[head].append(np.abs(unrounded[head] - expected))
+    for head in off:
+        assert np.median(off[head]) < 0.1 * np.median(rounding[head]), "far closer to the simulation than to fp32"
 
 
 def test_8_bit_images_are_exact_in_the_first_convolution(calibration, exported):
