@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import click
@@ -361,9 +362,12 @@ class School:
             smaller: the network of the state that the only student grows from, in a new run.
 
         Raises:
-            SuperPointError: the state is of other networks.
+            SuperPointError: there is no such state, or it is of other networks.
         """
-        state = torch.load(path, weights_only=True, map_location=self.device)
+        try:
+            state = torch.load(path, weights_only=True, map_location=self.device)
+        except (OSError, RuntimeError, EOFError, UnpicklingError):
+            raise SuperPointError(f"{path} is no state of a run of training.distill (--go-on FOLDER).") from None
         names = [each.name for each in self.students]
         if smaller:
             if smaller not in state["nets"] or len(names) > 1:

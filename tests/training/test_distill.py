@@ -210,6 +210,14 @@ def test_a_network_does_not_grow_from_what_does_not_fit(bank, tmp_path, names, s
         school(bank, tmp_path, names).load(tmp_path / "state.pt", smaller)
 
 
+@pytest.mark.parametrize("content", [None, b"", b"not a state", b"PK\x03\x04 cut"])
+def test_a_state_that_cannot_be_read_is_refused(bank, tmp_path, content):
+    if content is not None:
+        (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(SuperPointError, match="is no state of a run of training.distill"):
+        school(bank, tmp_path).load(tmp_path / "state.pt")
+
+
 def test_the_checkpoint_is_the_network(bank, tmp_path):
     one = school(bank, tmp_path)
     one.run(2, 1e6)
