@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from superpoint_trt.core.image import Placement, as_array, load_image, place, to_gray, to_input, to_picture
+from superpoint_trt.core.image import RGB_TO_GRAY, Placement, as_array, load_image, place, to_gray, to_input, to_picture
 from superpoint_trt.core.types import ModelDescription, OutputType, SuperPointError
 
 # ------------------------------------------------------------------------------------------------------------ to_gray
@@ -55,6 +55,14 @@ def test_to_gray(image, gray):
     assert found.shape == (8, 8)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, gray, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [8, 9, 447, 448, 449, 450, 640, 896, 897, 898, 1345, 3071, 4000])
+def test_gray_has_the_bits_of_whole_rows(width):
+    """`_luma` weighs some columns at a time, so that OpenBLAS takes no locks."""
+    rgb = np.random.default_rng(width).integers(0, 256, (8, width, 3), dtype=np.uint8)
+    expected = rgb.astype(np.float32) @ RGB_TO_GRAY / np.float32(255)
+    np.testing.assert_array_equal(to_gray(rgb), expected)
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "float32", "reversed"])

@@ -32,6 +32,9 @@ RGB_TO_GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 
+_BLAS_COLUMNS = 448
+"""A multiple of 64, so that vectors of pixels begin where they do in a whole row, and each pixel gets the same bits."""
+
 _FULL_SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0, np.dtype(bool): 1.0}
 
 
@@ -99,12 +102,24 @@ def _luma(rgb: NDArray[Any]) -> Float32:
     """Colors (H, W, 3) to gray (H, W); of a large image some rows at a time, for colors as float32 take much memory."""
     height, width = rgb.shape[:2]
     rows = max(1, LARGE_PX // width)
-    if height <= rows:
-        return _as_float(rgb) @ RGB_TO_GRAY
     gray = np.empty((height, width), np.float32)
     for top in range(0, height, rows):
-        gray[top : top + rows] = _as_float(rgb[top : top + rows]) @ RGB_TO_GRAY
+        part = slice(top, top + rows)
+        _weigh(_as_float(rgb[part]), gray[part])
     return gray
+
+
+def _weigh(rgb: Float32, gray: Float32) -> None:
+    """Weighs colors (H, W, 3) into gray (H, W), some columns at a time.
+
+    numpy calls BLAS for each row. For more than 476 columns OpenBLAS takes memory from a pool, with three locks that
+    all threads share: 16 threads that load images then wait for each other most of the time. For more than 3072 columns
+    it shares each row among threads of its own. A single column left over would be added up in another order.
+    """
+    width = rgb.shape[1]
+    for left in range(0, max(1, width - 1), _BLAS_COLUMNS):
+        right = left + _BLAS_COLUMNS if left + _BLAS_COLUMNS < width - 1 else width
+        np.matmul(rgb[:, left:right], RGB_TO_GRAY, out=gray[:, left:right])
 
 
 def _as_float(rgb: NDArray[Any]) -> Float32:
