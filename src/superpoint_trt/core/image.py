@@ -32,6 +32,9 @@ RGB_TO_GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 
+_ROWS_PX = 1 << 16
+"""Pixels whose colors are float32 at a time, 0.8 MB."""
+
 _BLAS_COLUMNS = 448
 """A multiple of 64, so that vectors of pixels begin where they do in a whole row, and each pixel gets the same bits."""
 
@@ -99,9 +102,9 @@ def to_gray(image: NDArray[Any]) -> Float32:
 
 
 def _luma(rgb: NDArray[Any]) -> Float32:
-    """Colors (H, W, 3) to gray (H, W); of a large image some rows at a time, for colors as float32 take much memory."""
+    """Colors (H, W, 3) to gray (H, W), some rows at a time: as float32, the colors of a whole image fit no cache."""
     height, width = rgb.shape[:2]
-    rows = max(1, LARGE_PX // width)
+    rows = max(1, _ROWS_PX // width)
     gray = np.empty((height, width), np.float32)
     for top in range(0, height, rows):
         part = slice(top, top + rows)
