@@ -75,6 +75,8 @@ SHAPES = {
     "patchy": Shape(((32, 8, 4),), (32, 32), (64, 64, 64, 64), (128, 128), 32, 64, 64),
     # 3.68, 0.50 M: patchy, and the detector reads features of a quarter
     "sharp": Shape(((32, 8, 4),), (32, 32), (64, 64, 64, 64), (128, 128), 32, 64, 64, skip=32),
+    # 3.96, 0.52 M: sharp, and 24 more channels in the detector
+    "keen": Shape(((32, 8, 4),), (32, 32), (64, 64, 64, 64), (128, 128), 32, 88, 64, skip=32),
     # 3.66, 0.32 M: nothing at a sixteenth, two more layers at an eighth
     "narrow": Shape(((16, 4, 2), (32, 2, 2)), (32, 32), (64,) * 6, (), 32, 64, 64),
     # 1.44, 0.18 M
