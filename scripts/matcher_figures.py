@@ -44,6 +44,8 @@ MAP_PX = 520
 """Height of a map."""
 FRAMES = (2, 8)
 """Two of TUM's frames, six seconds apart."""
+ZOOM = 0.4
+"""Size of a thing in the changed copy of a photograph over its size in the photograph."""
 EXPOSURE = 0.6
 """How bright the changed copy of a photograph is."""
 
@@ -60,12 +62,14 @@ class KnownPair:
 def changed_pair(photo: Picture) -> KnownPair:
     """A photograph, and the same from a side and from far away, turned and darker."""
     height, width = photo.shape[:2]
-    matrix = seen_from_a_side((width, height), turn_deg=20, tilt_deg=20, zoom=0.36)
+    matrix = seen_from_a_side((width, height), turn_deg=20, tilt_deg=20, zoom=ZOOM)
     corners = warp(np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32), matrix)
     left, top = np.floor(corners.min(axis=0)) - MARGIN_PX
     matrix = np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1]]) @ matrix
     size_wh = tuple(int(side) + 2 * MARGIN_PX for side in np.ceil(np.ptp(corners, axis=0)))
-    dark = np.round(photo * EXPOSURE).astype(np.uint8)
+    # What shrinks is averaged first, as by a lens: as in `prove.changes`.
+    blurred = cv2.GaussianBlur(photo * EXPOSURE, (0, 0), 0.5 * (1 / ZOOM**2 - 1) ** 0.5)
+    dark = np.round(blurred).astype(np.uint8)
     copy = cv2.warpPerspective(dark, matrix, size_wh, flags=cv2.INTER_AREA, borderValue=(255,) * 3)
     return KnownPair(photo, np.asarray(copy, np.uint8), lambda a, b: np.linalg.norm(warp(a, matrix) - b, axis=1))
 
