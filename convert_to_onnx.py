@@ -1,7 +1,6 @@
 """Converts a SuperPoint checkpoint to ONNX (the guide's step 1)."""
 
-from superpoint_trt.cli.guide import convert_to_onnx
-from superpoint_trt.cli.main import script
+from superpoint_trt.__main__ import main
 
 if __name__ == "__main__":
-    script(convert_to_onnx)()
+    main("superpoint_trt.cli.guide", "convert_to_onnx")

@@ -64,10 +64,11 @@ def ours(gray: np.ndarray) -> Iterator[tuple[str, Run]]:
         yield f"{name}, PyTorch", lambda reference=reference: reference({"image": tensor_of(gray)})
 
 
-def rootsift(gray: np.ndarray) -> Iterator[tuple[str, Run]]:
-    """OpenCV's."""
-    extract = opencv_extractor("rootsift", COUNT)
-    yield "RootSIFT", lambda: extract(gray.astype(np.float32) / 255)
+def opencv(gray: np.ndarray) -> Iterator[tuple[str, Run]]:
+    """OpenCV's features."""
+    for name, kind in (("RootSIFT", "rootsift"), ("ORB", "orb")):
+        extract = opencv_extractor(kind, COUNT)
+        yield name, lambda extract=extract: extract(gray.astype(np.float32) / 255)
 
 
 def edgepoint2(folder: Path, gray: np.ndarray) -> Iterator[tuple[str, Run]]:
@@ -144,7 +145,7 @@ def main(iterations: int, **folders: Path | None) -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     gray = photograph(HEIGHT, WIDTH)
-    runs: dict[str, Any] = dict([*ours(gray), *rootsift(gray)])
+    runs: dict[str, Any] = dict([*ours(gray), *opencv(gray)])
     if folders["edgepoint2_folder"]:
         runs.update(edgepoint2(folders["edgepoint2_folder"], gray))
     if folders["xfeat_folder"]:

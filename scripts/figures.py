@@ -35,6 +35,7 @@ IMAGES = ROOT / "docs" / "images"
 VIEW_WH = (400, 300)
 VIEWS = 32
 FRAME_MS = 90
+WEBP_QUALITY = 70
 
 
 class LeftOut(Exception):
@@ -128,8 +129,58 @@ def draw_training_figure(output: Path, shared: Path) -> None:
 
 def draw_map_figure(output: Path, shared: Path) -> None:
     """`superpoint reconstruct`: a map of 17 frames of TUM RGB-D (CC BY 4.0), beside one of them."""
+    frames = _frames(shared)
+    import pycolmap
+    from matcher_figures import mapped
+
+    from superpoint_trt.pipeline.colmap_map import map_points
+    from superpoint_trt.pipeline.map_picture import draw_map, map_caption
+
+    points = map_points(pycolmap.Reconstruction(mapped(frames, "nearest")[0] / "sparse" / "0"))
+    names = sorted(frames.glob("*.png"))
+    joined = side_by_side(load_image(names[8]), draw_map(points, 640, has_caption=False), 600)
+    save_picture(output, add_caption(joined, [f"one of {len(names)} frames, and their map: {map_caption(points)}"]))
+
+
+def draw_changed_figure(output: Path, shared: Path) -> None:
+    """Both matchers on a photograph of Kodak's that nothing was trained on, and its changed copy."""
+    photo = load_image(_held_out(shared)[1])
+    from matcher_figures import changed_pair, cut, draw_with_both
+
+    _save_webp(output, draw_with_both(changed_pair(cut(photo))))
+
+
+def draw_frames_figure(output: Path, shared: Path) -> None:
+    """Both matchers on two far frames of TUM RGB-D."""
+    frames = _frames(shared)
+    from matcher_figures import draw_with_both, frames_pair
+
+    _save_webp(output, draw_with_both(frames_pair(frames)))
+
+
+def draw_unrelated_figure(output: Path, shared: Path) -> None:
+    """Both matchers on two photographs that have nothing in common."""
+    first, second = (load_image(path) for path in _held_out(shared))
+    from matcher_figures import cut, draw_with_both, unrelated_pair
+
+    _save_webp(output, draw_with_both(unrelated_pair(cut(first), cut(second))))
+
+
+def draw_both_maps_figure(output: Path, shared: Path) -> None:
+    """Maps of 17 frames of TUM RGB-D with both matchers."""
+    frames = _frames(shared)
+    from matcher_figures import draw_maps_of_both
+
+    _save_webp(output, draw_maps_of_both(frames))
+
+
+def _frames(shared: Path) -> Path:
+    """The folder of TUM's frames, if it and what makes maps are there.
+
+    Raises:
+        LeftOut: one of them is missing.
+    """
     import importlib.util
-    import tempfile
 
     frames = shared / "data" / "photos" / "tum_freiburg"
     if not frames.is_dir():
@@ -137,21 +188,25 @@ def draw_map_figure(output: Path, shared: Path) -> None:
     missing = [name for name in ("pycolmap", "h5py") if not importlib.util.find_spec(name)]
     if missing:
         raise LeftOut(f"needs {', '.join(missing)}: pip install '.[bulk,colmap]'")
-    from superpoint_trt.cli.main import cli, run
+    return frames
 
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        line = ["reconstruct", str(frames), "--model", "full", "--output", f"{folder}/map"]
-        if run(cli, line) != 0:
-            raise LeftOut("superpoint reconstruct failed; its message is above")
-        import pycolmap
 
-        from superpoint_trt.pipeline.colmap_map import map_points
-        from superpoint_trt.pipeline.map_picture import draw_map, map_caption
+def _held_out(shared: Path) -> list[Path]:
+    """Two of Kodak's photographs that were kept out of training.
 
-        points = map_points(pycolmap.Reconstruction(f"{folder}/map/sparse/0"))
-    names = sorted(frames.glob("*.png"))
-    joined = side_by_side(load_image(names[8]), draw_map(points, 640, has_caption=False), 600)
-    save_picture(output, add_caption(joined, [f"one of {len(names)} frames, and their map: {map_caption(points)}"]))
+    Raises:
+        LeftOut: they are not there.
+    """
+    paths = [shared / "data" / "photos" / "kodak" / f"kodim{number}.png" for number in ("07", "22")]
+    if not all(path.is_file() for path in paths):
+        raise LeftOut(f"needs {paths[0].name} and {paths[1].name} of Kodak in {paths[0].parent}")
+    return paths
+
+
+def _save_webp(output: Path, picture: Picture) -> None:
+    from PIL import Image
+
+    Image.fromarray(picture).save(output, quality=WEBP_QUALITY, method=6)
 
 
 def side_by_side(left: Picture, right: Picture, height_px: int) -> Picture:
@@ -172,6 +227,10 @@ FIGURES: dict[str, Callable[[Path, Path], None]] = {
     "stress.png": draw_stress_figure,
     "training.png": draw_training_figure,
     "maps.jpg": draw_map_figure,
+    "matcher_changed.webp": draw_changed_figure,
+    "matcher_frames.webp": draw_frames_figure,
+    "matcher_unrelated.webp": draw_unrelated_figure,
+    "matcher_maps.webp": draw_both_maps_figure,
 }
 """Name of the file in docs/images -> what draws it."""
 

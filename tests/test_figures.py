@@ -12,11 +12,14 @@ from click.testing import CliRunner
 
 from superpoint_trt import SuperPointError, packaged
 from superpoint_trt.core.image import load_image
+from superpoint_trt.pipeline.colmap_map import MapReport
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts")]
 
 import figures  # noqa: E402
+import map_matchers  # noqa: E402
+import matcher_figures  # noqa: E402
 import network_chart  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
@@ -30,8 +33,10 @@ def test_every_picture_of_the_pages_has_a_script():
 
 
 def test_a_picture_without_its_photographs_is_left_out(tmp_path):
-    ran = CliRunner().invoke(figures.main, ["maps.jpg", "--output", str(tmp_path), "--shared", str(tmp_path / "none")])
+    names = ["maps.jpg", "matcher_changed.webp"]
+    ran = CliRunner().invoke(figures.main, [*names, "--output", str(tmp_path), "--shared", str(tmp_path / "none")])
     assert ran.exit_code == 0 and "maps.jpg: left out, needs the frames of TUM RGB-D" in ran.output
+    assert "matcher_changed.webp: left out, needs kodim07.png" in ran.output
     assert not list(tmp_path.iterdir())
 
 
@@ -73,3 +78,36 @@ def test_the_chart_is_written(tmp_path):
     pytest.importorskip("matplotlib")
     path = network_chart.draw_chart(network_chart.read_networks(IMAGES / "networks.csv"), tmp_path / "n.png")
     assert load_image(path).shape == (750, 1050, 3)
+
+
+def test_the_changed_copy_is_where_its_distances_say():
+    """The middle of the photograph, marked, is found in the copy at the place that no distance separates."""
+    photo = np.full((384, 512, 3), 90, np.uint8)
+    photo[186:199, 250:263] = (255, 0, 0)  # around (256, 192)
+    pair = matcher_figures.changed_pair(photo)
+    red = pair.second[..., 0] > pair.second[..., 1].astype(int) + 60
+    found = np.argwhere(red)[:, ::-1].mean(axis=0)
+    assert pair.distances_px(np.float32([[256, 192]]), found[None])[0] < 1
+    assert pair.distances_px(np.float32([[256, 192]]), found[None] + 5)[0] == pytest.approx(np.hypot(5, 5), abs=1)
+
+
+def test_no_match_of_unrelated_pictures_is_right():
+    photo = load_image(packaged.PHOTO)
+    pair = matcher_figures.unrelated_pair(photo, photo[::-1])
+    assert not (pair.distances_px(np.zeros((3, 2)), np.zeros((3, 2))) <= matcher_figures.RIGHT_PX).any()
+
+
+def test_both_matchers_stand_one_above_the_other():
+    photo = matcher_figures.cut(load_image(packaged.PHOTO))
+    assert photo.shape[1] * 3 <= photo.shape[0] * 4
+    picture = matcher_figures.draw_with_both(matcher_figures.changed_pair(photo))
+    half = (len(picture) - matcher_figures.GAP_PX) // 2
+    assert picture.shape[1] > 1.5 * matcher_figures.WIDTH_PX  # side by side
+    assert np.abs(picture[:half].astype(int) - picture[-half:]).max() > 0
+
+
+def test_rows_of_the_table_of_maps():
+    report = MapReport(8, 900, 28, 700, 28, 600, "incremental", 1, 7, 1234, 3000, 0.716, 4.64)
+    assert map_matchers.row("desk", "learned", report) == "| desk, learned | 7 of 8 | 1,234 | 0.72 | 4.64 |"
+    none = MapReport(8, 900, 28, 700, 0, 0, "incremental")
+    assert map_matchers.row("desk", "nearest", none) == "| desk, nearest | 0 of 8 | 0 | - | - |"

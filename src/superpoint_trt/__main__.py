@@ -1,4 +1,4 @@
-"""Starts the command `superpoint`, also as `python -m superpoint_trt`.
+"""Starts the command `superpoint`, also as `python -m superpoint_trt`, and the guide's scripts.
 
 Importing what the commands need takes most of a short command's time, and may take more memory than there is. Neither
 an interrupt nor a lack of memory ends in a traceback meanwhile.
@@ -10,8 +10,13 @@ import os
 import sys
 
 
-def main() -> None:
-    """Runs the command line of this process, and ends the process with its exit code."""
+def main(module: str = "superpoint_trt.cli.main", command: str = "cli") -> None:
+    """Runs the command line of this process, and ends the process with its exit code.
+
+    Args:
+        module: holds the command; it is imported here, so that an interrupt meanwhile shows no traceback.
+        command: its name there.
+    """
     # Otherwise whoever started this process has interrupts ignored.
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if interruptible:
@@ -21,12 +26,13 @@ def main() -> None:
 
     try:
         import logging
+        from importlib import import_module
 
         silent = logging.NullHandler()  # hashlib logs tracebacks if there is too little memory for its library
         logging.root.addHandler(silent)
-        from superpoint_trt.cli.main import cli, run
-        from superpoint_trt.cli.terminal import INTERRUPTED
+        from superpoint_trt.cli.terminal import INTERRUPTED, run
 
+        chosen = getattr(import_module(module), command)
         logging.root.removeHandler(silent)
     except Exception as error:
         if not ran_out_of_memory(error) and not reached_limit():
@@ -35,7 +41,7 @@ def main() -> None:
         os._exit(2)  # without memory, Python's own end may fail, too
     if interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = run(cli)
+    code = run(chosen)
     if interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if code == INTERRUPTED:

@@ -522,9 +522,9 @@ IMAGES = {
     "half.bmp": (half_image, "half.bmp", "not an image"),
     "half.tiff": (half_image, "half.tiff", "not an image"),
     "drawing.svg": (write(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "drawing.svg", "not an image"),
-    "dot.png": (pixels(1, 1), "1x1", "8x8"),
-    "line.png": (pixels(3, 20000), "20000x3", "8x8"),
-    "narrow.png": (pixels(100, 7), "7x100", "8x8"),
+    "dot.png": (pixels(1, 1), "dot.png is 1x1", "8x8"),
+    "line.png": (pixels(3, 20000), "line.png is 20000x3", "8x8"),
+    "narrow.png": (pixels(100, 7), "narrow.png is 7x100", "8x8"),
     "float.tiff": (lambda path: cv2.imwrite(str(path), np.full((32, 32), 300, np.float32)), "300", "[0, 1]"),
 }
 

@@ -109,6 +109,7 @@ def test_learned_is_the_packaged_matcher(packaged_matcher, images, tmp_path):
     done = run(*words, "--model", "small")
     assert isinstance(done.exception, SuperPointError)
     assert re.search("have 64 numbers; the matcher .* takes 256: it belongs to another network", str(done.exception))
+    assert "note:" not in done.output, "the error says it alone"
 
 
 def test_weights_list_names_the_packaged_matcher(packaged_matcher, tmp_path, monkeypatch):

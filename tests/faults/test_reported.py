@@ -21,7 +21,7 @@ import onnx
 import pytest
 import torch
 from conftest import photograph
-from faults.processes import UNKNOWN_UID, assert_refused, call, finish, needs_root, start
+from faults.processes import COMMAND, UNKNOWN_UID, assert_refused, call, finish, needs_root, start
 from fuzz import corpus
 from fuzz.judge import Case
 from onnx import TensorProto, helper, numpy_helper
@@ -775,15 +775,23 @@ def test_a_missing_file_whose_name_is_no_text_is_one_line(small_desk):
     assert_refused(call(("info", f"{UNDECODABLE}-missing.onnx"), small_desk, env=STRICT), "does not exist")
 
 
+GUIDE_SCRIPT = (sys.executable, str(Path(__file__).parents[2] / "tensorrt_inference.py"))
+
+
 @pytest.mark.exhaustive
-def test_an_interrupt_during_start_up_shows_no_traceback(small_desk):
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [(COMMAND, ("info", "dense.onnx")), (GUIDE_SCRIPT, ("--engine", "dense.onnx", "--image", "good.png"))],
+    ids=["superpoint", "guide"],
+)
+def test_an_interrupt_during_start_up_shows_no_traceback(small_desk, program, arguments):
     """At 36 moments of the first second: imports take most of it."""
     began = time.monotonic()
-    assert call(("info", "dense.onnx"), small_desk).code == 0
+    assert call(arguments, small_desk, program=program).code == 0
     took = time.monotonic() - began
     shown = []
     for moment in range(36):
-        process = start(("info", "dense.onnx"), small_desk)
+        process = start(arguments, small_desk, program=program)
         time.sleep(took * (moment + 1) / 36)
         process.send_signal(signal.SIGINT)
         done = finish(process)

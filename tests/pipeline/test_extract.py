@@ -22,8 +22,8 @@ from superpoint_trt.pipeline import workers
 from superpoint_trt.pipeline.extract import ExtractOptions, extract
 from superpoint_trt.pipeline.feature_files import FeatureFile, FeatureWriter
 from superpoint_trt.pipeline.inputs import InputOptions
-from superpoint_trt.pipeline.merge import merge
-from superpoint_trt.pipeline.shards import Manifest, ShardFolder, range_of
+from superpoint_trt.pipeline.merge import MadeBy, merge
+from superpoint_trt.pipeline.shards import CHECKPOINT, Manifest, ShardFolder, range_of
 
 pytest.importorskip("h5py", reason="feature files in HDF5 need h5py: pip install '.[bulk]'")
 
@@ -253,6 +253,22 @@ def test_parts_cover_every_shard_once():
         for shards in (0, 1, 5, 19, 40):
             numbers = [number for part in range(1, parts + 1) for number in range_of(part, parts, shards)]
             assert numbers == list(range(shards))
+
+
+def test_the_file_says_which_checkpoint_found_its_points(photographs, options, tmp_path):
+    """So a learned matcher notices those of another network. A file of an earlier version, which is silent, grows."""
+    folder, names = photographs
+    first, second = (folder / name for name in names[:2])
+    path, rooted = tmp_path / "f.h5", replace(options, inputs=InputOptions(root=folder))
+    extract([first], path, rooted)
+    made_by = MadeBy.read(path)
+    with SuperPoint(options.model) as superpoint:
+        known = superpoint.description.checkpoint_sha256
+    assert known and made_by.settings[CHECKPOINT] == known
+    earlier = {name: value for name, value in made_by.settings.items() if name != CHECKPOINT}
+    with FeatureWriter(path, append=True) as writer:
+        writer.describe(MadeBy(made_by.run_id, earlier).to_json())
+    assert extract([first, second], path, rooted).done == 1
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,10 +21,13 @@ from superpoint_trt.core.types import Keypoints, SuperPointError
 from superpoint_trt.match.learned import LearnedMatcher
 from superpoint_trt.match.matcher import HostMatcher
 from superpoint_trt.match.nearest import MatchOptions, match
+from superpoint_trt.pipeline import FeatureWriter
 from superpoint_trt.pipeline import match_pairs as module
 from superpoint_trt.pipeline.match_files import MatchFile
 from superpoint_trt.pipeline.match_pairs import PairMatchOptions, match_pairs
+from superpoint_trt.pipeline.merge import MadeBy
 from superpoint_trt.pipeline.pairs import write_pairs
+from superpoint_trt.pipeline.shards import CHECKPOINT
 
 pytest.importorskip("h5py", reason="feature and match files need h5py (extra bulk)")
 
@@ -55,6 +59,34 @@ def test_known_matches(features, tmp_path):
         assert found["b.jpg", "c.jpg"].matches0.tolist() == []
         assert found["a/2.jpg", "c.jpg"].scores0.tolist() == [0, 0]
         assert found["a/1.jpg", "a/2.jpg"].scores0.tolist() == [1, 0, 1]
+
+
+def test_features_of_another_network_as_long_are_refused(tmp_path):
+    """The file says which checkpoint found them. A file that does not say so, as hloc's, is matched."""
+    first = points(40)
+    path = write_features(tmp_path / "f.h5", {"1.jpg": first, "2.jpg": shuffled(first)[0]})
+    weights = replace(plain_matcher(), features={32: "a" * 64})
+    options = PairMatchOptions(device="cpu", matcher=save_matcher(weights, tmp_path / "w.safetensors"))
+    again = replace(options, overwrite=True)
+    for text in (None, "of another tool", MadeBy("1", {"model": "x"}).to_json(), described("a" * 64)):
+        describe(path, text)
+        assert match_pairs(path, [("1.jpg", "2.jpg")], tmp_path / "m.h5", again).matches == 40
+    describe(path, described("b" * 64))
+    with pytest.raises(SuperPointError, match=r"f\.h5 has features of another network .*w\.safetensors learned"):
+        match_pairs(path, [("1.jpg", "2.jpg")], tmp_path / "other.h5", options)
+    assert not list(tmp_path.glob("other*"))
+    assert match_pairs(path, [("1.jpg", "2.jpg")], tmp_path / "near.h5", ON_CPU).matches == 40
+
+
+def described(checkpoint: str) -> str:
+    """What `extract` writes into a file of features of this checkpoint."""
+    return MadeBy("1", {"model": "x", CHECKPOINT: checkpoint}).to_json()
+
+
+def describe(path, text):
+    if text is not None:
+        with FeatureWriter(path, append=True) as writer:
+            writer.describe(text)
 
 
 def test_a_learned_matcher_takes_the_place_of_neighbors(tmp_path):
@@ -141,6 +173,7 @@ def test_a_killed_run_goes_on(many, tmp_path, monkeypatch, after):
 SLOWLY = """
 import sys, time
 from superpoint_trt.match.matcher import HostMatcher
+from superpoint_trt.pipeline import FeatureWriter
 from superpoint_trt.pipeline import match_pairs as module
 real = HostMatcher.match
 HostMatcher.match = lambda self, pairs: time.sleep(0.02) or real(self, pairs)

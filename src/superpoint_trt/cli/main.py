@@ -20,13 +20,13 @@ from superpoint_trt.cli.pairs import pairs
 from superpoint_trt.cli.prove import bench, evaluate, verify
 from superpoint_trt.cli.quantize import quantize
 from superpoint_trt.cli.reconstruct import reconstruct
-from superpoint_trt.cli.terminal import run, script
+from superpoint_trt.cli.terminal import run
 from superpoint_trt.cli.track import track
 from superpoint_trt.cli.triton import triton
 from superpoint_trt.cli.web import web
 from superpoint_trt.cli.weights import weights
 
-__all__ = ["cli", "main", "run", "script"]
+__all__ = ["cli", "run"]
 
 
 @click.group(
@@ -67,9 +67,3 @@ COMMANDS = (
 )
 for command in COMMANDS:
     cli.add_command(command)
-
-main = script(cli)
-
-
-if __name__ == "__main__":
-    main()

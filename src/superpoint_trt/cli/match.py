@@ -98,8 +98,8 @@ def match(
     with matcher_args.opened(runtime) as matcher, open_model(model, runtime, extract) as superpoint:
         if matcher and given_flags(("ratio", "max_distance")):
             raise click.UsageError("--ratio and --max-distance are for --matcher nearest; use --min-score.")
-        note_another_network(matcher, superpoint.description.checkpoint_sha256, model)
         found = matching.match(superpoint.extract(first), superpoint.extract(second), matcher)
+        note_another_network(matcher, superpoint.description.checkpoint_sha256, model)
     print_matches(found)
     if output:
         print_row("picture", _draw(found, (first, second), model, extract.reading(), max_lines, output))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import _thread
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -239,8 +238,3 @@ def _cut(message: str) -> str:
     line = " ".join(message.split())
     half = LONGEST_MESSAGE // 2
     return line if len(line) <= LONGEST_MESSAGE else f"{line[:half]} ... {line[-half:]}"
-
-
-def script(command: click.Command) -> Callable[[], None]:
-    """Makes a script's `main` of a command."""
-    return lambda: sys.exit(run(command))

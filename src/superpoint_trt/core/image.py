@@ -17,15 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from superpoint_trt.core.files import PathLike, is_regular_file, one_line
-from superpoint_trt.core.image_file import LARGE_PX, LoadedImage, ReadOptions, read_image_file
-from superpoint_trt.core.types import CELL_PX, Float32, ModelDescription, SuperPointError
+from superpoint_trt.core.image_file import (
+    LARGE_PX,
+    SMALLEST_SIDE_PX,
+    LoadedImage,
+    ReadOptions,
+    check_sides,
+    read_image_file,
+)
+from superpoint_trt.core.types import Float32, ModelDescription, SuperPointError
 
 ImageLike = Union[PathLike, NDArray[Any], LoadedImage]
 """A path; an array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA, of uint8, uint16, bool, or float in [0, 1]; or
 what `read_image_file` returned."""
-
-SMALLEST_SIDE_PX = CELL_PX
-"""One cell. A smaller image has nothing to detect."""
 
 RGB_TO_GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """Luma of ITU-R BT.601, as in the reference and in OpenCV."""
@@ -156,11 +160,7 @@ def check_shape(image: NDArray[Any]) -> None:
     """
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
         raise SuperPointError(f"image has shape {image.shape}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).")
-    height, width = image.shape[:2]
-    if min(height, width) < SMALLEST_SIDE_PX:
-        raise SuperPointError(
-            f"image is {width}x{height} px; the smallest usable is {SMALLEST_SIDE_PX}x{SMALLEST_SIDE_PX}, one cell."
-        )
+    check_sides("image", image.shape[1], image.shape[0])
 
 
 def _full_scale(image: NDArray[Any]) -> float:

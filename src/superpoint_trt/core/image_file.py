@@ -16,11 +16,14 @@ from superpoint_trt.core.files import PathLike, read_bytes
 from superpoint_trt.core.image_header import JPEG, TIFF, ImageHeader, read_header
 from superpoint_trt.core.native_stderr import collect_stderr
 from superpoint_trt.core.orientation import UPRIGHT, stored_size, turn_upright
-from superpoint_trt.core.types import SuperPointError
+from superpoint_trt.core.types import CELL_PX, SuperPointError
 
 MOST_PIXELS = 1 << 28
 """A camera's picture has at most 2^27; as gray float32 this takes 1 GiB."""
 _MOST_PIXELS_OF_OPENCV = 1 << 30
+
+SMALLEST_SIDE_PX = CELL_PX
+"""One cell. A smaller image has nothing to detect."""
 
 LARGE_PX = 1 << 24
 """Images with more pixels are shrunk in two steps. The others are never decoded at a smaller scale."""
@@ -81,7 +84,7 @@ def read_image_file(path: PathLike, options: ReadOptions | None = None, side_px:
             `LARGE_PX` is then decoded at a smaller scale, at least twice as large as needed.
 
     Raises:
-        SuperPointError: not a file, not an image, too large, or damaged.
+        SuperPointError: not a file, not an image, too small, too large, or damaged.
     """
     options = options or ReadOptions()
     options.check()
@@ -101,6 +104,7 @@ def read_image_file(path: PathLike, options: ReadOptions | None = None, side_px:
     if header is None:
         _check_pixels(path, width, height, options)
     full_hw = (header.height_px, header.width_px) if header and reduction > 1 else (height, width)
+    check_sides(str(path), full_hw[1], full_hw[0])
     return LoadedImage(image if image.ndim == 2 else image[..., ::-1], full_hw, reduction, orientation)
 
 
@@ -115,6 +119,17 @@ def upright_size(path: PathLike) -> tuple[int, int] | None:
     except SuperPointError:
         return None
     return stored_size((header.width_px, header.height_px), header.orientation) if header else None
+
+
+def check_sides(name: str, width: int, height: int) -> None:
+    """Refuses images of less than a cell, by name.
+
+    Raises:
+        SuperPointError: a side is below `SMALLEST_SIDE_PX`.
+    """
+    if min(height, width) < SMALLEST_SIDE_PX:
+        least = f"{SMALLEST_SIDE_PX}x{SMALLEST_SIDE_PX}"
+        raise SuperPointError(f"{name} is {width}x{height} px; the smallest usable is {least}, one cell.")
 
 
 def _check_pixels(path: PathLike, width: int, height: int, options: ReadOptions) -> None:

@@ -68,6 +68,10 @@ class Matcher(abc.ABC):
         """
         return self.prepare(keypoints.descriptors)
 
+    def is_of_another(self, checkpoint_sha256: str | None) -> bool:
+        """Whether it was made for the descriptors of another checkpoint; False if any will do, or nobody knows."""
+        return False
+
     def match(self, pairs: Sequence[tuple[Prepared, Prepared]]) -> list[Matches]:
         """The matches of each pair, in the order of the pairs.
 
@@ -146,6 +150,10 @@ class NetworkMatcher(Matcher):
         dim = keypoints.descriptors.shape[1]
         nbytes = keypoints.descriptors.nbytes + keypoints.xy.nbytes + keypoints.scores.nbytes
         return Prepared(dim, len(keypoints), keypoints, nbytes)
+
+    def is_of_another(self, checkpoint_sha256: str | None) -> bool:
+        """Whether the network learned the descriptors of another checkpoint."""
+        return self._learned.is_of_another(checkpoint_sha256)
 
     def _match(self, pairs: Sequence[tuple[Prepared, Prepared]]) -> list[Matches]:
         found = [self._learned.match(first.held, second.held) for first, second in pairs]

@@ -41,6 +41,7 @@ from superpoint_trt.pipeline.match_files import MatchFile, MatchWriter, check_gr
 from superpoint_trt.pipeline.merge import MadeBy
 from superpoint_trt.pipeline.pairs import Pair, read_pairs
 from superpoint_trt.pipeline.shards import (
+    CHECKPOINT,
     MERGE_LOCK,
     Manifest,
     Settings,
@@ -124,8 +125,9 @@ def match_pairs(
         progress: is called with ("matching" or "writing", pairs done, pairs in all).
 
     Raises:
-        SuperPointError: a file is missing or damaged, the output was made of other features or with other options,
-            another process does this part, or the output cannot be written; what was finished stays.
+        SuperPointError: a file is missing or damaged, the features say that they are of another network than the
+            learned matcher's, the output was made of other features or with other options, another process does this
+            part, or the output cannot be written; what was finished stays.
     """
     options, path = options or PairMatchOptions(), check_writable(output)
     if path.is_symlink():
@@ -137,6 +139,7 @@ def match_pairs(
         )
         check_group_names(name for pair in wanted for name in pair)
         with _open(options) as matcher:  # what is wrong with it shows before anything is made
+            _check_network(matcher, stored, options)
             run = _begin(path, wanted, _settings(Path(features), options), options.overwrite)
             if run is None:
                 return PairMatchSummary(path, len(wanted), len(wanted))
@@ -155,6 +158,21 @@ def _open(options: PairMatchOptions) -> Matcher:
     if options.matcher is None:
         return open_matcher(options.matching, options.device)
     return NetworkMatcher(LearnedMatcher(options.matcher, options.device, min_score=options.min_score))
+
+
+def _check_network(matcher: Matcher, features: FeatureFile, options: PairMatchOptions) -> None:
+    """Checks that a learned matcher knows the features. Files of other tools do not say what found them, and pass.
+
+    Raises:
+        SuperPointError: they are of another network, perhaps as long.
+    """
+    made_by = MadeBy.parse(features.description)
+    checkpoint = made_by.settings.get(CHECKPOINT) if made_by else None
+    if isinstance(checkpoint, str) and matcher.is_of_another(checkpoint):
+        raise SuperPointError(
+            f"{features.path} has features of another network than the one whose descriptors the matcher "
+            f"{options.matcher} learned; extract them with that one, or take --matcher nearest."
+        )
 
 
 _ENDS_NBYTES = 1 << 20

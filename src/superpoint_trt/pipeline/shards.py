@@ -39,6 +39,10 @@ FORMAT = 2
 Settings = Mapping[str, object]
 """What decides the content of an entry: hash of the model, decode options, type of the descriptors."""
 
+CHECKPOINT = "checkpoint_sha256"
+"""The setting that says of which weights a model was made; None: it does not tell. It is not compared: the hash of the
+model decides alone, and outputs of earlier versions lack this one."""
+
 _MOST_CHARS = 1 << 26
 _MOST = 1 << 40
 MERGE_LOCK = 1 << 40
@@ -302,7 +306,7 @@ def range_of(part: int, parts: int, shards: int) -> range:
 def difference(kept: Settings, asked: Settings) -> str | None:
     """In words, the first setting that differs; None: none does."""
     for name in ("matcher", *asked, *kept):
-        if kept.get(name) != asked.get(name):
+        if name != CHECKPOINT and kept.get(name) != asked.get(name):
             if name in ("model", "matcher"):  # hashes tell nothing
                 return f"another {name}"
             return f"{name} {_shown(kept.get(name))}, not {_shown(asked.get(name))}"

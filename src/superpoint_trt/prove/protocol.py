@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.core.image import SMALLEST_SIDE_PX
+from superpoint_trt.core.image_file import SMALLEST_SIDE_PX
 from superpoint_trt.core.types import Matrix, SuperPointError
 from superpoint_trt.match.geometry import Estimator
 

@@ -104,17 +104,26 @@ def draw_pair(evaluation: Evaluation, pair: JudgedPair) -> Picture:
     right = away <= protocol.matching_px
     size, rule = protocol.descriptor_size_hw, protocol.resize
     views = [resize_to_protocol(to_picture(load_image(path)), size, rule)[0] for path in (of.first, of.second)]
-    options = MatchDrawing(
+    caption = pair_caption(evaluation.name, pair, int(right.sum()), len(right))
+    lines = lines_of_known_truth(protocol.matching_px)
+    return draw_matches(views[0], views[1], first_xy, second_xy, right, away, caption, lines)
+
+
+def lines_of_known_truth(right_px: float) -> MatchDrawing:
+    """How matches are drawn that are known to be right or wrong: light to dark blue, and vermilion.
+
+    Args:
+        right_px: farthest from its true place that a right match lies.
+    """
+    return MatchDrawing(
         most_lines=MOST_LINES,
         inlier_ramp=BLUES,
-        far_px=protocol.matching_px,
+        far_px=right_px,
         outlier_rgb=WRONG,
         inlier_name="right",
         outlier_name="wrong",
         as_many_outliers=True,
     )
-    caption = pair_caption(evaluation.name, pair, int(right.sum()), len(right))
-    return draw_matches(views[0], views[1], first_xy, second_xy, right, away, caption, options)
 
 
 def pair_caption(name: str, pair: JudgedPair, right: int, matches: int) -> str:

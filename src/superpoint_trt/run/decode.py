@@ -136,8 +136,9 @@ def refine(xy: NDArray[np.int64], scores: Float32) -> Float32:
 
     s_i are scores before suppression, o_i offsets from p in px. Pixels outside the image count 0. It is the soft-argmax
     of SuperPoint's successors (Zhao et al. 2023, arXiv 2304.03608) with the scores themselves as weights. A point
-    beside a score that is no number stays where it is: nothing can be sampled at a place that is no number. The other
-    decodes do not look for such scores.
+    beside a score that is no number stays where it is: nothing can be sampled at a place that is no number. Only a
+    caller's own score map can have such scores: of a model they are an error before its outputs are decoded
+    (`core.contract.check_finite`).
 
     Args:
         xy: (N, 2) whole pixels.
