@@ -8,13 +8,16 @@ removes the journal. A journal that a kill has left behind is finished by `recov
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from superpoint_trt.core.files import write_atomically
 
@@ -24,6 +27,16 @@ _HEADER = struct.Struct("<8s32sQQ")
 _MAGIC = b"sptrtjn1"
 _ENTRY = struct.Struct("<Q")
 """Where a block begins. The block follows, `_BLOCK_BYTES` long."""
+
+
+class Piece(NamedTuple):
+    """Bytes that are copied from one file to another."""
+
+    start: int
+    """Where they begin in the one."""
+    place: int
+    """Where they begin in the other."""
+    nbytes: int
 
 
 class JournaledFile(io.RawIOBase):
@@ -114,14 +127,30 @@ class JournaledFile(io.RawIOBase):
             self._overlap(view, start, number, to_view=False)
         behind = max(start, self._kept)
         if behind < end:
-            self._try(lambda: self._write_behind(behind, view[behind - start :]))
+            self._try(lambda: _write_at(self._file, behind, view[behind - start :]))
         self._at = end
         return len(view)
 
-    def _write_behind(self, start: int, rest: memoryview) -> None:
-        self._file.seek(start)
-        while len(rest):
-            rest = rest[self._file.write(rest) or 0 :]
+    def copy_in(self, source: Path, pieces: Sequence[Piece]) -> None:
+        """Copies pieces of another file to places behind the first part, through a handle of its own.
+
+        It may run in another thread, while this one writes to other places.
+
+        Raises:
+            OSError: the source cannot be read, or is shorter. That this file cannot be written is kept in `error`.
+        """
+        assert all(piece.place >= self._kept for piece in pieces), "the first part stays as it is"
+        buffer = memoryview(bytearray(max((piece.nbytes for piece in pieces), default=0)))
+        with open(source, "rb", buffering=0) as read, open(self._path, "r+b", buffering=0) as target:
+            for piece in pieces:
+                whole = rest = buffer[: piece.nbytes]
+                read.seek(piece.start)
+                while len(rest):
+                    count = read.readinto(rest)
+                    if not count:
+                        raise OSError(errno.EIO, os.strerror(errno.EIO))
+                    rest = rest[count:]
+                self._try(partial(_write_at, target, piece.place, whole))
 
     def _blocks(self, start: int, end: int) -> range:
         end = min(end, self._kept)
@@ -169,6 +198,12 @@ class JournaledFile(io.RawIOBase):
         if not self._file.closed:
             self._file.close()
         super().close()
+
+
+def _write_at(file: io.FileIO, place: int, rest: memoryview) -> None:
+    file.seek(place)
+    while len(rest):
+        rest = rest[file.write(rest) or 0 :]
 
 
 def _journal_of(path: Path) -> Path:
