@@ -370,13 +370,12 @@ class _Hdf5Entries:
 
         HDF5 only makes room for the arrays. Another thread copies them there, for each is in the file as it is here.
         """
-        entries, pieces, start = read_entries(path, self._dtype), [], 0
+        entries, pieces = read_entries(path, self._dtype), []
         with self._target.reported():
             for entry in entries:
                 for dataset, nbytes in zip(self._make(entry), entry.sizes(self._dtype)):
                     if nbytes:
-                        pieces.append(Piece(start, dataset.get_offset(), nbytes))
-                    start += nbytes
+                        pieces.append(Piece(dataset.get_offset(), nbytes))
             self._wait()
             self._copying = self._copier.submit(self._copy, path, pieces)
         return len(entries)

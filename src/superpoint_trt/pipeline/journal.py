@@ -22,6 +22,8 @@ from typing import Callable, NamedTuple
 from superpoint_trt.core.files import write_atomically
 
 _BLOCK_BYTES = 4096
+_COPIED_BYTES = 1 << 22
+"""Bytes that `copy_in` reads at a time."""
 _HEADER = struct.Struct("<8s32sQQ")
 """Magic, SHA-256 of what follows, length of the file's first part, length of the file."""
 _MAGIC = b"sptrtjn1"
@@ -30,12 +32,10 @@ _ENTRY = struct.Struct("<Q")
 
 
 class Piece(NamedTuple):
-    """Bytes that are copied from one file to another."""
+    """Bytes that are copied from another file."""
 
-    start: int
-    """Where they begin in the one."""
     place: int
-    """Where they begin in the other."""
+    """Where they will begin."""
     nbytes: int
 
 
@@ -132,7 +132,7 @@ class JournaledFile(io.RawIOBase):
         return len(view)
 
     def copy_in(self, source: Path, pieces: Sequence[Piece]) -> None:
-        """Copies pieces of another file to places behind the first part, through a handle of its own.
+        """Copies a file, piece by piece from its start, to places behind the first part, through a handle of its own.
 
         It may run in another thread, while this one writes to other places.
 
@@ -141,16 +141,12 @@ class JournaledFile(io.RawIOBase):
         """
         assert all(piece.place >= self._kept for piece in pieces), "the first part stays as it is"
         buffer = memoryview(bytearray(max((piece.nbytes for piece in pieces), default=0)))
-        with open(source, "rb", buffering=0) as read, open(self._path, "r+b", buffering=0) as target:
+        with open(source, "rb", _COPIED_BYTES) as read, open(self._path, "r+b", buffering=0) as target:
             for piece in pieces:
-                whole = rest = buffer[: piece.nbytes]
-                read.seek(piece.start)
-                while len(rest):
-                    count = read.readinto(rest)
-                    if not count:
-                        raise OSError(errno.EIO, os.strerror(errno.EIO))
-                    rest = rest[count:]
-                self._try(partial(_write_at, target, piece.place, whole))
+                content = buffer[: piece.nbytes]
+                if read.readinto(content) < piece.nbytes:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                self._try(partial(_write_at, target, piece.place, content))
 
     def _blocks(self, start: int, end: int) -> range:
         end = min(end, self._kept)
