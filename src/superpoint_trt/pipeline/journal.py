@@ -141,7 +141,10 @@ class JournaledFile(io.RawIOBase):
         """
         assert all(piece.place >= self._kept for piece in pieces), "the first part stays as it is"
         buffer = memoryview(bytearray(max((piece.nbytes for piece in pieces), default=0)))
-        with open(source, "rb", _COPIED_BYTES) as read, open(self._path, "r+b", buffering=0) as target:
+        with (
+            io.BufferedReader(io.FileIO(source), _COPIED_BYTES) as read,
+            open(self._path, "r+b", buffering=0) as target,
+        ):
             for piece in pieces:
                 content = buffer[: piece.nbytes]
                 if read.readinto(content) < piece.nbytes:
