@@ -1,12 +1,14 @@
 """What files cost: `superpoint extract` on JPEG files against `extract_many` from arrays, with the same model.
 
     python benchmarks/bulk_extract.py PHOTOS [--images 5000] [--size 640x480] [--repeats 3] [--model M] [--batch-size B]
-        [--work FOLDER] [--only steps,alone,arrays,files] [--json OUT.json]
+        [--work FOLDER] [--only steps,loaders,alone,arrays,files] [--json OUT.json]
 
 PHOTOS is a folder of photographs; the files are cut from them at random places. Without PHOTOS they are cut from the
 photograph in the package, with noise, so that each file differs.
 
 steps    each step alone, in one thread: CPU ms for an image
+loaders  reading, decoding and preparing alone, by more and more threads: images/s, and user and system CPU ms for an
+         image, which stay equal if threads do not stand in each other's way
 alone    each part of a run alone, with the threads that it has in a run: images/s. The slowest is the limit.
 arrays   `extract_many` from gray arrays (the fastest way there is), and from RGB arrays, as they are decoded
 files    `extract`: JPEG files to features.h5. The first rate is that of the extraction, as the command prints it; the
@@ -24,6 +26,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -67,7 +70,7 @@ def main() -> None:
     parser.add_argument("--max-keypoints", type=int, default=1024)
     parser.add_argument("--work", type=Path, help="folder for the files; default: the temporary one")
     parser.add_argument("--jpegs", type=Path, help="keep the files here, and use what an earlier call has made")
-    parser.add_argument("--only", default="steps,alone,arrays,files")
+    parser.add_argument("--only", default="steps,loaders,alone,arrays,files")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(dir=args.work))
@@ -99,6 +102,8 @@ def measure(args: argparse.Namespace, work: Path, report: dict[str, Any]) -> Non
         tell(report, "keypoints an image", round(sum(map(len, found)) / len(found)))
         if "steps" in wanted:
             tell(report, "CPU ms an image", steps(superpoint, paths[:MOST_STEPS], work))
+        if "loaders" in wanted:
+            tell(report, "loaders", loaders(superpoint, paths[:MOST_ARRAYS]))
         if "alone" in wanted:
             tell(report, "alone, images/s", alone(superpoint, paths, found, work))
         arrays: dict[str, list[Any]] = {}
@@ -193,6 +198,24 @@ def steps(superpoint: SuperPoint, paths: list[Path], work: Path) -> Spent:
     (work / "steps.packed").unlink()
     cv2.setNumThreads(-1)
     return spent
+
+
+def loaders(superpoint: SuperPoint, paths: list[Path]) -> dict[str, Spent]:
+    """Reading, decoding and preparing by 1, 2, 4, ... threads, up to one for each CPU."""
+    cpus, found, count = usable_cpus(), {}, 1
+    while True:
+        begun = os.times()
+        with timed() as took, ThreadPoolExecutor(count) as pool:
+            deque(pool.map(lambda path: superpoint.load(path) and None, paths), maxlen=0)
+        ended = os.times()
+        found[f"{count} threads"] = {
+            "images/s": round(len(paths) / took["wall"], 1),
+            "user CPU ms": round(1e3 * (ended.user - begun.user) / len(paths), 3),
+            "system CPU ms": round(1e3 * (ended.system - begun.system) / len(paths), 3),
+        }
+        if count == cpus:
+            return found
+        count = min(2 * count, cpus)
 
 
 def alone(superpoint: SuperPoint, paths: list[Path], found: list[Keypoints], work: Path) -> Spent:

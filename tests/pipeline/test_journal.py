@@ -13,7 +13,7 @@ from pipeline.test_feature_files import NAMES, keypoints, write
 from superpoint_trt import SuperPointError
 from superpoint_trt.pipeline import journal
 from superpoint_trt.pipeline.feature_files import FeatureFile, FeatureWriter
-from superpoint_trt.pipeline.journal import JournaledFile
+from superpoint_trt.pipeline.journal import JournaledFile, Piece
 
 pytest.importorskip("h5py", reason="feature files in HDF5 need h5py: pip install '.[bulk]'")
 
@@ -183,3 +183,22 @@ def test_large_files_cost_no_more_bytes(tmp_path, monkeypatch, count):
         assert file[f"images/{count // 2:07d}.jpg"]["keypoints"].shape
     assert sum(touched.values()) < 300_000, touched
     assert count < 10_000 or path.stat().st_size > 15_000_000
+
+
+def test_pieces_of_another_file_are_copied_behind_the_first_part(tmp_path):
+    path, source = tmp_path / "f", tmp_path / "source"
+    path.write_bytes(b"kept")
+    source.write_bytes(b"abcdefgh")
+    file = JournaledFile(path, kept=4)
+    file.copy_in(source, [Piece(9, 3), Piece(4, 2)])
+    file.seek(6)
+    file.write(b"123")
+    file.commit()
+    assert path.read_bytes() == b"keptde123abc"
+    with pytest.raises(OSError, match="Input/output error"):
+        file.copy_in(source, [Piece(4, 8), Piece(12, 1)])
+    with pytest.raises(FileNotFoundError):
+        file.copy_in(tmp_path / "missing", [Piece(4, 1)])
+    with pytest.raises(AssertionError):
+        file.copy_in(source, [Piece(3, 1)])
+    file.close()

@@ -43,8 +43,7 @@ def read_bytes(path: PathLike, what: str) -> bytes:
     """
     path = Path(path)
     try:
-        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
-            data = _read_regular(file, path, what)
+        data = _read_regular(path, what)
     except FileNotFoundError:
         raise SuperPointError(f"{what} {path} does not exist (looked in {Path.cwd()}).") from None
     except IsADirectoryError:
@@ -99,20 +98,29 @@ _MOST_TEXT_BYTES = 1 << 24
 _MOST_BYTES_OF = {"calibration": _MOST_TEXT_BYTES, "engine metadata": _MOST_TEXT_BYTES, "homography": _MOST_TEXT_BYTES}
 
 
-def _read_regular(file: io.FileIO, path: Path, what: str) -> bytes:
-    """Reads an open file.
+def _read_regular(path: Path, what: str) -> bytes:
+    """Reads a file in four calls of the system: each may wait for Python's lock, where threads read many files at once.
 
     Raises:
         SuperPointError: no regular file, or too large.
         OSError: it cannot be read.
     """
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        raise _not_regular(path, what)
-    most = _MOST_BYTES_OF.get(what, _MOST_BYTES)
-    if status.st_size > most:
-        raise SuperPointError(f"{what} {path} has {status.st_size} bytes; at most {most} are read.")
-    return file.readall()
+    file = _open_without_waiting(str(path), os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        status = os.fstat(file)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError
+        if not stat.S_ISREG(status.st_mode):
+            raise _not_regular(path, what)
+        most = _MOST_BYTES_OF.get(what, _MOST_BYTES)
+        if status.st_size > most:
+            raise SuperPointError(f"{what} {path} has {status.st_size} bytes; at most {most} are read.")
+        data = os.read(file, status.st_size)
+        while len(data) < status.st_size and (more := os.read(file, status.st_size - len(data))):
+            data += more
+        return data
+    finally:
+        os.close(file)
 
 
 def cache_folder() -> Path:

@@ -36,10 +36,7 @@ RGB_TO_GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 
-_ROWS_PX = 1 << 16
-"""Pixels whose colors are float32 at a time, 0.8 MB."""
-
-_BLAS_COLUMNS = 448
+_BLAS_PIXELS = 320
 """A multiple of 64, so that vectors of pixels begin where they do in a whole row, and each pixel gets the same bits."""
 
 _FULL_SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0, np.dtype(bool): 1.0}
@@ -106,27 +103,31 @@ def to_gray(image: NDArray[Any]) -> Float32:
 
 
 def _luma(rgb: NDArray[Any]) -> Float32:
-    """Colors (H, W, 3) to gray (H, W), some rows at a time: as float32, the colors of a whole image fit no cache."""
+    """Colors (H, W, 3) to gray (H, W); of a large image some rows at a time, for colors as float32 take much memory."""
     height, width = rgb.shape[:2]
-    rows = max(1, _ROWS_PX // width)
+    rows = max(1, LARGE_PX // width)
     gray = np.empty((height, width), np.float32)
     for top in range(0, height, rows):
-        part = slice(top, top + rows)
-        _weigh(_as_float(rgb[part]), gray[part])
+        _weigh(_as_float(rgb[top : top + rows]), gray[top : top + rows])
     return gray
 
 
 def _weigh(rgb: Float32, gray: Float32) -> None:
-    """Weighs colors (H, W, 3) into gray (H, W), some columns at a time.
+    """Weighs colors (H, W, 3) into gray (H, W), each row in pieces.
 
-    numpy calls BLAS for each row. For more than 476 columns OpenBLAS takes memory from a pool, with three locks that
-    all threads share: 16 threads that load images then wait for each other most of the time. For more than 3072 columns
-    it shares each row among threads of its own. A single column left over would be added up in another order.
+    numpy calls BLAS for each piece. For more than 476 pixels OpenBLAS takes memory from a pool, with three locks that
+    all threads share, so that threads which load images wait for each other. For more than 3072 pixels it shares the
+    piece among threads of its own.
     """
-    width = rgb.shape[1]
-    for left in range(0, max(1, width - 1), _BLAS_COLUMNS):
-        right = left + _BLAS_COLUMNS if left + _BLAS_COLUMNS < width - 1 else width
-        np.matmul(rgb[:, left:right], RGB_TO_GRAY, out=gray[:, left:right])
+    height, width = gray.shape
+    rest = width % _BLAS_PIXELS
+    rest += _BLAS_PIXELS * (rest == 1)  # BLAS would add up a single pixel in another order
+    whole = width - rest
+    if whole:
+        pieces = (height, -1, _BLAS_PIXELS)
+        np.matmul(rgb[:, :whole].reshape(*pieces, 3), RGB_TO_GRAY, out=gray[:, :whole].reshape(pieces))
+    if rest:
+        np.matmul(rgb[:, whole:], RGB_TO_GRAY, out=gray[:, whole:])
 
 
 def _as_float(rgb: NDArray[Any]) -> Float32:

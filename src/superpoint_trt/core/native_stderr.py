@@ -92,7 +92,12 @@ class _Window:
             return visit
 
     def _leave(self, visit: _Visit, is_theirs: Callable[[str], bool], alone: bool) -> None:
+        # Asked outside the lock, which other threads wait for, and with it for Python's own.
+        is_silent = os.fstat(self._file).st_size <= self._read_bytes
         with self._changed:
+            if is_silent and not alone and len(self._visits) > 1:
+                self._visits.remove(visit)  # whoever waits, waits for the last
+                return
             is_last = len(self._visits) == 1
             if is_last:
                 self._close()

@@ -9,7 +9,8 @@ pixels of the image file as stored (before EXIF rotation), pixel centres at inte
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -21,7 +22,8 @@ from superpoint_trt.core.files import PathLike, make_folder, one_line, read_byte
 from superpoint_trt.core.types import Float32, Keypoints, SuperPointError
 from superpoint_trt.pipeline.contexts import Closes, WritesWhole
 from superpoint_trt.pipeline.hdf5_files import description_of, import_h5py, open_hdf5, open_target
-from superpoint_trt.pipeline.packed import Arrays, Entry, check_name, read_packed, stored_arrays
+from superpoint_trt.pipeline.journal import Piece
+from superpoint_trt.pipeline.packed import Entry, check_name, read_entries, stored_arrays
 from superpoint_trt.run.store import load_features
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -349,24 +351,53 @@ class _Hdf5Entries:
         self._links.set_char_encoding(h5t.CSET_UTF8)
         self._layout = h5p.create(h5p.DATASET_CREATE)
         self._layout.set_obj_track_times(False)  # equal bytes for equal entries
+        self._layout.set_alloc_time(self._h5py.h5d.ALLOC_TIME_EARLY)  # `add_packed` asks for places before it writes
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="superpoint-merge-copy")
+        self._copying: Future[None] | None = None
         self._types = {np.dtype(kind): h5t.py_create(np.dtype(kind)) for kind in ("<f2", "<f4", "<f8", "<i8")}
 
     def write(self, name: str, keypoints: Keypoints, image_size: tuple[int, int], uncertainty: float) -> None:
         """Writes one image's arrays."""
         arrays = stored_arrays(keypoints, self._dtype)
         with self._target.reported():
-            self._write(Entry(name, len(arrays[1]), len(arrays[2]), image_size, uncertainty), arrays)
+            made = self._make(Entry(name, len(arrays[1]), len(arrays[2]), image_size, uncertainty))
+            for dataset, array in zip(made, arrays):
+                if array.size:
+                    dataset.write(self._h5py.h5s.ALL, self._h5py.h5s.ALL, array)
 
     def add_packed(self, path: Path) -> int:
-        """Writes the entries of a packed file; returns their number."""
-        with self._target.reported():
-            count = 0
-            for entry, arrays in read_packed(path, self._dtype):
-                self._write(entry, arrays)
-                count += 1
-        return count
+        """Adds the entries of a packed file; returns their number.
 
-    def _write(self, entry: Entry, arrays: Arrays) -> None:
+        HDF5 only makes room for the arrays. Another thread copies them there, for each is in the file as it is here.
+        """
+        entries, pieces = read_entries(path, self._dtype), []
+        with self._target.reported():
+            for entry in entries:
+                for dataset, nbytes in zip(self._make(entry), entry.sizes(self._dtype)):
+                    if nbytes:
+                        pieces.append(Piece(dataset.get_offset(), nbytes))
+            self._wait()
+            self._copying = self._copier.submit(self._copy, path, pieces)
+        return len(entries)
+
+    def _copy(self, path: Path, pieces: Sequence[Piece]) -> None:
+        try:
+            self._target.disk.copy_in(path, pieces)
+        except OSError as error:
+            raise SuperPointError(f"{path} cannot be read: {error.strerror}.") from error
+
+    def _wait(self) -> None:
+        """Waits until the arrays of the packed file before are copied.
+
+        Raises:
+            SuperPointError: they cannot be read.
+        """
+        copying, self._copying = self._copying, None
+        if copying is not None:
+            copying.result()
+
+    def _make(self, entry: Entry) -> list[Any]:
+        """Makes an entry whose arrays are still to be written; returns their datasets."""
         low = self._h5py
         try:
             group = low.h5g.create(self._target.file.id, entry.name.encode(), lcpl=self._links)
@@ -376,14 +407,17 @@ class _Hdf5Entries:
             raise SuperPointError(
                 f"{self._path} has an entry {entry.name!r} already; two images have the same name."
             ) from error
-        for name, array in zip(_DATASETS, (*arrays, np.array(entry.image_size, "<i8"))):
-            space = low.h5s.create_simple(array.shape)
-            dataset = low.h5d.create(group, name.encode(), self._types[array.dtype], space, dcpl=self._layout)
-            if array.size:
-                dataset.write(low.h5s.ALL, low.h5s.ALL, array)
-            if name == "keypoints":
-                noise, scalar = np.array(entry.uncertainty, "<f8"), low.h5s.create(low.h5s.SCALAR)
-                low.h5a.create(dataset, UNCERTAINTY.encode(), self._types[noise.dtype], scalar).write(noise)
+        kinds = ("<f4", "<f4", self._dtype.newbyteorder("<"), "<i8")
+        made = [
+            low.h5d.create(
+                group, name.encode(), self._types[np.dtype(kind)], low.h5s.create_simple(shape), dcpl=self._layout
+            )
+            for name, kind, shape in zip(_DATASETS, kinds, (*entry.shapes, (2,)))
+        ]
+        noise, scalar = np.array(entry.uncertainty, "<f8"), low.h5s.create(low.h5s.SCALAR)
+        low.h5a.create(made[0], UNCERTAINTY.encode(), self._types[noise.dtype], scalar).write(noise)
+        made[-1].write(low.h5s.ALL, low.h5s.ALL, np.array(entry.image_size, "<i8"))
+        return made[:-1]
 
     def describe(self, text: str) -> None:
         """Keeps a text in the file."""
@@ -391,10 +425,17 @@ class _Hdf5Entries:
 
     def finish(self) -> None:
         """Completes the file; from then on readers see it."""
+        try:
+            self._wait()
+        except BaseException:
+            self.abandon()
+            raise
+        self._copier.shutdown()
         self._target.finish()
 
     def abandon(self) -> None:
         """Ends without a change that readers see."""
+        self._copier.shutdown(wait=True, cancel_futures=True)
         self._target.abandon()
 
 

@@ -91,13 +91,14 @@ class Hdf5Target:
 
     Attributes:
         file: the open h5py.File.
+        disk: where it is written to.
     """
 
     def __init__(self, path: Path, place: Path, kept: int) -> None:
         h5py, self._path = import_h5py(), path
         with Reported(path):
-            self._disk = JournaledFile(place, kept)
-            self.file = h5py.File(self._disk, "r+" if kept else "w", libver=_FORMATS)
+            self.disk = JournaledFile(place, kept)
+            self.file = h5py.File(self.disk, "r+" if kept else "w", libver=_FORMATS)
 
     def describe(self, text: str) -> None:
         """Keeps a text in the file."""
@@ -106,15 +107,15 @@ class Hdf5Target:
 
     def reported(self) -> Reported:
         """A context that turns errors of writing into one line."""
-        return Reported(self._path, self._disk)
+        return Reported(self._path, self.disk)
 
     def finish(self) -> None:
         """Completes the file; from then on readers see it."""
         try:
             with self.reported():
                 self.file.close()
-                self._disk.commit()
-                self._disk.close()
+                self.disk.commit()
+                self.disk.close()
                 self._take_place()
         except BaseException:
             self.abandon()
@@ -127,7 +128,7 @@ class Hdf5Target:
         """Ends without a change that readers see."""
         with suppress(Exception):
             self.file.close()
-        self._disk.close()
+        self.disk.close()
 
 
 class NewHdf5(Hdf5Target):

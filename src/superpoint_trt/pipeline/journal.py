@@ -8,22 +8,35 @@ removes the journal. A journal that a kill has left behind is finished by `recov
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from superpoint_trt.core.files import write_atomically
 
 _BLOCK_BYTES = 4096
+_COPIED_BYTES = 1 << 22
+"""Bytes that `copy_in` reads at a time."""
 _HEADER = struct.Struct("<8s32sQQ")
 """Magic, SHA-256 of what follows, length of the file's first part, length of the file."""
 _MAGIC = b"sptrtjn1"
 _ENTRY = struct.Struct("<Q")
 """Where a block begins. The block follows, `_BLOCK_BYTES` long."""
+
+
+class Piece(NamedTuple):
+    """Bytes that are copied from another file."""
+
+    place: int
+    """Where they will begin."""
+    nbytes: int
 
 
 class JournaledFile(io.RawIOBase):
@@ -114,14 +127,29 @@ class JournaledFile(io.RawIOBase):
             self._overlap(view, start, number, to_view=False)
         behind = max(start, self._kept)
         if behind < end:
-            self._try(lambda: self._write_behind(behind, view[behind - start :]))
+            self._try(lambda: _write_at(self._file, behind, view[behind - start :]))
         self._at = end
         return len(view)
 
-    def _write_behind(self, start: int, rest: memoryview) -> None:
-        self._file.seek(start)
-        while len(rest):
-            rest = rest[self._file.write(rest) or 0 :]
+    def copy_in(self, source: Path, pieces: Sequence[Piece]) -> None:
+        """Copies a file, piece by piece from its start, to places behind the first part, through a handle of its own.
+
+        It may run in another thread, while this one writes to other places.
+
+        Raises:
+            OSError: the source cannot be read, or is shorter. That this file cannot be written is kept in `error`.
+        """
+        assert all(piece.place >= self._kept for piece in pieces), "the first part stays as it is"
+        buffer = memoryview(bytearray(max((piece.nbytes for piece in pieces), default=0)))
+        with (
+            io.BufferedReader(io.FileIO(source), _COPIED_BYTES) as read,
+            open(self._path, "r+b", buffering=0) as target,
+        ):
+            for piece in pieces:
+                content = buffer[: piece.nbytes]
+                if read.readinto(content) < piece.nbytes:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                self._try(partial(_write_at, target, piece.place, content))
 
     def _blocks(self, start: int, end: int) -> range:
         end = min(end, self._kept)
@@ -169,6 +197,12 @@ class JournaledFile(io.RawIOBase):
         if not self._file.closed:
             self._file.close()
         super().close()
+
+
+def _write_at(file: io.FileIO, place: int, rest: memoryview) -> None:
+    file.seek(place)
+    while len(rest):
+        rest = rest[file.write(rest) or 0 :]
 
 
 def _journal_of(path: Path) -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,11 @@ class Entry:
     """(width, height) in px of the image file as stored."""
     uncertainty: float
     """Standard deviation of the keypoints in px, on hloc's scale."""
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Of keypoints, scores and descriptors."""
+        return (self.count, 2), (self.count,), (self.dim, self.count)
 
     def sizes(self, dtype: np.dtype[Any]) -> tuple[int, int, int]:
         """Bytes of keypoints, scores and descriptors of a type."""
@@ -168,7 +172,7 @@ def write_whole(file: Any, array: NDArray[Any]) -> None:
         rest = rest[file.write(rest) or 0 :]
 
 
-def read_entries(path: Path) -> tuple[list[Entry], int]:
+def _listed(path: Path) -> tuple[list[Entry], int]:
     """Reads what a packed file holds: its entries, and the bytes of their arrays, which come first.
 
     Raises:
@@ -192,8 +196,8 @@ def read_entries(path: Path) -> tuple[list[Entry], int]:
         raise SuperPointError(f"{path} is no packed file of entries: {one_line(error)}.") from error
 
 
-def read_packed(path: Path, dtype: np.dtype[Any]) -> Iterator[tuple[Entry, Arrays]]:
-    """Reads entries as `PackedWriter` wrote them.
+def read_entries(path: Path, dtype: np.dtype[Any]) -> list[Entry]:
+    """Reads what a packed file holds. The arrays of its entries lie one behind another, from its first byte on.
 
     Args:
         path: the file.
@@ -202,22 +206,10 @@ def read_packed(path: Path, dtype: np.dtype[Any]) -> Iterator[tuple[Entry, Array
     Raises:
         SuperPointError: the file cannot be read, or its arrays are not those of its entries.
     """
-    entries, nbytes = read_entries(path)
+    entries, nbytes = _listed(path)
     if nbytes != sum(sum(entry.sizes(dtype)) for entry in entries):
         raise SuperPointError(
             f"{path} has {nbytes} bytes of arrays, and not those of its {len(entries)} entries; its descriptors may "
             "have another type."
         )
-    little = dtype.newbyteorder("<")
-    try:
-        with open(path, "rb") as file:
-            for entry in entries:
-                shapes = (entry.count, 2), (entry.count,), (entry.dim, entry.count)
-                pieces = [file.read(part) for part in entry.sizes(dtype)]
-                xy, scores, descriptors = (
-                    np.frombuffer(piece, kind).reshape(shape)
-                    for piece, kind, shape in zip(pieces, ("<f4", "<f4", little), shapes)
-                )
-                yield entry, (xy, scores, descriptors)
-    except OSError as error:
-        raise SuperPointError(f"{path} cannot be read: {error.strerror}.") from error
+    return entries

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ import numpy as np
 from superpoint_trt.convert.default_model import model_path
 from superpoint_trt.core.files import PathLike, file_sha256, one_line
 from superpoint_trt.core.image import Placement, needed_side_px
-from superpoint_trt.core.image_file import MOST_PIXELS, ReadOptions, read_image_file
+from superpoint_trt.core.image_file import MOST_PIXELS, ReadOptions, opencv_on_one_thread, read_image_file
 from superpoint_trt.core.memory import ran_out_of_memory
 from superpoint_trt.core.orientation import UPRIGHT, stored_size, to_stored
 from superpoint_trt.core.types import Keypoints, SuperPointError
@@ -175,7 +175,11 @@ def extract_shards(
                 waiting.append([_Source(shard, image.item, image.orientation, image.scale) for image in group])
                 yield [image.prepared for image in group]
 
-    with _Reader(superpoint, options, stream) as reader, _Writer(folder, options, superpoint) as writer:
+    with ExitStack() as stack:
+        if stream.loaders > 1:
+            stack.enter_context(opencv_on_one_thread())
+        reader = stack.enter_context(_Reader(superpoint, options, stream))
+        writer = stack.enter_context(_Writer(folder, options, superpoint))
         with closing(superpoint.extract_groups(groups(reader), batch_size)) as found:
             for results in found:
                 writer.add(waiting.popleft(), results)
