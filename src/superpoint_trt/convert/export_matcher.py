@@ -116,12 +116,16 @@ def matcher_to_onnx(weights: MatcherWeights, options: MatcherExportOptions) -> o
 
 
 class _Writer(GraphWriter):
-    """The matcher's graph; both images are one batch, the first ones before the second."""
+    """The matcher's graph; both images are one batch, the first ones before the second.
+
+    Each point is a row of the state (2 B N, W): a linear map is one product with a constant, which runtimes prepare.
+    """
 
     def __init__(self, weights: MatcherWeights, options: MatcherExportOptions, dim: int) -> None:
         super().__init__(OPSET)
         self._arrays, self._shape, self._options, self._dim = weights.arrays, weights.shape, options, dim
         self._half = options.precision is Precision.FP16
+        self._images = 2 * options.batch
 
     def write(self) -> None:
         xy, scores, descriptors, count, size = (
@@ -133,7 +137,7 @@ class _Writer(GraphWriter):
         columns = self._columns(flags)
         angle = self._angles(xy, size)
         confidence = self.unsqueeze(self.node("Sqrt", [self.node("Relu", [scores])]), 2)
-        points = self.node("Concat", [descriptors, confidence], axis=2)
+        points = self.reshape(self.node("Concat", [descriptors, confidence], axis=2), [-1, self._dim + 1])
         state = self._linear(self._low(points), f"project.{self._dim}")
         for layer in range(self._shape.layers):
             state = self._layer(state, f"layers.{layer}", angle, columns)
@@ -171,13 +175,14 @@ class _Writer(GraphWriter):
     # ------------------------------------------------------------------------------------------------------- network
 
     def _angles(self, xy: str, size: str) -> tuple[str, str]:
-        """Cosine and sine (2 B, 1, N, d / 2): `MatcherNet._angles`."""
+        """Cosine and sine of queries, then of keys (4 B, 1, N, d / 2): `MatcherNet._angles`."""
         half = self._float(0.5)
         middle = self.node("Mul", [self.node("Sub", [size, self._float(1.0)]), half])
         longer = self.unsqueeze(self.node("Mul", [self.reduce("ReduceMax", size, 1), half]), 1)
         unit = self.node("Div", [self.node("Sub", [xy, self.unsqueeze(middle, 1)]), longer])
         frequencies = self.constant("positions.weight", self._arrays["positions.weight"].T.astype(np.float32))
         angle = self.unsqueeze(self.node("MatMul", [unit, frequencies]), 1)
+        angle = self.node("Concat", [angle, angle], axis=0)
         return self.node("Cos", [angle], "cos"), self.node("Sin", [angle], "sin")
 
     def _flags(self, real: str) -> tuple[str, str]:
@@ -191,10 +196,9 @@ class _Writer(GraphWriter):
         return self.node("ConstantOfShape", [self.node("Shape", [mask])], value=one), mask
 
     def _columns(self, flags: tuple[str, str]) -> str:
-        """(2, 2 B, heads, N, 1): the further number of queries, then that of keys."""
-        heads = self.constant("per_head", np.array([1, 1, self._shape.heads, 1, 1], np.int64))
-        both = self.node("Concat", [self.unsqueeze(flag, 0) for flag in flags], axis=0)
-        return self.node("Expand", [self.unsqueeze(both, 2), heads], "columns")
+        """(4 B, heads, N, 1): the further number of queries, then that of keys."""
+        heads = self.constant("per_head", np.array([1, self._shape.heads, 1, 1], np.int64))
+        return self.node("Expand", [self.unsqueeze(self.node("Concat", flags, axis=0), 1), heads], "columns")
 
     def _neighborhoods(self, xy: str, count: str, size: str) -> str:
         """(B, N, N): `matcher_network.neighborhoods`."""
@@ -216,37 +220,36 @@ class _Writer(GraphWriter):
         # The attention's 1 / sqrt(d) lies in the weights: on the queries here, on both sides of the cross-attention.
         scale = np.repeat([head**-0.5, 1.0, 1.0], width)
         read = self._split(self._linear(state, f"{name}.self.read", scale), 3)
-        turned, value = self._divide(read, [2, 1], axis=0)
-        asked, offered = self._parts(self._turn(turned, angle, columns))
-        state = self._update(state, self._attend(asked, offered, self._first(value)), f"{name}.self")
+        turned, value = self._divide(read, [2 * self._images, self._images], axis=0)
+        asked, offered = self._pair(self._turn(turned, angle, columns))
+        state = self._update(state, self._attend(asked, offered, value), f"{name}.self")
         scale = np.repeat([head**-0.25, 1.0], width)
-        read = self._split(self._linear(state, f"{name}.cross.read", scale), 2)
-        point, value = self._parts(read)
-        asked, offered = (self.node("Concat", [point, self._low(column)], axis=3) for column in self._parts(columns))
+        point, value = self._pair(self._split(self._linear(state, f"{name}.cross.read", scale), 2))
+        asked, offered = (self.node("Concat", [point, self._low(column)], axis=3) for column in self._pair(columns))
         return self._update(state, self._attend(asked, self._swap(offered), self._swap(value)), f"{name}.cross")
 
     def _split(self, read: str, parts: int) -> str:
-        """(2 B, N, parts W) -> (parts, 2 B, heads, N, d)."""
-        shaped = self.reshape(read, [0, 0, parts, self._shape.heads, self._shape.head_width])
-        return self.node("Transpose", [shaped], perm=[2, 0, 3, 1, 4])
+        """(2 B N, parts W) -> (parts 2 B, heads, N, d)."""
+        heads, each = self._shape.heads, self._shape.head_width
+        shaped = self.reshape(read, [self._images, -1, parts, heads, each])
+        return self.reshape(
+            self.node("Transpose", [shaped], perm=[2, 0, 3, 1, 4]), [parts * self._images, heads, -1, each]
+        )
 
-    def _parts(self, x: str) -> list[str]:
-        """The two parts along the first axis."""
-        return [self._first(part) for part in self._divide(x, [1, 1], axis=0)]
-
-    def _first(self, x: str) -> str:
-        return self.node("Squeeze", [x], axes=[0])
+    def _pair(self, x: str) -> list[str]:
+        """The two parts of (4 B, ...)."""
+        return self._divide(x, [self._images] * 2, axis=0)
 
     def _turn(self, x: str, angle: tuple[str, str], columns: str) -> str:
         """Rotary positions, and the further number behind them."""
         cos, sin = angle
         half = self._shape.head_width // 2
-        a, b = self._divide(self._full(x), [half, half], axis=4)
+        a, b = self._divide(self._full(x), [half, half], axis=3)
         turned = [
             self.node(op, [self.node("Mul", [p, cos]), self.node("Mul", [q, sin])])
             for op, p, q in (("Sub", a, b), ("Add", b, a))
         ]
-        return self._low(self.node("Concat", [*turned, columns], axis=4))
+        return self._low(self.node("Concat", [*turned, columns], axis=3))
 
     def _attend(self, asked: str, offered: str, value: str) -> str:
         alike = self.node("MatMul", [asked, self.node("Transpose", [offered], perm=[0, 1, 3, 2])])
@@ -255,10 +258,10 @@ class _Writer(GraphWriter):
         else:
             shares = self._low(self.node("Softmax", [self._full(alike)], axis=-1))
         message = self.node("Transpose", [self.node("MatMul", [shares, value])], perm=[0, 2, 1, 3])
-        return self.reshape(message, [0, 0, self._shape.width])
+        return self.reshape(message, [-1, self._shape.width])
 
     def _update(self, state: str, message: str, name: str) -> str:
-        hidden = self._linear(self.node("Concat", [state, message], axis=2), f"{name}.hidden")
+        hidden = self._linear(self.node("Concat", [state, message], axis=1), f"{name}.hidden")
         scale, shift = (self.constant(f"{name}.norm.{key}", self._arrays[f"{name}.norm.{key}"]) for key in _NORM)
         normed = self.node("LayerNormalization", [self._full(hidden), scale, shift], axis=-1, epsilon=NORM_EPS)
         if self._shape.activation is Activation.GELU:
@@ -274,11 +277,10 @@ class _Writer(GraphWriter):
         product = self.node("Mul", [x, self.node("Add", [erf, self._float(1.0)])])
         return self.node("Mul", [product, self._float(0.5)])
 
-    def _assign(
-        self, state: str, name: str, real: str, flags: tuple[str, str], rows: str, near: list[str]
-    ) -> None:
+    def _assign(self, state: str, name: str, real: str, flags: tuple[str, str], rows: str, near: list[str]) -> None:
         """`matcher_network.Head` and `matcher_network.matches` of the last layer."""
         scaled = self._full(self._linear(state, f"{name}.project", self._shape.width**-0.25))
+        scaled = self.reshape(scaled, [self._images, -1, self._shape.width])
         parts = (self._halves(x) for x in (scaled, *flags))
         (first, second), (one0, one1), (mask0, mask1) = parts
         first = self.node("Concat", [first, one0, mask0], axis=2)
@@ -295,7 +297,7 @@ class _Writer(GraphWriter):
         columns = self.node("MatMul", [self.node("Transpose", [one0], perm=[0, 2, 1]), supported])
         rows_sum = self.reduce("ReduceSum", supported, 2, keepdims=0)
         gained = self.node("Concat", [rows_sum, self.node("Squeeze", [columns], axes=[1])], axis=0)
-        logit = self.node("Squeeze", [self._full(self._linear(state, f"{name}.matchable"))], axes=[2])
+        logit = self.reshape(self._full(self._linear(state, f"{name}.matchable")), [self._images, -1])
         logit = self.node("Where", [real, self.node("Add", [logit, gained]), self._float(HIDDEN)])
         chance0, chance1 = self._halves(self.node("Sigmoid", [logit], "matchable"))
         matchable = self.node("Mul", [self.unsqueeze(chance0, 2), self.unsqueeze(chance1, 1)])
@@ -332,8 +334,9 @@ class _Writer(GraphWriter):
         return self._divide(x, [self._options.batch] * 2, axis=0)
 
     def _swap(self, x: str) -> str:
-        first, second = self._halves(x)
-        return self.node("Concat", [second, first], axis=0)
+        """The second images' rows before the first ones'."""
+        order = self.constant("swapped", np.roll(np.arange(self._images), self._options.batch))
+        return self.node("Gather", [x, order], axis=0)
 
     # --------------------------------------------------------------------------------------------------------- frame
 
