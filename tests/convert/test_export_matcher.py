@@ -74,6 +74,27 @@ def test_each_length_of_descriptors_has_its_projection():
         matcher_to_onnx(weights, MatcherExportOptions(descriptor_dim=16))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_rows_that_fill_up_change_nothing(precision):
+    """Neither by what they hold, nor where an image has no points at all."""
+    weights, feed = random_matcher(), feed_of()
+    model = matcher_to_onnx(weights, MatcherExportOptions(batch=BATCH, min_score=0.02, precision=Precision(precision)))
+    found, scores = run(model, feed)
+    rng = np.random.default_rng(3)
+    for image in (0, 1):
+        for pair, count in enumerate(feed[f"count{image}"]):
+            for name in ("keypoints", "keypoint_scores", "descriptors"):
+                filling = feed[f"{name}{image}"][pair, count:]
+                filling[:] = rng.random(filling.shape)
+    again, again_scores = run(model, feed)
+    np.testing.assert_array_equal(again, found)
+    np.testing.assert_allclose(again_scores, scores, atol=1e-5 if precision == "fp32" else 2e-3)
+    feed["count1"][0] = 0
+    none, none_scores = run(model, feed)
+    assert (none[0] == -1).all() and not none_scores[0].any()
+    np.testing.assert_array_equal(none[1], found[1])
+
+
 def test_the_graph_holds_nothing_that_waits():
     for rows in (0, 64):
         model = matcher_to_onnx(random_matcher(), MatcherExportOptions(rows, precision=Precision.FP16))
