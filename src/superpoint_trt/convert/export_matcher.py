@@ -1,7 +1,8 @@
 """A matcher's weights -> one .onnx, written node by node, in fp32 or with fp16 where it is safe.
 
 No NonZero, no loops, no data-dependent shapes: a match is a row number or -1. In fp16, softmaxes, rotary positions,
-layer norms, and the assignment with its similarities stay float32; sums over neighborhoods do not.
+layer norms, and the assignment with its similarities stay float32; sums over neighborhoods do not. On its float32 side
+each cast touches a node that computes, never one that only moves numbers: TensorRT 8.6 would move the cast across it.
 """
 
 from __future__ import annotations
@@ -115,6 +116,18 @@ def matcher_to_onnx(weights: MatcherWeights, options: MatcherExportOptions) -> o
     return graph.model(description)
 
 
+@dataclass(frozen=True)
+class _Mask:
+    """What hides rows that fill up; "" is the one that is not used."""
+
+    columns: str = ""
+    """(4 B, heads, N, 1): the further number of queries, then that of keys."""
+    own: str = ""
+    """(2 B, 1, 1, N), to add to similarities with points of the own image."""
+    other: str = ""
+    """The same, of the other image."""
+
+
 class _Writer(GraphWriter):
     """The matcher's graph; both images are one batch, the first ones before the second.
 
@@ -126,23 +139,27 @@ class _Writer(GraphWriter):
         self._arrays, self._shape, self._options, self._dim = weights.arrays, weights.shape, options, dim
         self._half = options.precision is Precision.FP16
         self._images = 2 * options.batch
+        self._in_keys = not self._half
 
     def write(self) -> None:
-        xy, scores, descriptors, count, size = (
-            self.node("Concat", [f"{name}0", f"{name}1"], f"both_{name}", axis=0) for name in INPUTS
+        xy, scores, count, size = (
+            self.node("Concat", [f"{name}0", f"{name}1"], f"both_{name}", axis=0)
+            for name in INPUTS
+            if name != "descriptors"
         )
+        descriptors = self.node("Concat", [self._low(f"descriptors{image}") for image in (0, 1)], axis=0)
         rows = self._row_numbers(scores)
         real = self.node("Less", [rows, self.unsqueeze(count, 1)], "real")
-        flags = self._flags(real)
-        columns = self._columns(flags)
+        hidden = self.node("Where", [real, self._float(0.0), self._float(HIDDEN)], "hidden")
+        mask = self._mask(hidden)
         angle = self._angles(xy, size)
-        confidence = self.unsqueeze(self.node("Sqrt", [self.node("Relu", [scores])]), 2)
+        confidence = self.unsqueeze(self._low(self.node("Sqrt", [self.node("Relu", [scores])])), 2)
         points = self.reshape(self.node("Concat", [descriptors, confidence], axis=2), [-1, self._dim + 1])
-        state = self._linear(self._low(points), f"project.{self._dim}")
+        state = self._linear(points, f"project.{self._dim}")
         for layer in range(self._shape.layers):
-            state = self._layer(state, f"layers.{layer}", angle, columns)
+            state = self._layer(state, f"layers.{layer}", angle, mask)
         near = [self._neighborhoods(f"keypoints{i}", f"count{i}", f"image_size{i}") for i in (0, 1)]
-        self._assign(state, f"layers.{self._shape.layers - 1}.head", real, flags, rows, near)
+        self._assign(state, f"layers.{self._shape.layers - 1}.head", real, self._flags(hidden), rows, near)
 
     # ------------------------------------------------------------------------------------------------------- numbers
 
@@ -155,15 +172,15 @@ class _Writer(GraphWriter):
     def _full(self, x: str) -> str:
         return self.node("Cast", [x], to=TensorProto.FLOAT) if self._half else x
 
-    def _weight(self, name: str, value: NDArray[Any]) -> str:
-        return self.constant(name, value.astype(np.float16 if self._half else np.float32))
-
-    def _linear(self, x: str, name: str, scale: NDArray[np.float64] | float = 1.0) -> str:
-        """Writes x W^T + b; `scale` multiplies each output."""
+    def _linear(
+        self, x: str, name: str, scale: NDArray[np.float64] | float = 1.0, dtype: type[np.floating[Any]] | None = None
+    ) -> str:
+        """Writes x W^T + b, in the layers' type if no other is given; `scale` multiplies each output."""
+        dtype = dtype or (np.float16 if self._half else np.float32)
         weight = self._arrays[f"{name}.weight"].astype(np.float64) * np.reshape(scale, (-1, 1))
         bias = self._arrays[f"{name}.bias"].astype(np.float64) * scale
-        product = self.node("MatMul", [x, self._weight(f"{name}.weight", weight.T)])
-        return self.node("Add", [product, self._weight(f"{name}.bias", bias)], name)
+        product = self.node("MatMul", [x, self.constant(f"{name}.weight", weight.T.astype(dtype))])
+        return self.node("Add", [product, self.constant(f"{name}.bias", bias.astype(dtype))], name)
 
     def _row_numbers(self, scores: str) -> str:
         """(N,) int32: 0, 1, ..."""
@@ -185,20 +202,26 @@ class _Writer(GraphWriter):
         angle = self.node("Concat", [angle, angle], axis=0)
         return self.node("Cos", [angle], "cos"), self.node("Sin", [angle], "sin")
 
-    def _flags(self, real: str) -> tuple[str, str]:
-        """(2 B, N, 1) each: 1 for every row; and 0 for a real row, `HIDDEN` for one that fills up.
+    def _mask(self, hidden: str) -> _Mask:
+        """What hides rows that fill up from the attention.
 
-        A product of points with such further numbers is masked. To add a mask to its N x N results would cost 13 times
-        as much.
+        In fp32 a further number of queries (1) and keys (0, or `HIDDEN`), so that their products are masked: adding
+        masks to N x N similarities takes a CPU ten times as long. In fp16 such masks: GPUs are slow on odd sizes.
         """
-        mask = self.unsqueeze(self.node("Where", [real, self._float(0.0), self._float(HIDDEN)]), 2)
-        one = helper.make_tensor("value", TensorProto.FLOAT, [1], [1.0])
-        return self.node("ConstantOfShape", [self.node("Shape", [mask])], value=one), mask
+        if self._in_keys:
+            heads = self.constant("per_head", np.array([1, self._shape.heads, 1, 1], np.int64))
+            dtype = TensorProto.FLOAT16 if self._half else TensorProto.FLOAT
+            flags = self.node("Concat", self._flags(self._low(hidden), dtype), axis=0)
+            return _Mask(columns=self.node("Expand", [self.unsqueeze(flags, 1), heads], "columns"))
+        hidden = self._low(hidden) if self._options.half_softmax else hidden
+        own = self.unsqueeze(self.unsqueeze(hidden, 1), 1)
+        return _Mask(own=own, other=self._swap(own))
 
-    def _columns(self, flags: tuple[str, str]) -> str:
-        """(4 B, heads, N, 1): the further number of queries, then that of keys."""
-        heads = self.constant("per_head", np.array([1, self._shape.heads, 1, 1], np.int64))
-        return self.node("Expand", [self.unsqueeze(self.node("Concat", flags, axis=0), 1), heads], "columns")
+    def _flags(self, hidden: str, dtype: int = TensorProto.FLOAT) -> list[str]:
+        """(2 B, N, 1) each: 1 for every row; and 0 for a real row, `HIDDEN` for one that fills up."""
+        column = self.unsqueeze(hidden, 2)
+        one = helper.make_tensor("value", dtype, [1], [1.0])
+        return [self.node("ConstantOfShape", [self.node("Shape", [column])], value=one), column]
 
     def _neighborhoods(self, xy: str, count: str, size: str) -> str:
         """(B, N, N): `matcher_network.neighborhoods`."""
@@ -215,18 +238,21 @@ class _Writer(GraphWriter):
         elsewhere = self.node("Cast", [self.node("Greater", [apart, self._float(0.0)])], to=TensorProto.FLOAT)
         return self._low(self.node("Mul", [near, elsewhere]))
 
-    def _layer(self, state: str, name: str, angle: tuple[str, str], columns: str) -> str:
+    def _layer(self, state: str, name: str, angle: tuple[str, str], mask: _Mask) -> str:
         width, head = self._shape.width, self._shape.head_width
         # The attention's 1 / sqrt(d) lies in the weights: on the queries here, on both sides of the cross-attention.
         scale = np.repeat([head**-0.5, 1.0, 1.0], width)
         read = self._split(self._linear(state, f"{name}.self.read", scale), 3)
         turned, value = self._divide(read, [2 * self._images, self._images], axis=0)
-        asked, offered = self._pair(self._turn(turned, angle, columns))
-        state = self._update(state, self._attend(asked, offered, value), f"{name}.self")
+        asked, offered = self._pair(self._turn(turned, angle, mask.columns))
+        state = self._update(state, self._attend(asked, offered, value, mask.own), f"{name}.self")
         scale = np.repeat([head**-0.25, 1.0], width)
         point, value = self._pair(self._split(self._linear(state, f"{name}.cross.read", scale), 2))
-        asked, offered = (self.node("Concat", [point, self._low(column)], axis=3) for column in self._pair(columns))
-        return self._update(state, self._attend(asked, self._swap(offered), self._swap(value)), f"{name}.cross")
+        asked, offered = point, point
+        if mask.columns:
+            asked, offered = (self.node("Concat", [point, column], axis=3) for column in self._pair(mask.columns))
+        message = self._attend(asked, self._swap(offered), self._swap(value), mask.other)
+        return self._update(state, message, f"{name}.cross")
 
     def _split(self, read: str, parts: int) -> str:
         """(2 B N, parts W) -> (parts 2 B, heads, N, d)."""
@@ -244,19 +270,22 @@ class _Writer(GraphWriter):
         """Rotary positions, and the further number behind them."""
         cos, sin = angle
         half = self._shape.head_width // 2
-        a, b = self._divide(self._full(x), [half, half], axis=3)
+        a, b = (self._full(part) for part in self._divide(x, [half, half], axis=3))
         turned = [
-            self.node(op, [self.node("Mul", [p, cos]), self.node("Mul", [q, sin])])
+            self._low(self.node(op, [self.node("Mul", [p, cos]), self.node("Mul", [q, sin])]))
             for op, p, q in (("Sub", a, b), ("Add", b, a))
         ]
-        return self._low(self.node("Concat", [*turned, columns], axis=3))
+        return self.node("Concat", [*turned, *([columns] if columns else [])], axis=3)
 
-    def _attend(self, asked: str, offered: str, value: str) -> str:
+    def _attend(self, asked: str, offered: str, value: str, mask: str) -> str:
         alike = self.node("MatMul", [asked, self.node("Transpose", [offered], perm=[0, 1, 3, 2])])
-        if self._options.half_softmax:
-            shares = self.node("Softmax", [alike], axis=-1)
-        else:
-            shares = self._low(self.node("Softmax", [self._full(alike)], axis=-1))
+        if not self._options.half_softmax:
+            alike = self._full(alike)
+        if mask:
+            alike = self.node("Add", [alike, mask])
+        shares = self.node("Softmax", [alike], axis=-1)
+        if not self._options.half_softmax:
+            shares = self._low(shares)
         message = self.node("Transpose", [self.node("MatMul", [shares, value])], perm=[0, 2, 1, 3])
         return self.reshape(message, [-1, self._shape.width])
 
@@ -277,9 +306,10 @@ class _Writer(GraphWriter):
         product = self.node("Mul", [x, self.node("Add", [erf, self._float(1.0)])])
         return self.node("Mul", [product, self._float(0.5)])
 
-    def _assign(self, state: str, name: str, real: str, flags: tuple[str, str], rows: str, near: list[str]) -> None:
+    def _assign(self, state: str, name: str, real: str, flags: list[str], rows: str, near: list[str]) -> None:
         """`matcher_network.Head` and `matcher_network.matches` of the last layer."""
-        scaled = self._full(self._linear(state, f"{name}.project", self._shape.width**-0.25))
+        state = self._full(state)
+        scaled = self._linear(state, f"{name}.project", self._shape.width**-0.25, np.float32)
         scaled = self.reshape(scaled, [self._images, -1, self._shape.width])
         parts = (self._halves(x) for x in (scaled, *flags))
         (first, second), (one0, one1), (mask0, mask1) = parts
@@ -297,7 +327,7 @@ class _Writer(GraphWriter):
         columns = self.node("MatMul", [self.node("Transpose", [one0], perm=[0, 2, 1]), supported])
         rows_sum = self.reduce("ReduceSum", supported, 2, keepdims=0)
         gained = self.node("Concat", [rows_sum, self.node("Squeeze", [columns], axes=[1])], axis=0)
-        logit = self.reshape(self._full(self._linear(state, f"{name}.matchable")), [self._images, -1])
+        logit = self.reshape(self._linear(state, f"{name}.matchable", dtype=np.float32), [self._images, -1])
         logit = self.node("Where", [real, self.node("Add", [logit, gained]), self._float(HIDDEN)])
         chance0, chance1 = self._halves(self.node("Sigmoid", [logit], "matchable"))
         matchable = self.node("Mul", [self.unsqueeze(chance0, 2), self.unsqueeze(chance1, 1)])
