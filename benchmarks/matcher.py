@@ -1,6 +1,7 @@
 """Times a learned matcher: its .onnx on the CPU, and its engines on the GPU here if there is one.
 
 python benchmarks/matcher.py --weights runs/matcher/matcher.safetensors                      # onnxruntime, N 512
+python benchmarks/matcher.py --weights runs/matcher/matcher.safetensors --operators              # and where it goes
 python benchmarks/matcher.py --weights runs/matcher/matcher.safetensors --engine --keypoints 1024
 
 Without --weights the network's weights are random: its speed does not depend on them.
@@ -8,14 +9,17 @@ Without --weights the network's weights are random: its speed does not depend on
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import click
 import numpy as np
 import onnx
 from common import machine
+from onnx import TensorProto, helper, numpy_helper
 
 from superpoint_trt.checkpoint.matcher import MatcherShape, load_matcher
 from superpoint_trt.convert.export_matcher import MatcherExportOptions, matcher_to_onnx
@@ -90,6 +94,57 @@ def on_cpu(model: onnx.ModelProto, feed: dict[str, np.ndarray], threads: int, it
     )
 
 
+def on_cpu_by_operator(model: onnx.ModelProto, feed: dict[str, np.ndarray], threads: int, folder: Path) -> None:
+    """Prints the least time of each operator's nodes, and that of the products at this machine's best rate."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "profile")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for _ in range(WARM_UP * 3):
+        session.run(None, feed)
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        if event["name"].endswith("_kernel_time"):
+            times[event["args"]["op_name"], event["name"]].append(event["dur"] / 1e3)
+    least, nodes = Counter(), Counter()
+    for (operator, _), found in times.items():
+        least[operator] += min(found)
+        nodes[operator] += 1
+    for operator, total in least.most_common(12):
+        print(f"{operator:20} {nodes[operator]:4} nodes {total:7.2f} ms")
+    rate, work = sgemm_rate(threads), products(model)
+    bound = f"products {work / 1e9:.2f} GFLOP, {work / rate * 1e3:.1f} ms at {rate / 1e9:.0f} GFLOP/s"
+    print(f"all {sum(least.values()):.1f} ms; {bound}")
+
+
+def products(model: onnx.ModelProto) -> int:
+    """Floating-point operations of the products of matrices, of a graph of fixed sizes."""
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        shapes[value.name] = [size.dim_value for size in value.type.tensor_type.shape.dim]
+    made = [node for node in model.graph.node if node.op_type == "MatMul"]
+    return sum(2 * int(np.prod(shapes[node.output[0]])) * shapes[node.input[0]][-1] for node in made)
+
+
+def sgemm_rate(threads: int) -> float:
+    """FLOP/s of a product of the matcher's own size, at best."""
+    import onnxruntime
+
+    weight = numpy_helper.from_array(np.ones((256, 256), np.float32), "w")
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1024, 256]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "product", ends[:1], ends[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    rows = np.ones((1024, 256), np.float32)
+    least, _, _ = timed(lambda: session.run(None, {"x": rows}), 500)
+    return 2 * 1024 * 256 * 256 / (least / 1e3)
+
+
 @click.command()
 @click.option("--weights", help="Matcher.  [default: random]")
 @click.option("--width", default=128, help="Without --weights.")
@@ -99,6 +154,7 @@ def on_cpu(model: onnx.ModelProto, feed: dict[str, np.ndarray], threads: int, it
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp16")
 @click.option("--half-softmax", is_flag=True)
 @click.option("--engine", is_flag=True, help="TensorRT on the GPU here instead of onnxruntime on the CPU.")
+@click.option("--operators", is_flag=True, help="On the CPU: also the time by operator, and the products' bound.")
 @click.option("--threads", default=2)
 @click.option("--iterations", default=50)
 def main(
@@ -110,6 +166,7 @@ def main(
     precision: str,
     half_softmax: bool,
     engine: bool,
+    operators: bool,
     threads: int,
     iterations: int,
 ) -> None:
@@ -126,6 +183,8 @@ def main(
             on_gpu(model, Path(folder), feed, iterations)
         else:
             on_cpu(model, feed, threads, iterations)
+            if operators:
+                on_cpu_by_operator(model, feed, threads, Path(folder))
 
 
 if __name__ == "__main__":

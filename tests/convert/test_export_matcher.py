@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -11,6 +13,7 @@ from matchers import plain_matcher, points, random_matcher, shuffled
 
 from superpoint_trt.checkpoint.matcher import MatcherShape, save_matcher
 from superpoint_trt.checkpoint.matcher_network import MatcherNet, PointSets, matches
+from superpoint_trt.convert.engine_trt86 import constrain_types
 from superpoint_trt.convert.export_matcher import MatcherExportOptions, export_matcher, matcher_to_onnx
 from superpoint_trt.core.matcher import INPUTS, MatcherDescription
 from superpoint_trt.core.types import Precision, SuperPointError
@@ -74,6 +77,27 @@ def test_each_length_of_descriptors_has_its_projection():
         matcher_to_onnx(weights, MatcherExportOptions(descriptor_dim=16))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_rows_that_fill_up_change_nothing(precision):
+    """Neither by what they hold, nor where an image has no points at all."""
+    weights, feed = random_matcher(), feed_of()
+    model = matcher_to_onnx(weights, MatcherExportOptions(batch=BATCH, min_score=0.02, precision=Precision(precision)))
+    found, scores = run(model, feed)
+    rng = np.random.default_rng(3)
+    for image in (0, 1):
+        for pair, count in enumerate(feed[f"count{image}"]):
+            for name in ("keypoints", "keypoint_scores", "descriptors"):
+                filling = feed[f"{name}{image}"][pair, count:]
+                filling[:] = rng.random(filling.shape)
+    again, again_scores = run(model, feed)
+    np.testing.assert_array_equal(again, found)
+    np.testing.assert_allclose(again_scores, scores, atol=1e-5 if precision == "fp32" else 2e-3)
+    feed["count1"][0] = 0
+    none, none_scores = run(model, feed)
+    assert (none[0] == -1).all() and not none_scores[0].any()
+    np.testing.assert_array_equal(none[1], found[1])
+
+
 def test_the_graph_holds_nothing_that_waits():
     for rows in (0, 64):
         model = matcher_to_onnx(random_matcher(), MatcherExportOptions(rows, precision=Precision.FP16))
@@ -91,7 +115,79 @@ def test_fp16_keeps_what_is_delicate_in_float32():
         if node.op_type in ("Softmax", "LayerNormalization", "Cos", "Sin", "Sigmoid", "TopK"):
             assert types[node.output[0]] == full, node.name
     products = [types[node.output[0]] for node in model.graph.node if node.op_type == "MatMul"]
-    assert products.count(half) > 20 and products.count(full) == 2, "only positions and the assignment are float32"
+    assert products.count(half) > 20
+    assert products.count(full) == 5, "positions; the head's two maps, its similarities, and sums over columns"
+
+
+@pytest.mark.parametrize("half_softmax", [False, True])
+def test_no_cast_lies_beside_moved_float32_numbers(half_softmax):
+    """TensorRT 8.6 moves casts across what only moves numbers, and then refuses the float32 that was set there."""
+    options = MatcherExportOptions(64, precision=Precision.FP16, half_softmax=half_softmax)
+    nodes = matcher_to_onnx(random_matcher(), options).graph.node
+    moving = {
+        "Reshape",
+        "Transpose",
+        "Split",
+        "Concat",
+        "Squeeze",
+        "Unsqueeze",
+        "Gather",
+        "Expand",
+        "Slice",
+        "Identity",
+    }
+    beside = {}
+    for cast in (node for node in nodes if node.op_type == "Cast"):
+        before = {node.op_type for node in nodes if cast.input[0] in node.output}
+        after = {node.op_type for node in nodes if cast.output[0] in node.input}
+        beside[cast.name] = {onnx.TensorProto.FLOAT: after, onnx.TensorProto.FLOAT16: before}.get(
+            cast.attribute[0].i, set()
+        )
+    assert len(beside) > 20
+    assert not {name: found & moving for name, found in beside.items() if found & moving}
+
+
+MOVES = {"Reshape": "SHUFFLE", "Transpose": "SHUFFLE", "Squeeze": "SHUFFLE", "Unsqueeze": "SHUFFLE", "Split": "SLICE"}
+MOVES.update(Expand="SLICE", Concat="CONCATENATION", Gather="GATHER", Cast="CAST", Shape="SHAPE")
+
+
+class ParsedLayer:
+    """A layer as TensorRT 8.6 parses it from a node: where types are set, and which."""
+
+    def __init__(self, node: onnx.NodeProto, types: dict[str, str]) -> None:
+        self.type, self.op = MOVES.get(node.op_type, "OTHER"), node.op_type
+        self.inputs = [SimpleNamespace(name=name, dtype=types.get(name, "int32")) for name in node.input]
+        self.outputs = [SimpleNamespace(name=name, dtype=types.get(name, "int32")) for name in node.output]
+        self.num_inputs, self.num_outputs = len(self.inputs), len(self.outputs)
+        self.get_input, self.get_output = self.inputs.__getitem__, self.outputs.__getitem__
+        self.precision = None
+        self.set: dict[int, str] = {}
+
+    def set_output_type(self, index: int, dtype: str) -> None:
+        self.set[index] = dtype
+
+
+def test_tensorrt_8_may_choose_the_type_of_fp16_numbers_that_only_move():
+    model = matcher_to_onnx(random_matcher(), MatcherExportOptions(64, precision=Precision.FP16))
+    names = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16"}
+    values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    types = {value.name: names.get(value.type.tensor_type.elem_type, "int32") for value in values}
+    layers = [ParsedLayer(node, types) for node in model.graph.node]
+    bias = ParsedLayer(onnx.helper.make_node("Unsqueeze", ["layers.0.self.read.bias"], ["(Unnamed Layer* 7)"]), {})
+    bias.inputs[0].dtype = bias.outputs[0].dtype = "float16"
+    layers.append(bias)
+    kinds = ("CONSTANT", "SHAPE", "CAST", "QUANTIZE", "DEQUANTIZE", "CONVOLUTION", *set(MOVES.values()))
+    module = SimpleNamespace(
+        LayerType=SimpleNamespace(**{kind: kind for kind in kinds}), float32="float32", float16="float16"
+    )
+    network = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__, num_outputs=0)
+    constrain_types(module, network, model)
+    moved = [layer for layer in layers if layer.type in ("SHUFFLE", "SLICE", "CONCATENATION", "GATHER")]
+    assert {layer.precision for layer in moved if layer.outputs[0].dtype == "float16"} == {None}
+    # Places in px and similarities have more digits than fp16 holds.
+    assert {layer.precision for layer in moved if layer.outputs[0].dtype == "float32"} == {"float32"}
+    computed = [layer for layer in layers if layer.op in ("MatMul", "Softmax", "Mul", "Add", "LayerNormalization")]
+    assert all(layer.set[0] == layer.precision == layer.outputs[0].dtype for layer in computed)
 
 
 def test_the_file_says_what_it_is(tmp_path):

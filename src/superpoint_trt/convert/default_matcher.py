@@ -9,7 +9,7 @@ from superpoint_trt._version import __version__
 from superpoint_trt.core.files import cache_folder, read_bytes, sha256
 from superpoint_trt.core.types import SuperPointError
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of the file's name. Raise it when the same weights should be exported anew."""
 
 

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from superpoint_trt.convert.cast import quantized_chain, to_precision
 from superpoint_trt.convert.onnx_file import QUANTIZED_TYPES, convolution_type, own_description
+from superpoint_trt.core.matcher import METADATA_KEY
 from superpoint_trt.core.types import OutputType, Precision
 
 
@@ -18,7 +19,8 @@ def constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
 
     Without constraints, TensorRT 8.6 may also run softmax, norms and coordinates in fp16. It gets a quantized graph in
     fp32, because a cast between convolution and Q/DQ pair would keep the two from becoming one kernel. Layers that the
-    pairs touch get no constraint.
+    pairs touch get no constraint. Neither do a matcher's layers that only move fp16 numbers: where its products become
+    one region, TensorRT 8.6 moves casts across them, and then refuses a type that was set ("Mismatched type").
 
     Args:
         trt: TensorRT's module.
@@ -28,7 +30,10 @@ def constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
     quantized = convolution_type(model) in QUANTIZED_TYPES
     free = quantized_chain(model.graph) if quantized else set()
     low = _fp16_tensors(to_precision(model, Precision.FP16) if quantized else model)
+    matcher = any(entry.key == METADATA_KEY for entry in model.metadata_props)
+    named = {name for node in model.graph.node for name in node.output}
     kinds = trt.LayerType
+    moving = (kinds.SHUFFLE, kinds.SLICE, kinds.CONCATENATION, kinds.GATHER) if matcher else ()
     untouched = (kinds.CONSTANT, kinds.SHAPE, kinds.CAST, kinds.QUANTIZE, kinds.DEQUANTIZE)
     floats = (trt.float32, trt.float16)
     for index in range(network.num_layers):
@@ -39,6 +44,11 @@ def constrain_types(trt: Any, network: Any, model: onnx.ModelProto) -> None:
         if layer.type in untouched or not any(tensor and tensor.dtype in floats for tensor in (*inputs, *outputs)):
             continue
         in_fp16 = any(output.name in low for output in outputs)
+        if matcher:
+            # The parser's own layers, which have names of their own, stay in the type that they were parsed with.
+            in_fp16 |= any(output.name not in named and output.dtype == trt.float16 for output in outputs)
+            if in_fp16 and layer.type in moving:
+                continue
         # ReLU and pool in front of a Q may become part of its kernel, so they get no constraint either.
         if any(output.name in free for output in outputs) or (
             quantized and in_fp16 and layer.type != kinds.CONVOLUTION

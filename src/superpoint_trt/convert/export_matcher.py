@@ -1,7 +1,8 @@
 """A matcher's weights -> one .onnx, written node by node, in fp32 or with fp16 where it is safe.
 
 No NonZero, no loops, no data-dependent shapes: a match is a row number or -1. In fp16, softmaxes, rotary positions,
-layer norms, and the assignment with its similarities stay float32; sums over neighborhoods do not.
+layer norms, and the assignment with its similarities stay float32; sums over neighborhoods do not. On its float32 side
+each cast touches a node that computes, never one that only moves numbers: TensorRT 8.6 would move the cast across it.
 """
 
 from __future__ import annotations
@@ -115,31 +116,50 @@ def matcher_to_onnx(weights: MatcherWeights, options: MatcherExportOptions) -> o
     return graph.model(description)
 
 
+@dataclass(frozen=True)
+class _Mask:
+    """What hides rows that fill up; "" is the one that is not used."""
+
+    columns: str = ""
+    """(4 B, heads, N, 1): the further number of queries, then that of keys."""
+    own: str = ""
+    """(2 B, 1, 1, N), to add to similarities with points of the own image."""
+    other: str = ""
+    """The same, of the other image."""
+
+
 class _Writer(GraphWriter):
-    """The matcher's graph; both images are one batch, the first ones before the second."""
+    """The matcher's graph; both images are one batch, the first ones before the second.
+
+    Each point is a row of the state (2 B N, W): a linear map is one product with a constant, which runtimes prepare.
+    """
 
     def __init__(self, weights: MatcherWeights, options: MatcherExportOptions, dim: int) -> None:
         super().__init__(OPSET)
         self._arrays, self._shape, self._options, self._dim = weights.arrays, weights.shape, options, dim
         self._half = options.precision is Precision.FP16
+        self._images = 2 * options.batch
+        self._in_keys = not self._half
 
     def write(self) -> None:
-        xy, scores, descriptors, count, size = (
-            self.node("Concat", [f"{name}0", f"{name}1"], f"both_{name}", axis=0) for name in INPUTS
+        xy, scores, count, size = (
+            self.node("Concat", [f"{name}0", f"{name}1"], f"both_{name}", axis=0)
+            for name in INPUTS
+            if name != "descriptors"
         )
+        descriptors = self.node("Concat", [self._low(f"descriptors{image}") for image in (0, 1)], axis=0)
         rows = self._row_numbers(scores)
         real = self.node("Less", [rows, self.unsqueeze(count, 1)], "real")
-        mask = self.node("Where", [real, self._float(0.0), self._float(HIDDEN)])
-        mask = self.unsqueeze(self.unsqueeze(mask, 1), 1)
-        masks = mask, self._swap(mask)
+        hidden = self.node("Where", [real, self._float(0.0), self._float(HIDDEN)], "hidden")
+        mask = self._mask(hidden)
         angle = self._angles(xy, size)
-        confidence = self.unsqueeze(self.node("Sqrt", [self.node("Relu", [scores])]), 2)
-        points = self.node("Concat", [descriptors, confidence], axis=2)
-        state = self._linear(self._low(points), f"project.{self._dim}")
+        confidence = self.unsqueeze(self._low(self.node("Sqrt", [self.node("Relu", [scores])])), 2)
+        points = self.reshape(self.node("Concat", [descriptors, confidence], axis=2), [-1, self._dim + 1])
+        state = self._linear(points, f"project.{self._dim}")
         for layer in range(self._shape.layers):
-            state = self._layer(state, f"layers.{layer}", angle, masks)
-        near = self._halves(self._neighborhoods(xy, count, size))
-        self._assign(state, f"layers.{self._shape.layers - 1}.head", real, rows, near)
+            state = self._layer(state, f"layers.{layer}", angle, mask)
+        near = [self._neighborhoods(f"keypoints{i}", f"count{i}", f"image_size{i}") for i in (0, 1)]
+        self._assign(state, f"layers.{self._shape.layers - 1}.head", real, self._flags(hidden), rows, near)
 
     # ------------------------------------------------------------------------------------------------------- numbers
 
@@ -152,15 +172,15 @@ class _Writer(GraphWriter):
     def _full(self, x: str) -> str:
         return self.node("Cast", [x], to=TensorProto.FLOAT) if self._half else x
 
-    def _weight(self, name: str, value: NDArray[Any]) -> str:
-        return self.constant(name, value.astype(np.float16 if self._half else np.float32))
-
-    def _linear(self, x: str, name: str, scale: NDArray[np.float64] | float = 1.0) -> str:
-        """Writes x W^T + b; `scale` multiplies each output."""
+    def _linear(
+        self, x: str, name: str, scale: NDArray[np.float64] | float = 1.0, dtype: type[np.floating[Any]] | None = None
+    ) -> str:
+        """Writes x W^T + b, in the layers' type if no other is given; `scale` multiplies each output."""
+        dtype = dtype or (np.float16 if self._half else np.float32)
         weight = self._arrays[f"{name}.weight"].astype(np.float64) * np.reshape(scale, (-1, 1))
         bias = self._arrays[f"{name}.bias"].astype(np.float64) * scale
-        product = self.node("MatMul", [x, self._weight(f"{name}.weight", weight.T)])
-        return self.node("Add", [product, self._weight(f"{name}.bias", bias)], name)
+        product = self.node("MatMul", [x, self.constant(f"{name}.weight", weight.T.astype(dtype))])
+        return self.node("Add", [product, self.constant(f"{name}.bias", bias.astype(dtype))], name)
 
     def _row_numbers(self, scores: str) -> str:
         """(N,) int32: 0, 1, ..."""
@@ -172,73 +192,105 @@ class _Writer(GraphWriter):
     # ------------------------------------------------------------------------------------------------------- network
 
     def _angles(self, xy: str, size: str) -> tuple[str, str]:
-        """Cosine and sine (2 B, 1, N, d / 2): `MatcherNet._angles`."""
+        """Cosine and sine of queries, then of keys (4 B, 1, N, d / 2): `MatcherNet._angles`."""
         half = self._float(0.5)
         middle = self.node("Mul", [self.node("Sub", [size, self._float(1.0)]), half])
         longer = self.unsqueeze(self.node("Mul", [self.reduce("ReduceMax", size, 1), half]), 1)
         unit = self.node("Div", [self.node("Sub", [xy, self.unsqueeze(middle, 1)]), longer])
         frequencies = self.constant("positions.weight", self._arrays["positions.weight"].T.astype(np.float32))
         angle = self.unsqueeze(self.node("MatMul", [unit, frequencies]), 1)
+        angle = self.node("Concat", [angle, angle], axis=0)
         return self.node("Cos", [angle], "cos"), self.node("Sin", [angle], "sin")
 
+    def _mask(self, hidden: str) -> _Mask:
+        """What hides rows that fill up from the attention.
+
+        In fp32 a further number of queries (1) and keys (0, or `HIDDEN`), so that their products are masked: adding
+        masks to N x N similarities takes a CPU ten times as long. In fp16 such masks: GPUs are slow on odd sizes.
+        """
+        if self._in_keys:
+            heads = self.constant("per_head", np.array([1, self._shape.heads, 1, 1], np.int64))
+            dtype = TensorProto.FLOAT16 if self._half else TensorProto.FLOAT
+            flags = self.node("Concat", self._flags(self._low(hidden), dtype), axis=0)
+            return _Mask(columns=self.node("Expand", [self.unsqueeze(flags, 1), heads], "columns"))
+        hidden = self._low(hidden) if self._options.half_softmax else hidden
+        own = self.unsqueeze(self.unsqueeze(hidden, 1), 1)
+        return _Mask(own=own, other=self._swap(own))
+
+    def _flags(self, hidden: str, dtype: int = TensorProto.FLOAT) -> list[str]:
+        """(2 B, N, 1) each: 1 for every row; and 0 for a real row, `HIDDEN` for one that fills up."""
+        column = self.unsqueeze(hidden, 2)
+        one = helper.make_tensor("value", dtype, [1], [1.0])
+        return [self.node("ConstantOfShape", [self.node("Shape", [column])], value=one), column]
+
     def _neighborhoods(self, xy: str, count: str, size: str) -> str:
-        """(2 B, N, N): `matcher_network.neighborhoods`."""
+        """(B, N, N): `matcher_network.neighborhoods`."""
         points = self.node("Max", [self.node("Cast", [count], to=TensorProto.FLOAT), self._float(1.0)])
         pixels = self.reduce("ReduceProd", size, 1, keepdims=0)
-        area = self.node("Mul", [self.node("Div", [pixels, points]), self._float(-2 * NEIGHBORHOOD**2)])
+        area = self.node("Div", [points, self.node("Mul", [pixels, self._float(-2 * NEIGHBORHOOD**2)])])
         # x and y one after the other: onnxruntime is slow on a last axis of 2 (7 of 114 ms for 512 points on one core).
         squares = []
         for part in self._divide(xy, [1, 1], axis=2):
             apart = self.node("Sub", [part, self.node("Transpose", [part], perm=[0, 2, 1])])
             squares.append(self.node("Mul", [apart, apart]))
         apart = self.node("Add", squares)
-        near = self.node("Exp", [self.node("Div", [apart, self.unsqueeze(self.unsqueeze(area, 1), 2)])])
-        zero = self._float(0.0)
-        return self._low(self.node("Where", [self.node("Greater", [apart, zero]), near, zero], "near"))
+        near = self.node("Exp", [self.node("Mul", [apart, self.unsqueeze(self.unsqueeze(area, 1), 2)])])
+        elsewhere = self.node("Cast", [self.node("Greater", [apart, self._float(0.0)])], to=TensorProto.FLOAT)
+        return self._low(self.node("Mul", [near, elsewhere]))
 
-    def _layer(self, state: str, name: str, angle: tuple[str, str], masks: tuple[str, str]) -> str:
+    def _layer(self, state: str, name: str, angle: tuple[str, str], mask: _Mask) -> str:
         width, head = self._shape.width, self._shape.head_width
         # The attention's 1 / sqrt(d) lies in the weights: on the queries here, on both sides of the cross-attention.
         scale = np.repeat([head**-0.5, 1.0, 1.0], width)
         read = self._split(self._linear(state, f"{name}.self.read", scale), 3)
-        turned, value = self._divide(read, [2, 1], axis=0)
-        asked, offered = (self._first(part) for part in self._divide(self._turn(turned, angle), [1, 1], axis=0))
-        state = self._update(state, self._attend(asked, offered, self._first(value), masks[0]), f"{name}.self")
+        turned, value = self._divide(read, [2 * self._images, self._images], axis=0)
+        asked, offered = self._pair(self._turn(turned, angle, mask.columns))
+        state = self._update(state, self._attend(asked, offered, value, mask.own), f"{name}.self")
         scale = np.repeat([head**-0.25, 1.0], width)
-        read = self._split(self._linear(state, f"{name}.cross.read", scale), 2)
-        asked, value = (self._first(part) for part in self._divide(read, [1, 1], axis=0))
-        message = self._attend(asked, self._swap(asked), self._swap(value), masks[1])
+        point, value = self._pair(self._split(self._linear(state, f"{name}.cross.read", scale), 2))
+        asked, offered = point, point
+        if mask.columns:
+            asked, offered = (self.node("Concat", [point, column], axis=3) for column in self._pair(mask.columns))
+        message = self._attend(asked, self._swap(offered), self._swap(value), mask.other)
         return self._update(state, message, f"{name}.cross")
 
     def _split(self, read: str, parts: int) -> str:
-        """(2 B, N, parts W) -> (parts, 2 B, heads, N, d)."""
-        shaped = self.reshape(read, [0, 0, parts, self._shape.heads, self._shape.head_width])
-        return self.node("Transpose", [shaped], perm=[2, 0, 3, 1, 4])
+        """(2 B N, parts W) -> (parts 2 B, heads, N, d)."""
+        heads, each = self._shape.heads, self._shape.head_width
+        shaped = self.reshape(read, [self._images, -1, parts, heads, each])
+        return self.reshape(
+            self.node("Transpose", [shaped], perm=[2, 0, 3, 1, 4]), [parts * self._images, heads, -1, each]
+        )
 
-    def _first(self, x: str) -> str:
-        return self.node("Squeeze", [x], axes=[0])
+    def _pair(self, x: str) -> list[str]:
+        """The two parts of (4 B, ...)."""
+        return self._divide(x, [self._images] * 2, axis=0)
 
-    def _turn(self, x: str, angle: tuple[str, str]) -> str:
+    def _turn(self, x: str, angle: tuple[str, str], columns: str) -> str:
+        """Rotary positions, and the further number behind them."""
         cos, sin = angle
         half = self._shape.head_width // 2
-        a, b = self._divide(self._full(x), [half, half], axis=4)
+        a, b = (self._full(part) for part in self._divide(x, [half, half], axis=3))
         turned = [
-            self.node(op, [self.node("Mul", [p, cos]), self.node("Mul", [q, sin])])
+            self._low(self.node(op, [self.node("Mul", [p, cos]), self.node("Mul", [q, sin])]))
             for op, p, q in (("Sub", a, b), ("Add", b, a))
         ]
-        return self._low(self.node("Concat", turned, axis=4))
+        return self.node("Concat", [*turned, *([columns] if columns else [])], axis=3)
 
     def _attend(self, asked: str, offered: str, value: str, mask: str) -> str:
         alike = self.node("MatMul", [asked, self.node("Transpose", [offered], perm=[0, 1, 3, 2])])
-        if self._half and self._options.half_softmax:
-            shares = self.node("Softmax", [self.node("Add", [alike, self._low(mask)])], axis=-1)
-        else:
-            shares = self._low(self.node("Softmax", [self.node("Add", [self._full(alike), mask])], axis=-1))
+        if not self._options.half_softmax:
+            alike = self._full(alike)
+        if mask:
+            alike = self.node("Add", [alike, mask])
+        shares = self.node("Softmax", [alike], axis=-1)
+        if not self._options.half_softmax:
+            shares = self._low(shares)
         message = self.node("Transpose", [self.node("MatMul", [shares, value])], perm=[0, 2, 1, 3])
-        return self.reshape(message, [0, 0, self._shape.width])
+        return self.reshape(message, [-1, self._shape.width])
 
     def _update(self, state: str, message: str, name: str) -> str:
-        hidden = self._linear(self.node("Concat", [state, message], axis=2), f"{name}.hidden")
+        hidden = self._linear(self.node("Concat", [state, message], axis=1), f"{name}.hidden")
         scale, shift = (self.constant(f"{name}.norm.{key}", self._arrays[f"{name}.norm.{key}"]) for key in _NORM)
         normed = self.node("LayerNormalization", [self._full(hidden), scale, shift], axis=-1, epsilon=NORM_EPS)
         if self._shape.activation is Activation.GELU:
@@ -254,26 +306,29 @@ class _Writer(GraphWriter):
         product = self.node("Mul", [x, self.node("Add", [erf, self._float(1.0)])])
         return self.node("Mul", [product, self._float(0.5)])
 
-    def _assign(self, state: str, name: str, real: str, rows: str, near: list[str]) -> None:
+    def _assign(self, state: str, name: str, real: str, flags: list[str], rows: str, near: list[str]) -> None:
         """`matcher_network.Head` and `matcher_network.matches` of the last layer."""
-        scaled = self._full(self._linear(state, f"{name}.project", self._shape.width**-0.25))
-        first, second = self._halves(scaled)
-        # TensorRT 8.6 does not split booleans.
-        real0, real1 = (self.node("Less", [rows, self.unsqueeze(f"count{image}", 1)]) for image in (0, 1))
-        both = self.node("And", [self.unsqueeze(real0, 2), self.unsqueeze(real1, 1)])
+        state = self._full(state)
+        scaled = self._linear(state, f"{name}.project", self._shape.width**-0.25, np.float32)
+        scaled = self.reshape(scaled, [self._images, -1, self._shape.width])
+        parts = (self._halves(x) for x in (scaled, *flags))
+        (first, second), (one0, one1), (mask0, mask1) = parts
+        first = self.node("Concat", [first, one0, mask0], axis=2)
+        second = self.node("Concat", [second, mask1, one1], axis=2)
         alike = self.node("MatMul", [first, self.node("Transpose", [second], perm=[0, 2, 1])])
-        zero, hidden = self._float(0.0), self._float(HIDDEN)
-        alike = self.node("Where", [both, alike, hidden])
         weights = [self.constant(f"{name}.support_{i}", w) for i, w in enumerate(self._arrays[f"{name}.support"])]
-        chosen = self._low(self.node("Where", [both, self._dual_softmax(alike), zero]))
+        chosen = self._low(self._dual_softmax(alike))
         around = self._full(self.node("MatMul", [self.node("MatMul", [near[0], chosen]), near[1]]))
         support = self.node("Log", [self.node("Add", [around, self._float(1.0)])], "support")
-        alike = self.node("Add", [alike, self.node("Mul", [support, weights[0]])])
-        pairs = self._dual_softmax(self.node("Where", [both, alike, hidden], "similarity"))
+        alike = self.node("Add", [alike, self.node("Mul", [support, weights[0]])], "similarity")
+        pairs = self._dual_softmax(alike)
         supported = self.node("Mul", [self.node("Mul", [pairs, support]), weights[1]])
-        gained = self.node("Concat", [self.reduce("ReduceSum", supported, axis, keepdims=0) for axis in (2, 1)], axis=0)
-        logit = self.node("Squeeze", [self._full(self._linear(state, f"{name}.matchable"))], axes=[2])
-        logit = self.node("Where", [real, self.node("Add", [logit, gained]), hidden])
+        # onnxruntime sums up columns slowly (0.56 ms for 512 points on one core; as a product 0.02).
+        columns = self.node("MatMul", [self.node("Transpose", [one0], perm=[0, 2, 1]), supported])
+        rows_sum = self.reduce("ReduceSum", supported, 2, keepdims=0)
+        gained = self.node("Concat", [rows_sum, self.node("Squeeze", [columns], axes=[1])], axis=0)
+        logit = self.reshape(self._linear(state, f"{name}.matchable", dtype=np.float32), [self._images, -1])
+        logit = self.node("Where", [real, self.node("Add", [logit, gained]), self._float(HIDDEN)])
         chance0, chance1 = self._halves(self.node("Sigmoid", [logit], "matchable"))
         matchable = self.node("Mul", [self.unsqueeze(chance0, 2), self.unsqueeze(chance1, 1)])
         probability = self.node("Mul", [pairs, matchable], "probability")
@@ -309,8 +364,9 @@ class _Writer(GraphWriter):
         return self._divide(x, [self._options.batch] * 2, axis=0)
 
     def _swap(self, x: str) -> str:
-        first, second = self._halves(x)
-        return self.node("Concat", [second, first], axis=0)
+        """The second images' rows before the first ones'."""
+        order = self.constant("swapped", np.roll(np.arange(self._images), self._options.batch))
+        return self.node("Gather", [x, order], axis=0)
 
     # --------------------------------------------------------------------------------------------------------- frame
 
