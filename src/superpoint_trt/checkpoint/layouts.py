@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from superpoint_trt.checkpoint import descriptor_map
+from superpoint_trt.checkpoint.descriptor_map import DescriptorMap
 from superpoint_trt.checkpoint.topology import (
     DESCRIPTORS,
     LOGITS,
@@ -97,6 +99,8 @@ class Checkpoint:
     expect their reference's whole pixels."""
     topology: Topology = ()
     """The network's convolutions, in the order of `layers`; empty: the VGG of the paper."""
+    descriptor_map: DescriptorMap | None = None
+    """To another network's descriptors, (T, D); most checkpoints have none."""
 
     @property
     def stages(self) -> int:
@@ -126,7 +130,12 @@ class Checkpoint:
     @property
     def descriptor_dim(self) -> int:
         """D: length of a descriptor, 256 in the published networks."""
-        return int(self.layers[DESCRIPTORS if self.topology else "convDb"].weight.shape[0])
+        return len(self.layers[self.descriptor_layer].weight)
+
+    @property
+    def descriptor_layer(self) -> str:
+        """Name of the convolution whose output is the coarse descriptors."""
+        return DESCRIPTORS if self.topology else "convDb"
 
     @property
     def parameters(self) -> int:
@@ -185,6 +194,8 @@ def from_arrays(
         SuperPointError: a key is unknown, a layer is missing, a shape is wrong, or a value is not finite.
     """
     metadata = metadata or {}
+    mapped = DescriptorMap.from_arrays(arrays, metadata, source)
+    arrays = {name: array for name, array in arrays.items() if name != descriptor_map.ARRAY}
     topology = from_json(metadata["topology"], source) if "topology" in metadata else ()
     if topology:
         family, named = Family.SUPERPOINT_TRT, _sort_by_layer(arrays, topology, metadata, source)
@@ -198,7 +209,11 @@ def from_arrays(
     layers = {name: _layer(name, parameters, source) for name, parameters in named.items()}
     norm = _norm_placement(family, layers, metadata, source)
     sampling = sampling or _sampling(family, layers, metadata, source)
-    return Checkpoint(layers, family, norm, sampling, subpixel=_subpixel(metadata, source), topology=topology)
+    subpixel = _subpixel(metadata, source)
+    found = Checkpoint(layers, family, norm, sampling, subpixel=subpixel, topology=topology, descriptor_map=mapped)
+    if mapped:
+        _expect(source, descriptor_map.ARRAY, mapped.matrix.shape, (len(mapped.matrix), found.descriptor_dim))
+    return found
 
 
 def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
@@ -207,7 +222,7 @@ def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
     Args:
         checkpoint: what to write.
         path: the file to write.
-        half: stores float16, half the size. BatchNorm statistics stay float32.
+        half: stores float16, half the size. BatchNorm statistics stay float32; a map of descriptors is float16 always.
 
     Returns:
         The path written.
@@ -230,6 +245,9 @@ def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
     }
     if checkpoint.topology:
         metadata["topology"] = to_json(checkpoint.topology)
+    if checkpoint.descriptor_map:
+        arrays[descriptor_map.ARRAY] = checkpoint.descriptor_map.matrix.astype(np.float16)
+        metadata[descriptor_map.TARGET] = checkpoint.descriptor_map.target_sha256
     return write_atomically(path, to_bytes(arrays, metadata=metadata))
 
 
@@ -249,6 +267,25 @@ def without_batchnorm(checkpoint: Checkpoint) -> Checkpoint:
             weight, bias = weight * scale[:, None, None, None], bias * scale + shift
         layers[name] = Layer(weight.astype(np.float32), bias.astype(np.float32))
     return replace(checkpoint, layers=layers, norm=NormPlacement.NONE)
+
+
+def with_mapped_descriptors(checkpoint: Checkpoint, matrix: NDArray[Any]) -> Checkpoint:
+    """The network whose coarse descriptors are `matrix` times the checkpoint's, in float64; it carries no map.
+
+    Args:
+        checkpoint: BatchNorm is folded away where it has some.
+        matrix: (T, D).
+
+    Raises:
+        SuperPointError: BatchNorm comes after the ReLU.
+    """
+    if checkpoint.norm is not NormPlacement.NONE:
+        checkpoint = without_batchnorm(checkpoint)
+    name = checkpoint.descriptor_layer
+    layer = checkpoint.layers[name]
+    weight = np.tensordot(matrix.astype(np.float64), layer.weight, axes=1).astype(np.float32)
+    bias = (matrix.astype(np.float64) @ layer.bias).astype(np.float32)
+    return replace(checkpoint, layers={**checkpoint.layers, name: Layer(weight, bias)}, descriptor_map=None)
 
 
 # ---------------------------------------------------------------------------------------------- layouts by their keys
