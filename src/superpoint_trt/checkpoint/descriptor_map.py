@@ -1,8 +1,8 @@
 """The fixed map from a small network's descriptors to those of the full network that taught it.
 
-A checkpoint may carry one: the array `descriptor_map`, (T, D) float16, and the metadata `descriptor_map_to`, the SHA-256
-of the checkpoint file whose descriptors have T numbers. `run.decode.lift_descriptors` applies it to descriptors,
-`superpoint export --descriptors-of` to the network.
+A checkpoint may carry one: the array `descriptor_map`, (T, D) float16, and the metadata `descriptor_map_to`, the
+SHA-256 of the checkpoint file whose descriptors have T numbers. `run.decode.lift_descriptors` applies it to
+descriptors, `superpoint export --descriptors-of` to the network.
 """
 
 from __future__ import annotations

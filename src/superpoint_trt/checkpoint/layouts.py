@@ -101,6 +101,8 @@ class Checkpoint:
     """The network's convolutions, in the order of `layers`; empty: the VGG of the paper."""
     descriptor_map: DescriptorMap | None = None
     """To another network's descriptors, (T, D); most checkpoints have none."""
+    descriptors_of: str | None = None
+    """SHA-256 of the checkpoint whose descriptors `lifted` gave it; None: it has its own."""
 
     @property
     def stages(self) -> int:
@@ -174,6 +176,18 @@ def load(path: PathLike, sampling: Sampling | None = None) -> Checkpoint:
         arrays, metadata = read_torch(data, path), {}
     checkpoint = from_arrays(arrays, sampling=sampling, metadata=metadata, source=str(path))
     return replace(checkpoint, sha256=sha256(data))
+
+
+def load_descriptor_map(weights: PathLike) -> DescriptorMap:
+    """Reads the map from a checkpoint's descriptors to another network's, for `run.decode.lift_descriptors`.
+
+    Args:
+        weights: checkpoint file, or the name of a packaged network.
+
+    Raises:
+        SuperPointError: the file cannot be read as a checkpoint, or has no map.
+    """
+    return _map_of(load(weights), str(weights))
 
 
 def from_arrays(
@@ -286,6 +300,35 @@ def with_mapped_descriptors(checkpoint: Checkpoint, matrix: NDArray[Any]) -> Che
     weight = np.tensordot(matrix.astype(np.float64), layer.weight, axes=1).astype(np.float32)
     bias = (matrix.astype(np.float64) @ layer.bias).astype(np.float32)
     return replace(checkpoint, layers={**checkpoint.layers, name: Layer(weight, bias)}, descriptor_map=None)
+
+
+def lifted(checkpoint: Checkpoint, target_sha256: str, source: str = "the checkpoint") -> Checkpoint:
+    """The network whose own descriptors are the lifted ones: its map multiplied into the last convolution.
+
+    Args:
+        checkpoint: with a map.
+        target_sha256: of the checkpoint file that the map must lead to.
+        source: names the checkpoint in an error.
+
+    Raises:
+        SuperPointError: it has no map, or one to another network.
+    """
+    found = _map_of(checkpoint, source)
+    if found.target_sha256 != target_sha256:
+        raise SuperPointError(
+            f"{source} has a map to the descriptors of checkpoint {found.target_sha256[:12]}, not to those of "
+            f"{target_sha256[:12]}; name the checkpoint that it was fitted to."
+        )
+    return replace(with_mapped_descriptors(checkpoint, found.matrix), descriptors_of=target_sha256)
+
+
+def _map_of(checkpoint: Checkpoint, source: str) -> DescriptorMap:
+    if checkpoint.descriptor_map is None:
+        raise SuperPointError(
+            f"{source} has no map to another network's descriptors; python -m training.lift fits one "
+            "(training/README.md)."
+        )
+    return checkpoint.descriptor_map
 
 
 # ---------------------------------------------------------------------------------------------- layouts by their keys
