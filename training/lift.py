@@ -40,8 +40,10 @@ Matrix = NDArray[np.float64]
 class LiftPlan:
     """What the map is fitted to."""
 
-    photographs: int = 120
+    photographs: int = 60
     """At most, drawn at random from the training ones."""
+    judged: int = 10
+    """Held-out photographs at most."""
     points: int = 600
     """Of a photograph, at most."""
     side_px: int = 768
@@ -157,13 +159,14 @@ def lift(
             "expected at least as many."
         )
     train, held_out = photos.find(folders)
-    random.Random(plan.seed).shuffle(train)
+    for paths in (train, held_out):
+        random.Random(plan.seed).shuffle(paths)
     nets = network(checkpoint).to(device), network(target).to(device)
     moments = Moments(checkpoint.descriptor_dim, target.descriptor_dim)
     for found in pairs(nets, train[: plan.photographs], plan, device, partial(progress, "photographs")):
         moments.add(*found)
     matrix = moments.fit()
-    held = pairs(nets, held_out[: plan.photographs], plan, device, partial(progress, "held-out photographs"))
+    held = pairs(nets, held_out[: plan.judged], plan, device, partial(progress, "held-out photographs"))
     closeness = cosine(nets, matrix, held)
     if plan.fold:
         matrix, metric = split(matrix)
@@ -197,7 +200,7 @@ def main(
     device: str,
 ) -> None:
     """Fits the map from a small network's descriptors to the full one's."""
-    plan = LiftPlan(photographs, points, fold=fold, seed=seed)
+    plan = LiftPlan(photographs, points=points, fold=fold, seed=seed)
     try:
         check_distinct(check_writable(output), small)
         with phase_bar() as progress:

@@ -171,7 +171,7 @@ def _model(model: ModelDescription, largest_batch: str) -> Iterator[tuple[str, s
     yield "sampling", model.sampling.value
     yield "checkpoint", f"layout {model.family.value if model.family else 'unknown'}, sha256 {model.checkpoint_sha256}"
     if model.descriptors_of:
-        yield "descriptors of", f"the checkpoint with sha256 {model.descriptors_of}"
+        yield "features of", f"the checkpoint with sha256 {model.descriptors_of}"
     yield "keypoints at", keypoints_at(model.subpixel)
     if model.approximation:
         yield "approximation", model.approximation
