@@ -48,6 +48,16 @@ def test_the_files_are_small_plain_and_half(network):
 
 
 @EVERY
+def test_a_map_leads_to_the_packaged_full_network(network):
+    """A new full network, or a small one that learned on, needs a new map: python -m training.lift."""
+    found = layouts.load(network.name).descriptor_map
+    if found is None:
+        pytest.skip(f"{network.name} has no map")
+    assert found.target_sha256 == sha256(packaged.WEIGHTS.read_bytes())
+    assert found.matrix.shape == (layouts.load("full").descriptor_dim, layouts.load(network.name).descriptor_dim)
+
+
+@EVERY
 def test_cards_belong_to_their_files(network):
     assert sha256(network.weights.read_bytes()) in network.card.read_text()
 

@@ -150,7 +150,7 @@ def append(log: Path, entry: dict[str, Any]) -> None:
 
 
 def learnt(checkpoint: Checkpoint, net: Network) -> Checkpoint:
-    """The checkpoint with the weights that its network has now.
+    """The checkpoint with the weights that its network has now. Its map of descriptors, fitted to those before, goes.
 
     Raises:
         SuperPointError: a value is not finite in float16.
@@ -165,7 +165,7 @@ def learnt(checkpoint: Checkpoint, net: Network) -> Checkpoint:
         if not all(np.abs(part).max() <= HALF_MAX for part in (weight, bias)):  # no NaN is
             raise SuperPointError(f"layer {name} has learnt values that float16 cannot hold: lower --learning-rate.")
         layers[name] = Layer(weight, bias)
-    return replace(checkpoint, layers=layers)
+    return replace(checkpoint, layers=layers, descriptor_map=None)
 
 
 def table(figures: Figures) -> str:

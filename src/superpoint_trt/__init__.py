@@ -15,6 +15,7 @@ from superpoint_trt._version import __version__
 
 TYPE_CHECKING = False  # type checkers know the name; importing typing would take most of this module's time
 if TYPE_CHECKING:
+    from superpoint_trt.checkpoint.layouts import load_descriptor_map
     from superpoint_trt.core.types import (
         DecodeOptions,
         Keypoints,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from superpoint_trt.match.images import ImageMatches, match_images
     from superpoint_trt.match.learned import LearnedMatcher
     from superpoint_trt.match.nearest import MatchOptions
+    from superpoint_trt.run.decode import lift_descriptors
     from superpoint_trt.run.extractor import SuperPoint
 
 _HOMES = {
@@ -41,6 +43,8 @@ _HOMES = {
     "Sampling": "core.types",
     "SuperPoint": "run.extractor",
     "SuperPointError": "core.types",
+    "lift_descriptors": "run.decode",
+    "load_descriptor_map": "checkpoint.layouts",
     "match_images": "match.images",
 }
 """Public name -> the module that defines it."""
@@ -58,6 +62,8 @@ __all__ = [
     "SuperPoint",
     "SuperPointError",
     "__version__",
+    "lift_descriptors",
+    "load_descriptor_map",
     "match_images",
 ]
 

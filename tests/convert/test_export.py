@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,13 +16,16 @@ from conftest import COMPACT, LAYOUTS, photograph, random_compact
 from helpers import KINDS, cases, score_map
 from onnx.utils import Extractor
 
+from superpoint_trt import load_descriptor_map
 from superpoint_trt.checkpoint import layouts
 from superpoint_trt.checkpoint import reference as network
+from superpoint_trt.checkpoint.descriptor_map import DescriptorMap
 from superpoint_trt.cli.main import cli
 from superpoint_trt.cli.main import run as run_cli
 from superpoint_trt.convert.export import export, to_onnx
 from superpoint_trt.convert.export_options import NEWEST_OPSET, ExportOptions
 from superpoint_trt.convert.fold import reach_of_padding_px
+from superpoint_trt.core.files import file_sha256
 from superpoint_trt.core.types import DecodeOptions, ModelDescription, OutputType, Sampling, SuperPointError
 from superpoint_trt.run import decode
 
@@ -307,6 +312,71 @@ def test_the_file_says_what_it_is(kind, checkpoint_file, tmp_path):
     assert (described.height_px, described.width_px, described.opset) == (120, 160, 13)
     decoding = (described.nms_radius_px, described.remove_borders_px, described.threshold, described.max_keypoints)
     assert decoding == ((3, 5, 0.01, 99) if kind is OutputType.KEYPOINTS else (None,) * 4)
+
+
+@pytest.fixture(scope="module")
+def mapped(tmp_path_factory) -> dict[str, Path]:
+    """A small checkpoint with a map to the descriptors of a full one, and both of those."""
+    out = tmp_path_factory.mktemp("mapped")
+    full = layouts.save(random_compact(1), out / "full.safetensors")
+    columns = np.linalg.qr(np.random.default_rng(0).normal(size=(96, 64)))[0].astype(np.float32)
+    small = replace(random_compact(), descriptor_map=DescriptorMap(columns, file_sha256(full)))
+    return {"full": full, "small": layouts.save(small, out / "small.safetensors", half=True)}
+
+
+def test_a_lifted_model_computes_what_lifting_does(mapped, tmp_path):
+    size = {"height_px": 120, "width_px": 160}
+    image, to_full = photographs(2), load_descriptor_map(mapped["small"])
+    for kind in (OutputType.DENSE, OutputType.HEADS, OutputType.KEYPOINTS):
+        plain = ExportOptions(kind, max_batch_size=2, max_keypoints=60, **size)
+        own, lifted = (
+            run(onnx.load(export(mapped["small"], tmp_path / "m.onnx", options)), image)
+            for options in (plain, replace(plain, descriptors_of=mapped["full"]))
+        )
+        for name in own:
+            if "descriptors" not in name:
+                np.testing.assert_array_equal(own[name], lifted[name])
+                continue
+            rows, found = (
+                np.moveaxis(each, -1 if name == "descriptors" and kind is OutputType.KEYPOINTS else 1, -1)
+                for each in (own[name], lifted[name])
+            )
+            assert found.shape[-1] == 96
+            if kind is OutputType.HEADS:
+                np.testing.assert_allclose(found, rows @ to_full.matrix.T, atol=1e-4)
+                continue
+            expected = decode.lift_descriptors(rows.reshape(-1, 64), to_full)
+            np.testing.assert_allclose(found.reshape(-1, 96), expected, atol=1e-4)
+
+
+def test_a_lifted_model_names_both_checkpoints(mapped, tmp_path):
+    path = export(mapped["small"], tmp_path / "m.onnx", ExportOptions(descriptors_of=mapped["full"]))
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    described = ModelDescription.from_metadata(metadata)
+    small, full = (file_sha256(mapped[name]) for name in ("small", "full"))
+    assert (described.checkpoint_sha256, described.descriptors_of, described.features_sha256) == (small, full, full)
+    assert described.descriptor_dim == 96
+    plain = onnx.load(export(mapped["small"], tmp_path / "own.onnx"))
+    described = ModelDescription.from_metadata({entry.key: entry.value for entry in plain.metadata_props})
+    assert (described.descriptors_of, described.features_sha256, described.descriptor_dim) == (None, small, 64)
+
+
+def test_descriptors_of_another_network_are_refused_in_one_line(mapped, tmp_path, capsys):
+    other = tmp_path / "other.pth"
+    other.write_bytes(b"another")
+    cases = (
+        (mapped["full"], mapped["small"], r"full\.safetensors has no map to another network's descriptors"),
+        (mapped["small"], other, r"small\.safetensors has a map to the descriptors of checkpoint [0-9a-f]{12}, not to"),
+        (mapped["small"], tmp_path / "none.pth", r"none\.pth cannot be read: No such file"),
+    )
+    output = tmp_path / "m.onnx"
+    for weights, of, message in cases:
+        words = ["export", "--weights", str(weights), "--output", str(output), "--descriptors-of", str(of)]
+        assert run_cli(cli, words) == 2
+        told = capsys.readouterr().err
+        assert re.search(message, told) and told.count("\n") == 1 and not output.exists()
+    words = ["export", "--weights", str(mapped["small"]), "--output", str(output)]
+    assert run_cli(cli, [*words, "--descriptors-of", str(mapped["full"])]) == 0 and output.exists()
 
 
 def test_same_input_same_bytes(checkpoint_file, tmp_path):

@@ -23,7 +23,7 @@ from superpoint_trt.pipeline.extract import ExtractOptions, extract
 from superpoint_trt.pipeline.feature_files import FeatureFile, FeatureWriter
 from superpoint_trt.pipeline.inputs import InputOptions
 from superpoint_trt.pipeline.merge import MadeBy, merge
-from superpoint_trt.pipeline.shards import CHECKPOINT, Manifest, ShardFolder, range_of
+from superpoint_trt.pipeline.shards import CHECKPOINT, DESCRIPTORS_OF, Manifest, ShardFolder, range_of
 
 pytest.importorskip("h5py", reason="feature files in HDF5 need h5py: pip install '.[bulk]'")
 
@@ -264,8 +264,8 @@ def test_the_file_says_which_checkpoint_found_its_points(photographs, options, t
     made_by = MadeBy.read(path)
     with SuperPoint(options.model) as superpoint:
         known = superpoint.description.checkpoint_sha256
-    assert known and made_by.settings[CHECKPOINT] == known
-    earlier = {name: value for name, value in made_by.settings.items() if name != CHECKPOINT}
+    assert known and made_by.settings[CHECKPOINT] == known and made_by.settings[DESCRIPTORS_OF] is None
+    earlier = {name: value for name, value in made_by.settings.items() if name not in (CHECKPOINT, DESCRIPTORS_OF)}
     with FeatureWriter(path, append=True) as writer:
         writer.describe(MadeBy(made_by.run_id, earlier).to_json())
     assert extract([first, second], path, rooted).done == 1

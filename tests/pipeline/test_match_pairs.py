@@ -27,7 +27,7 @@ from superpoint_trt.pipeline.match_files import MatchFile
 from superpoint_trt.pipeline.match_pairs import PairMatchOptions, match_pairs
 from superpoint_trt.pipeline.merge import MadeBy
 from superpoint_trt.pipeline.pairs import write_pairs
-from superpoint_trt.pipeline.shards import CHECKPOINT
+from superpoint_trt.pipeline.shards import CHECKPOINT, DESCRIPTORS_OF
 
 pytest.importorskip("h5py", reason="feature and match files need h5py (extra bulk)")
 
@@ -71,6 +71,11 @@ def test_features_of_another_network_as_long_are_refused(tmp_path):
     for text in (None, "of another tool", MadeBy("1", {"model": "x"}).to_json(), described("a" * 64)):
         describe(path, text)
         assert match_pairs(path, [("1.jpg", "2.jpg")], tmp_path / "m.h5", again).matches == 40
+    describe(path, described("b" * 64, "a" * 64))  # of another network, lifted to what the matcher knows
+    assert match_pairs(path, [("1.jpg", "2.jpg")], tmp_path / "m.h5", again).matches == 40
+    describe(path, described("a" * 64, "b" * 64))
+    with pytest.raises(SuperPointError, match=r"f\.h5 has features of another network"):
+        match_pairs(path, [("1.jpg", "2.jpg")], tmp_path / "other.h5", options)
     describe(path, described("b" * 64))
     with pytest.raises(SuperPointError, match=r"f\.h5 has features of another network .*w\.safetensors learned"):
         match_pairs(path, [("1.jpg", "2.jpg")], tmp_path / "other.h5", options)
@@ -78,9 +83,9 @@ def test_features_of_another_network_as_long_are_refused(tmp_path):
     assert match_pairs(path, [("1.jpg", "2.jpg")], tmp_path / "near.h5", ON_CPU).matches == 40
 
 
-def described(checkpoint: str) -> str:
-    """What `extract` writes into a file of features of this checkpoint."""
-    return MadeBy("1", {"model": "x", CHECKPOINT: checkpoint}).to_json()
+def described(checkpoint: str, descriptors_of: str | None = None) -> str:
+    """What `extract` writes into a file of features of this checkpoint, lifted or not."""
+    return MadeBy("1", {"model": "x", CHECKPOINT: checkpoint, DESCRIPTORS_OF: descriptors_of}).to_json()
 
 
 def describe(path, text):

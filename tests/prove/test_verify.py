@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -13,8 +14,9 @@ from conftest import photograph
 from onnx import TensorProto, helper, numpy_helper
 
 from superpoint_trt.checkpoint import layouts
-from superpoint_trt.convert.export import ExportOptions, to_onnx
-from superpoint_trt.core.files import sha256
+from superpoint_trt.checkpoint.descriptor_map import DescriptorMap
+from superpoint_trt.convert.export import ExportOptions, export, to_onnx
+from superpoint_trt.core.files import file_sha256, sha256
 from superpoint_trt.core.image import find_images
 from superpoint_trt.core.types import DecodeOptions, ModelDescription, OutputType, Sampling, SuperPointError
 from superpoint_trt.prove.comparison import Comparison
@@ -430,6 +432,23 @@ def test_a_problem_names_its_image(checkpoint_file, folder, tmp_path):
     weights = checkpoint_file("v6")
     (problem,) = verify(weights, weights, [tmp_path / "dot.png", *find_images(folder)]).problems
     assert problem.startswith(f"{tmp_path / 'dot.png'}: ")
+
+
+@pytest.mark.parametrize("torch_there", [True, False])
+def test_a_lifted_model_is_held_against_the_lifted_checkpoint(
+    torch_there, checkpoint_file, folder, tmp_path, monkeypatch
+):
+    small, full = layouts.load(checkpoint_file("compact")), checkpoint_file("v6")
+    columns = np.linalg.qr(np.random.default_rng(0).normal(size=(96, 64)))[0].astype(np.float32)
+    mapped = replace(small, descriptor_map=DescriptorMap(columns, file_sha256(full)))
+    weights = layouts.save(mapped, tmp_path / "small.safetensors")
+    model = export(weights, tmp_path / "m.onnx", ExportOptions(dynamic=True, descriptors_of=full))
+    if not torch_there:
+        monkeypatch.setattr("superpoint_trt.prove.references.util.find_spec", lambda name: None)
+    found = verify(model, weights, folder)
+    assert found.passed and found.outputs
+    with pytest.raises(SuperPointError, match="has no map to another network's descriptors"):
+        verify(model, checkpoint_file("compact"), folder)
 
 
 def test_no_descriptors_and_no_maps_are_kept(checkpoint_file, folder):

@@ -10,7 +10,8 @@ import torch
 from helpers import KINDS, rarely, score_map
 
 from superpoint_trt.checkpoint import reference as network
-from superpoint_trt.core.types import DecodeOptions, Sampling
+from superpoint_trt.checkpoint.descriptor_map import DescriptorMap
+from superpoint_trt.core.types import DecodeOptions, Sampling, SuperPointError
 from superpoint_trt.run import decode
 
 
@@ -144,6 +145,19 @@ def test_what_is_not_finite_stays_so_in_silence(value):
     broken = np.full((1, 65, 2, 2), value, np.float32)
     assert np.isnan(decode.normalize(broken, axis=1)).all()
     assert np.isnan(decode.scores_from_logits(broken)).all()
+
+
+def test_lifted_descriptors_are_known():
+    turned = DescriptorMap(np.array([[0, 2], [0, 0], [-1, 0]], np.float32), "f" * 64)
+    received = np.array([[1, 0], [0, 3], [3, 4], [0, 0]], np.float16)
+    expected = [[0, 0, -1], [1, 0, 0], [8 / np.sqrt(73), 0, -3 / np.sqrt(73)], [0, 0, 0]]
+    lifted = decode.lift_descriptors(received, turned)
+    assert lifted.dtype == np.float32
+    np.testing.assert_allclose(lifted, expected, atol=1e-6)
+    assert decode.lift_descriptors(received[:0], turned).shape == (0, 3)
+    for strange in (received[0], received.T):
+        with pytest.raises(SuperPointError, match=r"descriptors are \(.*\); the map takes \(N, 2\)"):
+            decode.lift_descriptors(strange, turned)
 
 
 def test_between_cells():

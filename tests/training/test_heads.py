@@ -22,6 +22,7 @@ from training.places import Found
 from training.train import FOUND_FIGURES
 
 from superpoint_trt.checkpoint import layouts
+from superpoint_trt.checkpoint.descriptor_map import DescriptorMap
 from superpoint_trt.checkpoint.layouts import Checkpoint, NormPlacement
 from superpoint_trt.checkpoint.reference import SuperPointNet, network
 from superpoint_trt.convert.export import ExportOptions, export
@@ -249,6 +250,12 @@ def test_weights_that_float16_cannot_hold_are_refused(value, starts):
         net.descriptor[1].conv.weight[0, 0] = value
     with pytest.raises(SuperPointError, match="layer convDb has learnt values that float16 cannot hold"):
         late.learnt(checkpoint, net)
+
+
+def test_a_map_does_not_outlive_the_descriptors_that_it_was_fitted_to(starts):
+    checkpoint = layouts.load(starts["compact"])
+    mapped = replace(checkpoint, descriptor_map=DescriptorMap(np.eye(checkpoint.descriptor_dim, dtype=np.float32), "f"))
+    assert late.learnt(mapped, network(mapped)).descriptor_map is None
 
 
 def test_checkpoints_of_another_kind_are_refused(starts, folder, tmp_path):

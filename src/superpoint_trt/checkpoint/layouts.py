@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from superpoint_trt.checkpoint import descriptor_map
+from superpoint_trt.checkpoint.descriptor_map import DescriptorMap
 from superpoint_trt.checkpoint.topology import (
     DESCRIPTORS,
     LOGITS,
@@ -97,6 +99,10 @@ class Checkpoint:
     expect their reference's whole pixels."""
     topology: Topology = ()
     """The network's convolutions, in the order of `layers`; empty: the VGG of the paper."""
+    descriptor_map: DescriptorMap | None = None
+    """To another network's descriptors, (T, D); most checkpoints have none."""
+    descriptors_of: str | None = None
+    """SHA-256 of the checkpoint whose descriptors `lifted` gave it; None: it has its own."""
 
     @property
     def stages(self) -> int:
@@ -126,7 +132,12 @@ class Checkpoint:
     @property
     def descriptor_dim(self) -> int:
         """D: length of a descriptor, 256 in the published networks."""
-        return int(self.layers[DESCRIPTORS if self.topology else "convDb"].weight.shape[0])
+        return len(self.layers[self.descriptor_layer].weight)
+
+    @property
+    def descriptor_layer(self) -> str:
+        """Name of the convolution whose output is the coarse descriptors."""
+        return DESCRIPTORS if self.topology else "convDb"
 
     @property
     def parameters(self) -> int:
@@ -167,6 +178,18 @@ def load(path: PathLike, sampling: Sampling | None = None) -> Checkpoint:
     return replace(checkpoint, sha256=sha256(data))
 
 
+def load_descriptor_map(weights: PathLike) -> DescriptorMap:
+    """Reads the map from a checkpoint's descriptors to another network's, for `run.decode.lift_descriptors`.
+
+    Args:
+        weights: checkpoint file, or the name of a packaged network.
+
+    Raises:
+        SuperPointError: the file cannot be read as a checkpoint, or has no map.
+    """
+    return _map_of(load(weights), str(weights))
+
+
 def from_arrays(
     arrays: Mapping[str, NDArray[Any]],
     sampling: Sampling | None = None,
@@ -185,6 +208,8 @@ def from_arrays(
         SuperPointError: a key is unknown, a layer is missing, a shape is wrong, or a value is not finite.
     """
     metadata = metadata or {}
+    mapped = DescriptorMap.from_arrays(arrays, metadata, source)
+    arrays = {name: array for name, array in arrays.items() if name != descriptor_map.ARRAY}
     topology = from_json(metadata["topology"], source) if "topology" in metadata else ()
     if topology:
         family, named = Family.SUPERPOINT_TRT, _sort_by_layer(arrays, topology, metadata, source)
@@ -198,7 +223,11 @@ def from_arrays(
     layers = {name: _layer(name, parameters, source) for name, parameters in named.items()}
     norm = _norm_placement(family, layers, metadata, source)
     sampling = sampling or _sampling(family, layers, metadata, source)
-    return Checkpoint(layers, family, norm, sampling, subpixel=_subpixel(metadata, source), topology=topology)
+    subpixel = _subpixel(metadata, source)
+    found = Checkpoint(layers, family, norm, sampling, subpixel=subpixel, topology=topology, descriptor_map=mapped)
+    if mapped:
+        _expect(source, descriptor_map.ARRAY, mapped.matrix.shape, (len(mapped.matrix), found.descriptor_dim))
+    return found
 
 
 def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
@@ -207,7 +236,7 @@ def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
     Args:
         checkpoint: what to write.
         path: the file to write.
-        half: stores float16, half the size. BatchNorm statistics stay float32.
+        half: stores float16, half the size. BatchNorm statistics stay float32; a map of descriptors is float16 always.
 
     Returns:
         The path written.
@@ -230,6 +259,9 @@ def save(checkpoint: Checkpoint, path: PathLike, half: bool = False) -> Path:
     }
     if checkpoint.topology:
         metadata["topology"] = to_json(checkpoint.topology)
+    if checkpoint.descriptor_map:
+        arrays[descriptor_map.ARRAY] = checkpoint.descriptor_map.matrix.astype(np.float16)
+        metadata[descriptor_map.TARGET] = checkpoint.descriptor_map.target_sha256
     return write_atomically(path, to_bytes(arrays, metadata=metadata))
 
 
@@ -249,6 +281,54 @@ def without_batchnorm(checkpoint: Checkpoint) -> Checkpoint:
             weight, bias = weight * scale[:, None, None, None], bias * scale + shift
         layers[name] = Layer(weight.astype(np.float32), bias.astype(np.float32))
     return replace(checkpoint, layers=layers, norm=NormPlacement.NONE)
+
+
+def with_mapped_descriptors(checkpoint: Checkpoint, matrix: NDArray[Any]) -> Checkpoint:
+    """The network whose coarse descriptors are `matrix` times the checkpoint's, in float64; it carries no map.
+
+    Args:
+        checkpoint: BatchNorm is folded away where it has some.
+        matrix: (T, D).
+
+    Raises:
+        SuperPointError: BatchNorm comes after the ReLU.
+    """
+    if checkpoint.norm is not NormPlacement.NONE:
+        checkpoint = without_batchnorm(checkpoint)
+    name = checkpoint.descriptor_layer
+    layer = checkpoint.layers[name]
+    weight = np.tensordot(matrix.astype(np.float64), layer.weight, axes=1).astype(np.float32)
+    bias = (matrix.astype(np.float64) @ layer.bias).astype(np.float32)
+    return replace(checkpoint, layers={**checkpoint.layers, name: Layer(weight, bias)}, descriptor_map=None)
+
+
+def lifted(checkpoint: Checkpoint, target_sha256: str, source: str = "the checkpoint") -> Checkpoint:
+    """The network whose own descriptors are the lifted ones: its map multiplied into the last convolution.
+
+    Args:
+        checkpoint: with a map.
+        target_sha256: of the checkpoint file that the map must lead to.
+        source: names the checkpoint in an error.
+
+    Raises:
+        SuperPointError: it has no map, or one to another network.
+    """
+    found = _map_of(checkpoint, source)
+    if found.target_sha256 != target_sha256:
+        raise SuperPointError(
+            f"{source} has a map to the descriptors of checkpoint {found.target_sha256[:12]}, not to those of "
+            f"{target_sha256[:12]}; name the checkpoint that it was fitted to."
+        )
+    return replace(with_mapped_descriptors(checkpoint, found.matrix), descriptors_of=target_sha256)
+
+
+def _map_of(checkpoint: Checkpoint, source: str) -> DescriptorMap:
+    if checkpoint.descriptor_map is None:
+        raise SuperPointError(
+            f"{source} has no map to another network's descriptors; python -m training.lift fits one "
+            "(training/README.md)."
+        )
+    return checkpoint.descriptor_map
 
 
 # ---------------------------------------------------------------------------------------------- layouts by their keys

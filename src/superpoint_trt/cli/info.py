@@ -81,6 +81,9 @@ def _checkpoint(path: Path) -> Iterator[tuple[str, str]]:
     yield "sampling", checkpoint.sampling.value
     yield "channels", " ".join(str(count) for count in checkpoint.channels)
     yield "descriptors", f"{checkpoint.descriptor_dim}, one per {checkpoint.stride_px}x{checkpoint.stride_px} px"
+    if checkpoint.descriptor_map:
+        leads_to = checkpoint.descriptor_map
+        yield "map", f"to the {len(leads_to.matrix)} numbers of the checkpoint with sha256 {leads_to.target_sha256}"
     if checkpoint.topology:
         yield (
             "topology",
@@ -167,6 +170,8 @@ def _model(model: ModelDescription, largest_batch: str) -> Iterator[tuple[str, s
     yield "largest batch", largest_batch
     yield "sampling", model.sampling.value
     yield "checkpoint", f"layout {model.family.value if model.family else 'unknown'}, sha256 {model.checkpoint_sha256}"
+    if model.descriptors_of:
+        yield "features of", f"the checkpoint with sha256 {model.descriptors_of}"
     yield "keypoints at", keypoints_at(model.subpixel)
     if model.approximation:
         yield "approximation", model.approximation

@@ -99,7 +99,7 @@ def match(
         if matcher and given_flags(("ratio", "max_distance")):
             raise click.UsageError("--ratio and --max-distance are for --matcher nearest; use --min-score.")
         found = matching.match(superpoint.extract(first), superpoint.extract(second), matcher)
-        note_another_network(matcher, superpoint.description.checkpoint_sha256, model)
+        note_another_network(matcher, superpoint.description.features_sha256, model)
     print_matches(found)
     if output:
         print_row("picture", _draw(found, (first, second), model, extract.reading(), max_lines, output))

@@ -301,6 +301,11 @@ class ExportArgs(GraphArgs):
         help="v6: fold the BatchNorm after a ReLU into the next convolution. Faster; an approximation within 44 px of "
         "the border.",
     )
+    descriptors_of: str | None = option(
+        "--descriptors-of",
+        help="Checkpoint, or packaged network, whose descriptors the model's are to match, by the map in the weights.  "
+        "[default: the weights' own descriptors]",
+    )
 
     def options(self) -> ExportOptions:
         """The options of `export`."""
@@ -310,6 +315,7 @@ class ExportArgs(GraphArgs):
             max_batch_size=self.max_batch_size,
             decode=DecodeOptions(self.nms_radius, self.remove_borders, self.threshold, subpixel=self.subpixel),
             fold_batchnorm=self.fold_batchnorm,
+            descriptors_of=self.descriptors_of,
         )
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from superpoint_trt._version import __version__
-from superpoint_trt.checkpoint.layouts import Checkpoint, load
+from superpoint_trt.checkpoint.layouts import Checkpoint, lifted, load
 from superpoint_trt.checkpoint.topology import DESCRIPTORS, IMAGE, LOGITS, Convolution
 from superpoint_trt.convert.export_options import ExportOptions
 from superpoint_trt.convert.fold import (
@@ -27,7 +27,8 @@ from superpoint_trt.convert.fold import (
 )
 from superpoint_trt.convert.graph_decode import write_keypoints, write_score_map, write_unit_length
 from superpoint_trt.convert.graph_writer import GraphWriter
-from superpoint_trt.core.files import PathLike, check_distinct, check_writable, write_atomically
+from superpoint_trt.core.files import PathLike, check_distinct, check_writable, file_sha256, write_atomically
+from superpoint_trt.core.networks import weights_path
 from superpoint_trt.core.types import (
     INPUT_NAME,
     OUTPUT_NAMES,
@@ -61,20 +62,28 @@ def export(
     if output.suffix.lower() != ".onnx":
         raise SuperPointError(f"output {output}: an exported model's name ends in .onnx.")
     check_distinct(output, weights)
-    model = to_onnx(load(weights, sampling), options or ExportOptions())
+    model = to_onnx(load(weights, sampling), options or ExportOptions(), source=str(weights))
     return write_atomically(output, model.SerializeToString())
 
 
-def to_onnx(checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
+def to_onnx(checkpoint: Checkpoint, options: ExportOptions, source: str = "the checkpoint") -> onnx.ModelProto:
     """Converts a checkpoint in memory.
+
+    Args:
+        checkpoint: what to convert.
+        options: type, size, decode, opset, descriptors.
+        source: names the checkpoint in an error.
 
     Returns:
         The checked, shape-inferred model with this package's metadata.
 
     Raises:
-        SuperPointError: an option is out of range, or the checkpoint has no BatchNorm to fold as asked.
+        SuperPointError: an option is out of range, or the checkpoint has no BatchNorm to fold, or no map to the
+            descriptors, as asked.
     """
     options.validate(checkpoint.stride_px)
+    if options.descriptors_of is not None:
+        checkpoint = lifted(checkpoint, file_sha256(weights_path(options.descriptors_of)), source)
     if options.decode.subpixel is None:
         options = replace(options, decode=replace(options.decode, subpixel=checkpoint.subpixel))
     graph = GraphWriter(options.opset)
@@ -226,6 +235,7 @@ def exported_description(checkpoint: Checkpoint, options: ExportOptions) -> Mode
         sampling=checkpoint.sampling,
         family=checkpoint.family,
         checkpoint_sha256=checkpoint.sha256,
+        descriptors_of=checkpoint.descriptors_of,
         height_px=options.height_px,
         width_px=options.width_px,
         dynamic=options.dynamic,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
+from superpoint_trt.core.files import PathLike
 from superpoint_trt.core.types import DecodeOptions, OutputType, SuperPointError
 
 OLDEST_OPSET = 11
@@ -46,6 +47,9 @@ class ExportOptions:
     """Folds every BatchNorm after a ReLU into the next convolutions, its shift as a bias. This is an approximation near
     the input's border (`reach_of_padding_px`): there a convolution reads the shift where the padding has zeros. A
     BatchNorm in front of a max-pool stays if one of its scales is not positive."""
+    descriptors_of: PathLike | None = None
+    """Checkpoint, or packaged network, whose descriptors the model's are to match: the checkpoint's map to them is
+    multiplied into its last descriptor convolution. None: the checkpoint's own descriptors."""
 
     def validate(self, stride_px: int) -> None:
         """Refuses options that no graph can be written for.

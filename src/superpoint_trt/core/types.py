@@ -145,6 +145,9 @@ class ModelDescription:
     family: Family | None = None
     """The checkpoint's layout; None: the model was made by another tool and does not say."""
     checkpoint_sha256: str | None = None
+    descriptors_of: str | None = None
+    """SHA-256 of the checkpoint whose descriptors the model's match through the map of its own checkpoint; None: the
+    model has its own checkpoint's."""
     height_px: int | None = None
     """Input height; of a dynamic model, the height expected most often. None: unknown."""
     width_px: int | None = None
@@ -178,6 +181,11 @@ class ModelDescription:
     """Version that wrote the description; empty: another tool's model."""
 
     METADATA_PREFIX = "superpoint_trt."
+
+    @property
+    def features_sha256(self) -> str | None:
+        """SHA-256 of the checkpoint that matchers know the descriptors by; None: unknown."""
+        return self.descriptors_of or self.checkpoint_sha256
 
     def to_metadata(self) -> dict[str, str]:
         """The description as flat strings with keys `superpoint_trt.*`; fields that are None are left out."""
@@ -257,6 +265,7 @@ _READERS: Mapping[str, _Reader] = {
     "sampling": _one_of(Sampling),
     "family": _one_of(Family),
     "checkpoint_sha256": text,
+    "descriptors_of": text,
     "height_px": _whole(1, LONGEST_SIDE_PX),
     "width_px": _whole(1, LONGEST_SIDE_PX),
     "dynamic": _flag,

@@ -42,6 +42,7 @@ from superpoint_trt.pipeline.merge import MadeBy
 from superpoint_trt.pipeline.pairs import Pair, read_pairs
 from superpoint_trt.pipeline.shards import (
     CHECKPOINT,
+    DESCRIPTORS_OF,
     MERGE_LOCK,
     Manifest,
     Settings,
@@ -167,7 +168,8 @@ def _check_network(matcher: Matcher, features: FeatureFile, options: PairMatchOp
         SuperPointError: they are of another network, perhaps as long.
     """
     made_by = MadeBy.parse(features.description)
-    checkpoint = made_by.settings.get(CHECKPOINT) if made_by else None
+    settings = made_by.settings if made_by else {}
+    checkpoint = settings.get(DESCRIPTORS_OF) or settings.get(CHECKPOINT)
     if isinstance(checkpoint, str) and matcher.is_of_another(checkpoint):
         raise SuperPointError(
             f"{features.path} has features of another network than the one whose descriptors the matcher "

@@ -43,6 +43,10 @@ CHECKPOINT = "checkpoint_sha256"
 """The setting that says of which weights a model was made; None: it does not tell. It is not compared: the hash of the
 model decides alone, and outputs of earlier versions lack this one."""
 
+DESCRIPTORS_OF = "descriptors_of"
+"""The setting that says of which checkpoint the descriptors are, where the model was exported with `--descriptors-of`;
+None: of its own."""
+
 _MOST_CHARS = 1 << 26
 _MOST = 1 << 40
 MERGE_LOCK = 1 << 40

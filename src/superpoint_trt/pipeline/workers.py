@@ -25,7 +25,7 @@ from superpoint_trt.pipeline.contexts import Closes
 from superpoint_trt.pipeline.feature_files import DETECTION_NOISE_PX, FeatureWriter, is_hdf5_name
 from superpoint_trt.pipeline.inputs import Item
 from superpoint_trt.pipeline.packed import PackedWriter
-from superpoint_trt.pipeline.shards import CHECKPOINT, Settings, Shard, ShardFolder, ShardReport
+from superpoint_trt.pipeline.shards import CHECKPOINT, DESCRIPTORS_OF, Settings, Shard, ShardFolder, ShardReport
 from superpoint_trt.pipeline.video import Frame, VideoReader
 from superpoint_trt.run.extractor import SuperPoint
 from superpoint_trt.run.runner import run_key
@@ -96,6 +96,7 @@ class WorkOptions:
             "allow_damaged": bool(self.settings.get("allow_damaged", False)),
             "dtype": self.dtype,
             CHECKPOINT: superpoint.description.checkpoint_sha256,
+            DESCRIPTORS_OF: superpoint.description.descriptors_of,
         }
 
 

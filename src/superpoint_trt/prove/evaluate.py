@@ -218,7 +218,7 @@ def evaluate(
         matching: metrics.Matching = metrics.mutual_neighbors
         if matcher is not None:
             evaluation.matcher = "learned"
-            another = ", of another network" if matcher.is_of_another(opened.checkpoint_sha256) else ""
+            another = ", of another network" if matcher.is_of_another(opened.features_sha256) else ""
             evaluation.runtime += f"; matcher: {matcher.runs_on}{another}"
             matching = _rows_of(matcher)
         # The second model is opened after the first stage: the idle threads of two sessions would slow each other.
@@ -255,8 +255,8 @@ class _Opened:
     extract: Extractor
     runtime: str
     """What it runs on, and what it decides itself."""
-    checkpoint_sha256: str | None = None
-    """Of the checkpoint that the model was made of, if it is known."""
+    features_sha256: str | None = None
+    """Of the checkpoint whose descriptors the model has, if it is known."""
 
 
 def _open(
@@ -271,12 +271,12 @@ def _open(
         options = superpoint.options
         own = f"NMS radius {options.nms_radius_px} px, threshold {options.threshold:g}"
         where = f"{superpoint.runtime}; decoded in its graph: {own} instead of the protocol's"
-        return _Opened(superpoint.extract, where, superpoint.description.checkpoint_sha256)
+        return _Opened(superpoint.extract, where, superpoint.description.features_sha256)
     superpoint.close()  # its type is known only now, and a keypoints model does not take the options below
     superpoint = open_model(threshold=protocol.threshold, nms_radius_px=stage.nms_radius_px, subpixel=protocol.subpixel)
     stack.enter_context(superpoint)
     places = "sub-pixel" if superpoint.options.subpixel else "whole pixels"
-    return _Opened(superpoint.extract, f"{superpoint.runtime}; {places}", superpoint.description.checkpoint_sha256)
+    return _Opened(superpoint.extract, f"{superpoint.runtime}; {places}", superpoint.description.features_sha256)
 
 
 @dataclass(frozen=True)

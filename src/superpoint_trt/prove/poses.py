@@ -181,7 +181,7 @@ def evaluate_poses(
         seconds: dict[str, float] = defaultdict(float)
         with SuperPoint(model, device=device, threads=threads, subpixel=options.subpixel, **settings) as superpoint:
             runtime = str(superpoint.runtime)
-            checkpoint = superpoint.description.checkpoint_sha256
+            checkpoint = superpoint.description.features_sha256
             for path in paths:
                 started = time.perf_counter()
                 try:

@@ -7,7 +7,8 @@ from importlib import util
 from pathlib import Path
 from typing import Protocol
 
-from superpoint_trt.core.files import PathLike
+from superpoint_trt.checkpoint.layouts import Checkpoint, lifted, load
+from superpoint_trt.core.files import PathLike, write_atomically
 from superpoint_trt.core.install import install_hint
 from superpoint_trt.core.networks import weights_path
 from superpoint_trt.core.types import Float32, ModelDescription, OutputType, Precision, SuperPointError
@@ -40,24 +41,35 @@ class Reference(Protocol):
         """
 
 
-def open_reference(weights: PathLike) -> Reference:
+def open_reference(weights: PathLike, descriptors_of: str | None = None) -> Reference:
     """Opens a checkpoint, a packaged network by its name, or an fp32 `dense` or `heads` .onnx, as the reference.
 
     A checkpoint runs in PyTorch. Without PyTorch it is exported to a temporary .onnx, which onnxruntime runs.
 
+    Args:
+        weights: the file or the name.
+        descriptors_of: SHA-256 of the checkpoint to whose descriptors a checkpoint's are lifted by its map; None: they
+            stay its own.
+
     Raises:
-        SuperPointError: the file cannot be used, or is not an fp32 `dense` or `heads` model.
+        SuperPointError: the file cannot be used, or is not an fp32 `dense` or `heads` model, or has no such map.
     """
     weights = weights_path(weights)
     if Path(weights).suffix.lower() not in CHECKPOINT_SUFFIXES:
         return _OnnxReference(weights)
     if util.find_spec("torch"):
-        return _TorchReference(weights)
-    from superpoint_trt.convert.export import ExportOptions, export
+        return _TorchReference(weights, descriptors_of)
+    from superpoint_trt.convert.export import ExportOptions, to_onnx
 
     with tempfile.TemporaryDirectory() as folder:
-        exported = export(weights, Path(folder) / "m.onnx", ExportOptions(OutputType.HEADS, dynamic=True))
+        model = to_onnx(_load(weights, descriptors_of), ExportOptions(OutputType.HEADS, dynamic=True))
+        exported = write_atomically(Path(folder) / "m.onnx", model.SerializeToString())
         return _OnnxReference(exported, _OWN_EXPORT)
+
+
+def _load(weights: PathLike, descriptors_of: str | None) -> Checkpoint:
+    checkpoint = load(weights)
+    return lifted(checkpoint, descriptors_of, str(weights)) if descriptors_of else checkpoint
 
 
 _OWN_EXPORT = (
@@ -92,13 +104,12 @@ class _TorchReference:
 
     note = ""
 
-    def __init__(self, path: PathLike) -> None:
+    def __init__(self, path: PathLike, descriptors_of: str | None) -> None:
         import torch
 
-        from superpoint_trt.checkpoint.layouts import load
         from superpoint_trt.checkpoint.reference import network
 
-        loaded = load(path)
+        loaded = _load(path, descriptors_of)
         self._net = network(loaded)
         self.runtime = f"torch {torch.__version__} eager, cpu, fp32"
         self.description = ModelDescription(
@@ -106,6 +117,7 @@ class _TorchReference:
             sampling=loaded.sampling,
             family=loaded.family,
             checkpoint_sha256=loaded.sha256,
+            descriptors_of=loaded.descriptors_of,
             dynamic=True,
             stride_px=loaded.stride_px,
             descriptor_dim=loaded.descriptor_dim,

@@ -127,7 +127,7 @@ def verify(
     with SuperPoint(
         model, device=device, threads=threads, subpixel=subpixel, allow_host_code=allow_host_code
     ) as superpoint:
-        reference = open_reference(weights)
+        reference = open_reference(weights, superpoint.description.descriptors_of)
         _check_same_network(model, superpoint.description, weights, reference.description)
         comparison = Comparison(superpoint, reference)
         for done, (name, path) in enumerate(named_images, start=1):

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from superpoint_trt.core.types import DecodeOptions, Float32, Sampling
+from superpoint_trt.checkpoint.descriptor_map import DescriptorMap
+from superpoint_trt.core.types import DecodeOptions, Float32, Sampling, SuperPointError
 
 SUBPIXEL_REACH_PX = 2
 """Scores up to this far from a keypoint move it: 5x5 pixels."""
@@ -52,6 +53,28 @@ def normalize(descriptors: NDArray[Any], axis: int) -> Float32:
             length = _length(descriptors, axis)
         unit: Float32 = descriptors / np.maximum(length, np.float32(NORM_EPS))
     return unit
+
+
+def lift_descriptors(descriptors: NDArray[Any], descriptor_map: DescriptorMap) -> Float32:
+    """Makes a small network's descriptors comparable with the full network's.
+
+        to_full = load_descriptor_map("small")
+        lifted = lift_descriptors(received, to_full)
+
+    Args:
+        descriptors: (N, D) of any float type and length.
+        descriptor_map: of the network that found them, `checkpoint.layouts.load_descriptor_map`.
+
+    Returns:
+        (N, T) float32, unit length.
+
+    Raises:
+        SuperPointError: the descriptors are not of the length that the map takes.
+    """
+    wanted = descriptor_map.matrix.shape[1]
+    if descriptors.ndim != 2 or descriptors.shape[1] != wanted:
+        raise SuperPointError(f"descriptors are {descriptors.shape}; the map takes (N, {wanted}) of its own network.")
+    return normalize(descriptors.astype(np.float32, copy=False) @ descriptor_map.matrix.T, axis=1)
 
 
 def _length(vectors: Float32, axis: int) -> Float32:
