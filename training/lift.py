@@ -10,7 +10,7 @@ kept. Directions that the small network cannot tell well then count less, which 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -123,8 +123,13 @@ def pairs(
     progress(len(paths), len(paths))
 
 
-def cosine(nets: tuple[Network, Network], matrix: Matrix, found: Iterator[tuple[NDArray[np.float32], ...]]) -> float:
-    """Mean cosine of lifted descriptors to the full network's; NaN of no points."""
+def cosine(matrix: Matrix, found: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> float:
+    """Mean cosine of lifted descriptors to the full network's; NaN of no pairs.
+
+    Args:
+        matrix: (T, D).
+        found: descriptors (N, D) and (N, T) of each photograph.
+    """
     cosines = []
     for small, full in found:
         lifted = small @ matrix.T
@@ -167,7 +172,7 @@ def lift(
         moments.add(*found)
     matrix = moments.fit()
     held = pairs(nets, held_out[: plan.judged], plan, device, partial(progress, "held-out photographs"))
-    closeness = cosine(nets, matrix, held)
+    closeness = cosine(matrix, held)
     if plan.fold:
         matrix, metric = split(matrix)
         checkpoint = layouts.with_mapped_descriptors(checkpoint, metric)
