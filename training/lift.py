@@ -4,7 +4,7 @@ Fits the map that leads from a small network's descriptors to the full one's, an
 networks see the same training photographs; at the points that the small one finds, a (T, D) matrix W is the least
 squares solution of W s = f. W = Q A, with Q's columns orthonormal and A symmetric: folded into the small network's last
 convolution, A makes the small network's own similarities those of its lifted descriptors, and Q is the map that is
-kept. Directions that the small network cannot tell well then count less, which its own matches gain from too.
+kept. Its own matches gain from that metric too (docs/notes/training-small.md).
 """
 
 from __future__ import annotations
