@@ -223,7 +223,7 @@ class Run:
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """By torch.compile, for inputs whose shapes stay the same."""
-    # torch 2.11 fails in this analysis of `draw`: "Expected a number but got Add". It only chooses how kernels are tiled.
+    # It chooses how kernels are tiled, and fails in `draw` with torch 2.11: "Expected a number but got Add".
     analysis = "triton.coalesce_tiling_analysis"
     options = {analysis: False} if analysis in torch._inductor.list_options() else {}
     return torch.compile(function, dynamic=False, options=options)
