@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -102,9 +102,7 @@ class Run:
         plan = self.plan
         self._draw, self._find, self._vary, self._objective = draw, find, vary, objective
         if self.compiled:
-            self._draw, self._find, self._vary, self._objective = (
-                torch.compile(function, dynamic=False) for function in (draw, find, vary, objective)
-            )
+            self._draw, self._find, self._vary, self._objective = map(_compile, (draw, find, vary, objective))
         shape = MatcherShape(tuple(self.features), plan.matcher_width, plan.heads, plan.layers)
         self.net = MatcherNet.from_weights(load_matcher(self.start)) if self.start else MatcherNet(shape)
         self.net.train().to(self.device)
@@ -221,6 +219,14 @@ class Run:
         print(line, flush=True)
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(line + "\n")
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By torch.compile, for inputs whose shapes stay the same."""
+    # It chooses how kernels are tiled, and fails in `draw` with torch 2.11: "Expected a number but got Add".
+    analysis = "triton.coalesce_tiling_analysis"
+    options = {analysis: False} if analysis in torch._inductor.list_options() else {}
+    return torch.compile(function, dynamic=False, options=options)
 
 
 def _losses(means: Tensor) -> dict[str, Any]:

@@ -329,10 +329,14 @@ def vary(plan: Plan, batch: Batch) -> Batch:
     rows = torch.minimum(batch.rows, limit.int())
     real = torch.arange(x.shape[-1], device=device) < rows[..., None]
     left = batch.partner >= rows.flip(1)[..., None]
-    return batch._replace(
+    # Not `batch._replace`: compiled by torch 2.11, it returns a named tuple without elements, and says nothing.
+    return Batch(
         xy=torch.stack([x, y], dim=-1),
+        scores=batch.scores,
         descriptors=batch.descriptors.float(),
         rows=rows,
+        size=batch.size,
         partner=torch.where(real & ~left, batch.partner, -1),
         alone=real & (batch.alone | left),
+        apart=batch.apart,
     )

@@ -483,6 +483,30 @@ def test_unrelated_pairs_are_of_two_photographs(monkeypatch):
     assert grays[0] == grays[1][::-1] and grays[0][0] != grays[0][1]
 
 
+def test_compiled_pairs_are_those_that_are_not():
+    """Torch 2.11 made a `Batch` without elements of `_replace`. Dynamo alone shows it."""
+    plan = replace(SMOKE, pairs=5, points=32)
+    shape = (plan.pairs, 2, plan.points)
+    partner = torch.arange(plan.points).expand(shape)
+    half = Batch(
+        xy=torch.rand(*shape, 2) * 90,
+        scores=torch.rand(shape),
+        descriptors=torch.randn(*shape, 8).half(),
+        rows=torch.full(shape[:2], 30, dtype=torch.int32),
+        size=torch.tensor([128.0, 96.0]).expand(plan.pairs, 2, 2),
+        partner=torch.where(partner < 20, partner, -1),
+        alone=partner >= 20,
+        apart=torch.rand(shape),
+    )
+    made = []
+    for function in (vary, torch.compile(vary, backend="eager", dynamic=False, fullgraph=True)):
+        torch.manual_seed(5)
+        made.append(function(plan, half))
+    assert len(made[1]) == len(Batch._fields)
+    for name, plain, compiled in zip(Batch._fields, *made):
+        torch.testing.assert_close(compiled, plain, rtol=0, atol=0, msg=name)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("names", [("full",), ("small",), ("full", "small")])
 def test_everything_compiles_in_one_graph(folder, names):
