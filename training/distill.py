@@ -167,25 +167,28 @@ class Student:
 
 
 def grow(net: CompactNet, weights: Mapping[str, Tensor]) -> None:
-    """Begins with the weights of a network that lacks some layers: until those learn, both say the same.
+    """Begins with the weights of a smaller network: until the rest learns, both say the same.
 
     Args:
-        net: its convolutions may read more channels than the other's; those come last.
+        net: its convolutions may have more channels than the other's, and may read more; those come last.
         weights: the other's state dict.
 
     Raises:
-        SuperPointError: the other has layers or channels that `net` lacks.
+        SuperPointError: the other has layers or channels that `net` lacks, or channels are not the last ones.
     """
     state = net.state_dict()
+    for layer in net.topology:
+        for read in layer.inputs[:-1]:
+            name = f"{read}.conv.weight"
+            if name in weights and len(weights[name]) != len(state[name]):
+                raise SuperPointError(f"{read} cannot grow: {layer.name} reads further channels after its own.")
     for name, value in weights.items():
         here = state.get(name)
-        fits = here is not None and here.shape[:1] == value.shape[:1] and here.shape[2:] == value.shape[2:]
-        if here is None or not fits or here.shape[1:2] < value.shape[1:2]:
+        if here is None or here.shape[2:] != value.shape[2:] or any(a < b for a, b in zip(here.shape, value.shape)):
             raise SuperPointError(f"{name} {tuple(value.shape)} has no place in the network that is to grow from it.")
-        if here.shape != value.shape:
-            here.zero_()[:, : value.shape[1]] = value
-        else:
-            here.copy_(value)
+        if here.ndim > 1:
+            here[: len(value)] = 0  # old channels read nothing of new ones yet
+        here[tuple(slice(length) for length in value.shape)] = value
 
 
 def student(name: str, device: torch.device) -> Student:

@@ -431,7 +431,7 @@ def test_a_problem_names_its_image(checkpoint_file, folder, tmp_path):
     cv2.imwrite(str(tmp_path / "dot.png"), np.zeros((4, 4), np.uint8))
     weights = checkpoint_file("v6")
     (problem,) = verify(weights, weights, [tmp_path / "dot.png", *find_images(folder)]).problems
-    assert problem.startswith(f"{tmp_path / 'dot.png'}: ")
+    assert problem.startswith(f"{tmp_path / 'dot.png'} is 4x4 px")
 
 
 @pytest.mark.parametrize("torch_there", [True, False])

@@ -183,7 +183,7 @@ def test_a_state_of_other_networks_is_refused(bank, tmp_path):
 
 
 def test_a_network_grows_from_a_smaller_one(bank, tmp_path, monkeypatch):
-    monkeypatch.setitem(SHAPES, "grown", replace(SHAPES["smoke"], skip=4))
+    monkeypatch.setitem(SHAPES, "grown", replace(SHAPES["smoke"], skip=4, detector=12))
     first = school(bank, tmp_path)
     first.run(2, 1e6)
     second = school(bank, tmp_path / "grown", ("grown",))
@@ -199,6 +199,7 @@ def test_a_network_grows_from_a_smaller_one(bank, tmp_path, monkeypatch):
     read = grown.get_submodule("detector_hidden").conv.weight
     assert read.shape[1] == small.get_submodule("detector_hidden").conv.weight.shape[1] + 4
     assert read[:, -4:].abs().max() > 0
+    assert grown.get_submodule("detector").conv.weight[:, 8:].abs().max() > 0
 
 
 @pytest.mark.parametrize(

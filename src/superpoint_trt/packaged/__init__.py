@@ -41,7 +41,7 @@ NETWORKS = (
         "superpoint_trt_small.safetensors",
         "MODEL_CARD_small.md",
         "training_log_small.jsonl",
-        "a fourteenth of full's work, taught by it: for CPUs and browsers",
+        "a thirteenth of full's work, taught by it: for CPUs and browsers",
     ),
     _network(
         "full-v1",
