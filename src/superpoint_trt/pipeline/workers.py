@@ -412,8 +412,8 @@ class _Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pool in (self._thread, self._helpers):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._helpers.shutdown(wait=True)  # a shard that is whole is finished, and nothing of it stays beside
         if self._open is not None:
             self._open.abandon()
 
