@@ -21,14 +21,14 @@ def test_a_whole_shard_is_finished_though_the_run_is_interrupted(tmp_path):
     folder.folder.mkdir()
     item = Item("a.png", "a.png")
     found = Keypoints(np.ones((1, 2), np.float32), np.ones(1, np.float32), np.ones((1, 4), np.float32), (16, 8))
-    with pytest.raises(KeyboardInterrupt):
-        with _Writer(folder, WorkOptions(None, {}), SimpleNamespace(runtime="a model")) as writer:
-            for _ in range(_WRITE_HELPERS):
-                writer._helpers.submit(time.sleep, 0.1)
-            writer.add([_Source(Shard(0, [item]), item, UPRIGHT, 1.0)], [found])
-            for _ in range(_WRITE_HELPERS):
-                writer._helpers.submit(time.sleep, 0.3)
-            while not writer._writing[0][1].running():
-                time.sleep(0.001)
-            raise KeyboardInterrupt
+    writer = _Writer(folder, WorkOptions(None, {}), SimpleNamespace(runtime="a model"))
+    with pytest.raises(KeyboardInterrupt), writer:
+        for _ in range(_WRITE_HELPERS):
+            writer._helpers.submit(time.sleep, 0.1)
+        writer.add([_Source(Shard(0, [item]), item, UPRIGHT, 1.0)], [found])
+        for _ in range(_WRITE_HELPERS):
+            writer._helpers.submit(time.sleep, 0.3)
+        while not writer._writing[0][1].running():
+            time.sleep(0.001)
+        raise KeyboardInterrupt
     assert sorted(path.name for path in folder.folder.iterdir()) == ["00000.json", "00000.packed"]
