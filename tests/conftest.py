@@ -59,6 +59,15 @@ def photograph(height: int = 240, width: int = 320, name: str = "astronaut") -> 
     return cv2.resize(gray, (width, height), interpolation=cv2.INTER_AREA)
 
 
+def write_photographs(folder: Path) -> Path:
+    """Writes two photographs to learn from and a held-out one; returns the folder."""
+    import cv2
+
+    for name, shown in (("camera", "camera"), ("coffee", "coffee"), ("kodim07", "astronaut")):
+        cv2.imwrite(str(folder / f"{name}.png"), photograph(120, 160, shown))
+    return folder
+
+
 def random_state(layout: str, seed: int = 0, channels=SMALL, dim: int = SMALL_DIM) -> dict[str, torch.Tensor]:
     """A random state_dict of a layout. The BatchNorm statistics are far from the identity, some scales negative."""
     rng = np.random.default_rng(seed)

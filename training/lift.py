@@ -9,6 +9,7 @@ kept. Its own matches gain from that metric too (docs/notes/training-small.md).
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -214,9 +215,9 @@ def main(
         written = layouts.save(found, output, half=True)
     except SuperPointError as error:
         raise click.UsageError(str(error)) from None
-    print(
-        f"{count} points; held-out photographs: mean cosine of lifted descriptors to the full network's {closeness:.4f}"
-    )
+    print(f"fitted to {count} points")
+    judged = "no held-out photograph" if math.isnan(closeness) else f"{closeness:.4f} on held-out photographs"
+    print(f"mean cosine of lifted descriptors to the full network's: {judged}")
     print(f"written: {written}")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import photograph
+from conftest import photograph, write_photographs
 from training import heads, late
 from training.distill import look
 from training.fold import fold
@@ -40,10 +40,7 @@ def seed():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    for name, shown in (("camera", "camera"), ("coffee", "coffee"), ("kodim07", "astronaut")):
-        cv2.imwrite(str(folder / f"{name}.png"), photograph(120, 160, shown))
-    return folder
+    return write_photographs(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")

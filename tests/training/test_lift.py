@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import photograph, random_compact
+from conftest import photograph, random_compact, write_photographs
 from training import lift
 from training.lift import LiftPlan, Moments, split
 
@@ -30,10 +29,7 @@ def columns(rows: int, dim: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    for name, shown in (("camera", "camera"), ("coffee", "coffee"), ("kodim07", "astronaut")):
-        cv2.imwrite(str(folder / f"{name}.png"), photograph(120, 160, shown))
-    return folder
+    return write_photographs(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")
